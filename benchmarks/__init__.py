@@ -1,0 +1,1 @@
+"""Benchmarks: times hfmerge against other tools, each in an environment of its own; see README.md."""

@@ -1,0 +1,236 @@
+"""The model card, rendered from the ledger alone: the same ledger gives the same text, which `verify` relies on.
+
+The text lies between two marker comments; what people write outside them is theirs and is kept.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hfmerge.digest import sha256_bytes
+from hfmerge.errors import LedgerError
+from hfmerge.ledger import Entry, Material
+from hfmerge.methods import registry
+from hfmerge.yamlio import dump_yaml
+
+
+BEGIN, END = "<!-- hfmerge:begin -->", "<!-- hfmerge:end -->"
+FILE = "README.md"
+KEYS = ("base_model", "base_model_relation", "library_name", "pipeline_tag", "license", "license_name", "license_link", "tags",
+        "hfmerge")  # fmt: skip
+"""Front-matter keys that hfmerge writes; all others are the user's."""
+
+
+def render_card(entries: Sequence[Entry], facts: Mapping[str, Any]) -> str:
+    """The whole card of a merge: front matter and marked block.
+
+    Args:
+        entries: the ledger, oldest first.
+        facts: see `card_facts`.
+    """
+    front = dump_yaml(metadata(entries, facts))
+    return f"---\n{front}---\n\n{block(entries, facts)}"
+
+
+def metadata(entries: Sequence[Entry], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Front matter of the card. Folders are not named in it: only repositories can be linked."""
+    last = entries[-1]
+    parents = [m.name for m in (last.base, *last.models) if m.commit is not None]
+    data: dict[str, Any] = {}
+    if parents:
+        data["base_model"] = list(dict.fromkeys(parents))
+        data["base_model_relation"] = "merge"
+    data["library_name"] = facts.get("library_name") or "transformers"
+    if facts.get("pipeline_tag"):
+        data["pipeline_tag"] = facts["pipeline_tag"]
+    data |= licence([last.base, *last.models])
+    data["tags"] = ["merge", "hfmerge", last.method["name"]]
+    pointer = {"ledger": last.file, "sha256": sha256_bytes(last.to_bytes()), "steps": last.step}
+    data["hfmerge"] = pointer | ({"repo": facts["repo_id"]} if facts.get("repo_id") else {})
+    return data
+
+
+def licence(materials: Sequence[Material]) -> dict[str, str]:
+    """One licence if all materials agree; otherwise `other` with a LICENSE.md that lists each (see `licence_note`)."""
+    names = {m.license for m in materials}
+    if len(names) == 1 and None not in names:
+        return {"license": str(names.pop())}
+    return {"license": "other", "license_name": "merged-sources", "license_link": "LICENSE.md"}
+
+
+def licence_note(materials: Sequence[Material]) -> str | None:
+    """Text of LICENSE.md, or None when one licence covers everything."""
+    if licence(materials)["license"] != "other":
+        return None
+    rows = "\n".join(
+        f"| {m.name} | `{(m.commit or str(m.digest))[:12]}` | {m.license or 'not stated'} |" for m in materials
+    )
+    return (
+        "# Licences of the merged models\n\nThis model is derived from all of these; using it means keeping to the terms of "
+        f"every one.\n\n| model | revision | licence |\n|---|---|---|\n{rows}\n"
+    )
+
+
+def restrictive(materials: Sequence[Material]) -> list[str]:
+    """Warnings on licences: missing ones and those that forbid commercial use."""
+    notes = []
+    for m in materials:
+        if m.license is None:
+            notes.append(f"{m.label} states no licence.")
+        elif re.search(r"(^|[-_])nc([-_]|$)", m.license):
+            notes.append(f"{m.label} is under {m.license}: no commercial use of the merge.")
+    return notes
+
+
+def block(entries: Sequence[Entry], facts: Mapping[str, Any]) -> str:
+    """The marked part of the card."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    last = entries[-1]
+    me = facts.get("repo_id") or "path/to/this/folder"
+    any_head = any(m.head for m in last.models)
+    method = registry().get(last.method["name"])
+    environment = Environment(
+        loader=PackageLoader("hfmerge"), undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False
+    )
+    text = environment.get_template("card.md.j2").render(
+        title=me.rpartition("/")[2] if facts.get("repo_id") else "Merged model",
+        me=me,
+        method=last.method,
+        norm=last.method["norm"],
+        base_link=_link(last.base),
+        base_pin=_pin(last.base),
+        merged_norm=f"{last.scalars['merged_norm']:.4g}",
+        models=[
+            {
+                "link": _link(m),
+                "pin": _pin(m),
+                "kind": "LoRA adapter" if m.kind == "adapter" else "full model",
+                "weight": f"{m.weight:g}",
+                "norm": f"{(m.squared_norm or 0.0) ** 0.5:.4g}",
+                "head": f"`{m.head}`" if m.head else "-",
+            }
+            for m in last.models
+        ],
+        any_head=any_head,
+        first_head=next((m.name for m in last.models if m.head), ""),
+        last_model=last.models[-1].name,
+        heads=[{"name": m.name, "labels": _labels(m.labels)} for m in last.models if m.head],
+        history=[
+            {
+                "step": e.step,
+                "action": e.action,
+                "models": ", ".join(e.subjects),
+                "how": e.how,
+                "file": e.file,
+                "digest": sha256_bytes(e.to_bytes())[:12],
+            }
+            for e in entries
+        ],
+        recipe=dump_yaml(public_recipe(last)),
+        citations=method.citations if method else (),
+    )
+    return f"{BEGIN}\n{text.rstrip()}\n{END}\n"
+
+
+def public_recipe(entry: Entry) -> dict[str, Any]:
+    """The recipe that gives these weights, with every source pinned and no path of any machine."""
+    models: list[Any] = []
+    for m in entry.models:
+        ref = _recipe_ref(m)
+        models.append(ref if m.weight == 1.0 else {"model": ref, "weight": m.weight})
+    norm = entry.method["norm"]
+    data: dict[str, Any] = {
+        "base": _recipe_ref(entry.base),
+        "models": models,
+        "method": {"name": entry.method["name"], **entry.method["options"], "norm": norm},
+    }
+    for key in ("dtype", "include", "exclude", "vocabulary"):
+        if entry.settings[key]:
+            data[key] = entry.settings[key]
+    return data
+
+
+def _recipe_ref(material: Material) -> str:
+    own = f"{material.name}@{material.commit}" if material.commit else f"./{material.name}"
+    return f"{material.beneath}+{own}" if material.beneath else own
+
+
+def _link(material: Material) -> str:
+    if material.commit is None:
+        return f"{material.name} (folder)"
+    link = f"[{material.name}](https://huggingface.co/{material.name})"
+    return f"{link} on {material.beneath.partition('@')[0]}" if material.beneath else link
+
+
+def _pin(material: Material) -> str:
+    return material.commit[:12] if material.commit else f"sha256:{str(material.digest)[:12]}"
+
+
+def _labels(labels: Sequence[str]) -> str:
+    shown = ", ".join(labels[:12])
+    return f"{shown} and {len(labels) - 12} more" if len(labels) > 12 else shown
+
+
+def parse_card(text: str) -> tuple[dict[str, Any], str | None, str]:
+    """Front matter, marked block (None if there is none) and everything else of a card.
+
+    Raises:
+        LedgerError: front matter that is not YAML.
+    """
+    import yaml
+
+    front: dict[str, Any] = {}
+    found = re.match(r"\A---\r?\n(.*?)\r?\n---\r?\n?", text, re.DOTALL)
+    if found:
+        try:
+            front = yaml.safe_load(found.group(1)) or {}
+        except yaml.YAMLError as error:
+            raise LedgerError(f"{FILE}: its front matter is not YAML ({str(error).splitlines()[0]}).") from error
+        text = text[found.end() :]
+    start, stop = text.find(BEGIN), text.find(END)
+    if start < 0 or stop < start:
+        return front, None, text
+    return front, text[start : stop + len(END)] + "\n", text[:start] + "\0" + text[stop + len(END) :]
+
+
+def combine_cards(existing: str | None, rendered: str) -> str:
+    """The new card with what people wrote outside the marked block, and their own front-matter keys, kept."""
+    if existing is None:
+        return rendered
+    front, old_block, rest = parse_card(existing)
+    new_front, new_block, _ = parse_card(rendered)
+    merged = {**new_front, **{key: value for key, value in front.items() if key not in KEYS}}
+    tags = [*new_front["tags"], *(tag for tag in front.get("tags") or [] if tag not in new_front["tags"])]
+    methods = set(registry()) - {new_front["tags"][-1]}
+    merged["tags"] = [tag for tag in tags if old_block is None or tag not in methods]
+    body = (
+        rest.replace("\0", str(new_block).rstrip("\n")) if old_block is not None else f"\n{new_block}\n{rest.lstrip()}"
+    )
+    return f"---\n{dump_yaml(merged)}---\n{body}"
+
+
+def card_facts(entry: Entry, repo_id: str | None) -> dict[str, Any]:
+    """What a card says beyond the ledger's materials: the recorded task, and the repository it is written for."""
+    return {**entry.settings["card"], "repo_id": repo_id}
+
+
+def card_differs(text: str, entries: Sequence[Entry]) -> str | None:
+    """None when the card says what the ledger says; else what differs."""
+    front, found, _ = parse_card(text)
+    pointer = front.get("hfmerge")
+    facts = card_facts(entries[-1], pointer.get("repo") if isinstance(pointer, dict) else None)
+    expected = metadata(entries, facts)
+    if found is None:
+        return f"{FILE} has no hfmerge block"
+    if found != block(entries, facts):
+        return f"{FILE}: the marked block is not what the ledger gives"
+    for key in KEYS:
+        given, wanted = front.get(key), expected.get(key)
+        if key == "tags":
+            given = [tag for tag in given or [] if tag in expected["tags"]]
+        if given != wanted:
+            return f"{FILE}: `{key}` is {given!r}, the ledger gives {wanted!r}"
+    return None

@@ -1,0 +1,1 @@
+"""Checkpoints: what stored tensors mean, reading them, and writing them."""

@@ -1,0 +1,206 @@
+"""LoRA adapters as task vectors: which factors change which stored tensor of the base, and by what scale.
+
+The only place that knows PEFT's file format: key suffixes, alpha / r, rank-stabilised scaling, rank and alpha patterns,
+`fan_in_fan_out`, `modules_to_save`. Formula: `delta W = scale * B @ A`, `scale = alpha / r`, or `alpha / sqrt(r)` with
+`use_rslora`. Source: "LoRA", arXiv 2106.09685, section 4.1; "rsLoRA", arXiv 2312.03732; scaling as PEFT applies it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from hfmerge.errors import CorruptFileError, ShapeError, UnsupportedError
+from hfmerge.source import Source
+from hfmerge.taskvector import LowRank
+
+
+if TYPE_CHECKING:
+    from hfmerge.checkpoint.names import Layout
+    from hfmerge.checkpoint.reader import Reader
+
+PREFIX = "base_model.model."
+
+PLAIN: Mapping[str, tuple[Any, ...]] = {
+    "use_dora": (False, None),
+    "use_qalora": (False, None),
+    "use_bdlora": (False, None, {}),
+    "layer_replication": (None, []),
+    "target_parameters": (None, []),
+    "trainable_token_indices": (None, [], {}),
+    "alora_invocation_tokens": (None, []),
+    "arrow_config": (None, {}),
+    "kasa_config": (None, {}),
+    "monteclora_config": (None, {}),
+    "velora_config": (None, {}),
+    "lora_bias": (False, None),
+    "bias": ("none", None),
+}
+"""Fields that change what the weights mean, with the values at which an adapter is plain LoRA."""
+
+CHANGING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
+"""Initialisations that alter the base weights at load, so that B @ A alone is not the change."""
+
+
+@dataclass(frozen=True)
+class LoraOrigin:
+    """The factors that change one stored tensor of the base.
+
+    Attributes:
+        down_key, up_key: stored keys of A (r, in) and B (out, r).
+        scale: factor of `B @ A`.
+        rank: r.
+        swapped: the stored tensor is (in, out): the change is `(B @ A)^T`.
+    """
+
+    down_key: str
+    up_key: str
+    scale: float
+    rank: int
+    swapped: bool
+
+    def read(self, reader: Reader) -> LowRank:
+        """The change as float32 factors shaped like the stored tensor."""
+        down, up = reader.value(self.down_key), reader.value(self.up_key) * self.scale
+        if self.swapped:
+            return LowRank(down.T.contiguous(), up.T.contiguous())
+        return LowRank(up, down.clone())
+
+
+@dataclass(frozen=True)
+class AdapterMap:
+    """What an adapter holds, in terms of the base.
+
+    Attributes:
+        lora: base stored key -> factors.
+        replaced: base stored key -> adapter key of a whole trained copy (`modules_to_save`).
+        heads: adapter key -> name in the model, for trained modules the base does not have.
+    """
+
+    lora: dict[str, LoraOrigin]
+    replaced: dict[str, str]
+    heads: dict[str, str]
+
+
+def check_plain(source: Source) -> None:
+    """Raise UnsupportedError unless the adapter's configuration is plain LoRA."""
+    config = source.adapter or {}
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise UnsupportedError(
+            f"{source.pinned.label}: a {kind} adapter; only LoRA is merged (export it as a full model)."
+        )
+    for name, allowed in PLAIN.items():
+        if name in config and config[name] not in allowed:
+            raise UnsupportedError(
+                f"{source.pinned.label}: `{name}: {config[name]}` is not plain LoRA; merge it into its base with peft "
+                "(merge_and_unload) and give the full model."
+            )
+    init = str(config.get("init_lora_weights", True)).lower()
+    if init.startswith(CHANGING_INITS) or config.get("loftq_config"):
+        raise UnsupportedError(
+            f"{source.pinned.label}: initialised with {init}, which changes the base weights; convert it to plain LoRA "
+            "(peft: save_pretrained(path_initial_model_for_weight_conversion=...))."
+        )
+
+
+def map_adapter(source: Source, base: Layout) -> AdapterMap:
+    """Match every tensor of a LoRA adapter with the base, from headers alone.
+
+    Raises:
+        UnsupportedError: not plain LoRA. ShapeError: factors do not fit the base. CorruptFileError: a factor is missing.
+    """
+    check_plain(source)
+    config = source.adapter or {}
+    lora: dict[str, LoraOrigin] = {}
+    replaced: dict[str, str] = {}
+    heads: dict[str, str] = {}
+    for key in source.tensors:
+        path = key.removeprefix(PREFIX)
+        if path.endswith((".lora_B.weight", ".lora_embedding_B")):
+            continue
+        if path.endswith(".lora_A.weight"):
+            module = path.removesuffix(".lora_A.weight")
+            up_key = key.replace(".lora_A.weight", ".lora_B.weight")
+            _add_lora(lora, source, base, config, module, key, up_key, embedding=False)
+        elif path.endswith(".lora_embedding_A"):
+            module = path.removesuffix(".lora_embedding_A")
+            up_key = key.replace(".lora_embedding_A", ".lora_embedding_B")
+            _add_lora(lora, source, base, config, module, key, up_key, embedding=True)
+        elif "lora_" in path or ".base_layer." in path:
+            raise UnsupportedError(f"{source.pinned.label}: {key} is not part of plain LoRA.")
+        else:
+            target = _stored_parameter(base, path)
+            if target is None:
+                heads[key] = path
+            else:
+                replaced[target] = key
+    ups = {origin.up_key for origin in lora.values()}
+    for key in source.tensors:
+        if key.endswith((".lora_B.weight", ".lora_embedding_B")) and key not in ups:
+            raise CorruptFileError(f"{source.pinned.label}: {key} has no lora_A beside it; the adapter is incomplete.")
+    if not lora and not replaced:
+        raise UnsupportedError(f"{source.pinned.label}: changes no parameter of the base {base.architecture}.")
+    return AdapterMap(lora, replaced, heads)
+
+
+def _stored_parameter(base: Layout, path: str) -> str | None:
+    """Stored base key of a whole parameter `classifier.weight` saved by an adapter."""
+    module, _, leaf = path.rpartition(".")
+    if leaf == "weight":
+        return base.parameter_of_module(module)
+    weight = base.parameter_of_module(module)
+    candidate = f"{weight.removesuffix('.weight')}.{leaf}" if weight else None
+    return candidate if candidate in base.shapes else None
+
+
+def _add_lora(
+    lora: dict[str, LoraOrigin],
+    source: Source,
+    base: Layout,
+    config: Mapping[str, Any],
+    module: str,
+    down_key: str,
+    up_key: str,
+    embedding: bool,
+) -> None:
+    label = source.pinned.label
+    if up_key not in source.tensors:
+        raise CorruptFileError(f"{label}: {down_key} has no lora_B beside it; the adapter is incomplete.")
+    target = base.parameter_of_module(module)
+    if target is None:
+        raise ShapeError(f"{label}: changes {module}, which the base {base.architecture} does not have.")
+    down, up = source.tensors[down_key].shape, source.tensors[up_key].shape
+    wanted = base.shapes[target]
+    if len(down) != 2 or len(up) != 2 or len(wanted) != 2:
+        raise UnsupportedError(
+            f"{label}: {down_key} {down} changes a {len(wanted)}-D tensor; only matrices are merged."
+        )
+    rank = down[0]
+    if up[1] != rank:
+        raise ShapeError(f"{label}: {module}: A has rank {rank}, B has rank {up[1]}.")
+    alpha = _pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
+    configured = _pattern(config.get("rank_pattern"), module, config.get("r", 8))
+    if configured != rank:
+        raise CorruptFileError(f"{label}: {module}: the configuration says r = {configured}, the file holds {rank}.")
+    scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    full = (up[0], down[1])
+    swapped = embedding or any(block.transposed for block in base.blocks[target])
+    if wanted != (full[::-1] if swapped else full):
+        raise ShapeError(
+            f"{label}: {module}: the adapter changes {full}, the base has {wanted}; it was trained on another base."
+        )
+    if target in lora:
+        raise CorruptFileError(f"{label}: {module} is changed twice.")
+    lora[target] = LoraOrigin(down_key, up_key, scale, rank, swapped)
+
+
+def _pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    """The value of the first pattern that matches a module path, as PEFT matches it."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default

@@ -1,0 +1,125 @@
+"""One model's task vectors: maps each stored tensor of the base to what changes it, and reads the change.
+
+Full checkpoints give dense differences, LoRA adapters factors; `base+adapter` on another model gives the sum of both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from hfmerge.checkpoint.adapters import AdapterMap, LoraOrigin
+from hfmerge.checkpoint.names import Origin
+from hfmerge.checkpoint.reader import Reader
+from hfmerge.checkpoint.vocabulary import Vocabulary, aligned_change
+from hfmerge.errors import ShapeError
+from hfmerge.source import Source
+from hfmerge.taskvector import Dense, TaskVector
+
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What one model changes, in the base's stored layout.
+
+    Attributes:
+        source: the model.
+        full: base stored key -> where a full checkpoint (or a `modules_to_save` copy) holds the new value.
+        lora: base stored key -> factors.
+        beneath: origins in the full model under a `base+adapter` adapter.
+    """
+
+    source: Source
+    full: dict[str, Origin] = field(default_factory=dict)
+    lora: dict[str, LoraOrigin] = field(default_factory=dict)
+    beneath: dict[str, Origin] = field(default_factory=dict)
+
+    def rank(self, key: str) -> int | None:
+        """Rank of the change of a stored tensor: 0 for none, None for a dense one."""
+        if key in self.full or key in self.beneath:
+            return None
+        return self.lora[key].rank if key in self.lora else 0
+
+    def stored_bytes(self, key: str) -> int:
+        """Bytes read from this model for one stored tensor of the base."""
+        total = 0
+        if key in self.full:
+            total += sum(self.source.tensors[name].nbytes for name in self.full[key].keys)
+        if key in self.beneath and self.source.beneath is not None:
+            total += sum(self.source.beneath.tensors[name].nbytes for name in self.beneath[key].keys)
+        if key in self.lora:
+            origin = self.lora[key]
+            total += sum(self.source.tensors[name].nbytes for name in (origin.down_key, origin.up_key))
+        return total
+
+
+class DeltaReader:
+    """Reads the task vectors of one model. Safe to call from several threads."""
+
+    def __init__(self, delta: Delta, *, allow_nonfinite: bool):
+        self.delta = delta
+        self.reader = Reader(delta.source, allow_nonfinite=allow_nonfinite)
+        under = delta.source.beneath
+        self.under = Reader(under, allow_nonfinite=allow_nonfinite) if under is not None else None
+
+    def close(self) -> None:
+        """Close the files."""
+        self.reader.close()
+        if self.under is not None:
+            self.under.close()
+
+    def new_value(self, key: str) -> Tensor | None:
+        """The model's own float32 value for a stored tensor of the base; None where it has no dense one."""
+        if key in self.delta.full:
+            return _assemble(self.reader, self.delta.full[key])
+        if key in self.delta.beneath and self.under is not None:
+            return _assemble(self.under, self.delta.beneath[key])
+        return None
+
+    def task_vector(
+        self, key: str, base: Callable[[], Tensor], aligned: tuple[Vocabulary, int, int] | None = None
+    ) -> TaskVector | None:
+        """The change of one stored tensor, or None when the model does not touch it.
+
+        Args:
+            key: stored key of the base.
+            base: gives the base's float32 value, in the output's rows; called only for a dense change.
+            aligned: (vocabulary, index of this model, axis) for a tensor with one row per token.
+        """
+        result: TaskVector | None = None
+        value = self.new_value(key)
+        if value is not None:
+            origin = base()
+            if aligned is not None:
+                vocabulary, model, axis = aligned
+                result = Dense(aligned_change(vocabulary, model, origin, value, axis))
+            elif value.shape != origin.shape:
+                raise ShapeError(
+                    f"{key}: base {tuple(origin.shape)} but {self.delta.source.pinned.label} {tuple(value.shape)}"
+                )
+            else:
+                result = Dense(value - origin)
+        if key in self.delta.lora:
+            factors = self.delta.lora[key].read(self.reader)
+            result = factors if result is None else result + factors
+        return result
+
+
+def full_delta(source: Source, origins: dict[str, Origin]) -> Delta:
+    """Delta of a full checkpoint."""
+    return Delta(source, full=origins)
+
+
+def adapter_delta(source: Source, mapped: AdapterMap, beneath: dict[str, Origin]) -> Delta:
+    """Delta of an adapter, on the base itself or on another full model `beneath`."""
+    full = {key: Origin((name,), None) for key, name in mapped.replaced.items()}
+    return Delta(source, full=full, lora=mapped.lora, beneath=beneath)
+
+
+def _assemble(reader: Reader, origin: Origin) -> Tensor:
+    tensors = {key: reader.value(key) for key in origin.keys}
+    return tensors[origin.keys[0]] if origin.convert is None else origin.convert(tensors)

@@ -1,0 +1,154 @@
+"""Task heads: parameters a source has and the base has no place for. Kept per source, never averaged.
+
+Each goes to `heads/<org--name>/` as a small checkpoint of its own: `config.json` (architecture, label names) and
+`model.safetensors`. `load_with_head` puts one back on a merged backbone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hfmerge.checkpoint.reader import Reader
+from hfmerge.errors import NotFoundError, SourceError
+from hfmerge.source import Source, fetch, parse_ref, pin
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FOLDER = "heads"
+LABEL_KEYS = ("id2label", "label2id", "problem_type")
+TASK_CLASSES = {
+    "SEQ_CLS": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    "TOKEN_CLS": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
+    "QUESTION_ANS": "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
+    "CAUSAL_LM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "SEQ_2_SEQ_LM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+}
+"""PEFT's task types and transformers' tables of the class for each model type."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """One source's head.
+
+    Attributes:
+        slug: folder name under `heads/`.
+        tensors: name in the model -> stored key of the source.
+        config: config.json of the head: the base's, with the source's architecture and label names.
+    """
+
+    slug: str
+    tensors: Mapping[str, str]
+    config: Mapping[str, Any]
+
+    @property
+    def labels(self) -> list[str]:
+        """Label names in the order of the head's rows."""
+        names = self.config.get("id2label") or {}
+        return [str(names[key]) for key in sorted(names, key=int)]
+
+
+def full_head(source: Source, base_config: Mapping[str, Any], keys: tuple[str, ...]) -> Head:
+    """The head of a full checkpoint: its tensors `keys`, under its own configuration."""
+    config = {key: value for key, value in source.config.items() if key != "_name_or_path"}
+    return Head(source.slug, {key: key for key in keys}, config)
+
+
+def adapter_head(source: Source, base_config: Mapping[str, Any], keys: Mapping[str, str]) -> Head:
+    """The head of an adapter (stored key -> name in the model), under the base's configuration.
+
+    Label names come from a config.json beside the adapter; without one they are LABEL_0, LABEL_1, ... as transformers
+    would name them.
+    """
+    config = {key: value for key, value in base_config.items() if key not in ("_name_or_path", *LABEL_KEYS)}
+    architecture = (source.config.get("architectures") or [None])[0]
+    config["architectures"] = [architecture or _task_class(source, str(base_config.get("model_type")))]
+    for key in LABEL_KEYS:
+        if source.config.get(key):
+            config[key] = source.config[key]
+    if "id2label" not in config:
+        rows = [source.tensors[key].shape[0] for key in keys if len(source.tensors[key].shape) == 2]
+        if rows:
+            config["id2label"] = {str(i): f"LABEL_{i}" for i in range(rows[-1])}
+            config["label2id"] = {f"LABEL_{i}": i for i in range(rows[-1])}
+    return Head(source.slug, {name: key for key, name in keys.items()}, config)
+
+
+def _task_class(source: Source, model_type: str) -> str:
+    from transformers.models.auto import modeling_auto
+
+    task = str((source.adapter or {}).get("task_type"))
+    table = getattr(modeling_auto, TASK_CLASSES.get(task, ""), {})
+    name = table.get(model_type)
+    if not name:
+        raise SourceError(
+            f"{source.pinned.label}: trains a head, but its task type {task} names no {model_type} class; put a config.json "
+            "with `architectures` beside the adapter."
+        )
+    return str(name)
+
+
+def write_head(head: Head, source: Source, folder: Path) -> list[str]:
+    """Write one head below `folder`; returns the paths written, relative to `folder`.
+
+    Tensors keep the source's bytes and dtypes.
+    """
+    from safetensors.torch import save_file
+
+    target = folder / FOLDER / head.slug
+    target.mkdir(parents=True)
+    with Reader(source) as reader:
+        tensors = {name: reader.stored(key).contiguous() for name, key in head.tensors.items()}
+        save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    text = json.dumps(dict(head.config), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    (target / "config.json").write_text(text, encoding="utf-8")
+    return [f"{FOLDER}/{head.slug}/{name}" for name in ("config.json", "model.safetensors")]
+
+
+def load_with_head(model: str | Path, source: str, **options: Any) -> PreTrainedModel:
+    """A merged model with the task head of one of its sources, ready to run.
+
+    Args:
+        model: the merge: a folder, `org/name` or `org/name@revision`.
+        source: whose head: `org/name` or the folder name, as the card lists it.
+        options: passed to `from_pretrained`, such as `dtype` or `device_map`.
+
+    Returns:
+        An instance of the source's own class with the merged backbone, in evaluation mode.
+
+    Raises:
+        NotFoundError: the merge keeps no head of that source; the error names those it has.
+    """
+    import transformers
+    from safetensors.torch import load_file
+
+    pinned = pin(parse_ref(str(model))[0])
+    slug = source.partition("@")[0].rstrip("/").replace("/", "--")
+    prefix = f"{FOLDER}/{slug}/"
+    if f"{prefix}model.safetensors" not in pinned.files:
+        held = sorted(
+            {name.split("/")[1].replace("--", "/") for name in pinned.files if name.startswith(f"{FOLDER}/")}
+        )
+        raise NotFoundError(f"{pinned.label}: no head of {source}; it keeps heads of: {', '.join(held) or 'none'}.")
+    head = load_file(fetch(pinned, f"{prefix}model.safetensors"))
+    config = transformers.AutoConfig.from_pretrained(fetch(pinned, f"{prefix}config.json").parent)
+    name = (config.architectures or [None])[0]
+    cls = getattr(transformers, str(name), None)
+    if cls is None:
+        raise SourceError(f"{pinned.label}: {prefix}config.json names {name}, which transformers does not have.")
+    weights = {}
+    for file in sorted(name for name in pinned.files if "/" not in name and name.endswith(".safetensors")):
+        weights |= load_file(fetch(pinned, file))
+    loaded, info = cls.from_pretrained(
+        None, config=config, state_dict={**weights, **head}, output_loading_info=True, **options
+    )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise SourceError(f"{pinned.label}: with the head of {source}, {name} lacks {', '.join(missing[:5])}.")
+    result: PreTrainedModel = loaded.eval()
+    return result

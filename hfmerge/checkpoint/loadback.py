@@ -1,0 +1,106 @@
+"""Loads a saved folder back through the model's own `from_pretrained`, on the meta device, and says what is amiss."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hfmerge.checkpoint.skeleton import Shape, find_class, first_line
+from hfmerge.errors import CorruptFileError, NotFoundError, ShapeError, UnsupportedError
+
+
+def load_back(folder: Path, *, trust_remote_code: bool = False) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What transformers itself misses and does not expect when it loads `folder`, without reading any weights.
+
+    The model's own `from_pretrained` runs on the meta device with the shapes in the files' headers.
+
+    Returns:
+        Missing and unexpected names, sorted.
+
+    Raises:
+        NotFoundError: no config.json, or no safetensors weights.
+        CorruptFileError: an unreadable file, a shard the index names but that is not there, stored tensors that
+            transformers cannot put together.
+        ShapeError: tensors whose shapes are not those of the class.
+        UnsupportedError: quantised weights, or no class for this config.
+    """
+    import torch
+
+    config = _json(folder / "config.json")
+    found = find_class(config, str(folder), trust_remote_code)
+    if found is None:
+        raise UnsupportedError(f"{folder}: the model has its own code; loading it back needs trust_remote_code")
+    model_class, model_config = found
+    shapes = _header_shapes(folder)
+    stored = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    with _quiet():
+        try:
+            _, report = model_class.from_pretrained(
+                None,
+                config=model_config,
+                state_dict=stored,
+                device_map={"": "meta"},
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+        except RuntimeError as error:
+            raise CorruptFileError(f"{folder}: transformers cannot load these weights: {first_line(error)}") from error
+    if report["mismatched_keys"]:
+        name, stored_shape, expected = sorted(report["mismatched_keys"])[0]
+        raise ShapeError(
+            f"{folder}: {len(report['mismatched_keys'])} tensors do not fit {model_class.__name__}, first {name}: "
+            f"stored {tuple(stored_shape)}, expected {tuple(expected)}"
+        )
+    return tuple(sorted(report["missing_keys"])), tuple(sorted(report["unexpected_keys"]))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise NotFoundError(f"{path}: no such file; is {path.parent} a saved model?") from error
+    except ValueError as error:
+        raise CorruptFileError(f"{path}: not readable as JSON: {first_line(error)}") from error
+    if not isinstance(value, dict):
+        raise CorruptFileError(f"{path}: not a JSON object")
+    return value
+
+
+def _header_shapes(folder: Path) -> dict[str, Shape]:
+    from safetensors import SafetensorError, safe_open
+
+    index = folder / "model.safetensors.index.json"
+    files = ["model.safetensors"]
+    if not (folder / files[0]).is_file():  # transformers looks for the single file first
+        if not index.is_file():
+            raise NotFoundError(f"{folder}: no model.safetensors and no {index.name}")
+        files = sorted(set(_json(index).get("weight_map", {}).values()))
+    shapes: dict[str, Shape] = {}
+    for name in files:
+        if not (folder / name).is_file():
+            raise CorruptFileError(f"{folder}: {index.name} names {name}, which is not there")
+        try:
+            with safe_open(folder / name, framework="pt") as file:
+                shapes.update((key, tuple(file.get_slice(key).get_shape())) for key in file.keys())
+        except SafetensorError as error:
+            raise CorruptFileError(f"{folder / name}: {first_line(error)}; truncated or a Git-LFS pointer?") from error
+    return shapes
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps transformers' own report and progress bar off the terminal: the caller gets both as values."""
+    from transformers.utils import logging
+
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()

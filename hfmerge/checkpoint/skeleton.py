@@ -1,0 +1,232 @@
+"""The model class that config.json names, built on the meta device: parameters and ties without any weights."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hfmerge.errors import UnsupportedError
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A model class on the meta device and what it says about its parameters.
+
+    Attributes:
+        parameters: in-memory name -> shape, in the order of the state dict.
+        prefix: what in-memory names of the backbone begin with in this class ("bert."), or "".
+        ties: in-memory name of a tied parameter -> name of the parameter it shares.
+        submodels: (in-memory path, class name) of every model inside this one, itself included.
+    """
+
+    model: PreTrainedModel
+    parameters: dict[str, Shape]
+    prefix: str
+    ties: dict[str, str]
+    submodels: tuple[tuple[str, str], ...]
+
+    @property
+    def title(self) -> str:
+        """Name of the class."""
+        return type(self.model).__name__
+
+    def heads(self) -> frozenset[str]:
+        """In-memory names outside the backbone; a tied parameter counts as the one it shares."""
+        if self.prefix:
+            outside = {name for name in self.parameters if not name.startswith(self.prefix)}
+        else:
+            outside = set(self.parameters) - _backbone(self.model)
+        return frozenset(name for name in outside if self.ties.get(name, name) in outside)
+
+    def vocabulary(self) -> dict[str, int]:
+        """In-memory name -> axis with one entry per token, from the classes' own input and output embeddings."""
+        from torch import nn
+        from transformers import PreTrainedModel
+
+        modules = dict(self.model.named_modules(remove_duplicate=False))
+        embeddings: dict[int, nn.Module] = {}
+        for model in modules.values():
+            if isinstance(model, PreTrainedModel):
+                for ask in (model.get_input_embeddings, model.get_output_embeddings):
+                    try:
+                        module = ask()
+                    except (NotImplementedError, AttributeError):  # a tower without tokens, such as a vision model
+                        continue
+                    if isinstance(module, (nn.Embedding, nn.Linear)):
+                        embeddings[id(module)] = module
+        axes: dict[str, int] = {}
+        for path, module in modules.items():
+            if id(module) in embeddings:
+                axes.update((f"{path}.{name}", 0) for name, _ in module.named_parameters(recurse=False))
+        axes.update((name, 1) for name in self.parameters if name.endswith("final_logits_bias"))
+        for copy, shared in self.ties.items():
+            for one, other in ((copy, shared), (shared, copy)):
+                if one in axes:
+                    axes.setdefault(other, axes[one])
+        return axes
+
+
+def build(config: Mapping[str, Any], origin: str, trust_remote_code: bool = False) -> Skeleton | None:
+    """The class that config.json names; None if only the model's own code could build it.
+
+    Raises:
+        UnsupportedError: quantised weights, no class for this config, or a class that cannot be built from it.
+    """
+    found = find_class(config, origin, trust_remote_code)
+    if found is None:
+        return None
+    try:
+        model = _on_meta(*found)
+    except Exception as error:
+        raise UnsupportedError(
+            f"{origin}: transformers cannot build {found[0].__name__} from config.json: {first_line(error)}"
+        ) from error
+    return _skeleton(model)
+
+
+def _skeleton(model: PreTrainedModel) -> Skeleton:
+    from transformers import PreTrainedModel
+
+    parameters = {name: tuple(value.shape) for name, value in model.state_dict().items() if hasattr(value, "shape")}
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    ties = {name: owner for name, owner in tied.items() if name in parameters and owner in parameters}
+    submodels = tuple(
+        (path, type(module).__name__) for path, module in model.named_modules() if isinstance(module, PreTrainedModel)
+    )
+    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+    return Skeleton(model, parameters, prefix, {name: _end(ties, name) for name in ties}, submodels)
+
+
+def _end(ties: Mapping[str, str], name: str) -> str:
+    seen = [name]
+    while name in ties and ties[name] not in seen:
+        name = ties[name]
+        seen.append(name)
+    return name
+
+
+def _on_meta(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+    import torch
+    from transformers import initialization
+
+    with torch.device("meta"), initialization.meta_device_safe_creation_ops():
+        return model_class(config)
+
+
+def _backbone(model: PreTrainedModel) -> set[str]:
+    """In-memory names of the model that AutoModel gives for this config; all names if that says nothing."""
+    from transformers import MODEL_MAPPING
+
+    own = set(model.state_dict())
+    known = MODEL_MAPPING.get(type(model.config), None)
+    classes = tuple(known) if isinstance(known, (tuple, list)) else (known,)
+    if known is None or type(model) in classes:
+        return own
+    backbone = set(_on_meta(classes[0], model.config).state_dict())
+    return backbone if 2 * len(own & backbone) > len(own) else own
+
+
+def find_class(
+    config: Mapping[str, Any], origin: str, trust_remote_code: bool
+) -> tuple[type[PreTrainedModel], PreTrainedConfig] | None:
+    """The class and config object for config.json; None if only the model's own code has them.
+
+    Raises:
+        UnsupportedError: quantised weights, or transformers has no class for this config.
+    """
+    _refuse_quantised(config, origin)
+    name = next(iter(config.get("architectures") or ()), None)
+    try:
+        if config.get("auto_map") and trust_remote_code:
+            found = _remote_class(config, origin, name)
+        else:
+            found = _native_class(config, name)
+    except UnsupportedError:
+        raise
+    except Exception as error:
+        raise UnsupportedError(
+            f"{origin}: transformers cannot use config.json of {name or config.get('model_type')}: {first_line(error)}"
+        ) from error
+    if found is None and not config.get("auto_map"):
+        raise UnsupportedError(
+            f"{origin}: transformers has no class for architecture {name}, model_type {config.get('model_type')}; "
+            "a newer version may"
+        )
+    return found
+
+
+def _refuse_quantised(config: Mapping[str, Any], origin: str) -> None:
+    for section in (config, *(value for value in config.values() if isinstance(value, Mapping))):
+        quantised = section.get("quantization_config") or section.get("compression_config")
+        if quantised:
+            method = quantised.get("quant_method") if isinstance(quantised, Mapping) else None
+            raise UnsupportedError(
+                f"{origin}: the weights are quantised ({method or 'method not named'}); use the original checkpoint"
+            )
+
+
+def _native_class(
+    config: Mapping[str, Any], name: str | None
+) -> tuple[type[PreTrainedModel], PreTrainedConfig] | None:
+    import transformers
+    from transformers import CONFIG_MAPPING, MODEL_MAPPING, PreTrainedModel
+
+    named = getattr(transformers, name, None) if name else None
+    if inspect.isclass(named) and issubclass(named, PreTrainedModel):
+        return named, _config_for(named.config_class, config)
+    if config.get("auto_map") or config.get("model_type") not in CONFIG_MAPPING:
+        return None  # code of its own may call itself a known model type and still be another model
+    model_config = _config_for(CONFIG_MAPPING[config["model_type"]], config)
+    known = MODEL_MAPPING.get(type(model_config), None)
+    model_class = known[0] if isinstance(known, (tuple, list)) else known
+    return None if model_class is None else (model_class, model_config)
+
+
+def _remote_class(
+    config: Mapping[str, Any], origin: str, name: str | None
+) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
+    from transformers import CONFIG_MAPPING
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    folder = Path(origin).expanduser()
+    repository, _, revision = (str(folder), "", "") if folder.is_dir() else origin.partition("@")
+    references = {key: value for key, value in config["auto_map"].items() if isinstance(value, str)}
+    wanted = [value for value in references.values() if value.rpartition(".")[2] == name]
+    reference = wanted[0] if wanted else references.get("AutoModel")
+    if reference is None:
+        raise UnsupportedError(f"{origin}: auto_map in config.json names no code for {name or 'AutoModel'}")
+
+    def load(reference: str) -> Any:
+        return get_class_from_dynamic_module(reference, repository, revision=revision or None)
+
+    named = references.get("AutoConfig")
+    config_class = load(named) if named else CONFIG_MAPPING[config["model_type"]]
+    return load(reference), _config_for(config_class, config)
+
+
+def _config_for(config_class: type[PreTrainedConfig], config: Mapping[str, Any]) -> PreTrainedConfig:
+    """The config object, from the tower's section where the class is one tower of a composite model."""
+    section: Mapping[str, Any] = config
+    if config_class.base_config_key and config_class.base_config_key in config:
+        section = config[config_class.base_config_key]
+    elif config.get("model_type") not in (None, config_class.model_type):
+        towers = [value for value in config.values() if isinstance(value, Mapping)]
+        section = next((value for value in towers if value.get("model_type") == config_class.model_type), config)
+    # Which attention kernel a user last ran says nothing about the weights and may not be installed here.
+    kernels = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
+    return config_class.from_dict({key: value for key, value in section.items() if key not in kernels})
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, its class if it has none."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

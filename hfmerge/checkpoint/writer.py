@@ -1,0 +1,193 @@
+"""Safetensors files written tensor by tensor: the header first, then each tensor at its own offset, in any order.
+
+With the same names, dtypes and shapes the bytes equal those of `safetensors.torch.save_file`.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hfmerge.errors import OutputError
+
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+RANKS = (
+    "BOOL",
+    "U8",
+    "I8",
+    "F8_E5M2",
+    "F8_E4M3",
+    "I16",
+    "U16",
+    "F16",
+    "BF16",
+    "I32",
+    "U32",
+    "F32",
+    "F64",
+    "I64",
+    "U64",
+)
+"""Alignment order of safetensors' own serializer: later dtypes come first in the file."""
+
+TORCH_NAMES = {
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "U16": "uint16", "F16": "float16", "BF16": "bfloat16",
+    "I32": "int32", "U32": "uint32", "F32": "float32", "F64": "float64", "I64": "int64", "U64": "uint64",
+}  # fmt: skip
+SIZES = {name: {"BOOL": 1, "BF16": 2}.get(name) or int(name.lstrip("UIF")) // 8 for name in TORCH_NAMES}
+"""Bytes per element."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """What one tensor of a file will be: safetensors dtype and shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Length in the file."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count * SIZES[self.dtype]
+
+
+def header_bytes(slots: Mapping[str, Slot], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
+    """Length prefix and header of a file, and the absolute offset of every tensor."""
+    order = sorted(slots, key=lambda name: (-RANKS.index(slots[name].dtype), name.encode()))
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    at = 0
+    starts = {}
+    for name in order:
+        slot = slots[name]
+        header[name] = {"dtype": slot.dtype, "shape": list(slot.shape), "data_offsets": [at, at + slot.nbytes]}
+        starts[name] = at
+        at += slot.nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    first = 8 + len(text)
+    return len(text).to_bytes(8, "little") + text, {name: first + start for name, start in starts.items()}
+
+
+class SafetensorsWriter:
+    """One file being filled. Threads and processes may write different tensors at once (`pwrite`)."""
+
+    def __init__(self, path: Path, slots: Mapping[str, Slot], metadata: Mapping[str, str] | None = None):
+        self.path = path
+        self.slots = dict(slots)
+        header, self._offsets = header_bytes(slots, {"format": "pt"} if metadata is None else metadata)
+        self._missing = dict.fromkeys(self.slots)
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        with disk_errors(path):
+            size = len(header) + sum(slot.nbytes for slot in self.slots.values())
+            if hasattr(os, "posix_fallocate") and size:
+                _allocate(self._fd, size)
+            os.ftruncate(self._fd, size)
+            _pwrite_all(self._fd, header, 0)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Put a tensor into its place; its dtype and shape must be the slot's."""
+        slot = self.slots[name]
+        if tuple(tensor.shape) != slot.shape or str(tensor.dtype) != f"torch.{TORCH_NAMES[slot.dtype]}":
+            raise ValueError(f"{name}: {tensor.dtype} {tuple(tensor.shape)} for a slot of {slot.dtype} {slot.shape}")
+        import torch
+
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        if flat.numel():
+            with disk_errors(self.path):
+                _pwrite_all(self._fd, memoryview(flat.view(torch.uint8).numpy()), self._offsets[name])
+        self._missing.pop(name, None)
+
+    def read(self, name: str) -> Tensor:
+        """A tensor written before, read back."""
+        import torch
+
+        slot = self.slots[name]
+        buffer = torch.empty(slot.nbytes, dtype=torch.uint8)
+        view, at = memoryview(buffer.numpy()), self._offsets[name]
+        while view:
+            count = os.preadv(self._fd, [view[: 1 << 30]], at)
+            if count <= 0:
+                raise OutputError(f"{self.path}: {name} cannot be read back.")
+            view, at = view[count:], at + count
+        return buffer.view(getattr(torch, TORCH_NAMES[slot.dtype])).reshape(slot.shape)
+
+    def close(self, *, complete: bool = True) -> None:
+        """Flush to the disk and close.
+
+        Args:
+            complete: every slot must have been written.
+
+        Raises:
+            OutputError: the disk refused; ValueError: a slot was never written.
+        """
+        if self._fd < 0:
+            return
+        fd, self._fd = self._fd, -1
+        try:
+            if complete and self._missing:
+                raise ValueError(f"{self.path}: never written: {', '.join(list(self._missing)[:3])}")
+            if complete:
+                with disk_errors(self.path):
+                    os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+class disk_errors:
+    """Re-raise a failed write as one line that names the file and the remedy."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError):
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise OutputError(
+                    f"{self.path}: the disk is full; free some space or choose another --output."
+                ) from error
+            raise OutputError(f"{self.path}: cannot be written: {error.strerror}.") from error
+
+
+def _allocate(fd: int, size: int) -> None:
+    """Reserve the space, so that a full disk shows now; file systems that cannot are left to fail at the write."""
+    try:
+        os.posix_fallocate(fd, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENODEV):
+            raise
+
+
+def _pwrite_all(fd: int, data: bytes | memoryview, at: int) -> None:
+    view = memoryview(data)
+    while view:
+        count = os.pwrite(fd, view[: 1 << 30], at)
+        view, at = view[count:], at + count
+
+
+def write_index(folder: Path, weight_map: Mapping[str, str], total_size: int) -> None:
+    """`model.safetensors.index.json` of a sharded checkpoint; `total_size` in bytes."""
+    text = json.dumps(
+        {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}, indent=2
+    )
+    (folder / "model.safetensors.index.json").write_text(text + "\n", encoding="utf-8")
+
+
+def shard_names(files: Sequence[str]) -> dict[str, str]:
+    """Names of the output's weight files for the base's: `model.safetensors`, or `model-0000i-of-0000n.safetensors`."""
+    if len(files) == 1:
+        return {files[0]: "model.safetensors"}
+    return {file: f"model-{i:05d}-of-{len(files):05d}.safetensors" for i, file in enumerate(sorted(files), 1)}

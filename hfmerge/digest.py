@@ -1,0 +1,43 @@
+"""SHA-256 of bytes, files and JSON values: the only identity hfmerge trusts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+CHUNK = 1 << 22
+
+
+def sha256_bytes(data: bytes) -> str:
+    """Hex SHA-256 of `data`."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: str | Path, progress: Callable[[int], object] | None = None) -> str:
+    """Hex SHA-256 of a file's bytes, read in chunks of 4 MiB.
+
+    Args:
+        path: the file.
+        progress: called with the number of bytes just hashed, after each chunk.
+    """
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as handle:
+        while chunk := handle.read(CHUNK):
+            digest.update(chunk)
+            if progress is not None:
+                progress(len(chunk))
+    return digest.hexdigest()
+
+
+def git_blob_id(data: bytes) -> str:
+    """The SHA-1 under which git, and so the Hub's tree listing, knows a small file."""
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+
+
+def canonical_json(value: Any) -> bytes:
+    """One byte sequence for one value: sorted keys, two-space indent, UTF-8, newline at the end."""
+    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()

@@ -1,0 +1,99 @@
+"""Every error hfmerge raises on purpose, as one tree.
+
+HfMergeError                  the CLI prints it as one line and exits with 1
+|- RecipeError                what was asked is wrong; carries *all* problems of a recipe at once
+|- SourceError                a model cannot be named, found, reached or read
+|  |- NotFoundError           no such repository, revision, file or folder (or no right to see it)
+|  |- AccessError             private, gated, or a wrong token
+|  |- OfflineError            not in the cache, and the Hub may not or cannot be reached
+|  |- CorruptFileError        truncated, a Git-LFS pointer, not what its digest says
+|  `- UnsupportedError        quantised, pickled, or of a kind hfmerge does not merge
+|- ShapeError                 tensors that should match do not
+|- NonFiniteError             NaN or Inf where numbers are needed
+|- LedgerError                a merge history that is broken, missing or from another merge
+|  `- VerificationError       the ledger does not describe the files beside it
+|- OutputError                the result cannot be written: folder in use, disk full
+`- PushError                  the Hub refused the result, or somebody else pushed first
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class HfMergeError(Exception):
+    """Base of all errors raised on purpose; its text says what, where and what to do, in one line."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One fault of a recipe: the path to the key (`models[2].weight`) and what is wrong, with a remedy."""
+
+    path: str
+    text: str
+
+
+class RecipeError(HfMergeError):
+    """All faults of a recipe (or of its sources, seen from their headers), found before any download."""
+
+    def __init__(self, problems: Sequence[Problem], origin: str = "recipe"):
+        self.problems = tuple(problems)
+        self.origin = origin
+        super().__init__(self._render())
+
+    def _render(self) -> str:
+        count = len(self.problems)
+        head = f"{self.origin}: {count} problem{'s' if count != 1 else ''}, nothing downloaded"
+        if count == 1:
+            return f"{head}: {self.problems[0].path}: {self.problems[0].text}"
+        width = min(28, max(len(p.path) for p in self.problems))
+        return "\n".join([head, *(f"  {p.path:<{width}}  {p.text}" for p in self.problems)])
+
+
+class SourceError(HfMergeError):
+    """A model that cannot be named, found, reached or read."""
+
+
+class NotFoundError(SourceError):
+    """No such repository, revision, file or folder; or no right to know of it."""
+
+
+class AccessError(SourceError):
+    """A private or gated repository, or a token the Hub does not accept."""
+
+
+class OfflineError(SourceError):
+    """Not in the local cache while the Hub may not, or cannot, be reached."""
+
+
+class CorruptFileError(SourceError):
+    """A file that is truncated, a Git-LFS pointer, or differs from its recorded digest."""
+
+
+class UnsupportedError(SourceError):
+    """A checkpoint of a kind hfmerge refuses: quantised, pickled, without weights."""
+
+
+class ShapeError(HfMergeError):
+    """Tensors that must have equal shapes do not."""
+
+
+class NonFiniteError(HfMergeError):
+    """NaN or Inf in a source tensor or in a result."""
+
+
+class LedgerError(HfMergeError):
+    """A merge history that is missing, broken, or belongs to another merge."""
+
+
+class VerificationError(LedgerError):
+    """The ledger and the files beside it disagree."""
+
+
+class OutputError(HfMergeError):
+    """The result cannot be written: folder in use or not empty, disk full."""
+
+
+class PushError(HfMergeError):
+    """The Hub refused the result, or the branch moved since it was read."""

@@ -1,0 +1,480 @@
+"""The one executor: visits each output parameter once, folds all models into it, and writes it.
+
+Call sequence of `run`: fetch the files; count magnitudes if the method asks (`settle`); first pass: per parameter, read base and
+models, fold or combine, keep the carried state; then, if the recipe's `norm` needs a number over all parameters, a second pass
+that scales what was kept and writes it; heads, side files, digests. Parameters are independent, so they run on a pool of
+threads, each computing on one core: the bytes do not depend on the number of cores.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hfmerge.checkpoint.deltas import DeltaReader
+from hfmerge.checkpoint.heads import write_head
+from hfmerge.checkpoint.reader import Reader
+from hfmerge.checkpoint.sidefiles import copy_side_files
+from hfmerge.checkpoint.vocabulary import extended_base, write_tokenizer
+from hfmerge.checkpoint.writer import TORCH_NAMES, SafetensorsWriter, write_index
+from hfmerge.digest import sha256_file
+from hfmerge.errors import NonFiniteError
+from hfmerge.methods import Carry, FoldMethod, JointMethod
+from hfmerge.planning import DTYPE_NAMES, Param, Plan, carry_slots, needs_two_passes, state_name, worker_count
+from hfmerge.source import digests, fetch, weight_files
+from hfmerge.taskvector import Block, Dense, LowRank, TaskVector, cut, from_tensors, squared_norm, zero
+
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+STATE_FOLDER = "merge_state"
+
+
+@dataclass(frozen=True)
+class State:
+    """A kept state file: after how many models, its digest (also its name) and bytes."""
+
+    count: int
+    sha256: str
+    nbytes: int
+
+    @property
+    def file(self) -> str:
+        """Path in the output folder."""
+        return f"{STATE_FOLDER}/{self.sha256}.safetensors"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run found out, for the ledger.
+
+    Attributes:
+        squared_norms: per model, squared Frobenius norm of its task vector over all merged parameters.
+        merged_norm: norm of the merged task vector as written, before the output's rounding.
+        scale: factor that `norm` put on the method's read-out.
+        source_digests: for the base and then each model (and None where a prior state stood for it), file -> SHA-256.
+        states: kept states.
+        products: every file written, path -> SHA-256, states left out.
+    """
+
+    squared_norms: tuple[float, ...]
+    merged_norm: float
+    scale: float
+    source_digests: tuple[dict[str, str] | None, ...]
+    states: tuple[State, ...]
+    products: dict[str, str]
+
+
+def run(plan: Plan, folder: Path) -> Outcome:
+    """Execute a plan into an empty folder.
+
+    Raises:
+        SourceError, NonFiniteError, OutputError: with file, tensor and model; the folder is then to be thrown away.
+    """
+    start = plan.prior.count if plan.prior else 0
+    _fetch_all(plan, start)
+    with _one_thread_each(), contextlib.ExitStack() as stack:
+        hashing = stack.enter_context(ThreadPoolExecutor(1, "hfmerge-digest"))
+        # results are asked for at the end; a source that differs from its digest then fails the whole run
+        source_digests: list[Future[dict[str, str]] | None] = [hashing.submit(digests, plan.base)]
+        source_digests += [
+            hashing.submit(digests, delta.source) if i >= start else None for i, delta in enumerate(plan.deltas)
+        ]
+        job = stack.enter_context(_Job(plan, folder, start))
+        outcome = job.merge()
+        found = tuple(None if item is None else item.result() for item in source_digests)
+        beneath = [d.source.beneath for d in plan.deltas]
+        for i, under in enumerate(beneath):
+            if under is not None and found[i + 1] is not None:
+                found[i + 1].update({f"+{name}": value for name, value in digests(under).items()})  # type: ignore[union-attr]
+    products = _finish_folder(plan, folder)
+    return Outcome(**outcome, source_digests=found, products=products)
+
+
+def _fetch_all(plan: Plan, start: int) -> None:
+    """Download every file the run reads; the Hub client shows its own progress."""
+    for source in [plan.base, *(delta.source for delta in plan.deltas[start:])]:
+        for place in (source, source.beneath):
+            if place is not None:
+                for name in weight_files(place):
+                    fetch(place.pinned, name)
+    for name in plan.side_files:
+        fetch(plan.base.pinned, name)
+
+
+@contextlib.contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Each matrix is computed on one core, so that its bytes are the same on every number of cores."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class _Job:
+    """The open files and totals of one run."""
+
+    def __init__(self, plan: Plan, folder: Path, start: int):
+        self.plan, self.folder, self.start = plan, folder, start
+        lenient = plan.recipe.allow_nonfinite
+        self.base = Reader(plan.base, allow_nonfinite=lenient)
+        self.models = [DeltaReader(delta, allow_nonfinite=lenient) for delta in plan.deltas]
+        self.tied: dict[str, list[Param]] = {}
+        for param in plan.params:
+            if param.owner is not None:
+                self.tied.setdefault(param.owner, []).append(param)
+        self.prior = _StateReader(plan.prior.path) if plan.prior else None
+        self.outputs: dict[str, SafetensorsWriter] = {}
+        self.states: dict[int, SafetensorsWriter] = {}
+        self.scratch: SafetensorsWriter | None = None
+        self.complete = False
+
+    def __enter__(self) -> _Job:
+        plan = self.plan
+        self.outputs = {
+            file: SafetensorsWriter(self.folder / file, slots) for file, slots in sorted(plan.slots().items())
+        }
+        if plan.keep:
+            (self.folder / STATE_FOLDER).mkdir()
+        for count in plan.keep:
+            path = self.folder / STATE_FOLDER / f"after-{count}.safetensors"
+            self.states[count] = SafetensorsWriter(path, plan.state_slots(count))
+        if needs_two_passes(plan) and len(plan.deltas) not in self.states:
+            if isinstance(plan.method, FoldMethod):
+                slots = plan.state_slots(len(plan.deltas))
+            else:
+                from hfmerge.checkpoint.writer import Slot
+
+                slots = {p.key: Slot("F32", p.slot.shape) for p in plan.params if p.touched}
+            self.scratch = SafetensorsWriter(self.folder / ".scratch", slots)
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self.base.close()
+        for reader in self.models:
+            reader.close()
+        if self.prior is not None:
+            self.prior.close()
+        for writer in (*self.outputs.values(), *self.states.values()):
+            writer.close(complete=self.complete)
+        if self.scratch is not None:
+            self.scratch.close(complete=False)
+            self.scratch.path.unlink()
+
+    def merge(self) -> dict[str, Any]:
+        plan = self.plan
+        thresholds = self._measure() if isinstance(plan.method, JointMethod) and plan.method.measured else None
+        two = needs_two_passes(plan)
+        touched = [param for param in plan.params if param.touched]
+        untouched = [param for param in plan.params if param.mode != "tied" and not param.touched]
+        if plan.method.matrixwise:
+            touched.sort(key=lambda param: (-param.slot.nbytes, param.key))
+        results = self._over(touched, lambda param: self._first_pass(param, thresholds, write=not two), "Merging")
+        squares = tuple(math.fsum(r[0][i] for r in results) for i in range(len(plan.deltas) - self.start))
+        squared_norms = (*(plan.prior.squared_norms if plan.prior else ()), *squares)
+        read_out = math.sqrt(math.fsum(r[1] for r in results))
+        scale = 1.0
+        if two:
+            mean = math.fsum(math.sqrt(s) for s in squared_norms) / len(squared_norms)
+            target = mean if plan.norm == "mean" else float(plan.norm)
+            scale = target / read_out if read_out > 0.0 else 0.0
+            self._over(touched, lambda param: self._second_pass(param, scale), "Writing")
+        self._over(untouched, self._copy, "Copying")
+        self.complete = True
+        for writer in (*self.outputs.values(), *self.states.values()):
+            writer.close()
+        return {
+            "squared_norms": squared_norms,
+            "merged_norm": read_out * scale,
+            "scale": scale,
+            "states": tuple(self._name_state(count, writer) for count, writer in self.states.items()),
+        }
+
+    def _name_state(self, count: int, writer: SafetensorsWriter) -> State:
+        sha256, nbytes = sha256_file(writer.path), writer.path.stat().st_size
+        state = State(count, sha256, nbytes)
+        writer.path.rename(self.folder / state.file)
+        return state
+
+    def _over(self, params: Sequence[Param], work: Callable[[Param], Any], title: str) -> list[Any]:
+        """Run `work` over parameters on the pool; results in the parameters' order."""
+        from huggingface_hub.utils import tqdm
+
+        if not params:
+            return []
+        total = sum(param.slot.nbytes for param in params)
+        pool = ThreadPoolExecutor(worker_count(), "hfmerge")
+        bar = tqdm(total=total, desc=title, unit="B", unit_scale=True, name="hfmerge")
+        try:
+            results = []
+            for param, result in zip(params, _windowed(pool, work, params), strict=True):
+                results.append(result)
+                bar.update(param.slot.nbytes)
+            return results
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+            bar.close()
+
+    def base_value(self, param: Param) -> Tensor:
+        """The base's float32 value in the output's rows."""
+        value = self.base.value(param.key)
+        vocabulary = self.plan.vocabulary
+        if vocabulary is not None and vocabulary.added and param.vocab_axis is not None:
+            rows = [model.new_value(param.key) for model in self.models]
+            value = extended_base(vocabulary, value, rows, param.vocab_axis)
+        return value
+
+    def _task_vector(self, model: int, param: Param, base: Callable[[], Tensor]) -> TaskVector | None:
+        aligned = None
+        if self.plan.vocabulary is not None and param.vocab_axis is not None:
+            aligned = (self.plan.vocabulary, model, param.vocab_axis)
+        return self.models[model].task_vector(param.key, base, aligned)
+
+    def _measure(self) -> list[float]:
+        """One threshold per model from its histogram over all merged parameters; exact integer sums."""
+        import torch
+
+        from hfmerge.methods.trimming import BITS, magnitude_histogram
+
+        method = self.plan.method
+        assert isinstance(method, JointMethod)
+        totals = [torch.zeros(1 << BITS, dtype=torch.int64) for _ in self.models]
+
+        def count(param: Param) -> list[Tensor]:
+            base = _once(lambda: self.base_value(param))
+            taus = (self._task_vector(i, param, base) for i in range(len(self.models)))
+            return [magnitude_histogram(torch.zeros(param.slot.shape) if t is None else t.to_dense()) for t in taus]
+
+        for counts in self._over([p for p in self.plan.params if p.mode == "merge"], count, "Measuring"):
+            for total, part in zip(totals, counts, strict=True):
+                total += part
+        return [method.settle(total) for total in totals]
+
+    def _first_pass(self, param: Param, thresholds: list[float] | None, *, write: bool) -> tuple[list[float], float]:
+        """Fold or combine one parameter; its squared norms per new model, and that of its read-out."""
+        base = _once(lambda: self.base_value(param))
+        if isinstance(self.plan.method, FoldMethod):
+            squares, carries = self._fold(param, self.plan.method, base)
+            changes = [self.plan.method.emit(carry, self.plan.weights) for carry in carries]
+        else:
+            squares, changes = self._combine(param, base, thresholds)
+        total = math.fsum(change.squared_norm() for change in changes)
+        if write:
+            self._write(param, base(), changes, 1.0)
+        elif self.scratch is not None and isinstance(self.plan.method, JointMethod):
+            import torch
+
+            whole = torch.empty(param.slot.shape)
+            for block, change in zip(param.blocks, changes, strict=True):
+                block.put(whole, change.to_dense())
+            self.scratch.write(param.key, whole)
+        return squares, total
+
+    def _fold(self, param: Param, method: FoldMethod, base: Callable[[], Tensor]) -> tuple[list[float], list[Carry]]:
+        count = len(self.models)
+        carries: list[Carry | None] = [self._prior_carry(method, param, block) for block in param.blocks]
+        squares = []
+        for i in range(self.start, count):
+            tau = self._task_vector(i, param, base)
+            squares.append(0.0 if tau is None else tau.squared_norm())
+            for b, block in enumerate(param.blocks):
+                part = zero(block.shape(param.slot.shape)) if tau is None else cut(tau, block)
+                carry = method.step(carries[b], part, self.plan.weights[i], matrix=block.matrix)
+                carries[b] = _settled(method, param, block, i + 1, carry)
+            if i + 1 in self.states:
+                self._store(self.states[i + 1], param, carries, i + 1)
+        if self.start == count and count in self.states:
+            self._store(self.states[count], param, carries, count)
+        if self.scratch is not None:
+            self._store(self.scratch, param, carries, count)
+        return squares, [carry for carry in carries if carry is not None]
+
+    def _combine(
+        self, param: Param, base: Callable[[], Tensor], thresholds: list[float] | None
+    ) -> tuple[list[float], list[TaskVector]]:
+        method = self.plan.method
+        assert isinstance(method, JointMethod)
+        squares = []
+        for i in range(len(self.models)):
+            tau = self._task_vector(i, param, base)
+            squares.append(0.0 if tau is None else tau.squared_norm())
+        changes = []
+        for block in param.blocks:
+            taus = _LazyTaus(self, param, block, base)
+            changes.append(method.combine(taus, self.plan.weights, lambda b=block: b.take(base()), thresholds))
+        return squares, changes
+
+    def _prior_carry(self, method: FoldMethod, param: Param, block: Block) -> Carry | None:
+        if self.prior is None or self.start == 0:
+            return None
+        shape = block.shape(param.slot.shape)
+        names = method.carry_ranks(shape, list(param.ranks[: self.start]))
+        if all(rank == 0 for rank in param.ranks[: self.start]):
+            return {name: zero(shape) for name in names}
+        return {name: self.prior.read(state_name(param, block, name)) for name in names}
+
+    def _store(self, writer: SafetensorsWriter, param: Param, carries: Sequence[Carry | None], count: int) -> None:
+        if all(rank == 0 for rank in param.ranks[:count]):
+            return
+        for block, carry in zip(param.blocks, carries, strict=True):
+            assert carry is not None
+            for name, value in carry.items():
+                for suffix, tensor in value.tensors().items():
+                    writer.write(f"{state_name(param, block, name)}{suffix}", tensor)
+
+    def _second_pass(self, param: Param, scale: float) -> None:
+        method, count = self.plan.method, len(self.models)
+        if isinstance(method, FoldMethod):
+            kept = self.scratch or self.states[count]
+            changes = []
+            for block in param.blocks:
+                carry: Carry = {}
+                slots = carry_slots(method, param, block, count)
+                for name in method.carry_ranks(block.shape(param.slot.shape), list(param.ranks)):
+                    stem = state_name(param, block, name)
+                    found = {s: kept.read(f"{stem}{s}") for s in ("", ".up", ".down") if f"{stem}{s}" in slots}
+                    carry[name] = from_tensors(found)
+                changes.append(method.emit(carry, self.plan.weights))
+        else:
+            assert self.scratch is not None
+            whole = self.scratch.read(param.key)
+            changes = [Dense(block.take(whole)) for block in param.blocks]
+        self._write(param, self.base_value(param), changes, scale)
+
+    def _write(self, param: Param, base: Tensor, changes: Sequence[TaskVector], scale: float) -> None:
+        """`base + scale * change` into the output; `base` is used up."""
+        for block, change in zip(param.blocks, changes, strict=True):
+            if change.is_zero:
+                continue
+            value = block.take(base).add(change.to_dense(), alpha=scale)
+            block.put(base, value)
+        self._emit(param, base)
+
+    def _emit(self, param: Param, value: Tensor) -> None:
+        import torch
+
+        cast = value.to(getattr(torch, TORCH_NAMES[param.slot.dtype]))
+        if not self.plan.recipe.allow_nonfinite:
+            checked = cast.float() if param.slot.dtype == "F16" else value
+            if not math.isfinite(squared_norm(checked)) and not bool(checked.isfinite().all()):
+                raise NonFiniteError(
+                    f"{param.key}: the merged values do not fit {DTYPE_NAMES[param.slot.dtype]}; choose a wider dtype or "
+                    "a smaller norm."
+                )
+        for target in (param, *self.tied.get(param.key, ())):
+            self.outputs[target.file].write(target.key, cast)
+
+    def _copy(self, param: Param) -> None:
+        entry = self.plan.base.tensors[param.key]
+        grown = entry.shape != param.slot.shape
+        if entry.floating and (grown or entry.dtype != param.slot.dtype):
+            self._emit(param, self.base_value(param))
+            return
+        stored = self.base.stored(param.key)
+        for target in (param, *self.tied.get(param.key, ())):
+            self.outputs[target.file].write(target.key, stored)
+
+
+class _LazyTaus(Sequence[TaskVector]):
+    """The task vectors of one block, each read anew when indexed, so that memory does not grow with the models."""
+
+    def __init__(self, job: _Job, param: Param, block: Block, base: Callable[[], Tensor]):
+        self.job, self.param, self.block, self.base = job, param, block, base
+
+    def __len__(self) -> int:
+        return len(self.job.models)
+
+    def __getitem__(self, index: Any) -> Any:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        tau = self.job._task_vector(index, self.param, self.base)
+        return zero(self.block.shape(self.param.slot.shape)) if tau is None else cut(tau, self.block)
+
+
+class _StateReader:
+    """Reads carried task vectors from a state file into fresh, aligned memory."""
+
+    def __init__(self, path: Path):
+        from safetensors import safe_open
+
+        self._handle = safe_open(path, "pt", backend="pread").__enter__()
+        self._names = dict.fromkeys(self._handle.keys())
+
+    def read(self, stem: str) -> TaskVector:
+        suffixes = [suffix for suffix in ("", ".up", ".down") if f"{stem}{suffix}" in self._names]
+        return from_tensors({suffix: self._handle.get_tensor(f"{stem}{suffix}").clone() for suffix in suffixes})
+
+    def close(self) -> None:
+        self._handle.__exit__(None, None, None)
+
+
+def _settled(method: FoldMethod, param: Param, block: Block, count: int, carry: Carry) -> Carry:
+    """A carry in exactly the form its state file would give back: contiguous, factored or dense as the plan says."""
+    shape = block.shape(param.slot.shape)
+    result: Carry = {}
+    for name, rank in method.carry_ranks(shape, list(param.ranks[:count])).items():
+        value = carry[name]
+        if rank is None or not isinstance(value, LowRank):
+            result[name] = Dense(value.to_dense().contiguous())
+        else:
+            result[name] = LowRank(value.up.contiguous(), value.down.contiguous())
+    return result
+
+
+def _once(make: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """Call `make` at the first use only; the value is then shared within one parameter's visit."""
+    held: list[Tensor] = []
+
+    def get() -> Tensor:
+        if not held:
+            held.append(make())
+        return held[0]
+
+    return get
+
+
+def _windowed(pool: ThreadPoolExecutor, work: Callable[[Param], Any], params: Sequence[Param]) -> Iterable[Any]:
+    """Results in order, with at most a few parameters beyond the running ones submitted."""
+    ahead: list[Future[Any]] = []
+    upcoming = iter(params)
+    width = worker_count() + 1
+    try:
+        for param in upcoming:
+            ahead.append(pool.submit(work, param))
+            if len(ahead) >= width:
+                yield ahead.pop(0).result()
+        while ahead:
+            yield ahead.pop(0).result()
+    finally:
+        for future in ahead:
+            future.cancel()
+
+
+def _finish_folder(plan: Plan, folder: Path) -> dict[str, str]:
+    """Heads, side files and the index; then every file's digest."""
+    for model, head in plan.heads:
+        write_head(head, plan.deltas[model].source, folder)
+    floats = {p.slot.dtype for p in plan.params if plan.base.tensors[p.key].floating}
+    changes: dict[str, Any] = {}
+    if len(floats) == 1:
+        changes = {"torch_dtype": None, "dtype": DTYPE_NAMES[floats.pop()]}
+    if plan.vocabulary is not None and plan.vocabulary.added:
+        changes["vocab_size"] = plan.vocabulary.size
+    copy_side_files(plan.base.pinned, list(plan.side_files), folder, changes)
+    if plan.vocabulary is not None and plan.vocabulary.added:
+        write_tokenizer(plan.vocabulary, plan.base.pinned, folder)
+    if len(plan.slots()) > 1:
+        total = sum(param.slot.nbytes for param in plan.params)
+        write_index(folder, {param.key: param.file for param in plan.params}, total)
+    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return {name: sha256_file(folder / name) for name in files if not name.startswith(f"{STATE_FOLDER}/")}

@@ -1,0 +1,148 @@
+"""Command-line flags as a recipe, alone or over one from a file, with the same checks and the same errors."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from hfmerge.errors import Problem
+from hfmerge.fields import show
+from hfmerge.recipe import Recipe, check_recipe
+from hfmerge.yamlio import parse_scalar
+
+
+def recipe_from_flags(
+    *,
+    base: str | None = None,
+    models: Sequence[str] | None = None,
+    method: str | None = None,
+    options: Sequence[str] = (),
+    weights: Sequence[float | str] | None = None,
+    norm: float | str | None = None,
+    dtype: str | None = None,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    vocabulary: str | None = None,
+    state: int | str | None = None,
+    output: str | None = None,
+    push_to: str | None = None,
+    private: bool | None = None,
+    allow_nonfinite: bool | None = None,
+    allow_pickle: bool | None = None,
+    trust_remote_code: bool | None = None,
+) -> Recipe:
+    """The recipe that command-line flags alone describe; see `apply_overrides` for what they mean.
+
+    Raises:
+        RecipeError: all problems, as for a file, under the origin "command line".
+    """
+    return apply_overrides(
+        None,
+        base=base,
+        models=models,
+        method=method,
+        options=options,
+        weights=weights,
+        norm=norm,
+        dtype=dtype,
+        include=include,
+        exclude=exclude,
+        vocabulary=vocabulary,
+        state=state,
+        output=output,
+        push_to=push_to,
+        private=private,
+        allow_nonfinite=allow_nonfinite,
+        allow_pickle=allow_pickle,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def apply_overrides(
+    recipe: Recipe | None,
+    *,
+    base: str | None = None,
+    models: Sequence[str] | None = None,
+    method: str | None = None,
+    options: Sequence[str] = (),
+    weights: Sequence[float | str] | None = None,
+    norm: float | str | None = None,
+    dtype: str | None = None,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    vocabulary: str | None = None,
+    state: int | str | None = None,
+    output: str | None = None,
+    push_to: str | None = None,
+    private: bool | None = None,
+    allow_nonfinite: bool | None = None,
+    allow_pickle: bool | None = None,
+    trust_remote_code: bool | None = None,
+) -> Recipe:
+    """A recipe with command-line flags over it; a flag that is None leaves the recipe's value.
+
+    Text for `weights`, `norm`, `state` and option values means what it would mean unquoted in YAML.
+
+    Args:
+        recipe: to start from; None: from nothing.
+        models: replace the recipe's, with weight 1 each unless `weights` are given too.
+        method: replaces name, options and norm of the recipe's method, unless it is the same method.
+        options: `name=value`, each over the method's.
+        weights: one a model, in their order.
+
+    Raises:
+        RecipeError: all problems of the result, under the origin "command line".
+    """
+    flags = {
+        "base": base,
+        "dtype": dtype,
+        "include": include,
+        "exclude": exclude,
+        "vocabulary": vocabulary,
+        "state": parse_scalar(state) if isinstance(state, str) else state,
+        "output": output,
+        "push_to": push_to,
+        "private": private,
+        "allow_nonfinite": allow_nonfinite,
+        "allow_pickle": allow_pickle,
+        "trust_remote_code": trust_remote_code,
+    }
+    problems: list[Problem] = []
+    data = recipe.to_dict() if recipe else {}
+    data |= {key: value for key, value in flags.items() if value is not None}
+    if models is not None:
+        data["models"] = [{"model": model} for model in models]
+    if weights is not None:
+        entries = data.get("models", [])
+        if len(weights) == len(entries):
+            given = [parse_scalar(weight) if isinstance(weight, str) else weight for weight in weights]
+            data["models"] = [{**entry, "weight": weight} for entry, weight in zip(entries, given, strict=True)]
+        else:
+            text = f"{len(weights)} given for {len(entries)} models; give one a model, in their order"
+            problems.append(Problem("weights", text))
+    choice = data.get("method", {})
+    if method is not None and method != choice.get("name"):
+        choice = {"name": method}
+    choice |= _option_flags(options, problems)
+    if norm is not None:
+        choice["norm"] = parse_scalar(norm) if isinstance(norm, str) else norm
+    if choice:
+        data["method"] = choice
+    result = check_recipe(data, "command line", problems, None)
+    return dataclasses.replace(result, notes=recipe.notes if recipe else ())
+
+
+def _option_flags(options: Sequence[str], problems: list[Problem]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for option in options:
+        name, equals, value = (part.strip() for part in option.partition("="))
+        if not equals or not name:
+            problems.append(Problem("method", f"option {show(option)} is not of the form name=value"))
+        elif name in ("name", "norm"):
+            problems.append(Problem(f"method.{name}", "is not an option; it has a flag of its own"))
+        elif name in result:
+            problems.append(Problem(f"method.{name}", "given twice; keep one"))
+        else:
+            result[name] = parse_scalar(value)
+    return result

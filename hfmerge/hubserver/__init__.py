@@ -1,0 +1,26 @@
+"""A Hub-compatible server on loopback: the part of the Hugging Face Hub that the official clients need, on one machine.
+
+For air-gapped work, first runs, and tests that use the real clients over real HTTP. **Checked against the behaviour of
+the clients (huggingface_hub 2.x, hf_xet 1.8, transformers 5, datasets 5), never against huggingface.co.**
+
+Inside the scope, for `models` and `datasets`:
+
+- users with one token each; public, private and gated repositories; any user may create any organisation by creating
+  `org/name` in it (nobody is asked), but not in the namespace of another user; a repository is written by the user
+  who created it and by the user its namespace is named after;
+- create, delete, move (with redirects), settings, info, lists, authorisation checks, access requests granted by hand;
+- revisions by branch, tag, commit, `refs/pr/N`; trees, paths, refs, commits, branches, tags, super-squash;
+- downloads with Range, entity tags and the `X-Repo-Commit` family, optionally redirected to a second port as to a CDN;
+- uploads: regular files, Git-LFS basic and multipart, Xet (checked: every xorb against its hash, every file against
+  its sha256); commits with parent checks; pull requests and discussions, also by people without write access;
+- model cards: front matter checked by `validate-yaml` and at each commit, tags (`base_model:merge:...` included).
+
+Outside it, answered by 501 with `X-Error-Code: NotImplemented`: spaces, kernels, buckets, collections, jobs, webhooks,
+git clone and push, Xet downloads (files are served by plain HTTP), copies of LFS files between repositories.
+
+Storage, under one folder that one server at a time may use: a bare git repository for each repository (readable by
+`git`), a content-addressed store of sha256 objects, and an SQLite file. Everything is written aside and renamed, and a
+branch moves last, so a server that is killed leaves no half-written object and no half-made commit. Objects that no
+repository links any more go at the next start, and so do the chunks received by Xet uploads (their place is then
+named anew, which tells clients to forget what they believe is stored); until then they take space a second time.
+"""

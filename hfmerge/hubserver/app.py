@@ -1,0 +1,153 @@
+"""The ASGI application: finds the route, knows the user, turns faults into answers, writes the request log."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import traceback
+import uuid
+from collections.abc import Awaitable, Callable, MutableMapping
+from pathlib import Path
+from typing import Any, cast
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from hfmerge.hubserver import discussions, download, lfs, listing, repos, upload, xet
+from hfmerge.hubserver.hub import Hub
+from hfmerge.hubserver.routing import Match, find
+from hfmerge.hubserver.wire import Call, HubFault, not_implemented
+from hfmerge.hubserver.xorb import MOST_XORB_BODY
+
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+# The longest body that is held in memory: a commit carries its regular files.
+_MOST_BODY = 512 << 20
+
+_ROUTES = [
+    *repos.ROUTES,
+    *listing.ROUTES,
+    *discussions.ROUTES,
+    *upload.ROUTES,
+    *xet.ROUTES,
+    *lfs.ROUTES,
+    *download.ROUTES,
+]
+
+# First segments (after `/api/`, if there is one) of routes that the Hub has and this server leaves out.
+_ABSENT = ("spaces", "kernels", "buckets", "collections", "jobs", "scheduled-jobs", "papers", "daily_papers")
+_ABSENT += ("settings", "users", "organizations", "oauth", "models-tags-by-type", "datasets-tags-by-type")
+
+
+class RequestLog:
+    """One JSON object a line: what was asked, by whom, and what was sent."""
+
+    def __init__(self, path: Path):
+        self._file = path.open("a", encoding="utf-8")
+        self._lock = threading.Lock()
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append a record, at once readable by others."""
+        with self._lock:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        """End the file."""
+        self._file.close()
+
+
+class HubApp:
+    """The application; requests on the second port are answered as by a CDN that knows nothing else."""
+
+    def __init__(self, hub: Hub, log: RequestLog | None = None):
+        self._hub = hub
+        self._log = log
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http":
+            return
+        request = Request(scope, receive)
+        request_id = uuid.uuid4().hex
+        status, sent, user = 0, 0, None
+
+        async def counting_send(message: Message) -> None:
+            nonlocal status, sent
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+            elif request.method != "HEAD":
+                sent += len(message.get("body", b""))
+            await send(message)
+
+        try:
+            try:
+                match = self._match(request)
+                if not match.open:
+                    user = self._hub.user_of(request.headers.get("authorization"))
+                response = await self._answer(request, match, user)
+            except HubFault as fault:
+                response = fault.response()
+            except ClientDisconnect:
+                return
+            except Exception:
+                traceback.print_exc(file=sys.stderr)
+                response = HubFault(500, f"Internal error, request id {request_id}").response()
+            await response(scope, receive, counting_send)
+        finally:
+            if self._log is not None:
+                self._log.write(
+                    {
+                        "method": request.method,
+                        "path": scope["raw_path"].decode("latin-1"),
+                        "query": scope["query_string"].decode("latin-1"),
+                        "status": status,
+                        "bytes": sent,
+                        "range": request.headers.get("range"),
+                        "port": scope["server"][1],
+                        "user": user,
+                        "authorization": "authorization" in request.headers,
+                        "id": request_id,
+                    }
+                )
+
+    def _match(self, request: Request) -> Match:
+        path = request.scope["raw_path"].decode("latin-1")
+        is_cdn = request.scope["server"][1] == self._hub.cdn_port
+        match, methods = find(download.CDN_ROUTES if is_cdn else _ROUTES, request.method, path)
+        if match is not None:
+            return match
+        if methods:
+            raise HubFault(405, f"{request.method} is not allowed here", headers={"Allow": ", ".join(methods)})
+        first = path.removeprefix("/api/").strip("/").split("/")[0]
+        if first in _ABSENT and not is_cdn:
+            raise not_implemented(first)
+        raise HubFault(404, f"No such route: {request.method} {path}")
+
+    async def _answer(self, request: Request, match: Match, user: str | None) -> Response:
+        if match.streams:
+            call = self._call(request, match, user, b"")
+            return await cast(Awaitable[Response], match.handler(self._hub, call))
+        body = await _body(request, MOST_XORB_BODY if match.open else _MOST_BODY)
+        call = self._call(request, match, user, body)
+        return cast(Response, await run_in_threadpool(match.handler, self._hub, call))
+
+    def _call(self, request: Request, match: Match, user: str | None, body: bytes) -> Call:
+        host, port = request.scope["server"]
+        origin = f"{request.scope['scheme']}://{request.headers.get('host') or f'{host}:{port}'}"
+        return Call(request, match.arguments, match.repo_span, user, origin, body)
+
+
+async def _body(request: Request, most: int) -> bytes:
+    body = bytearray()
+    async for data in request.stream():
+        body += data
+        if len(body) > most:
+            raise HubFault(413, f"The body is longer than {most} bytes")
+    return bytes(body)

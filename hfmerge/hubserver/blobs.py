@@ -1,0 +1,91 @@
+"""The content-addressed store: objects named by their sha256, complete or absent."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+
+class BlobStore:
+    """Objects under `root/aa/bb/<sha256>`; what is being received lies in `temporary`, on the same file system."""
+
+    def __init__(self, root: Path, temporary: Path):
+        self.root = root
+        self.temporary = temporary
+        root.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir(parents=True, exist_ok=True)
+
+    def path(self, oid: str) -> Path:
+        """Where the object lies, or would lie."""
+        return self.root / oid[:2] / oid[2:4] / oid
+
+    def size(self, oid: str) -> int | None:
+        """Bytes of the object, None if it is not here."""
+        try:
+            return self.path(oid).stat().st_size
+        except FileNotFoundError:
+            return None
+
+    def receive(self) -> Incoming:
+        """Begin to receive an object."""
+        return Incoming(self)
+
+    def all(self) -> Iterator[str]:
+        """The names of all objects."""
+        for path in self.root.glob("*/*/*"):
+            yield path.name
+
+    def remove(self, oid: str) -> None:
+        """Delete an object."""
+        self.path(oid).unlink()
+
+    def clear_temporary(self) -> None:
+        """Delete what was being received when a server ended."""
+        shutil.rmtree(self.temporary)
+        self.temporary.mkdir()
+
+
+class Incoming:
+    """One object on its way in: hashed while it is written aside, kept only if it is what was announced."""
+
+    def __init__(self, store: BlobStore):
+        self._store = store
+        handle, name = tempfile.mkstemp(dir=store.temporary)
+        self._file = os.fdopen(handle, "wb")
+        self._name = Path(name)
+        self._hash = hashlib.sha256()
+        self.size = 0
+
+    def __enter__(self) -> Incoming:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+        self._name.unlink(missing_ok=True)
+
+    def write(self, data: bytes) -> None:
+        """Append bytes."""
+        self._file.write(data)
+        self._hash.update(data)
+        self.size += len(data)
+
+    def keep(self, oid: str, size: int | None) -> None:
+        """Move the object to its place.
+
+        Raises:
+            ValueError: the bytes have another sha256 or another length than announced.
+        """
+        if size is not None and size != self.size:
+            raise ValueError(f"expected {size} bytes, received {self.size}")
+        digest = self._hash.hexdigest()
+        if digest != oid:
+            raise ValueError(f"expected sha256 {oid}, received {digest}")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        target = self._store.path(oid)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(self._name, target)

@@ -1,0 +1,297 @@
+"""The state of a running server, and who may do what to which repository."""
+
+from __future__ import annotations
+
+import hmac
+import shutil
+import sqlite3
+import threading
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+
+from hfmerge.errors import HfMergeError
+from hfmerge.hubserver.blobs import BlobStore
+from hfmerge.hubserver.database import Database, DiscussionRow, RepoRow
+from hfmerge.hubserver.gitstore import Entry, GitStore
+from hfmerge.hubserver.signing import Signer
+from hfmerge.hubserver.wire import (
+    Call,
+    HubFault,
+    entry_missing,
+    forbidden,
+    login_needed,
+    repo_missing,
+    revision_missing,
+    segment,
+)
+
+
+# Objects larger than this are sent in parts by clients without Xet.
+DEFAULT_PART_SIZE = 64 << 20
+
+_FORMAT = "1"
+
+
+class Hub:
+    """Everything the handlers share. `root` belongs to one server at a time.
+
+    Args:
+        root: folder of the store, made if it is missing.
+        users: user name to token.
+        part_size: bytes of one part of a multipart LFS upload.
+        cdn_port: port that serves large files after a redirect, None to serve them directly.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        users: Mapping[str, str],
+        *,
+        part_size: int = DEFAULT_PART_SIZE,
+        cdn_port: int | None = None,
+    ):
+        self.root = root
+        self.users = dict(users)
+        self.part_size = part_size
+        self.cdn_port = cdn_port
+        self.signer = Signer()
+        # Clients remember which chunks a Xet store has, by its address: a store that begins empty needs a new one.
+        self.xet_id = uuid.uuid4().hex
+        root.mkdir(parents=True, exist_ok=True)
+        self._check_format()
+        self.database = Database(root / "hub.sqlite")
+        self.blobs = BlobStore(root / "objects", root / "incoming")
+        self.xorbs = root / "xorbs"
+        self._locks: dict[str, threading.Lock] = {}
+        self._locks_guard = threading.Lock()
+        self._recover()
+
+    def close(self) -> None:
+        """End: the folder may be used by another server."""
+        self.database.close()
+        (self.root / "running").unlink(missing_ok=True)
+
+    def _check_format(self) -> None:
+        mark = self.root / "format"
+        if mark.exists():
+            if mark.read_text().strip() != _FORMAT:
+                raise HfMergeError(f"{self.root}: written by another version of the server; choose another folder")
+        elif any(self.root.iterdir()):
+            raise HfMergeError(f"{self.root}: not empty and not a store of this server; choose another folder")
+        else:
+            mark.write_text(_FORMAT + "\n")
+
+    def _recover(self) -> None:
+        """Remove what an ended server left: chunks, unfinished uploads, folders and objects nobody refers to."""
+        running = self.root / "running"
+        known = [row.rid for row in self.database.repos()]
+        repos = self.root / "repos"
+        repos.mkdir(exist_ok=True)
+        for path in repos.iterdir():
+            if path.name.removesuffix(".git") not in known:
+                shutil.rmtree(path)
+        if running.exists():
+            # git refuses to write beside a lock that a killed process left.
+            for lock in repos.glob("*/**/*.lock"):
+                lock.unlink()
+        running.touch()
+        self.blobs.clear_temporary()
+        shutil.rmtree(self.xorbs, ignore_errors=True)
+        self.xorbs.mkdir()
+        linked = self.database.linked_anywhere()
+        for oid in list(self.blobs.all()):
+            if oid not in linked:
+                self.blobs.remove(oid)
+
+    # Users
+
+    def user_of(self, authorization: str | None) -> str | None:
+        """The user a request speaks for, None if it is anonymous.
+
+        Raises:
+            HubFault: 401 for a token nobody has.
+        """
+        if authorization is None:
+            return None
+        scheme, _, token = authorization.partition(" ")
+        if scheme.lower() == "bearer":
+            for name, known in self.users.items():
+                if hmac.compare_digest(known.encode(), token.strip().encode()):
+                    return name
+        raise HubFault(401, "Invalid credentials in Authorization header")
+
+    def may_create_in(self, user: str, namespace: str) -> bool:
+        """Own namespace, or any that is not another user's."""
+        return namespace.lower() == user.lower() or namespace.lower() not in [name.lower() for name in self.users]
+
+    def may_write(self, repo: RepoRow, user: str | None) -> bool:
+        """The creator, and the user the namespace is named after."""
+        return user is not None and (user == repo.owner or user.lower() == repo.namespace.lower())
+
+    def may_see(self, repo: RepoRow, user: str | None) -> bool:
+        """Everybody for a public repository."""
+        return not repo.private or self.may_write(repo, user)
+
+    # Repositories
+
+    def repo(self, call: Call) -> RepoRow:
+        """The repository of a request, if it may be seen.
+
+        Raises:
+            HubFault: `RepoNotFound`, or 307 to where the repository went.
+        """
+        return self.repo_named(call, call.kind, call.args["repo"])
+
+    def repo_named(self, call: Call, kind: str, repo_id: str) -> RepoRow:
+        """Like `repo`, for an id from a body."""
+        row = self.database.repo(kind, repo_id) if "/" in repo_id else None
+        if row is None and call.repo_span is not None and (row := self.database.moved(kind, repo_id)) is not None:
+            if self.may_see(row, call.user):
+                start, end = call.repo_span
+                path = call.request.scope["raw_path"].decode("latin-1")
+                query = call.request.url.query
+                target = path[:start] + row.id + path[end:] + (f"?{query}" if query else "")
+                raise HubFault(307, f"The repository is now {row.id}", headers={"Location": target})
+        if row is None or not self.may_see(row, call.user):
+            raise repo_missing(call.user)
+        return row
+
+    def writable(self, call: Call) -> RepoRow:
+        """The repository of a request, if its user may write it."""
+        row = self.repo(call)
+        self.require_writer(row, call)
+        return row
+
+    def require_writer(self, repo: RepoRow, call: Call) -> str:
+        """The user, if they may write the repository; else 401 or 403."""
+        user = self.require_user(call)
+        if not self.may_write(repo, user):
+            raise forbidden(f"You don't have the rights to write to {repo.id}")
+        return user
+
+    def require_user(self, call: Call) -> str:
+        """The user of a request; 401 if it is anonymous."""
+        if call.user is None:
+            raise login_needed()
+        return call.user
+
+    def pushable(self, call: Call, revision: str | None, *, opens_pull: bool) -> RepoRow:
+        """The repository of a request, if its user may send commits or objects for `revision`.
+
+        People without write access may open a pull request, and push to one of theirs.
+        """
+        repo = self.repo(call)
+        user = self.require_user(call)
+        if not self.may_write(repo, user) and not opens_pull:
+            discussion = self.pull_of(repo, revision or "")
+            if discussion is None or discussion.author != user:
+                raise forbidden(f"You don't have the rights to write to {repo.id}; open a pull request instead")
+        return repo
+
+    def pull_of(self, repo: RepoRow, revision: str) -> DiscussionRow | None:
+        """The pull request a revision such as `refs/pr/3` belongs to."""
+        number = revision.removeprefix("refs/pr/")
+        if number == revision or not number.isascii() or not number.isdigit() or len(number) > 9:
+            return None
+        row = self.database.discussion(repo.rid, int(number))
+        return row if row is not None and row.pull else None
+
+    def require_content(self, repo: RepoRow, call: Call) -> None:
+        """Whether the files of a gated repository may be fetched.
+
+        Raises:
+            HubFault: `GatedRepo`, 401 for anonymous requests and 403 for users nobody accepted.
+        """
+        if repo.gated is None or self.may_write(repo, call.user):
+            return
+        if call.user is not None and call.user in [user for user, _ in self.database.access(repo.rid, "accepted")]:
+            return
+        message = f"Access to {repo.kind} {repo.id} is restricted. Ask its owner for access."
+        raise HubFault(401 if call.user is None else 403, message, "GatedRepo")
+
+    def git_path(self, rid: str) -> Path:
+        """The folder of a repository."""
+        return self.root / "repos" / f"{rid}.git"
+
+    def drop_git(self, rid: str) -> None:
+        """Delete the folder of a repository that the database no longer knows."""
+        shutil.rmtree(self.git_path(rid))
+
+    @contextmanager
+    def git(self, repo: RepoRow) -> Iterator[GitStore]:
+        """The git side of a repository, to read; a repository deleted meanwhile is missing."""
+        try:
+            store = GitStore(self.git_path(repo.rid))
+        except Exception as error:
+            if self.database.repo_by_rid(repo.rid) is None:
+                raise repo_missing("") from error
+            raise
+        with store:
+            yield store
+
+    @contextmanager
+    def git_writing(self, repo: RepoRow) -> Iterator[GitStore]:
+        """The git side of a repository, to change: one request at a time."""
+        with self.lock(repo.rid):
+            if self.database.repo_by_rid(repo.rid) is None:
+                raise repo_missing("")
+            with self.git(repo) as store:
+                yield store
+
+    @contextmanager
+    def lock(self, rid: str) -> Iterator[None]:
+        """Held by whoever changes a repository."""
+        with self._locks_guard:
+            lock = self._locks.setdefault(rid, threading.Lock())
+        with lock:
+            yield
+
+    # Content
+
+    def commit_of(self, git: GitStore, revision: str) -> str:
+        """The commit of a revision; `RevisionNotFound` if there is none."""
+        commit = git.resolve(revision)
+        if commit is None:
+            raise revision_missing(revision)
+        return commit
+
+    def file_at(self, git: GitStore, commit: str, path: str) -> Entry:
+        """The file at a path; `EntryNotFound` if there is none."""
+        entry = git.lookup(commit, path)
+        if entry is None or entry.is_folder:
+            raise entry_missing(f"Entry not found: {path}", commit)
+        return entry
+
+    def content(self, git: GitStore, entry: Entry, *, start: int = 0, length: int = -1) -> bytes:
+        """Bytes of a file, through its LFS pointer."""
+        if entry.lfs is None:
+            data = git.read(entry.oid)
+            return data[start:] if length < 0 else data[start : start + length]
+        with self.blobs.path(entry.lfs.oid).open("rb") as file:
+            file.seek(start)
+            return file.read(length)
+
+    def link(self, rid: str, oid: str) -> None:
+        """Let a repository refer to an object it has been sent; `RepoNotFound` if it was deleted meanwhile."""
+        try:
+            self.database.link(rid, oid)
+        except sqlite3.IntegrityError as error:
+            raise repo_missing("") from error
+
+    def signed_url(self, call: Call, scope: str, claims: dict[str, object], *, seconds: int = 24 * 3600) -> str:
+        """An address that needs no authorisation, for a while."""
+        token, _ = self.signer.sign(scope, claims, seconds=seconds)
+        return f"{call.origin}/_signed/{scope}/{segment(token)}"
+
+
+def now() -> str:
+    """The time as the Hub writes it."""
+    return moment(datetime.now(timezone.utc).timestamp())
+
+
+def moment(seconds: float) -> str:
+    """A Unix time as the Hub writes it."""
+    return datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -1,0 +1,147 @@
+"""A merge that exists already: its ledger, its kept states, and where its sources lie."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hfmerge.digest import sha256_file
+from hfmerge.errors import HfMergeError, LedgerError, SourceError
+from hfmerge.ledger import FOLDER, Entry, KeptState, Material, check_chain, same_prefix
+from hfmerge.planning import Prior
+from hfmerge.source import Pinned, describe, digests, fetch, folder_digest, hub_errors, parse_ref, pin
+
+
+STATE_BRANCH = "merge-state"
+LOCAL_SOURCES = "merge_state/sources.local.json"
+"""Where folders that went into a merge lie on this machine: identity -> path. Never pushed."""
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A merge opened for reading.
+
+    Attributes:
+        pinned: the repository at one commit, or the folder.
+        entries: the checked ledger, oldest first.
+        history: path -> bytes of the ledger's files.
+        refs: identity of a folder material -> its path on this machine.
+    """
+
+    pinned: Pinned
+    entries: tuple[Entry, ...]
+    history: Mapping[str, bytes] = field(repr=False)
+    refs: Mapping[str, str] = field(repr=False)
+
+    @property
+    def last(self) -> Entry:
+        """The entry that describes the weights as they are."""
+        return self.entries[-1]
+
+    def read(self, name: str) -> bytes | None:
+        """A small file of the merge, or None."""
+        return fetch(self.pinned, name).read_bytes() if name in self.pinned.files else None
+
+
+def open_merged(ref: str, sources: Mapping[str, str] | None = None) -> Merged:
+    """Open a merge by Hub ID (with `@revision`) or folder and check its ledger's chain.
+
+    Args:
+        ref: `org/name`, `org/name@revision` or a folder.
+        sources: name of a folder material -> where it lies now.
+
+    Raises:
+        LedgerError: no ledger or a broken one. SourceError: not found or not readable.
+    """
+    places = parse_ref(ref)
+    if len(places) != 1:
+        raise SourceError(f"{ref}: name one merge.")
+    pinned = pin(places[0])
+    history = {
+        name: fetch(pinned, name).read_bytes()
+        for name in sorted(pinned.files)
+        if name.startswith(f"{FOLDER}/") and name.endswith(".json")
+    }
+    entries = check_chain(history, pinned.label)
+    return Merged(pinned, entries, history, _refs(pinned, entries[-1], sources or {}))
+
+
+def _refs(pinned: Pinned, entry: Entry, sources: Mapping[str, str]) -> dict[str, str]:
+    refs: dict[str, str] = {}
+    if pinned.folder is not None and (pinned.folder / LOCAL_SOURCES).is_file():
+        refs |= json.loads((pinned.folder / LOCAL_SOURCES).read_text(encoding="utf-8"))
+    for name, folder in sources.items():
+        material = next((m for m in (entry.base, *entry.models) if m.name == name), None)
+        if material is None or material.commit is not None:
+            raise LedgerError(f"--source {name}: no model of that name was merged from a folder.")
+        refs[material.identity] = folder
+    return refs
+
+
+def check_materials(entry: Entry, refs: Mapping[str, str], which: list[Material]) -> None:
+    """Make sure that folders are still what was merged; Hub materials are pinned by their commit.
+
+    Raises:
+        LedgerError: a folder's files have changed since.
+    """
+    for material in which:
+        path = refs.get(material.identity)
+        if path is None or material.commit is not None:
+            continue
+        found = digests(describe(path, allow_pickle=bool(entry.settings["allow_pickle"])))
+        if folder_digest(found) != material.digest:
+            raise LedgerError(
+                f"{material.label}: the files in {path} are not those that were merged; restore them, or point --source "
+                f"{material.name}=FOLDER to a copy."
+            )
+
+
+def nearest_state(merged: Merged, target: list[Material], warnings: list[str]) -> Prior | None:
+    """The kept state that covers most of `target`'s first models, if it can be read and is intact.
+
+    A state that is listed but missing or corrupt is passed over with a warning; the sources are then read instead.
+    """
+    last = merged.last
+    if last.settings["vocabulary"] == "union":
+        # the output's rows depend on all models, so no earlier state fits
+        return None
+    found: dict[str, tuple[int, Entry, KeptState]] = {}
+    for entry in merged.entries:
+        same = entry.method == last.method and entry.base.identity == last.base.identity
+        if not same or any(entry.settings[k] != last.settings[k] for k in ("include", "exclude", "vocabulary")):
+            continue
+        for state in entry.states:
+            if same_prefix(entry, target, state.count):
+                found[state.sha256] = (state.count, entry, state)
+    still_kept = {state.sha256 for state in last.states}
+    for count, entry, state in sorted(found.values(), key=lambda item: -item[0]):
+        if state.sha256 not in still_kept:
+            continue
+        path = state_path(merged.pinned, state, warnings)
+        if path is not None:
+            norms = tuple(float(m.squared_norm or 0.0) for m in entry.models[:count])
+            return Prior(count, path, norms)
+    return None
+
+
+def state_path(pinned: Pinned, state: KeptState, warnings: list[str]) -> Path | None:
+    """A kept state's file on this machine, checked by digest; None with a warning when it cannot be had."""
+    try:
+        if pinned.folder is not None:
+            path = pinned.folder / state.file
+        else:
+            from huggingface_hub import hf_hub_download
+
+            with hub_errors(f"{pinned.name}@{STATE_BRANCH}: {state.file}"):
+                path = Path(hf_hub_download(pinned.name, state.file, revision=STATE_BRANCH, library_name="hfmerge"))
+        if not path.is_file():
+            warnings.append(f"{pinned.label}: {state.file} is missing; the sources are read instead.")
+        elif sha256_file(path) != state.sha256:
+            warnings.append(f"{pinned.label}: {state.file} is corrupt; the sources are read instead.")
+        else:
+            return path
+    except HfMergeError as error:
+        warnings.append(f"{error} The sources are read instead.")
+    return None

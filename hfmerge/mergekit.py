@@ -1,0 +1,236 @@
+"""mergekit's YAML as a recipe of ours, wherever the meaning can be kept; anything else is an error that names it.
+
+What the keys mean is mergekit 0.1.5's behaviour: a parameter of a model wins over one of its slice, and that over the
+file's; a base that is not among `models` is added to them; `linear` gives the base a weight like any other model,
+`ties` and `task_arithmetic` do not; `linear` and `ties` normalise by default, `task_arithmetic` does not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from hfmerge.errors import RecipeError
+from hfmerge.fields import Section, flag, number, show, suggestion, text
+from hfmerge.mergekit_syntax import Input, Layout, constant, read_dtype, read_layout, read_vocabulary, reference
+
+
+SHARED = {
+    "linear": ("normalize",),
+    "task_arithmetic": ("normalize", "lambda"),
+    "ties": ("normalize", "lambda", "rescale", "int8_mask"),
+    "slerp": ("t",),
+}
+"""Parameters of a whole merge that mergekit heeds, by method."""
+
+PER_MODEL: dict[str, tuple[str, ...]] = {
+    "linear": ("weight",),
+    "task_arithmetic": ("weight",),
+    "ties": ("weight", "density"),
+    "slerp": (),
+}
+"""Parameters of each model that mergekit heeds; given for the file they stand for all models."""
+
+PARAMETERS = ("weight", "density", "normalize", "lambda", "t", "int8_mask", "rescale", "gamma", "epsilon")
+
+OTHER_METHODS = (
+    *("arcee_fusion", "breadcrumbs", "breadcrumbs_ties", "dare_linear", "dare_ties", "della", "della_linear"),
+    *("karcher", "model_stock", "multislerp", "nearswap", "nuslerp", "passthrough", "ram", "ramplus_tl", "sce"),
+)
+
+KEYS = (
+    *("merge_method", "base_model", "models", "slices", "modules", "parameters", "dtype", "out_dtype"),
+    *("tokenizer_source", "tokenizer", "chat_template", "name"),
+)
+
+
+def convert(data: Mapping[str, Any], origin: str) -> tuple[dict[str, Any], list[str]]:
+    """Turn a mergekit configuration into the data of a recipe.
+
+    Args:
+        data: the configuration, with `merge_method`.
+        origin: what error messages call it.
+
+    Returns:
+        Data for `parse_recipe`, and notes for the user: choices made, and where results may differ in detail.
+
+    Raises:
+        RecipeError: everything that cannot be expressed or is wrong, by mergekit's own key paths.
+    """
+    top, notes = Section(data, "", []), list[str]()
+    top.refuse_unknown(KEYS, "mergekit key")
+    if "name" in data:
+        notes.append("name: only a label in mergekit; dropped")
+    if data.get("modules") is not None:
+        top.report("modules", "merging modules differently cannot be expressed; list the models under `models`")
+    if data.get("chat_template") is not None:
+        top.report("chat_template", "cannot be expressed; the merge keeps the base's, remove the key")
+    method = _method(top)
+    base = top.read("base_model", reference, None, nullable=True)
+    layout = read_layout(top, notes)
+    settings = {"dtype": read_dtype(top, notes), "vocabulary": read_vocabulary(top, base)}
+    merge: dict[str, Any] = {}
+    if method and base is None and method != "linear" and data.get("base_model") is None:
+        top.report("base_model", f"is missing; {method} needs one")
+    elif method and layout.inputs:
+        merge = _Conversion(top, notes, method, base, layout).run()
+    if top.problems:
+        # one faulty setting for all models is met once for each of them
+        raise RecipeError(list(dict.fromkeys(top.problems)), origin)
+    return merge | {key: value for key, value in settings.items() if value is not None}, notes
+
+
+def _method(top: Section) -> str | None:
+    """The method's name if it can be converted."""
+    name = top.read("merge_method", text, "", required=True)
+    if name in SHARED or not name:
+        return name or None
+    known = f"convertible: {', '.join(SHARED)}"
+    if name in OTHER_METHODS:
+        top.report("merge_method", f"{show(name)} is not in hfmerge (yet); {known}")
+    else:
+        remedy = suggestion(name, (*SHARED, *OTHER_METHODS)) or f"; {known}"
+        top.report("merge_method", f"{show(name)} is not a mergekit method{remedy}")
+    return None
+
+
+class _Conversion:
+    """The method's part of one conversion; what is wrong or noteworthy is added to `top.problems` and `notes`."""
+
+    def __init__(self, top: Section, notes: list[str], method: str, base: str | None, layout: Layout):
+        self.top, self.notes, self.method, self.base, self.layout = top, notes, method, base, layout
+        self.others = tuple(entry for entry in layout.inputs if entry.model != base)
+
+    def run(self) -> dict[str, Any]:
+        """`base`, `models` and `method` of the recipe; of use only if no problem was added."""
+        for scope in self.layout.shared:
+            self._check_names(scope, (*PER_MODEL[self.method], *SHARED[self.method]))
+        for entry in self.layout.inputs:
+            self._check_names(entry.parameters, PER_MODEL[self.method])
+        if self.method != "linear" and not self.others:
+            self.top.report("models", "holds nothing but the base")
+            return {}
+        if self.method != "slerp" and self.method != "linear" and len(self.others) < len(self.layout.inputs):
+            self.notes.append("base_model: listed among the models, where it changes nothing; taken as the base only")
+        recipe = {
+            "linear": self._linear,
+            "task_arithmetic": self._task_arithmetic,
+            "ties": self._ties,
+            "slerp": self._slerp,
+        }[self.method]()
+        return {"base": self.base or self.layout.inputs[0].model, **recipe}
+
+    def _linear(self) -> dict[str, Any]:
+        """sum w theta / sum w, in which the base is a model like the others, if it takes part at all."""
+        inputs = self.layout.inputs
+        if self.base is None:
+            self.notes.append(
+                f"no base_model: the first model, {inputs[0].model}, becomes the base, which gives the configuration "
+                "and the tokenizer; a weighted average does not depend on it"
+            )
+        elif not self.layout.sliced and len(self.others) == len(inputs):
+            if not any("weight" in scope.data for scope in self.layout.shared):
+                self.top.report("base_model", "needs a weight in linear; add it to models (weight 0 leaves it out)")
+                return {}
+            inputs = (*inputs, Input(self.base, Section({}, "base_model", self.top.problems)))
+            self.notes.append(f"base_model: mergekit's linear merges the base too; {self.base} is added to the models")
+        weights, normalize = self._weights(inputs), self._shared("normalize", flag, True)
+        # 1e-9 is far below float32's rounding: such weights were meant to sum to 1
+        if normalize is False and weights is not None and abs(math.fsum(weights) - 1.0) > 1e-9:
+            self._blame("normalize", "false with weights that do not sum to 1 rescales the models, not expressible")
+        return {"models": _entries(inputs, weights), "method": {"name": "linear", "norm": "none"}}
+
+    def _task_arithmetic(self) -> dict[str, Any]:
+        """theta_0 + lambda sum w tau, divided by sum w if `normalize`."""
+        weights = self._weights(self.others)
+        normalize, scale = self._shared("normalize", flag, False), self._shared("lambda", number, 1.0)
+        total = math.fsum(weights or ())
+        # mergekit does not divide by sums smaller than this
+        if normalize and scale is not None and abs(total) >= 1e-8:
+            scale /= total
+            self.notes.append(f"normalize: expressed as scale, lambda / sum of weights = {scale!r}")
+        method = {"name": "task_arithmetic", "scale": scale, "norm": "none"}
+        return {"models": _entries(self.others, weights), "method": method}
+
+    def _ties(self) -> dict[str, Any]:
+        """theta_0 + lambda (sum of agreeing w tau) / (sum of agreeing w), each tau trimmed tensor by tensor."""
+        weights, density = self._weights(self.others), self._density()
+        normalize, scale = self._shared("normalize", flag, True), self._shared("lambda", number, 1.0)
+        if normalize is False:
+            self._blame("normalize", "false cannot be expressed with ties, which divides by the agreeing weights")
+        for entry, weight in zip(self.others, weights or (), strict=False):
+            if weight < 0.0:
+                text = f"{weight!r} for {entry.model} is negative: mergekit divides by it, hfmerge by its magnitude"
+                self._blame("weight", text, entry)
+        if density is not None and density <= 0.0:
+            self._blame(
+                "density", f"{density!r} drops every change in mergekit; give a density above 0", self.others[0]
+            )
+        if density is not None and density < 1.0:
+            if self._shared("rescale", flag, False):
+                self._blame("rescale", "true cannot be expressed; trimmed changes keep their size, remove it")
+            self.notes.append(
+                "ties: the number of kept elements is rounded where mergekit truncates, so one element a tensor may "
+                "differ; the parts of fused tensors are trimmed one by one"
+            )
+        self.notes.append("ties: where weighted changes cancel exactly the base's value stays; mergekit adds a change")
+        options = {"density": None if density is None else min(density, 1.0), "scale": scale, "scope": "tensor"}
+        return {"models": _entries(self.others, weights), "method": {"name": "ties", **options, "norm": "none"}}
+
+    def _slerp(self) -> dict[str, Any]:
+        """From the base at t = 0 to the other model at t = 1, whatever their order in the file."""
+        if not any("t" in scope.data for scope in self.layout.shared):
+            self.top.report("parameters.t", "is missing; slerp needs it")
+        if len(self.others) != 1:
+            self.top.report("models", f"slerp takes the base and one other model, {len(self.others)} others given")
+        t = self._shared("t", number, None)
+        self.notes.append("slerp: fused tensors are interpolated part by part, and straight where a part is all zero")
+        return {
+            "models": [{"model": self.base}, {"model": self.others[0].model}],
+            "method": {"name": "slerp", "t": t, "norm": "none"},
+        }
+
+    def _check_names(self, scope: Section, heeded: Sequence[str]) -> None:
+        """Unknown parameters are problems; those that mergekit ignores in this place are noted and dropped."""
+        scope.refuse_unknown(PARAMETERS, "parameter")
+        for name in scope.data:
+            if name in PARAMETERS and name not in heeded:
+                self.notes.append(f"{scope.at(name)}: without effect on {self.method} in mergekit; dropped")
+
+    def _blame(self, name: str, text: str, entry: Input | None = None) -> None:
+        """Report a parameter where it is written, for the file if it is nowhere."""
+        scopes = (*((entry.parameters,) if entry else ()), *self.layout.shared)
+        next((scope for scope in scopes if name in scope.data), scopes[-1]).report(name, text)
+
+    def _shared(self, name: str, kind: Callable[[Any], Any], default: Any) -> Any:
+        return _lookup(name, kind, default, self.layout.shared)
+
+    def _weights(self, inputs: Sequence[Input]) -> list[float] | None:
+        """One weight a model, None if one is faulty; a missing one is an error in mergekit too."""
+        weights = []
+        for entry in inputs:
+            scopes = (entry.parameters, *self.layout.shared)
+            if not any("weight" in scope.data for scope in scopes):
+                entry.parameters.report("weight", "is missing; mergekit requires one for every model it merges")
+            weights.append(_lookup("weight", number, None, scopes))
+        return None if None in weights else weights
+
+    def _density(self) -> float | None:
+        """The one density of all models, None if there is none."""
+        given = [_lookup("density", number, 1.0, (entry.parameters, *self.layout.shared)) for entry in self.others]
+        if None not in given and any(density != given[0] for density in given):
+            self.top.report("models", f"densities {given} cannot be expressed; hfmerge has one density for all models")
+        return None if None in given else given[0]
+
+
+def _lookup(name: str, kind: Callable[[Any], Any], default: Any, scopes: Sequence[Section]) -> Any:
+    """The value in the first scope that has the parameter, one constant; None if it is faulty."""
+    for scope in scopes:
+        if name in scope.data:
+            return scope.read(name, lambda value: kind(constant(value)), None)
+    return default
+
+
+def _entries(inputs: Sequence[Input], weights: Sequence[float] | None) -> list[dict[str, Any]]:
+    return [{"model": entry.model, "weight": weight} for entry, weight in zip(inputs, weights or (), strict=False)]

@@ -1,0 +1,24 @@
+"""The merging methods, by name; third parties add theirs through the entry point group `hfmerge.methods`."""
+
+from __future__ import annotations
+
+from importlib.metadata import entry_points
+
+from hfmerge.methods.base import Carry, Citation, FoldMethod, JointMethod, MergeMethod
+from hfmerge.methods.linear import Linear, TaskArithmetic
+from hfmerge.methods.opcm import OPCM
+from hfmerge.methods.slerp import Slerp
+from hfmerge.methods.ties import Ties
+
+
+__all__ = ["Carry", "Citation", "FoldMethod", "JointMethod", "MergeMethod", "registry"]
+
+BUILT_IN: tuple[type[MergeMethod], ...] = (OPCM, Linear, TaskArithmetic, Ties, Slerp)
+
+
+def registry() -> dict[str, type[MergeMethod]]:
+    """All methods by name: the built-in ones, then those of installed packages, which may not take a taken name."""
+    methods = {method.name: method for method in BUILT_IN}
+    for entry in entry_points(group="hfmerge.methods"):
+        methods.setdefault(entry.name, entry.load())
+    return methods

@@ -1,0 +1,123 @@
+"""What a merging method is: a frozen dataclass of pure functions over task vectors; its fields are the options.
+
+A **fold** takes one model at a time into a small carried state per block and reads the merged task vector out of it.
+A **joint** method sees all models of a block at once. Neither reads files, knows names, or keeps anything on `self`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from hfmerge.taskvector import TaskVector, summed_rank
+
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Carry = dict[str, TaskVector]
+"""The carried state of one block: named task vectors. It is never normalised; read-outs are."""
+
+Scalars = dict[str, float]
+"""Global numbers a read-out may need; the executor sums them over all parameters with `math.fsum`."""
+
+
+@dataclass(frozen=True)
+class Citation:
+    """The publication a method comes from."""
+
+    title: str
+    url: str
+    bibtex: str
+
+
+@dataclass(frozen=True)
+class MergeMethod:
+    """Base of all methods.
+
+    Class attributes:
+        name: as written in a recipe.
+        arity: least and greatest number of models, the base not counted; None = no bound.
+        normalises_weights: the weights are divided by their sum, so a zero sum is an error.
+        default_norm: the `norm` a recipe gets when it names none.
+        matrixwise: the cost of a matrix is m n min(m, n) (spectral), not m n.
+        citations: for the card.
+    """
+
+    name: ClassVar[str]
+    arity: ClassVar[tuple[int, int | None]] = (1, None)
+    normalises_weights: ClassVar[bool] = False
+    default_norm: ClassVar[str] = "none"
+    matrixwise: ClassVar[bool] = False
+    version: ClassVar[int] = 1
+    citations: ClassVar[tuple[Citation, ...]] = ()
+
+    def options(self) -> dict[str, Any]:
+        """The options by name, JSON-able."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+
+@dataclass(frozen=True)
+class FoldMethod(MergeMethod):
+    """A continual method: `step` takes one model into the carried state, `emit` reads the merged change out."""
+
+    def step(self, carry: Carry | None, tau: TaskVector, weight: float, *, matrix: bool) -> Carry:
+        """Take one model into the state of one block.
+
+        Args:
+            carry: the state so far, None before the first model.
+            tau: the model's task vector in this block.
+            weight: of the model.
+            matrix: the block is a real matrix (out, in).
+        """
+        raise NotImplementedError
+
+    def emit(self, carry: Carry, weights: Sequence[float]) -> TaskVector:
+        """The merged task vector of one block, before `norm` is applied.
+
+        Args:
+            carry: the state after the last model.
+            weights: of all models in it, in order.
+        """
+        raise NotImplementedError
+
+    def carry_ranks(self, shape: tuple[int, ...], ranks: list[int | None]) -> dict[str, int | None]:
+        """Which tensors the state holds, known before the work: name -> rank of its factors, or None for dense.
+
+        Args:
+            shape: of the block.
+            ranks: per model, rank of its factors, 0 for a zero change, None for a dense one.
+        """
+        return {"S": summed_rank(shape, ranks)}
+
+
+@dataclass(frozen=True)
+class JointMethod(MergeMethod):
+    """A method that needs all models of one block at once; `add` and `unmerge` run it again from the sources."""
+
+    def combine(
+        self,
+        taus: Sequence[TaskVector],
+        weights: Sequence[float],
+        base: Callable[[], Tensor],
+        thresholds: Sequence[float] | None,
+    ) -> TaskVector:
+        """The merged task vector of one block, before `norm` is applied.
+
+        Args:
+            taus: one task vector per model.
+            weights: one per model.
+            base: gives the base's float32 values of the block when called.
+            thresholds: per model, what `settle` made of the histograms; None without `measured`.
+        """
+        raise NotImplementedError
+
+    @property
+    def measured(self) -> bool:
+        """True when a first pass must count magnitudes over all parameters (see `settle`)."""
+        return False
+
+    def settle(self, counts: Tensor) -> float:
+        """One model's threshold from its histogram of magnitudes over all parameters (int64 counts)."""
+        raise NotImplementedError

@@ -1,0 +1,269 @@
+"""The recipe: what a merge is asked to do, read strictly from YAML or from a mapping.
+
+Every problem of a recipe is collected and raised at once, before anything is downloaded. What needs the models
+themselves (do they exist, do they resolve to the same commit, do their shapes match) is the planner's to check.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hfmerge import recipe_values as values
+from hfmerge.errors import Problem, RecipeError
+from hfmerge.fields import Section, flag, number, one_of, show, suggestion, text, texts
+from hfmerge.yamlio import dump_yaml, read_yaml
+
+
+if TYPE_CHECKING:
+    from hfmerge.methods import MergeMethod
+
+BASE_MAY_BE_MERGED = ("linear", "slerp")
+"""Methods of the weights themselves, in which the base takes part as a model whose task vector is zero."""
+
+FOREIGN_KEYS = {
+    "base_model": "base",
+    "tokenizer_source": "vocabulary",
+    "hub_model_id": "push_to",
+    "repo_id": "push_to",
+}
+"""Keys other tools use, for suggestions only."""
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """One model to merge: a reference (`org/name[@revision]`, a folder, an `hf://` URI) and its weight."""
+
+    model: str
+    weight: float = 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able, as a recipe writes it."""
+        return {"model": self.model, "weight": self.weight}
+
+
+@dataclass(frozen=True)
+class MethodChoice:
+    """A method by name, all its options (defaults filled in) and what its result is rescaled to.
+
+    Attributes:
+        name: in the registry of methods.
+        options: by name; an option that is unset by default is absent.
+        norm: "none" (the method's own scale), "mean" (of the task vectors' norms), or a positive factor.
+    """
+
+    name: str
+    options: dict[str, values.Option]
+    norm: str | float
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able, as a recipe writes it: the options stand beside `name` and `norm`."""
+        return {"name": self.name, **self.options, "norm": self.norm}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A checked recipe.
+
+    Attributes:
+        base: the model that all others were tuned from.
+        models: in order of arrival.
+        method: with its options.
+        dtype: of the output; None: the base's.
+        include, exclude: fnmatch patterns on names of output parameters; empty `include` means all. What is left
+            out keeps the base's value.
+        vocabulary: "base", "union", or None: vocabularies that differ are an error.
+        state: which carried states are kept: "none", "last", "all", or after every k-th model.
+        output: folder.
+        push_to: repository id on the Hub.
+        private: visibility of a new repository; None: the Hub's default for the namespace.
+        allow_nonfinite: accept NaN and Inf in the models.
+        allow_pickle: read pickled checkpoints.
+        trust_remote_code: run code from model repositories.
+        notes: remarks of a conversion from another format, for the user; no part of the recipe.
+    """
+
+    base: str
+    models: tuple[ModelEntry, ...]
+    method: MethodChoice
+    dtype: str | None = None
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    vocabulary: str | None = None
+    state: str | int = "last"
+    output: str | None = None
+    push_to: str | None = None
+    private: bool | None = None
+    allow_nonfinite: bool = False
+    allow_pickle: bool = False
+    trust_remote_code: bool = False
+    notes: tuple[str, ...] = dataclasses.field(default=(), compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able mapping of all keys, that `parse_recipe` reads back as an equal recipe."""
+        result = {key: getattr(self, key) for key in KEYS}
+        result |= {"models": [entry.to_dict() for entry in self.models], "method": self.method.to_dict()}
+        return result | {"include": list(self.include), "exclude": list(self.exclude)}
+
+    def to_yaml(self) -> str:
+        """The recipe as a YAML file, without the keys at their default, that `load_recipe` reads as an equal one."""
+        data = self.to_dict()
+        for field in dataclasses.fields(self):
+            if field.default is not dataclasses.MISSING and getattr(self, field.name) == field.default:
+                data.pop(field.name, None)
+        data["models"] = [entry.model if entry.weight == 1.0 else entry.to_dict() for entry in self.models]
+        return dump_yaml(data)
+
+
+KEYS = tuple(field.name for field in dataclasses.fields(Recipe) if field.name != "notes")
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Read a recipe from a YAML file; a mergekit file (it has `merge_method`) is converted, see `Recipe.notes`.
+
+    Raises:
+        RecipeError: all problems; of YAML syntax only the first, with line and column.
+    """
+    data, problems = read_yaml(path)
+    return check_recipe(data, str(path), problems, None)
+
+
+def parse_recipe(
+    data: Mapping[str, Any], origin: str, methods: Mapping[str, type[MergeMethod]] | None = None
+) -> Recipe:
+    """Check a recipe given as plain data.
+
+    Args:
+        data: as YAML or JSON gives it; mergekit's keys are understood too.
+        origin: what error messages call the recipe.
+        methods: by name; None: `hfmerge.methods.registry()`.
+
+    Raises:
+        RecipeError: all problems, each with its dotted path.
+    """
+    return check_recipe(data, origin, [], methods)
+
+
+def check_recipe(
+    data: Any, origin: str, problems: list[Problem], methods: Mapping[str, type[MergeMethod]] | None
+) -> Recipe:
+    """`parse_recipe` after a reader that may have found problems of its own, which are raised with the others."""
+    notes: list[str] = []
+    if not isinstance(data, Mapping):
+        problems.append(Problem("recipe", "is empty" if data is None else f"must be a mapping, not {show(data)}"))
+        raise RecipeError(problems, origin)
+    if "merge_method" in data:
+        from hfmerge.mergekit import convert
+
+        try:
+            data, notes = convert(data, origin)
+        except RecipeError as error:
+            raise RecipeError([*problems, *error.problems], origin) from error
+    if methods is None:
+        from hfmerge.methods import registry
+
+        methods = registry()
+    recipe = _recipe(Section(data, "", problems), methods)
+    if problems:
+        raise RecipeError(problems, origin)
+    return dataclasses.replace(recipe, notes=tuple(notes))
+
+
+def _recipe(top: Section, methods: Mapping[str, type[MergeMethod]]) -> Recipe:
+    """Read all keys; what is returned is of use only if no problem was added."""
+    named = top.data.get("method")
+    name = named.get("name") if isinstance(named, Mapping) else named
+    chosen = methods.get(name.strip()) if isinstance(name, str) else None
+    options = [option for method in methods.values() for option in values.option_names(method)]
+
+    def hint(key: str) -> str:
+        if key in (*options, "norm"):
+            return f"; options stand under the method, write method: {{name: ..., {key}: ...}}"
+        return f'; did you mean "{FOREIGN_KEYS[key]}"?' if key in FOREIGN_KEYS else ""
+
+    top.refuse_unknown(KEYS, "key", hint)
+    base = top.read("base", text, "", required=True)
+    method = _method(top, chosen, methods)
+    models = _models(top, base, chosen)
+    push_to = top.read("push_to", values.repo_id, None, nullable=True)
+    private = top.read("private", flag, None, nullable=True)
+    if private is not None and top.data.get("push_to") is None:
+        top.report("private", "has no effect without push_to; add push_to or remove it")
+    return Recipe(
+        base=base,
+        models=models,
+        method=method,
+        dtype=top.read("dtype", one_of(values.DTYPES, values.DTYPE_ALIASES), None, nullable=True),
+        include=top.read("include", texts, ()),
+        exclude=top.read("exclude", texts, ()),
+        vocabulary=top.read("vocabulary", one_of(values.VOCABULARIES), None, nullable=True),
+        state=top.read("state", values.state, "last"),
+        output=top.read("output", text, None, nullable=True),
+        push_to=push_to,
+        private=private,
+        allow_nonfinite=top.read("allow_nonfinite", flag, False),
+        allow_pickle=top.read("allow_pickle", flag, False),
+        trust_remote_code=top.read("trust_remote_code", flag, False),
+    )
+
+
+def _method(top: Section, chosen: type[MergeMethod] | None, methods: Mapping[str, type[MergeMethod]]) -> MethodChoice:
+    nothing = MethodChoice("", {}, "none")
+    value = top.data.get("method")
+    if value is None:
+        top.report("method", f"is missing; one of {', '.join(methods)}")
+        return nothing
+    if not isinstance(value, str | Mapping):
+        top.report("method", f"must be a name or a mapping with a name, not {show(value)}")
+        return nothing
+    section = Section({"name": value} if isinstance(value, str) else value, "method", top.problems)
+    name = section.read("name", text, "", required=True)
+    if chosen is None:
+        section.read("norm", values.norm, "none")
+        if name:
+            remedy = suggestion(name, methods) or f"; one of {', '.join(methods)}"
+            top.report("method" if isinstance(value, str) else "method.name", f"{show(name)} is not a method{remedy}")
+        return nothing
+    section.refuse_unknown(("name", *values.option_names(chosen), "norm"), f"option of {name}")
+    options = values.read_options(section, chosen)
+    return MethodChoice(name, options, section.read("norm", values.norm, chosen.default_norm))
+
+
+def _models(top: Section, base: str, chosen: type[MergeMethod] | None) -> tuple[ModelEntry, ...]:
+    """The models, each checked by itself, then all together against each other, the base and the method."""
+    given = top.data.get("models")
+    if not isinstance(given, list | tuple) or not given:
+        what = "is missing" if given is None else f"must be a list, not {show(given)}"
+        what = "must not be empty" if isinstance(given, list | tuple) else what
+        top.report("models", f"{what}; list the models in their order of arrival")
+        return ()
+    entries: list[ModelEntry] = []
+    faulty_weights = False
+    first_seen: dict[str, int] = {}
+    for i, item in enumerate(given):
+        section = Section(item if isinstance(item, Mapping) else {"model": item}, f"models[{i}]", top.problems)
+        section.refuse_unknown(("model", "weight"), "key")
+        model = section.read("model", text, "", required=True)
+        weight = section.read("weight", number, None) if "weight" in section.data else 1.0
+        faulty_weights |= weight is None
+        entries.append(ModelEntry(model, 1.0 if weight is None else weight))
+        if not model:
+            continue
+        first = first_seen.setdefault(_identity(model), i)
+        if first != i:
+            top.report(f"models[{i}]", f"{show(model)} is models[{first}] again; remove one or change its revision")
+        if base and _identity(model) == _identity(base) and chosen and chosen.name not in BASE_MAY_BE_MERGED:
+            top.report(f"models[{i}]", f"{show(model)} is the base, whose task vector is zero; remove it")
+    if chosen is not None and (problem := values.count_problem(len(given), chosen)):
+        top.report("models", problem)
+    if not faulty_weights and (problem := values.weights_problem([entry.weight for entry in entries], chosen)):
+        top.report("models", problem)
+    return tuple(entries)
+
+
+def _identity(model: str) -> str:
+    """What makes two references the same before anything is resolved."""
+    return model.rstrip("/") or model

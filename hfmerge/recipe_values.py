@@ -1,0 +1,117 @@
+"""What single values of a recipe may be: dtypes, norms, states, repository ids, and the options a method declares."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, get_type_hints
+
+from hfmerge.errors import HfMergeError
+from hfmerge.fields import Section, number, show, suggestion, text, typed
+
+
+if TYPE_CHECKING:
+    from hfmerge.methods import MergeMethod
+
+Option = float | int | bool | str
+
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+DTYPE_ALIASES = {
+    **dict.fromkeys(("bf16", "torch.bfloat16", "brain_float"), "bfloat16"),
+    **dict.fromkeys(("f16", "fp16", "half", "torch.float16"), "float16"),
+    **dict.fromkeys(("f32", "fp32", "float", "single", "full", "torch.float32"), "float32"),
+    **dict.fromkeys(("f64", "fp64", "double", "torch.float64"), "float64"),
+}
+VOCABULARIES = ("base", "union")
+STATES = ("none", "last", "all")
+NORMS = ("none", "mean")
+
+
+def norm(value: object) -> str | float:
+    """`none`, `mean` or a positive number. Raises ValueError."""
+    if isinstance(value, str) and value in NORMS:
+        return value
+    near = suggestion(value, NORMS) if isinstance(value, str) else ""
+    if near:
+        raise ValueError(f"must be none, mean or a positive number, not {show(value)}{near}")
+    result = number(value)
+    if result <= 0.0:
+        raise ValueError(f"must be none, mean or a positive number, not {show(value)}")
+    return result
+
+
+def state(value: object) -> str | int:
+    """`none`, `last`, `all` or a positive whole number. Raises ValueError."""
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    if isinstance(value, str) and value in STATES:
+        return value
+    near = suggestion(value, STATES) if isinstance(value, str) else ""
+    raise ValueError(f"must be none, last, all or a positive whole number, not {show(value)}{near}")
+
+
+def repo_id(value: object) -> str:
+    """An id the Hub would accept for a repository. Raises ValueError."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    name = text(value)
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ValueError(f"{show(name)} is not a repository id, write org/name: {error}") from error
+    return name
+
+
+def option_names(method: type[MergeMethod]) -> tuple[str, ...]:
+    """The options a method declares, in its order."""
+    return tuple(field.name for field in dataclasses.fields(method))
+
+
+def read_options(section: Section, method: type[MergeMethod]) -> dict[str, Option]:
+    """All options of a method, its defaults filled in; one that is unset by default and not given is left out."""
+    hints = get_type_hints(method)
+    before = len(section.problems)
+    options: dict[str, Option] = {}
+    for field in dataclasses.fields(method):
+        default = None if field.default is dataclasses.MISSING else field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        value = section.read(
+            field.name,
+            typed(hints[field.name], field.metadata),
+            default,
+            required=required,
+            nullable=default is None and not required,
+        )
+        if value is not None:
+            options[field.name] = value
+    if len(section.problems) == before:
+        try:
+            method(**options)
+        except (ValueError, HfMergeError) as error:
+            section.report("", f"{method.name} refuses these options: {error}")
+    return options
+
+
+def count_problem(count: int, method: type[MergeMethod]) -> str | None:
+    """What is wrong with the number of models, or None."""
+    low, high = method.arity
+    if count >= low and (high is None or count <= high):
+        return None
+    span = f"exactly {low}" if low == high else f"at least {low}" if high is None else f"{low} to {high}"
+    return f"{method.name} takes {span} model{'' if (high or low) == 1 else 's'}, {count} given"
+
+
+def weights_problem(weights: Sequence[float], method: type[MergeMethod] | None) -> str | None:
+    """What is wrong with the weights together, or None; sums below rounding level count as zero."""
+    largest = max(abs(weight) for weight in weights)
+    if largest == 0.0:
+        return "all weights are zero, nothing would be merged"
+    # relative to the largest, since sums of huge weights overflow
+    total = math.fsum(weight / largest for weight in weights)
+    if method is not None and method.normalises_weights and abs(total) <= 1e-12:
+        return f"the weights sum to zero and {method.name} divides by their sum; change one"
+    return None

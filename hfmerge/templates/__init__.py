@@ -1,0 +1,1 @@
+"""Jinja templates of the model card and the licence note."""

@@ -1,0 +1,138 @@
+"""Check a merge against its ledger: chain, digests of every file, card, and on request a replay compared byte for byte.
+
+On the Hub the digests of weights are the LFS object IDs, so nothing large is downloaded.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from hfmerge.card import FILE, card_differs, licence_note
+from hfmerge.digest import sha256_file
+from hfmerge.errors import HfMergeError, LedgerError
+from hfmerge.merged import Merged, open_merged, state_path
+from hfmerge.source import fetch
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was checked: what, whether it holds, and what was found."""
+
+    what: str
+    ok: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """All checks of one merge."""
+
+    merged: str
+    checks: tuple[Check, ...]
+
+    @property
+    def ok(self) -> bool:
+        """True when every check holds."""
+        return all(check.ok for check in self.checks)
+
+    @property
+    def culprits(self) -> list[str]:
+        """What is wrong, one line each."""
+        return [f"{check.what}: {check.detail}" for check in self.checks if not check.ok]
+
+
+def verify_merge(ref: str, *, replay: bool = False, sources: Mapping[str, str] | None = None) -> Report:
+    """Check a merge.
+
+    Args:
+        ref: `org/name[@revision]` or a folder.
+        replay: also merge again from the pinned sources and compare bytes.
+        sources: name of a folder material -> where it lies now.
+
+    Raises:
+        SourceError: the merge cannot be reached. A broken ledger is a failed check, not an error.
+    """
+    try:
+        merged = open_merged(ref, sources)
+    except LedgerError as error:
+        return Report(ref, (Check("ledger", False, str(error)),))
+    checks = [Check("ledger", True, f"{len(merged.entries)} entries, each names its parent's digest")]
+    checks.extend(_files(merged))
+    checks.append(_card(merged))
+    checks.extend(_states(merged))
+    if replay:
+        checks.append(_replay(merged))
+    return Report(merged.pinned.label, tuple(checks))
+
+
+def _files(merged: Merged) -> list[Check]:
+    """Every product has its digest, and no weights lie about that the ledger does not know."""
+    wrong, read = [], 0
+    for name, digest in merged.last.products.items():
+        info = merged.pinned.files.get(name)
+        if info is None:
+            wrong.append(Check(name, False, "missing"))
+            continue
+        found = info.sha256
+        if found is None:
+            found, read = sha256_file(fetch(merged.pinned, name)), read + 1
+        if found != digest:
+            wrong.append(Check(name, False, f"sha256 is {found[:12]}..., the ledger says {digest[:12]}..."))
+    for name in merged.pinned.files:
+        if name.endswith((".safetensors", ".bin", ".safetensors.index.json")) and name not in merged.last.products:
+            if not name.startswith("merge_state/"):
+                wrong.append(Check(name, False, "weights that the ledger does not know"))
+    if wrong:
+        return wrong
+    total = len(merged.last.products)
+    return [Check("files", True, f"{total} files have their digests ({total - read} by LFS id, {read} read)")]
+
+
+def _card(merged: Merged) -> Check:
+    text = merged.read(FILE)
+    if text is None:
+        return Check("card", False, f"{FILE} is missing")
+    try:
+        problem = card_differs(text.decode("utf-8", "replace"), merged.entries)
+    except LedgerError as error:
+        problem = str(error)
+    note = licence_note([merged.last.base, *merged.last.models])
+    if problem is None and note is not None and merged.read("LICENSE.md") != note.encode():
+        problem = "LICENSE.md is not what the ledger gives"
+    return Check("card", problem is None, problem or "says what the ledger says")
+
+
+def _states(merged: Merged) -> list[Check]:
+    """Kept states of a folder; on the Hub they are checked when they are used."""
+    if merged.pinned.folder is None:
+        return []
+    checks = []
+    for state in merged.last.states:
+        notes: list[str] = []
+        path = state_path(merged.pinned, state, notes)
+        checks.append(Check(state.file, path is not None, "has its digest" if path else notes[0]))
+    return checks
+
+
+def _replay(merged: Merged) -> Check:
+    """Merge again from the sources alone and compare every product."""
+    from hfmerge.changes import plan_replay
+    from hfmerge.execute import run
+
+    try:
+        plan = plan_replay(merged)
+        with tempfile.TemporaryDirectory(prefix="hfmerge-replay-") as folder:
+            outcome = run(plan, Path(folder))
+    except HfMergeError as error:
+        return Check("replay", False, str(error))
+    wanted = merged.last.products
+    different = sorted(name for name in {*wanted, *outcome.products} if wanted.get(name) != outcome.products.get(name))
+    if different:
+        here = merged.last.environment
+        return Check("replay", False, f"{different[0]} comes out differently (made with torch {here.get('torch')})")
+    return Check(
+        "replay", True, f"{len(wanted)} files come out with the same bytes from {len(merged.last.models)} sources"
+    )

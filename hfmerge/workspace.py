@@ -1,0 +1,95 @@
+"""The output folder: built beside its final place, published by one rename, never seen half-written.
+
+While a merge runs, `.NAME.hfmerge-lock` is held by `flock` (the kernel drops it with the process, even after SIGKILL) and the
+files grow in `.NAME.hfmerge-partial`. The next run on the same folder removes what a killed one left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from hfmerge.errors import OutputError
+
+
+@contextlib.contextmanager
+def workspace(output: Path, *, needed: int, replace: bool) -> Iterator[Path]:
+    """Yield an empty folder to fill; on success it becomes `output`, on any error it is removed.
+
+    Args:
+        output: final folder.
+        needed: bytes that will be written; compared with the free space first.
+        replace: `output` may exist and is then replaced whole; otherwise it must not exist or be empty.
+
+    Raises:
+        OutputError: not empty, in use by another merge, no space, no permission.
+    """
+    output = Path(output)
+    if output.is_symlink():
+        output = output.resolve()
+    if output.exists() and not output.is_dir():
+        raise OutputError(f"{output}: is a file; choose a folder for --output.")
+    lock, partial, old = (output.parent / f".{output.name}.hfmerge-{part}" for part in ("lock", "partial", "old"))
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise OutputError(f"{output}: cannot write there: {error.strerror}.") from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OutputError(
+                f"{output}: another merge is writing this folder; wait for it, or choose another."
+            ) from error
+        _recover(output, old)
+        if not replace and output.exists() and any(output.iterdir()):
+            raise OutputError(f"{output}: the folder is not empty; empty it, or choose another --output.")
+        shutil.rmtree(partial, ignore_errors=True)
+        free = shutil.disk_usage(output.parent).free
+        if free < needed:
+            raise OutputError(
+                f"{output}: {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free; make room or choose another disk."
+            )
+        partial.mkdir()
+        try:
+            yield partial
+            _publish(partial, output, old)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        lock.unlink(missing_ok=True)
+    finally:
+        os.close(handle)
+
+
+def _recover(output: Path, old: Path) -> None:
+    """Finish what a run killed between the two renames of `_publish` left undone."""
+    if old.exists():
+        if output.exists():
+            shutil.rmtree(old)
+        else:
+            os.rename(old, output)
+
+
+def _publish(partial: Path, output: Path, old: Path) -> None:
+    try:
+        _sync_folder(partial)
+        if output.exists():
+            os.rename(output, old)
+        os.rename(partial, output)
+        _sync_folder(output.parent)
+    except OSError as error:
+        raise OutputError(f"{output}: cannot be put in place: {error.strerror}.") from error
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
