@@ -58,7 +58,18 @@ TASKS = {
 def our_command(method: str, base: Path, models: Sequence[Path], output: Path) -> list[str | Path]:
     """The `hfmerge merge` call; no state is written, as mergekit writes none."""
     options = [word for option in TASKS[method].options for word in ("--option", option)]
-    head: list[str | Path] = [*common.OURS, "merge", "--base", base, "--method", method, *options, "--state", "none"]
+    head: list[str | Path] = [
+        *common.OURS,
+        "merge",
+        "--base",
+        base,
+        "--method",
+        method,
+        *options,
+        "--state",
+        "none",
+        "--quiet",
+    ]
     return [*head, "--output", output, *models]
 
 
@@ -105,7 +116,7 @@ def speed_rows(method: str, samples: dict[str, list[Sample]]) -> list[Row]:
         for figure, label in (("wall", "wall"), ("cpu", "processor")):
             ratio = common.median(peer, figure) / common.median(ours, figure)
             goal, met = ("≥ 1.0x", ratio >= 1.0) if figure == "wall" else ("", None)
-            cells = (common.spread(ours, figure), common.spread(peer, figure), f"{ratio:.1f}x faster", goal, met)
+            cells = (common.spread(ours, figure), common.spread(peer, figure), f"{ratio:.1f}x", goal, met)
             rows.append(Row(f"{method}, {label}, {name}", *cells))
         for figure, label in (("peak", "peak memory"), ("anonymous", "peak without mapped files")):
             mine, other = common.median(ours, figure), common.median(peer, figure)

@@ -28,7 +28,7 @@ RUNS = common.CACHE / "runs"
 
 def our_command(base: Path, models: Sequence[Path], alpha: float, variant: str, output: Path) -> list[str | Path]:
     """The `hfmerge merge` call; no state is written, as FusionBench writes none."""
-    options = ["--option", f"alpha={alpha}", "--option", f"variant={variant}", "--state", "none", "--json"]
+    options = ["--option", f"alpha={alpha}", "--option", f"variant={variant}", "--state", "none", "--quiet", "--json"]
     return [*common.OURS, "merge", "--base", base, "--method", "opcm", *options, "--output", output, *models]
 
 
@@ -124,7 +124,7 @@ def speed_rows(samples: dict[str, list[Sample]]) -> list[Row]:
         ratio = common.median(peer, figure) / common.median(ours, figure)
         goal = f"≥ {SPEED_GOAL:.0f}x" if figure == "inside" else ""
         met = ratio >= SPEED_GOAL if goal else None
-        rows.append(Row(*cells, common.spread(peer, figure), f"{ratio:.1f}x faster", goal, met))
+        rows.append(Row(*cells, common.spread(peer, figure), f"{ratio:.1f}x", goal, met))
     peak = common.median(ours, "peak")
     if peer:
         other = common.median(peer, "peak")

@@ -32,7 +32,7 @@ def run(options: argparse.Namespace) -> str:
     cells = (common.spread(samples["hfmerge"]), "", "")
     if "mergekit" in samples:
         ratio = common.median(samples["mergekit"], "wall") / ours
-        cells = (cells[0], common.spread(samples["mergekit"]), f"{ratio:.0f}x faster")
+        cells = (cells[0], common.spread(samples["mergekit"]), f"{ratio:.0f}x")
     row = Row("`--help`, whole command", *cells, f"< {GOAL_SECONDS} s", ours < GOAL_SECONDS)
     return common.report("Start-up", facts, [row])
 

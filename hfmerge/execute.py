@@ -13,12 +13,13 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfmerge.checkpoint.deltas import DeltaReader
 from hfmerge.checkpoint.heads import write_head
-from hfmerge.checkpoint.reader import Reader
+from hfmerge.checkpoint.reader import Reader, Rows
 from hfmerge.checkpoint.sidefiles import copy_side_files
 from hfmerge.checkpoint.vocabulary import extended_base, write_tokenizer
 from hfmerge.checkpoint.writer import TORCH_NAMES, SafetensorsWriter, write_index
@@ -26,7 +27,7 @@ from hfmerge.digest import sha256_file
 from hfmerge.errors import NonFiniteError
 from hfmerge.methods import Carry, FoldMethod, JointMethod
 from hfmerge.planning import DTYPE_NAMES, Param, Plan, carry_slots, needs_two_passes, state_name, worker_count
-from hfmerge.source import digests, fetch, weight_files
+from hfmerge.source import Pinned, Place, Source, digests, fetch, safetensors_entries, weight_files
 from hfmerge.taskvector import Block, Dense, LowRank, TaskVector, cut, from_tensors, squared_norm, zero
 
 
@@ -69,6 +70,46 @@ class Outcome:
     source_digests: tuple[dict[str, str] | None, ...]
     states: tuple[State, ...]
     products: dict[str, str]
+
+
+SLICE_BYTES = 16 << 20
+"""Float32 bytes of a slice: below the size at which the allocator returns memory to the system after every use."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One visit: a parameter, or some rows of a large one whose method works element by element."""
+
+    param: Param
+    rows: Rows | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of what the visit computes."""
+        shape = self.param.slot.shape
+        return shape if self.rows is None else (self.rows[1] - self.rows[0], *shape[1:])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of it in the output."""
+        shape = self.param.slot.shape
+        return self.param.slot.nbytes if self.rows is None else self.param.slot.nbytes // shape[0] * self.shape[0]
+
+
+def pieces(plan: Plan, params: Iterable[Param]) -> list[Piece]:
+    """Cut parameters into visits. The cuts depend on the plan alone, so sums over them come out the same everywhere."""
+    result: list[Piece] = []
+    for param in params:
+        shape = param.slot.shape
+        size = math.prod(shape)
+        aligned = param.vocab_axis is not None and plan.vocabulary is not None
+        if plan.method.elementwise and not aligned and len(shape) > 1 and 4 * size > SLICE_BYTES:
+            if all(delta.sliceable(param.key) for delta in plan.deltas):
+                step = max(1, SLICE_BYTES // (4 * size // shape[0]))
+                result.extend(Piece(param, (at, min(at + step, shape[0]))) for at in range(0, shape[0], step))
+                continue
+        result.append(Piece(param))
+    return result
 
 
 def run(plan: Plan, folder: Path) -> Outcome:
@@ -126,9 +167,8 @@ class _Job:
 
     def __init__(self, plan: Plan, folder: Path, start: int):
         self.plan, self.folder, self.start = plan, folder, start
-        lenient = plan.recipe.allow_nonfinite
-        self.base = Reader(plan.base, allow_nonfinite=lenient)
-        self.models = [DeltaReader(delta, allow_nonfinite=lenient) for delta in plan.deltas]
+        self.base = Reader(plan.base)
+        self.models = [DeltaReader(delta) for delta in plan.deltas]
         self.tied: dict[str, list[Param]] = {}
         for param in plan.params:
             if param.owner is not None:
@@ -179,7 +219,8 @@ class _Job:
         untouched = [param for param in plan.params if param.mode != "tied" and not param.touched]
         if plan.method.matrixwise:
             touched.sort(key=lambda param: (-param.slot.nbytes, param.key))
-        results = self._over(touched, lambda param: self._first_pass(param, thresholds, write=not two), "Merging")
+        visits = pieces(plan, touched)
+        results = self._over(visits, lambda piece: self._first_pass(piece, thresholds, write=not two), "Merging")
         squares = tuple(math.fsum(r[0][i] for r in results) for i in range(len(plan.deltas) - self.start))
         squared_norms = (*(plan.prior.squared_norms if plan.prior else ()), *squares)
         read_out = math.sqrt(math.fsum(r[1] for r in results))
@@ -188,8 +229,8 @@ class _Job:
             mean = math.fsum(math.sqrt(s) for s in squared_norms) / len(squared_norms)
             target = mean if plan.norm == "mean" else float(plan.norm)
             scale = target / read_out if read_out > 0.0 else 0.0
-            self._over(touched, lambda param: self._second_pass(param, scale), "Writing")
-        self._over(untouched, self._copy, "Copying")
+            self._over(visits, lambda piece: self._second_pass(piece, scale), "Writing")
+        self._over([Piece(param) for param in untouched], self._copy, "Copying")
         self.complete = True
         for writer in (*self.outputs.values(), *self.states.values()):
             writer.close()
@@ -206,39 +247,41 @@ class _Job:
         writer.path.rename(self.folder / state.file)
         return state
 
-    def _over(self, params: Sequence[Param], work: Callable[[Param], Any], title: str) -> list[Any]:
-        """Run `work` over parameters on the pool; results in the parameters' order."""
+    def _over(self, visits: Sequence[Piece], work: Callable[[Piece], Any], title: str) -> list[Any]:
+        """Run `work` over the visits on the pool; results in their order."""
         from huggingface_hub.utils import tqdm
 
-        if not params:
+        if not visits:
             return []
-        total = sum(param.slot.nbytes for param in params)
+        total = sum(piece.nbytes for piece in visits)
         pool = ThreadPoolExecutor(worker_count(), "hfmerge")
         bar = tqdm(total=total, desc=title, unit="B", unit_scale=True, name="hfmerge")
         try:
             results = []
-            for param, result in zip(params, _windowed(pool, work, params), strict=True):
+            for piece, result in zip(visits, _windowed(pool, work, visits), strict=True):
                 results.append(result)
-                bar.update(param.slot.nbytes)
+                bar.update(piece.nbytes)
             return results
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
             bar.close()
 
-    def base_value(self, param: Param) -> Tensor:
-        """The base's float32 value in the output's rows."""
-        value = self.base.value(param.key)
+    def base_value(self, piece: Piece) -> Tensor:
+        """The base's float32 value in the output's rows, in memory of its own."""
+        param = piece.param
+        value = self.base.value(param.key, piece.rows)
         vocabulary = self.plan.vocabulary
         if vocabulary is not None and vocabulary.added and param.vocab_axis is not None:
             rows = [model.new_value(param.key) for model in self.models]
             value = extended_base(vocabulary, value, rows, param.vocab_axis)
         return value
 
-    def _task_vector(self, model: int, param: Param, base: Callable[[], Tensor]) -> TaskVector | None:
+    def task_vector(self, model: int, piece: Piece, base: Callable[[], Tensor]) -> TaskVector | None:
+        """One model's change, or None where it has none."""
         aligned = None
-        if self.plan.vocabulary is not None and param.vocab_axis is not None:
-            aligned = (self.plan.vocabulary, model, param.vocab_axis)
-        return self.models[model].task_vector(param.key, base, aligned)
+        if self.plan.vocabulary is not None and piece.param.vocab_axis is not None:
+            aligned = (self.plan.vocabulary, model, piece.param.vocab_axis)
+        return self.models[model].task_vector(piece.param.key, base, aligned, piece.rows)
 
     def _measure(self) -> list[float]:
         """One threshold per model from its histogram over all merged parameters; exact integer sums."""
@@ -250,90 +293,103 @@ class _Job:
         assert isinstance(method, JointMethod)
         totals = [torch.zeros(1 << BITS, dtype=torch.int64) for _ in self.models]
 
-        def count(param: Param) -> list[Tensor]:
-            base = _once(lambda: self.base_value(param))
-            taus = (self._task_vector(i, param, base) for i in range(len(self.models)))
-            return [magnitude_histogram(torch.zeros(param.slot.shape) if t is None else t.to_dense()) for t in taus]
+        def count(piece: Piece) -> list[Tensor]:
+            base = _once(lambda: self.base_value(piece))
+            taus = (self.task_vector(i, piece, base) for i in range(len(self.models)))
+            return [magnitude_histogram(torch.zeros(piece.shape) if t is None else t.to_dense()) for t in taus]
 
-        for counts in self._over([p for p in self.plan.params if p.mode == "merge"], count, "Measuring"):
+        merged = [Piece(param) for param in self.plan.params if param.mode == "merge"]
+        for counts in self._over(merged, count, "Measuring"):
             for total, part in zip(totals, counts, strict=True):
                 total += part
         return [method.settle(total) for total in totals]
 
-    def _first_pass(self, param: Param, thresholds: list[float] | None, *, write: bool) -> tuple[list[float], float]:
-        """Fold or combine one parameter; its squared norms per new model, and that of its read-out."""
-        base = _once(lambda: self.base_value(param))
+    def _first_pass(self, piece: Piece, thresholds: list[float] | None, *, write: bool) -> tuple[list[float], float]:
+        """Fold or combine one visit; its squared norms per new model, and that of its read-out."""
+        base = _once(lambda: self.base_value(piece))
         if isinstance(self.plan.method, FoldMethod):
-            squares, carries = self._fold(param, self.plan.method, base)
+            squares, carries = self._fold(piece, self.plan.method, base)
             changes = [self.plan.method.emit(carry, self.plan.weights) for carry in carries]
         else:
-            squares, changes = self._combine(param, base, thresholds)
+            squares, changes = self._combine(piece, base, thresholds)
         total = math.fsum(change.squared_norm() for change in changes)
         if write:
-            self._write(param, base(), changes, 1.0)
+            self._write(piece, base(), changes, 1.0)
         elif self.scratch is not None and isinstance(self.plan.method, JointMethod):
             import torch
 
-            whole = torch.empty(param.slot.shape)
-            for block, change in zip(param.blocks, changes, strict=True):
+            whole = torch.empty(piece.shape)
+            for block, change in zip(piece.param.blocks, changes, strict=True):
                 block.put(whole, change.to_dense())
-            self.scratch.write(param.key, whole)
+            self._put(self.scratch, piece.param.key, whole, piece)
         return squares, total
 
-    def _fold(self, param: Param, method: FoldMethod, base: Callable[[], Tensor]) -> tuple[list[float], list[Carry]]:
-        count = len(self.models)
-        carries: list[Carry | None] = [self._prior_carry(method, param, block) for block in param.blocks]
+    def _fold(self, piece: Piece, method: FoldMethod, base: Callable[[], Tensor]) -> tuple[list[float], list[Carry]]:
+        param, count = piece.param, len(self.models)
+        carries: list[Carry | None] = [self._prior_carry(method, piece, block) for block in param.blocks]
         squares = []
         for i in range(self.start, count):
-            tau = self._task_vector(i, param, base)
-            squares.append(0.0 if tau is None else tau.squared_norm())
+            tau = self.task_vector(i, piece, base)
+            squares.append(self._squared_norm(i, piece, tau))
             for b, block in enumerate(param.blocks):
-                part = zero(block.shape(param.slot.shape)) if tau is None else cut(tau, block)
+                part = zero(block.shape(piece.shape)) if tau is None else cut(tau, block)
                 carry = method.step(carries[b], part, self.plan.weights[i], matrix=block.matrix)
                 carries[b] = _settled(method, param, block, i + 1, carry)
             if i + 1 in self.states:
-                self._store(self.states[i + 1], param, carries, i + 1)
+                self._store(self.states[i + 1], piece, carries, i + 1)
         if self.start == count and count in self.states:
-            self._store(self.states[count], param, carries, count)
+            self._store(self.states[count], piece, carries, count)
         if self.scratch is not None:
-            self._store(self.scratch, param, carries, count)
+            self._store(self.scratch, piece, carries, count)
         return squares, [carry for carry in carries if carry is not None]
 
     def _combine(
-        self, param: Param, base: Callable[[], Tensor], thresholds: list[float] | None
+        self, piece: Piece, base: Callable[[], Tensor], thresholds: list[float] | None
     ) -> tuple[list[float], list[TaskVector]]:
         method = self.plan.method
         assert isinstance(method, JointMethod)
         squares = []
         for i in range(len(self.models)):
-            tau = self._task_vector(i, param, base)
-            squares.append(0.0 if tau is None else tau.squared_norm())
+            tau = self.task_vector(i, piece, base)
+            squares.append(self._squared_norm(i, piece, tau))
         changes = []
-        for block in param.blocks:
-            taus = _LazyTaus(self, param, block, base)
-            changes.append(method.combine(taus, self.plan.weights, lambda b=block: b.take(base()), thresholds))
+        for block in piece.param.blocks:
+            taus = _LazyTaus(self, piece, block, base)
+            changes.append(method.combine(taus, self.plan.weights, partial(_taken, block, base), thresholds))
         return squares, changes
 
-    def _prior_carry(self, method: FoldMethod, param: Param, block: Block) -> Carry | None:
+    def _squared_norm(self, model: int, piece: Piece, tau: TaskVector | None) -> float:
+        """Of one model's change; not a number means that the model or the base is not, which is refused by name."""
+        square = 0.0 if tau is None else tau.squared_norm()
+        if not math.isfinite(square) and not self.plan.recipe.allow_nonfinite:
+            self.models[model].check_finite(piece.param.key)
+            self.base.check_finite(piece.param.key)
+        return square
+
+    def _prior_carry(self, method: FoldMethod, piece: Piece, block: Block) -> Carry | None:
         if self.prior is None or self.start == 0:
             return None
-        shape = block.shape(param.slot.shape)
-        names = method.carry_ranks(shape, list(param.ranks[: self.start]))
+        param = piece.param
+        names = method.carry_ranks(block.shape(param.slot.shape), list(param.ranks[: self.start]))
         if all(rank == 0 for rank in param.ranks[: self.start]):
-            return {name: zero(shape) for name in names}
-        return {name: self.prior.read(state_name(param, block, name)) for name in names}
+            return {name: zero(block.shape(piece.shape)) for name in names}
+        return {name: self.prior.read(state_name(param, block, name), piece.rows) for name in names}
 
-    def _store(self, writer: SafetensorsWriter, param: Param, carries: Sequence[Carry | None], count: int) -> None:
+    def _store(self, writer: SafetensorsWriter, piece: Piece, carries: Sequence[Carry | None], count: int) -> None:
+        param = piece.param
         if all(rank == 0 for rank in param.ranks[:count]):
             return
         for block, carry in zip(param.blocks, carries, strict=True):
             assert carry is not None
             for name, value in carry.items():
                 for suffix, tensor in value.tensors().items():
-                    writer.write(f"{state_name(param, block, name)}{suffix}", tensor)
+                    self._put(writer, f"{state_name(param, block, name)}{suffix}", tensor, piece)
 
-    def _second_pass(self, param: Param, scale: float) -> None:
-        method, count = self.plan.method, len(self.models)
+    def _put(self, writer: SafetensorsWriter, name: str, tensor: Tensor, piece: Piece) -> None:
+        writer.write(name, tensor, None if piece.rows is None else piece.rows[0])
+
+    def _second_pass(self, piece: Piece, scale: float) -> None:
+        method, count, param = self.plan.method, len(self.models), piece.param
         if isinstance(method, FoldMethod):
             kept = self.scratch or self.states[count]
             changes = []
@@ -342,27 +398,30 @@ class _Job:
                 slots = carry_slots(method, param, block, count)
                 for name in method.carry_ranks(block.shape(param.slot.shape), list(param.ranks)):
                     stem = state_name(param, block, name)
-                    found = {s: kept.read(f"{stem}{s}") for s in ("", ".up", ".down") if f"{stem}{s}" in slots}
-                    carry[name] = from_tensors(found)
+                    suffixes = [s for s in ("", ".up", ".down") if f"{stem}{s}" in slots]
+                    carry[name] = from_tensors({s: kept.read(f"{stem}{s}", piece.rows) for s in suffixes})
                 changes.append(method.emit(carry, self.plan.weights))
         else:
             assert self.scratch is not None
-            whole = self.scratch.read(param.key)
+            whole = self.scratch.read(param.key, piece.rows)
             changes = [Dense(block.take(whole)) for block in param.blocks]
-        self._write(param, self.base_value(param), changes, scale)
+        self._write(piece, self.base_value(piece), changes, scale)
 
-    def _write(self, param: Param, base: Tensor, changes: Sequence[TaskVector], scale: float) -> None:
+    def _write(self, piece: Piece, base: Tensor, changes: Sequence[TaskVector], scale: float) -> None:
         """`base + scale * change` into the output; `base` is used up."""
-        for block, change in zip(param.blocks, changes, strict=True):
+        for block, change in zip(piece.param.blocks, changes, strict=True):
             if change.is_zero:
                 continue
-            value = block.take(base).add(change.to_dense(), alpha=scale)
-            block.put(base, value)
-        self._emit(param, base)
+            if block.is_whole:
+                base.add_(change.to_dense(), alpha=scale)
+            else:
+                block.put(base, block.take(base).add(change.to_dense(), alpha=scale))
+        self._emit(piece, base)
 
-    def _emit(self, param: Param, value: Tensor) -> None:
+    def _emit(self, piece: Piece, value: Tensor) -> None:
         import torch
 
+        param = piece.param
         cast = value.to(getattr(torch, TORCH_NAMES[param.slot.dtype]))
         if not self.plan.recipe.allow_nonfinite:
             checked = cast.float() if param.slot.dtype == "F16" else value
@@ -372,13 +431,14 @@ class _Job:
                     "a smaller norm."
                 )
         for target in (param, *self.tied.get(param.key, ())):
-            self.outputs[target.file].write(target.key, cast)
+            self._put(self.outputs[target.file], target.key, cast, piece)
 
-    def _copy(self, param: Param) -> None:
+    def _copy(self, piece: Piece) -> None:
+        param = piece.param
         entry = self.plan.base.tensors[param.key]
         grown = entry.shape != param.slot.shape
         if entry.floating and (grown or entry.dtype != param.slot.dtype):
-            self._emit(param, self.base_value(param))
+            self._emit(piece, self.base_value(piece))
             return
         stored = self.base.stored(param.key)
         for target in (param, *self.tied.get(param.key, ())):
@@ -388,8 +448,8 @@ class _Job:
 class _LazyTaus(Sequence[TaskVector]):
     """The task vectors of one block, each read anew when indexed, so that memory does not grow with the models."""
 
-    def __init__(self, job: _Job, param: Param, block: Block, base: Callable[[], Tensor]):
-        self.job, self.param, self.block, self.base = job, param, block, base
+    def __init__(self, job: _Job, piece: Piece, block: Block, base: Callable[[], Tensor]):
+        self.job, self.piece, self.block, self.base = job, piece, block, base
 
     def __len__(self) -> int:
         return len(self.job.models)
@@ -397,25 +457,25 @@ class _LazyTaus(Sequence[TaskVector]):
     def __getitem__(self, index: Any) -> Any:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        tau = self.job._task_vector(index, self.param, self.base)
-        return zero(self.block.shape(self.param.slot.shape)) if tau is None else cut(tau, self.block)
+        tau = self.job.task_vector(index, self.piece, self.base)
+        return zero(self.block.shape(self.piece.shape)) if tau is None else cut(tau, self.block)
 
 
 class _StateReader:
     """Reads carried task vectors from a state file into fresh, aligned memory."""
 
     def __init__(self, path: Path):
-        from safetensors import safe_open
+        pinned = Pinned(Place(str(path), None, None, path.parent), path.name, None, path.parent, {})
+        self._reader = Reader(Source(str(path), pinned, "full", {}, None, safetensors_entries(path)))
 
-        self._handle = safe_open(path, "pt", backend="pread").__enter__()
-        self._names = dict.fromkeys(self._handle.keys())
-
-    def read(self, stem: str) -> TaskVector:
-        suffixes = [suffix for suffix in ("", ".up", ".down") if f"{stem}{suffix}" in self._names]
-        return from_tensors({suffix: self._handle.get_tensor(f"{stem}{suffix}").clone() for suffix in suffixes})
+    def read(self, stem: str, rows: Rows | None) -> TaskVector:
+        """One carried task vector, or some rows of a dense one."""
+        names = self._reader.source.tensors
+        suffixes = [suffix for suffix in ("", ".up", ".down") if f"{stem}{suffix}" in names]
+        return from_tensors({suffix: self._reader.stored(f"{stem}{suffix}", rows) for suffix in suffixes})
 
     def close(self) -> None:
-        self._handle.__exit__(None, None, None)
+        self._reader.close()
 
 
 def _settled(method: FoldMethod, param: Param, block: Block, count: int, carry: Carry) -> Carry:
@@ -443,14 +503,18 @@ def _once(make: Callable[[], Tensor]) -> Callable[[], Tensor]:
     return get
 
 
-def _windowed(pool: ThreadPoolExecutor, work: Callable[[Param], Any], params: Sequence[Param]) -> Iterable[Any]:
-    """Results in order, with at most a few parameters beyond the running ones submitted."""
+def _taken(block: Block, base: Callable[[], Tensor]) -> Tensor:
+    """The base's values in one block."""
+    return block.take(base())
+
+
+def _windowed(pool: ThreadPoolExecutor, work: Callable[[Piece], Any], visits: Sequence[Piece]) -> Iterable[Any]:
+    """Results in order, with at most a few visits beyond the running ones submitted."""
     ahead: list[Future[Any]] = []
-    upcoming = iter(params)
     width = worker_count() + 1
     try:
-        for param in upcoming:
-            ahead.append(pool.submit(work, param))
+        for piece in visits:
+            ahead.append(pool.submit(work, piece))
             if len(ahead) >= width:
                 yield ahead.pop(0).result()
         while ahead:

@@ -25,7 +25,7 @@ from hfmerge.errors import HfMergeError, Problem, RecipeError
 from hfmerge.methods import FoldMethod, MergeMethod, registry
 from hfmerge.recipe import Recipe
 from hfmerge.source import FLOATS, Source, cached, describe, hub_api, hub_errors
-from hfmerge.taskvector import Block
+from hfmerge.taskvector import WHOLE, Block
 
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
@@ -233,7 +233,7 @@ def make_plan(recipe: Recipe, *, prior: Prior | None = None, origin: str = "reci
     params = _params(recipe, base, layout, whole, vocabulary, warnings)
     if not any(param.touched for param in params):
         raise RecipeError([Problem("models", "no model changes any parameter that is merged")], origin)
-    keep = _kept_states(recipe, method, len(whole))
+    keep = _kept_states(recipe, method, len(whole), prior.count if prior else 0)
     sides = tuple(side_files(base.pinned, remote_code=recipe.trust_remote_code))
     plan = Plan(
         recipe, method, base, layout, tuple(whole), params, tuple(heads), vocabulary, sides, keep, prior,
@@ -414,6 +414,7 @@ def _params(
                 inside = False
         return inside
 
+    elementwise = build_method(recipe).elementwise
     params = []
     for key, entry in base.tensors.items():
         dtype, shape = entry.dtype, entry.shape
@@ -430,19 +431,21 @@ def _params(
             params.append(Param(key, file, slot, "copy", vocab_axis=axis))
         else:
             ranks = tuple(delta.rank(key) for delta in deltas)
-            params.append(Param(key, file, slot, "merge", None, layout.blocks[key], ranks, axis))
+            # element by element, the matrices inside a tensor do not matter
+            blocks = (WHOLE,) if elementwise else layout.blocks[key]
+            params.append(Param(key, file, slot, "merge", None, blocks, ranks, axis))
     warnings.extend(f"pattern {pattern!r} matches no parameter." for pattern, hit in used.items() if not hit)
     return tuple(params)
 
 
-def _kept_states(recipe: Recipe, method: MergeMethod, count: int) -> tuple[int, ...]:
-    """After how many models a state is kept."""
+def _kept_states(recipe: Recipe, method: MergeMethod, count: int, start: int) -> tuple[int, ...]:
+    """After how many models a state is written; a run that continues after `start` models has only the later ones."""
     if recipe.state == "none" or not isinstance(method, FoldMethod):
         return ()
     if recipe.state == "last":
         return (count,)
     every = 1 if recipe.state == "all" else int(recipe.state)
-    return tuple(sorted({*range(every, count + 1, every), count}))
+    return tuple(sorted({*(kept for kept in range(every, count + 1, every) if kept > start), count}))
 
 
 def worker_count() -> int:

@@ -428,8 +428,22 @@ def _safetensors_entries(pinned: Pinned, file: str) -> dict[str, TensorEntry]:
     return entries
 
 
-def check_safetensors(path: Path, where: str) -> None:
-    """Raise CorruptFileError unless the file's header and length agree; tells a Git-LFS pointer by name."""
+def safetensors_entries(path: Path) -> dict[str, TensorEntry]:
+    """Header entries of a safetensors file on this machine."""
+    from huggingface_hub import parse_local_safetensors_file_metadata
+
+    return {
+        key: TensorEntry(path.name, info.dtype, tuple(info.shape), info.data_offsets[1] - info.data_offsets[0])
+        for key, info in parse_local_safetensors_file_metadata(path).tensors.items()
+    }
+
+
+def check_safetensors(path: Path, where: str) -> dict[str, int]:
+    """Absolute offset of every tensor of a file, after checking that its header and length agree.
+
+    Raises:
+        CorruptFileError: a Git-LFS pointer, no safetensors file, truncated or overlong.
+    """
     size = path.stat().st_size
     with open(path, "rb") as handle:
         head = handle.read(8)
@@ -442,11 +456,13 @@ def check_safetensors(path: Path, where: str) -> None:
             raise CorruptFileError(f"{where} is no safetensors file or is truncated ({size} bytes); get it again.")
         try:
             header = json.loads(handle.read(length))
-            end = max((info["data_offsets"][1] for key, info in header.items() if key != "__metadata__"), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            spans = {key: info["data_offsets"] for key, info in header.items() if key != "__metadata__"}
+            end = max((stop for _, stop in spans.values()), default=0)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CorruptFileError(f"{where}: broken safetensors header; get it again.") from error
     if 8 + length + end != size:
         raise CorruptFileError(f"{where} is truncated or overlong: {size} bytes, header says {8 + length + end}.")
+    return {key: 8 + length + start for key, (start, _) in spans.items()}
 
 
 def _pickle_entries(pinned: Pinned, file: str) -> dict[str, TensorEntry]:

@@ -35,6 +35,11 @@ class Block:
     axis: int | None = None
     ranges: tuple[tuple[int, int], ...] = ()
 
+    @property
+    def is_whole(self) -> bool:
+        """The block is the stored tensor as it lies."""
+        return self.expert is None and self.axis is None and not self.transposed
+
     def take(self, stored: Tensor) -> Tensor:
         """The block of `stored`, as methods see it: (out, in) for a matrix, else the stored shape."""
         piece = stored if self.expert is None else stored[self.expert]
@@ -114,10 +119,16 @@ class TaskVector:
 
     __rmul__ = __mul__
 
-    def __add__(self, other: TaskVector) -> TaskVector:
+    def plus(self, other: TaskVector, factor: float) -> TaskVector:
+        """`self + factor * other`, in one pass over dense values."""
         if isinstance(self, LowRank) and isinstance(other, LowRank):
-            return _concatenate(self, other)
-        return Dense(self.to_dense() + other.to_dense())
+            return _concatenate(self, other.scaled(factor))
+        import torch
+
+        return Dense(torch.add(self.to_dense(), other.to_dense(), alpha=factor))
+
+    def __add__(self, other: TaskVector) -> TaskVector:
+        return self.plus(other, 1.0)
 
     def __sub__(self, other: TaskVector) -> TaskVector:
         return self + other.scaled(-1.0)
@@ -253,8 +264,10 @@ def summed_rank(shape: tuple[int, ...], ranks: list[int | None]) -> int | None:
     return total if total < min(shape) else None
 
 
-def _concatenate(a: LowRank, b: LowRank) -> TaskVector:
+def _concatenate(a: LowRank, b: TaskVector) -> TaskVector:
     import torch
+
+    assert isinstance(b, LowRank)
 
     up, down = torch.cat([a.up, b.up], dim=1), torch.cat([a.down, b.down], dim=0)
     if summed_rank(a.shape, [a.rank, b.rank]) is None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from hfmerge.checkpoint.adapters import AdapterMap, LoraOrigin
 from hfmerge.checkpoint.names import Origin
-from hfmerge.checkpoint.reader import Reader
+from hfmerge.checkpoint.reader import Reader, Rows
 from hfmerge.checkpoint.vocabulary import Vocabulary, aligned_change
 from hfmerge.errors import ShapeError
 from hfmerge.source import Source
@@ -44,6 +44,11 @@ class Delta:
             return None
         return self.lora[key].rank if key in self.lora else 0
 
+    def sliceable(self, key: str) -> bool:
+        """True when the change can be read some rows at a time."""
+        origins = [origins[key] for origins in (self.full, self.beneath) if key in origins]
+        return key not in self.lora and all(origin.convert is None for origin in origins)
+
     def stored_bytes(self, key: str) -> int:
         """Bytes read from this model for one stored tensor of the base."""
         total = 0
@@ -60,11 +65,11 @@ class Delta:
 class DeltaReader:
     """Reads the task vectors of one model. Safe to call from several threads."""
 
-    def __init__(self, delta: Delta, *, allow_nonfinite: bool):
+    def __init__(self, delta: Delta):
         self.delta = delta
-        self.reader = Reader(delta.source, allow_nonfinite=allow_nonfinite)
+        self.reader = Reader(delta.source)
         under = delta.source.beneath
-        self.under = Reader(under, allow_nonfinite=allow_nonfinite) if under is not None else None
+        self.under = Reader(under) if under is not None else None
 
     def close(self) -> None:
         """Close the files."""
@@ -72,16 +77,32 @@ class DeltaReader:
         if self.under is not None:
             self.under.close()
 
-    def new_value(self, key: str) -> Tensor | None:
-        """The model's own float32 value for a stored tensor of the base; None where it has no dense one."""
+    def check_finite(self, key: str) -> None:
+        """Raise NonFiniteError if what the model holds for a stored tensor of the base has NaN or Inf."""
         if key in self.delta.full:
-            return _assemble(self.reader, self.delta.full[key])
+            for name in self.delta.full[key].keys:
+                self.reader.check_finite(name)
         if key in self.delta.beneath and self.under is not None:
-            return _assemble(self.under, self.delta.beneath[key])
+            for name in self.delta.beneath[key].keys:
+                self.under.check_finite(name)
+        if key in self.delta.lora:
+            for name in (self.delta.lora[key].down_key, self.delta.lora[key].up_key):
+                self.reader.check_finite(name)
+
+    def new_value(self, key: str, rows: Rows | None = None) -> Tensor | None:
+        """The model's own float32 value, or some rows of it, for a stored tensor of the base; None if it has no dense one."""
+        if key in self.delta.full:
+            return _assemble(self.reader, self.delta.full[key], rows)
+        if key in self.delta.beneath and self.under is not None:
+            return _assemble(self.under, self.delta.beneath[key], rows)
         return None
 
     def task_vector(
-        self, key: str, base: Callable[[], Tensor], aligned: tuple[Vocabulary, int, int] | None = None
+        self,
+        key: str,
+        base: Callable[[], Tensor],
+        aligned: tuple[Vocabulary, int, int] | None = None,
+        rows: Rows | None = None,
     ) -> TaskVector | None:
         """The change of one stored tensor, or None when the model does not touch it.
 
@@ -89,9 +110,10 @@ class DeltaReader:
             key: stored key of the base.
             base: gives the base's float32 value, in the output's rows; called only for a dense change.
             aligned: (vocabulary, index of this model, axis) for a tensor with one row per token.
+            rows: only these rows, of a tensor that `sliceable` allows it for; `base` gives the same rows.
         """
         result: TaskVector | None = None
-        value = self.new_value(key)
+        value = self.new_value(key, rows)
         if value is not None:
             origin = base()
             if aligned is not None:
@@ -102,7 +124,8 @@ class DeltaReader:
                     f"{key}: base {tuple(origin.shape)} but {self.delta.source.pinned.label} {tuple(value.shape)}"
                 )
             else:
-                result = Dense(value - origin)
+                # the value is this call's own memory
+                result = Dense(value.sub_(origin))
         if key in self.delta.lora:
             factors = self.delta.lora[key].read(self.reader)
             result = factors if result is None else result + factors
@@ -120,6 +143,7 @@ def adapter_delta(source: Source, mapped: AdapterMap, beneath: dict[str, Origin]
     return Delta(source, full=full, lora=mapped.lora, beneath=beneath)
 
 
-def _assemble(reader: Reader, origin: Origin) -> Tensor:
-    tensors = {key: reader.value(key) for key in origin.keys}
-    return tensors[origin.keys[0]] if origin.convert is None else origin.convert(tensors)
+def _assemble(reader: Reader, origin: Origin, rows: Rows | None) -> Tensor:
+    if origin.convert is None:
+        return reader.value(origin.keys[0], rows)
+    return origin.convert({key: reader.value(key) for key in origin.keys})

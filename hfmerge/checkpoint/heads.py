@@ -141,7 +141,7 @@ def load_with_head(model: str | Path, source: str, **options: Any) -> PreTrained
     cls = getattr(transformers, str(name), None)
     if cls is None:
         raise SourceError(f"{pinned.label}: {prefix}config.json names {name}, which transformers does not have.")
-    weights = {}
+    weights: dict[str, Any] = {}
     for file in sorted(name for name in pinned.files if "/" not in name and name.endswith(".safetensors")):
         weights |= load_file(fetch(pinned, file))
     loaded, info = cls.from_pretrained(

@@ -114,13 +114,17 @@ def _origins(group: Group, holders: list[tuple[Group, int]], base: Layout, sourc
             return {mine: Origin((its,), None) for mine, its in pairs}
     origins = {}
     for part, keys in enumerate(group.inputs):
+        tried: set[tuple[int, ...]] = set()
         for index, key in enumerate(keys):
-            origins[key] = _converted(group, (part, index), holders, base, source, key)
+            origins[key] = _converted(group, (part, index), holders, base, source)
+            if base.shapes[key] not in tried:  # experts are converted alike: one of them shows whether it can be done
+                _try(origins[key], base, source, key)
+                tried.add(base.shapes[key])
     return origins
 
 
 def _converted(
-    group: Group, at: tuple[int, int], holders: list[tuple[Group, int]], base: Layout, source: Layout, key: str
+    group: Group, at: tuple[int, int], holders: list[tuple[Group, int]], base: Layout, source: Layout
 ) -> Origin:
     mine, its = _model(base), _model(source)
 
@@ -128,20 +132,17 @@ def _converted(
         memory = [holder.forward(stored, its)[output] for holder, output in holders]
         return group.backward(memory, mine, at).contiguous()
 
-    keys = tuple(dict.fromkeys(name for holder, _ in holders for name in holder.keys))
-    _try(convert, keys, base, source, key)
-    return Origin(keys, convert)
+    return Origin(tuple(dict.fromkeys(name for holder, _ in holders for name in holder.keys)), convert)
 
 
-def _try(
-    convert: Callable[[dict[str, Tensor]], Tensor], keys: tuple[str, ...], base: Layout, source: Layout, key: str
-) -> None:
+def _try(origin: Origin, base: Layout, source: Layout, key: str) -> None:
     """Run a conversion on the meta device, so that what it cannot do shows now and not in the middle of a merge."""
     import torch
 
-    text = f"{source.memory.origin}: {keys[0]} cannot be brought into the layout of {base.memory.origin}: {key}"
+    assert origin.convert is not None
+    text = f"{source.memory.origin}: {origin.keys[0]} cannot be brought into the layout of {base.memory.origin}: {key}"
     try:
-        shape = tuple(convert({name: torch.empty(source.shapes[name], device="meta") for name in keys}).shape)
+        shape = tuple(origin.convert({k: torch.empty(source.shapes[k], device="meta") for k in origin.keys}).shape)
     except (RuntimeError, ValueError, KeyError, IndexError, NotImplementedError, AttributeError) as error:
         raise UnsupportedError(f"{text} ({error})") from error
     if shape != base.shapes[key]:

@@ -1,20 +1,34 @@
-"""Lazy tensors of pinned sources: opens each file once and reads one stored tensor at a time, without mapping files.
+"""Lazy tensors of pinned sources: opens each file once and reads one stored tensor, or some rows of it, at a time.
 
-Files are read with `pread` into fresh memory: mapped pages would count as resident memory until the kernel drops them.
+Files are read with `pread` into fresh, aligned memory: mapped pages would count as resident memory until the kernel drops them,
+and safetensors' own slices read the whole tensor.
 """
 
 from __future__ import annotations
 
+import os
 import threading
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from hfmerge.checkpoint.writer import TORCH_NAMES
 from hfmerge.errors import CorruptFileError, NonFiniteError
 from hfmerge.source import Source, check_safetensors, fetch, load_pickle
-from hfmerge.taskvector import squared_norm
 
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+Rows = tuple[int, int]
+"""Half-open range of indices along the first axis."""
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """An open safetensors file: descriptor and absolute offset of every tensor."""
+
+    descriptor: int
+    offsets: dict[str, int]
 
 
 class Reader:
@@ -23,10 +37,9 @@ class Reader:
     The files must be on this machine or downloadable; a file is opened at its first tensor and kept open until `close`.
     """
 
-    def __init__(self, source: Source, *, allow_nonfinite: bool = False):
+    def __init__(self, source: Source):
         self.source = source
-        self.allow_nonfinite = allow_nonfinite
-        self._open: dict[str, Any] = {}
+        self._open: dict[str, _Opened | dict[str, Any]] = {}
         self._lock = threading.Lock()
 
     def __enter__(self) -> Reader:
@@ -39,63 +52,69 @@ class Reader:
         """Close all files."""
         with self._lock:
             for handle in self._open.values():
-                if hasattr(handle, "__exit__"):
-                    handle.__exit__(None, None, None)
+                if isinstance(handle, _Opened):
+                    os.close(handle.descriptor)
             self._open.clear()
 
-    def stored(self, key: str) -> Tensor:
-        """The tensor as it lies in the file.
+    def stored(self, key: str, rows: Rows | None = None) -> Tensor:
+        """The tensor as it lies in the file, or some rows of it, in memory of its own.
 
         Raises:
-            CorruptFileError: the file cannot be read where its header says the tensor lies.
+            CorruptFileError: the file ends before the tensor does, or holds another one under the name.
         """
         entry = self.source.tensors[key]
         handle = self._handle(entry.file)
-        try:
-            tensor = handle[key] if isinstance(handle, dict) else handle.get_tensor(key)
-        except Exception as error:
-            raise CorruptFileError(
-                f"{self.source.pinned.label}: {entry.file}: {key} cannot be read: {error}"
-            ) from error
-        if tuple(tensor.shape) != entry.shape:
-            raise CorruptFileError(
-                f"{self.source.pinned.label}: {entry.file}: {key} is {tuple(tensor.shape)}, its header said {entry.shape}."
+        if isinstance(handle, dict):
+            tensor: Tensor = handle[key] if rows is None else handle[key][rows[0] : rows[1]]
+            return tensor.clone()
+        if key not in handle.offsets:
+            raise CorruptFileError(f"{self.source.pinned.label}: {entry.file}: {key} is gone since the plan was made.")
+        start, shape = handle.offsets[key], entry.shape
+        if rows is not None:
+            start += entry.nbytes // entry.shape[0] * rows[0]
+            shape = (rows[1] - rows[0], *entry.shape[1:])
+        return _pread(handle.descriptor, start, entry.dtype, shape, f"{self.source.pinned.label}: {entry.file}: {key}")
+
+    def value(self, key: str, rows: Rows | None = None) -> Tensor:
+        """The tensor, or some rows of it, as float32, in memory of its own; not checked for NaN and Inf."""
+        return self.stored(key, rows).float()
+
+    def check_finite(self, key: str) -> None:
+        """Raise NonFiniteError, naming tensor and model, if the tensor holds NaN or Inf."""
+        tensor = self.stored(key)
+        bad = 0 if bool(tensor.isfinite().all()) else int((~tensor.isfinite()).sum())
+        if bad:
+            raise NonFiniteError(
+                f"{self.source.pinned.label}: {self.source.tensors[key].file}: {key} holds {bad} NaN or Inf of "
+                f"{tensor.numel()} values; repair the source, leave the tensor out with `exclude`, or pass "
+                "--allow-nonfinite."
             )
-        return tensor
 
-    def value(self, key: str) -> Tensor:
-        """The tensor as float32, checked for NaN and Inf.
-
-        Raises:
-            NonFiniteError: names the tensor and the model.
-        """
-        tensor = self.stored(key).float()
-        if not self.allow_nonfinite:
-            total = squared_norm(tensor)
-            if total != total or (total == float("inf") and not bool(tensor.isfinite().all())):
-                bad = int((~tensor.isfinite()).sum())
-                raise NonFiniteError(
-                    f"{self.source.pinned.label}: {self.source.tensors[key].file}: {key} holds {bad} NaN or Inf of "
-                    f"{tensor.numel()} values; repair the source, leave the tensor out with `exclude`, or pass "
-                    "--allow-nonfinite."
-                )
-        return tensor
-
-    def _handle(self, file: str) -> Any:
+    def _handle(self, file: str) -> _Opened | dict[str, Any]:
         with self._lock:
             if file not in self._open:
-                self._open[file] = self._opened(file)
+                path = fetch(self.source.pinned, file)
+                where = f"{self.source.pinned.label}: {file}"
+                if self.source.pickled:
+                    self._open[file] = load_pickle(path, where, device="cpu")
+                else:
+                    offsets = check_safetensors(path, where)
+                    self._open[file] = _Opened(os.open(path, os.O_RDONLY), offsets)
             return self._open[file]
 
-    def _opened(self, file: str) -> Any:
-        path = fetch(self.source.pinned, file)
-        where = f"{self.source.pinned.label}: {file}"
-        if self.source.pickled:
-            return load_pickle(path, where, device="cpu")
-        check_safetensors(path, where)
-        from safetensors import SafetensorError, safe_open
 
-        try:
-            return safe_open(path, "pt", backend="pread").__enter__()
-        except (SafetensorError, OSError) as error:
-            raise CorruptFileError(f"{where}: {error}; get the file again.") from error
+def _pread(descriptor: int, start: int, dtype: str, shape: tuple[int, ...], where: str) -> Tensor:
+    import torch
+
+    tensor = torch.empty(shape, dtype=getattr(torch, TORCH_NAMES[dtype]))
+    if tensor.numel():
+        view, at = tensor.view(-1).view(torch.uint8).numpy().data, start
+        while view:
+            try:
+                count = os.preadv(descriptor, [view[: 1 << 30]], at)
+            except OSError as error:
+                raise CorruptFileError(f"{where} cannot be read: {error.strerror}.") from error
+            if count <= 0:
+                raise CorruptFileError(f"{where}: the file ends before the tensor does; get it again.")
+            view, at = view[count:], at + count
+    return tensor

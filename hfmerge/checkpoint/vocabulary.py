@@ -106,7 +106,7 @@ def align(
                 if token not in output:
                     output[token] = base_size + len(added)
                     added.append(token)
-    rows = []
+    rows: list[tuple[tuple[int, ...], tuple[int, ...]] | None] = []
     for tokens_of in theirs:
         if tokens_of is None:
             rows.append(None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +87,8 @@ class SafetensorsWriter:
         self.path = path
         self.slots = dict(slots)
         header, self._offsets = header_bytes(slots, {"format": "pt"} if metadata is None else metadata)
-        self._missing = dict.fromkeys(self.slots)
+        self._missing = {name: slot.nbytes for name, slot in self.slots.items()}
+        self._lock = threading.Lock()
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         with disk_errors(path):
             size = len(header) + sum(slot.nbytes for slot in self.slots.values())
@@ -95,32 +97,43 @@ class SafetensorsWriter:
             os.ftruncate(self._fd, size)
             _pwrite_all(self._fd, header, 0)
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Put a tensor into its place; its dtype and shape must be the slot's."""
-        slot = self.slots[name]
-        if tuple(tensor.shape) != slot.shape or str(tensor.dtype) != f"torch.{TORCH_NAMES[slot.dtype]}":
-            raise ValueError(f"{name}: {tensor.dtype} {tuple(tensor.shape)} for a slot of {slot.dtype} {slot.shape}")
+    def write(self, name: str, tensor: Tensor, row: int | None = None) -> None:
+        """Put a tensor into its place; its dtype and shape must be the slot's.
+
+        Args:
+            row: `tensor` holds whole rows from this one on, instead of the whole slot.
+        """
         import torch
 
+        slot = self.slots[name]
+        shape = slot.shape if row is None else (tensor.shape[0], *slot.shape[1:])
+        if tuple(tensor.shape) != shape or str(tensor.dtype) != f"torch.{TORCH_NAMES[slot.dtype]}":
+            raise ValueError(f"{name}: {tensor.dtype} {tuple(tensor.shape)} for a slot of {slot.dtype} {slot.shape}")
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         if flat.numel():
+            start = self._offsets[name] + (row or 0) * (slot.nbytes // slot.shape[0] if slot.shape else 0)
             with disk_errors(self.path):
-                _pwrite_all(self._fd, memoryview(flat.view(torch.uint8).numpy()), self._offsets[name])
-        self._missing.pop(name, None)
+                _pwrite_all(self._fd, flat.view(torch.uint8).numpy().data, start)
+        with self._lock:
+            self._missing[name] -= flat.numel() * SIZES[slot.dtype]
 
-    def read(self, name: str) -> Tensor:
-        """A tensor written before, read back."""
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
+        """A tensor written before, or some rows of it, read back."""
         import torch
 
         slot = self.slots[name]
-        buffer = torch.empty(slot.nbytes, dtype=torch.uint8)
-        view, at = memoryview(buffer.numpy()), self._offsets[name]
+        start, shape = self._offsets[name], slot.shape
+        if rows is not None:
+            start += rows[0] * (slot.nbytes // slot.shape[0])
+            shape = (rows[1] - rows[0], *slot.shape[1:])
+        tensor = torch.empty(shape, dtype=getattr(torch, TORCH_NAMES[slot.dtype]))
+        view = tensor.view(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
         while view:
-            count = os.preadv(self._fd, [view[: 1 << 30]], at)
+            count = os.preadv(self._fd, [view[: 1 << 30]], start)
             if count <= 0:
                 raise OutputError(f"{self.path}: {name} cannot be read back.")
-            view, at = view[count:], at + count
-        return buffer.view(getattr(torch, TORCH_NAMES[slot.dtype])).reshape(slot.shape)
+            view, start = view[count:], start + count
+        return tensor
 
     def close(self, *, complete: bool = True) -> None:
         """Flush to the disk and close.
@@ -135,8 +148,9 @@ class SafetensorsWriter:
             return
         fd, self._fd = self._fd, -1
         try:
-            if complete and self._missing:
-                raise ValueError(f"{self.path}: never written: {', '.join(list(self._missing)[:3])}")
+            missing = [name for name, left in self._missing.items() if left]
+            if complete and missing:
+                raise ValueError(f"{self.path}: not written, or not once: {', '.join(missing[:3])}")
             if complete:
                 with disk_errors(self.path):
                     os.fsync(fd)

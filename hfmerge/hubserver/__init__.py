@@ -1,4 +1,4 @@
-"""A Hub-compatible server on loopback: the part of the Hugging Face Hub that the official clients need, on one machine.
+"""A Hub-compatible server on loopback: what the official clients need of the Hugging Face Hub, on one machine.
 
 For air-gapped work, first runs, and tests that use the real clients over real HTTP. **Checked against the behaviour of
 the clients (huggingface_hub 2.x, hf_xet 1.8, transformers 5, datasets 5), never against huggingface.co.**

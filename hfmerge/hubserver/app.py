@@ -40,8 +40,10 @@ _ROUTES = [
 ]
 
 # First segments (after `/api/`, if there is one) of routes that the Hub has and this server leaves out.
-_ABSENT = ("spaces", "kernels", "buckets", "collections", "jobs", "scheduled-jobs", "papers", "daily_papers")
-_ABSENT += ("settings", "users", "organizations", "oauth", "models-tags-by-type", "datasets-tags-by-type")
+_ABSENT = (
+    *("spaces", "kernels", "buckets", "collections", "jobs", "scheduled-jobs", "papers", "daily_papers"),
+    *("settings", "users", "organizations", "oauth", "models-tags-by-type", "datasets-tags-by-type"),
+)
 
 
 class RequestLog:
@@ -95,11 +97,13 @@ class HubApp:
             except HubFault as fault:
                 response = fault.response()
             except ClientDisconnect:
-                return
+                raise
             except Exception:
                 traceback.print_exc(file=sys.stderr)
                 response = HubFault(500, f"Internal error, request id {request_id}").response()
             await response(scope, receive, counting_send)
+        except ClientDisconnect:
+            return  # nobody is left to answer
         finally:
             if self._log is not None:
                 self._log.write(

@@ -107,9 +107,11 @@ def read_card(text: str, kind: str) -> Card:
     errors: list[str] = []
     for key in ("license", "language"):
         _check_texts(data, key, errors)
-    for key in ("tags", "datasets", "metrics", "new_version", "base_model"):
-        _check_texts(data, key, errors, one=key in ("datasets", "new_version", "base_model"), many=key != "new_version")
-    for key in ("license_name", "license_link", "library_name", "pipeline_tag", "pretty_name"):
+    for key in ("tags", "metrics"):
+        _check_texts(data, key, errors, one=False)
+    for key in ("datasets", "base_model"):
+        _check_texts(data, key, errors)
+    for key in ("new_version", "license_name", "license_link", "library_name", "pipeline_tag", "pretty_name"):
         _check_texts(data, key, errors, many=False)
     for key in ("base_model", "new_version"):
         for value in _texts(data.get(key)):
@@ -169,9 +171,7 @@ def _texts(value: Any) -> list[str]:
     return [item for item in value if isinstance(item, str)] if isinstance(value, list) else []
 
 
-def _check_texts(
-    data: Mapping[str, Any], key: str, errors: list[str], *, one: bool = True, many: bool = True
-) -> None:
+def _check_texts(data: Mapping[str, Any], key: str, errors: list[str], *, one: bool = True, many: bool = True) -> None:
     value = data.get(key)
     if value is None or (one and isinstance(value, str)):
         return

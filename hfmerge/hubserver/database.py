@@ -153,10 +153,9 @@ class Database:
         """Give a repository another id and leave a redirect; False if the id is taken."""
         try:
             with self.transaction() as connection:
-                connection.execute(
-                    "UPDATE repos SET id = ?, key = ? WHERE rid = ?", (new_id, new_id.lower(), row.rid)
-                )
-                connection.execute("INSERT OR REPLACE INTO moved VALUES (?, ?, ?)", (row.kind, row.id.lower(), row.rid))
+                connection.execute("UPDATE repos SET id = ?, key = ? WHERE rid = ?", (new_id, new_id.lower(), row.rid))
+                old = (row.kind, row.id.lower(), row.rid)
+                connection.execute("INSERT OR REPLACE INTO moved VALUES (?, ?, ?)", old)
                 connection.execute("DELETE FROM moved WHERE kind = ? AND key = ?", (row.kind, new_id.lower()))
         except sqlite3.IntegrityError:
             return False

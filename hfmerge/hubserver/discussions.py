@@ -197,7 +197,7 @@ def merge_trees(git: GitStore, base: str, head: str) -> tuple[bytes | None, list
 def _changes(git: GitStore, old: str | None, new: str) -> dict[str, bytes | None]:
     old_tree = None if old is None else git.tree_id(old)
     changes: dict[str, bytes | None] = {}
-    for change in tree_changes(git.objects, old_tree, git.tree_id(new)):  # type: ignore[arg-type]
+    for change in tree_changes(git.objects, old_tree, git.tree_id(new)):
         if change.new is not None and change.new.sha is not None:
             changes[(change.new.path or b"").decode()] = change.new.sha
         elif change.old is not None:
@@ -208,7 +208,7 @@ def _changes(git: GitStore, old: str | None, new: str) -> dict[str, bytes | None
 def _diff(git: GitStore, old: str | None, new: str) -> str:
     text = io.BytesIO()
     old_tree = None if old is None else git.tree_id(old)
-    write_tree_diff(text, git.objects, old_tree, git.tree_id(new))  # type: ignore[arg-type]
+    write_tree_diff(text, git.objects, old_tree, git.tree_id(new))
     return text.getvalue().decode("utf-8", "replace")
 
 

@@ -129,8 +129,8 @@ async def _chunks(path: Path, start: int, end: int) -> AsyncIterator[bytes]:
 
 
 ROUTES = [
-    route("GET", "/{web}/resolve/{rev}/{path}", resolve),
-    route("GET", "/{web}/raw/{rev}/{path}", raw),
+    route("GET", "/{web}{repo}/resolve/{rev}/{path}", resolve),
+    route("GET", "/{web}{repo}/raw/{rev}/{path}", raw),
 ]
 # Only these answer on the second port.
 CDN_ROUTES = [route("GET", "/cdn/{token}", cdn, open=True)]

@@ -69,7 +69,7 @@ def parse_pointer(data: bytes) -> Pointer | None:
 
 def valid_ref(name: str) -> bool:
     """Whether git accepts the full reference name."""
-    return check_ref_format(name.encode("utf-8", "replace"))  # type: ignore[arg-type]
+    return check_ref_format(name.encode("utf-8", "replace"))
 
 
 class GitStore:
@@ -113,7 +113,7 @@ class GitStore:
         if not valid_ref(name):
             return None
         try:
-            oid = self._repo.refs[name.encode()]  # type: ignore[index]
+            oid = self._repo.refs[name.encode()]
         except (KeyError, NotADirectoryError, IsADirectoryError):
             return None
         target: ShaFile = self.objects[oid]
@@ -128,14 +128,14 @@ class GitStore:
 
     def set_ref(self, name: str, commit: str) -> None:
         """Point a reference to a commit, atomically."""
-        self._repo.refs[name.encode()] = commit.encode()  # type: ignore[index,assignment]
+        self._repo.refs[name.encode()] = commit.encode()
 
     def tag(self, name: str, commit: str, message: str, author: str) -> None:
         """Make a tag; annotated if there is a message."""
         if message:
             tag = Tag()
             tag.name = name.encode()
-            tag.object = (Commit, commit.encode())  # type: ignore[assignment]
+            tag.object = (Commit, commit.encode())
             tag.message = message.encode()
             tag.tagger = _person(author)
             tag.tag_time, tag.tag_timezone = int(time.time()), 0
@@ -145,7 +145,7 @@ class GitStore:
 
     def delete_ref(self, name: str) -> None:
         """Delete a reference."""
-        del self._repo.refs[name.encode()]  # type: ignore[arg-type]
+        del self._repo.refs[name.encode()]
 
     # Entries
 
@@ -169,7 +169,7 @@ class GitStore:
 
     def read(self, oid: str) -> bytes:
         """The bytes of a blob: for an LFS file, its pointer."""
-        return self.objects.get_raw(oid.encode())[1]  # type: ignore[arg-type]
+        return self.objects.get_raw(oid.encode())[1]
 
     # Commits
 
@@ -186,8 +186,8 @@ class GitStore:
     def commit(self, tree: bytes, parent: str | None, author: str, message: str) -> str:
         """Store a commit, return its id; no reference moves."""
         commit = Commit()
-        commit.tree = tree  # type: ignore[assignment]
-        commit.parents = [] if parent is None else [parent.encode()]  # type: ignore[list-item]
+        commit.tree = tree
+        commit.parents = [] if parent is None else [parent.encode()]
         commit.author = commit.committer = _person(author)
         commit.author_time = commit.commit_time = int(time.time())
         commit.author_timezone = commit.commit_timezone = 0
@@ -232,17 +232,17 @@ class GitStore:
     # Internals
 
     def _commit(self, oid: str) -> Commit:
-        found = self.objects[oid.encode()]  # type: ignore[index]
+        found = self.objects[oid.encode()]
         assert isinstance(found, Commit)
         return found
 
     def _tree(self, oid: bytes) -> Tree:
-        found = self.objects[oid]  # type: ignore[index]
+        found = self.objects[oid]
         assert isinstance(found, Tree)
         return found
 
     def _is_commit(self, oid: bytes) -> bool:
-        return isinstance(self.objects[oid], Commit)  # type: ignore[index]
+        return isinstance(self.objects[oid], Commit)
 
     def _find(self, tree: bytes, path: str) -> tuple[int, bytes] | None:
         mode, oid = stat.S_IFDIR, tree

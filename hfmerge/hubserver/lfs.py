@@ -154,8 +154,8 @@ async def _pieces(call: Call) -> AsyncIterator[bytes]:
 
 
 ROUTES = [
-    route("POST", "/{web}.git/info/lfs/objects/batch", batch),
-    route("POST", "/{web}.git/info/lfs/verify", verify),
+    route("POST", "/{web}{repo}.git/info/lfs/objects/batch", batch),
+    route("POST", "/{web}{repo}.git/info/lfs/verify", verify),
     route("PUT", "/_signed/object/{token}", put_object, open=True),
     route("PUT", "/_signed/part/{token}", put_part, open=True),
     route("POST", "/_signed/complete/{token}", complete, open=True),

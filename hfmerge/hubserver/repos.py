@@ -29,8 +29,10 @@ _KINDS = ("model", "dataset")
 _PAGE = 1000
 
 # What a list tells about each repository, and what `full` adds.
-_LISTED = ("_id", "id", "modelId", "likes", "trendingScore", "private", "downloads", "tags", "pipeline_tag")
-_LISTED += ("library_name", "createdAt")
+_LISTED = (
+    *("_id", "id", "modelId", "likes", "trendingScore", "private", "downloads", "tags"),
+    *("pipeline_tag", "library_name", "createdAt"),
+)
 _FULL = ("author", "sha", "lastModified", "gated", "disabled", "siblings")
 
 
@@ -156,10 +158,10 @@ def listing(hub: Hub, call: Call) -> Response:
     if start + len(page) < len(found):
         url = call.request.url.include_query_params(cursor=start + len(page))
         headers["Link"] = f'<{call.origin}{url.path}?{url.query}>; rel="next"'
-    keys = _LISTED + (_FULL if call.flag("full") else ())
-    keys += ("cardData",) * call.flag("cardData") + ("config",) * call.flag("config")
+    keys = [*_LISTED, *(_FULL if call.flag("full") else ())]
+    keys += [name for name in ("cardData", "config") if call.flag(name)]
     if expand := call.queries("expand", "expand[]"):
-        keys = ("_id", "id", *expand)
+        keys = ["_id", "id", *expand]
     return reply([{key: facts[key] for key in keys if key in facts} for facts in page], headers=headers)
 
 

@@ -18,7 +18,7 @@ class TreeEditor:
         self._objects = objects
         self._items: dict[bytes, tuple[int, bytes] | TreeEditor] = {}
         if oid is not None:
-            tree = objects[oid]  # type: ignore[index]
+            tree = objects[oid]
             assert isinstance(tree, Tree)
             self._items = {item.path: (item.mode, item.sha) for item in tree.iteritems()}
 
@@ -66,7 +66,7 @@ class TreeEditor:
         tree = Tree()
         for name, item in self._items.items():
             if not isinstance(item, TreeEditor):
-                tree.add(name, item[0], item[1])  # type: ignore[arg-type]
+                tree.add(name, item[0], item[1])
             elif len(child := item._build()):
                 self._objects.add_object(child)
                 tree.add(name, stat.S_IFDIR, child.id)

@@ -111,7 +111,7 @@ def read_chunks(xorb: bytes) -> list[Chunk]:
     Raises:
         ValueError: malformed.
     """
-    chunks = []
+    chunks: list[Chunk] = []
     position = 0
     while position < len(xorb) and not xorb.startswith(_FOOTER, position):
         if position + _CHUNK_HEADER > len(xorb):
@@ -180,7 +180,7 @@ def read_shard(shard: bytes) -> list[FileRecipe]:
     if len(shard) < _RECORD or struct.unpack_from("<Q", shard, 32)[0] != _SHARD_VERSION:
         raise ValueError("not a shard of a known version")
     records = _records(shard)
-    recipes = []
+    recipes: list[FileRecipe] = []
     for header in records:
         if header[:32] == _BOOKEND:
             return recipes

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from hfmerge.taskvector import TaskVector, summed_rank
 
@@ -42,6 +42,7 @@ class MergeMethod:
         normalises_weights: the weights are divided by their sum, so a zero sum is an error.
         default_norm: the `norm` a recipe gets when it names none.
         matrixwise: the cost of a matrix is m n min(m, n) (spectral), not m n.
+        elementwise: every element is computed by itself, so that large tensors may be visited in slices of rows.
         citations: for the card.
     """
 
@@ -50,12 +51,9 @@ class MergeMethod:
     normalises_weights: ClassVar[bool] = False
     default_norm: ClassVar[str] = "none"
     matrixwise: ClassVar[bool] = False
+    elementwise: ClassVar[bool] = False
     version: ClassVar[int] = 1
     citations: ClassVar[tuple[Citation, ...]] = ()
-
-    def options(self) -> dict[str, Any]:
-        """The options by name, JSON-able."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,7 @@ from hfmerge.taskvector import TaskVector
 
 
 def _add(carry: Carry | None, tau: TaskVector, weight: float) -> Carry:
-    term = tau.scaled(weight)
-    return {"S": term if carry is None else carry["S"] + term}
+    return {"S": tau.scaled(weight) if carry is None else carry["S"].plus(tau, weight)}
 
 
 @dataclass(frozen=True)
@@ -25,6 +24,7 @@ class Linear(FoldMethod):
 
     name: ClassVar[str] = "linear"
     normalises_weights: ClassVar[bool] = True
+    elementwise: ClassVar[bool] = True
     citations: ClassVar[tuple[Citation, ...]] = (
         Citation(
             "Model soups: averaging weights of multiple fine-tuned models improves accuracy without increasing "
@@ -53,6 +53,7 @@ class TaskArithmetic(FoldMethod):
     """
 
     name: ClassVar[str] = "task_arithmetic"
+    elementwise: ClassVar[bool] = True
     citations: ClassVar[tuple[Citation, ...]] = (
         Citation(
             "Editing Models with Task Arithmetic",

@@ -1,0 +1,286 @@
+"""Tiny random models, fine-tunes, adapters and tokenizers on disk, and ways to run hfmerge on them: helpers of the tests."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from hfmerge.cli import main
+from hfmerge.digest import sha256_file
+
+
+WORDS = 48
+"""Rows of the embeddings of language models."""
+
+_TEXT = {"vocab_size": WORDS, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+_LLAMA = {
+    **_TEXT,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "intermediate_size": 24,
+    "max_position_embeddings": 32,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+}
+_VISION = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}
+_CLIP_TEXT = {
+    **_TEXT,
+    "intermediate_size": 32,
+    "max_position_embeddings": 16,
+    "projection_dim": 8,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_CLIP_VISION = {**_VISION, "intermediate_size": 32, "projection_dim": 8}
+_T5 = {"vocab_size": WORDS, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+_WHISPER = {
+    "vocab_size": WORDS,
+    "num_mel_bins": 8,
+    "d_model": 16,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 32,
+    "max_source_positions": 8,
+    "max_target_positions": 12,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 1,
+}
+CONFIGS: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "bert": ("BertConfig", {**_TEXT, "intermediate_size": 32, "max_position_embeddings": 16}),
+    "vit": ("ViTConfig", {**_VISION, "intermediate_size": 32}),
+    "dinov2": ("Dinov2Config", {**_VISION, "mlp_ratio": 2}),
+    "clip": ("CLIPConfig", {"text_config": _CLIP_TEXT, "vision_config": _CLIP_VISION, "projection_dim": 8}),
+    "clip_text": ("CLIPTextConfig", _CLIP_TEXT),
+    "clip_vision": ("CLIPVisionConfig", _CLIP_VISION),
+    "t5": ("T5Config", _T5),
+    "whisper": ("WhisperConfig", _WHISPER),
+    "llama": ("LlamaConfig", {**_LLAMA, "tie_word_embeddings": False}),
+    "qwen3": ("Qwen3Config", {**_LLAMA, "tie_word_embeddings": True}),
+    "mixtral": ("MixtralConfig", {**_LLAMA, "num_local_experts": 3, "num_experts_per_tok": 2}),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        {**_LLAMA, "moe_intermediate_size": 12, "num_experts": 3, "num_experts_per_tok": 2, "decoder_sparse_step": 1},
+    ),
+    "gpt2": (
+        "GPT2Config",
+        {
+            "vocab_size": WORDS,
+            "n_embd": 16,
+            "n_layer": 2,
+            "n_head": 2,
+            "n_positions": 16,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+    ),
+}
+
+
+def config(kind: str, **changes: Any) -> PreTrainedConfig:
+    """A small configuration of one of `CONFIGS`."""
+    name, values = CONFIGS[kind]
+    result: PreTrainedConfig = getattr(transformers, name)(**copy.deepcopy({**values, **changes}))
+    return result
+
+
+def build(title: str, settings: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
+    """A random model of a transformers class; every parameter, biases and norms too, is off its initial value."""
+    torch.manual_seed(seed)
+    model: PreTrainedModel = getattr(transformers, title)(settings)
+    disturb(model, seed, 0.2)
+    return model.eval()
+
+
+def disturb(model: PreTrainedModel, seed: int, scale: float) -> None:
+    """Add seeded noise to every parameter in place."""
+    generator = torch.Generator().manual_seed(1000 + seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += scale * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+
+
+def fine_tune(model: PreTrainedModel, seed: int, scale: float = 0.05) -> PreTrainedModel:
+    """A copy of a model with seeded noise on every parameter."""
+    tuned = copy.deepcopy(model)
+    disturb(tuned, seed, scale)
+    return tuned
+
+
+def with_head(title: str, base: PreTrainedModel, seed: int, labels: Sequence[str]) -> PreTrainedModel:
+    """A fine-tune of `base` as another class with a classification head of its own."""
+    settings = copy.deepcopy(base.config)
+    settings.id2label = dict(enumerate(labels))
+    settings.label2id = {label: i for i, label in enumerate(labels)}
+    model = build(title, settings, seed)
+    backbone = model.base_model
+    backbone.load_state_dict({**backbone.state_dict(), **base.base_model.state_dict()}, strict=True)
+    disturb(model, seed, 0.05)
+    return model
+
+
+def save(model: PreTrainedModel, folder: Path, **options: Any) -> Path:
+    """`save_pretrained` into a folder."""
+    model.save_pretrained(folder, **options)
+    return folder
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Stored key -> tensor of all weight files in the root of a folder."""
+    result: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as handle:
+            result |= {key: handle.get_tensor(key) for key in handle.keys()}
+    return result
+
+
+def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], None], file: str = "model.safetensors") -> None:
+    """Change the tensors of a weight file in place."""
+    with safe_open(folder / file, "pt") as handle:
+        held = {key: handle.get_tensor(key).clone() for key in handle.keys()}
+    change(held)
+    save_file(held, folder / file, metadata={"format": "pt"})
+
+
+def edit_config(folder: Path, file: str = "config.json", **changes: Any) -> None:
+    """Change keys of a JSON file in place; None removes one."""
+    data = json.loads((folder / file).read_text())
+    data |= changes
+    data = {key: value for key, value in data.items() if value is not None}
+    (folder / file).write_text(json.dumps(data))
+
+
+def adapter(
+    folder: Path,
+    targets: Mapping[str, tuple[int, int]],
+    seed: int,
+    *,
+    rank: int = 2,
+    alpha: int = 4,
+    saved: Mapping[str, torch.Tensor] | None = None,
+    **settings: Any,
+) -> Path:
+    """A LoRA adapter in PEFT's format.
+
+    Args:
+        targets: module path -> (out, in) of its weight.
+        saved: module parameter path -> whole tensor, as `modules_to_save` stores it.
+        settings: more keys of adapter_config.json.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    held: dict[str, torch.Tensor] = {}
+    for path, (rows, columns) in targets.items():
+        held[f"base_model.model.{path}.lora_A.weight"] = 0.3 * torch.randn(rank, columns, generator=generator)
+        held[f"base_model.model.{path}.lora_B.weight"] = 0.3 * torch.randn(rows, rank, generator=generator)
+    held |= {f"base_model.model.{name}": tensor.clone() for name, tensor in (saved or {}).items()}
+    save_file(held, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    modules = sorted({path.rpartition(".")[2] for path in targets})
+    data = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": modules, **settings}
+    (folder / "adapter_config.json").write_text(json.dumps(data))
+    return folder
+
+
+def attention(kind: str = "llama") -> dict[str, tuple[int, int]]:
+    """Targets of an adapter on a tiny Llama-like model: query and output projections."""
+    prefix = {"llama": "model.layers", "qwen3": "model.layers"}[kind]
+    return {f"{prefix}.{i}.self_attn.{name}": (16, 16) for i in range(2) for name in ("q_proj", "o_proj")}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one command gave: exit code, standard output and standard error."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """Standard output as JSON."""
+        return json.loads(self.out)
+
+
+def cli(*arguments: object) -> Run:
+    """Run the command line in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main([str(argument) for argument in arguments])
+    return Run(code, out.getvalue(), err.getvalue())
+
+
+def done(*arguments: object) -> Run:
+    """Run the command line in this process and insist on success."""
+    run = cli(*arguments)
+    assert run.code == 0, run.err
+    return run
+
+
+def start(*arguments: object, code: str | None = None, **environment: str) -> subprocess.Popen[str]:
+    """Start the command line, or a piece of Python with its arguments, in a child process of its own."""
+    script = ["-m", "hfmerge"] if code is None else ["-c", code]
+    here = Path(__file__).parent
+    path = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
+    return subprocess.Popen(
+        [sys.executable, *script, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path, **environment},
+    )
+
+
+def finish(process: subprocess.Popen[str], timeout: float = 120) -> Run:
+    """Wait for a child process."""
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        raise
+    return Run(process.returncode, out, err)
+
+
+def files(folder: Path, *, states: bool = True) -> dict[str, str]:
+    """Path -> digest of what a merge produces: everything but ledger, card, licence list and paths of this machine."""
+    return {
+        path.relative_to(folder).as_posix(): sha256_file(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+        and path.name not in ("README.md", "LICENSE.md", "sources.local.json")
+        and path.parent.name != "merge_history"
+        and (states or path.parent.name != "merge_state")
+    }
+
+
+def states(folder: Path) -> list[str]:
+    """Names of the kept state files."""
+    return sorted(path.name for path in (folder / "merge_state").glob("*.safetensors"))
+
+
+def everything(folder: Path) -> dict[str, str]:
+    """Path -> digest of every file below a folder, hidden ones too."""
+    return {
+        path.relative_to(folder).as_posix(): sha256_file(path) for path in sorted(folder.rglob("*")) if path.is_file()
+    }
