@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 demo: install
-	$(BIN)/python recipes/quickstart/demo.py
+	$(BIN)/python recipes/quickstart/demo.py $(if $(KEEP),--keep $(KEEP))
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile

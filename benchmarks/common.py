@@ -26,7 +26,7 @@ HERE = Path(__file__).resolve().parent
 ENVIRONMENTS = HERE / ".envs"
 CACHE = HERE / ".cache"
 OURS = (sys.executable, "-m", "hfmerge")
-SAMPLING_SECONDS = 0.02
+SAMPLING_SECONDS = 0.05
 
 
 class BenchmarkError(Exception):
@@ -95,7 +95,7 @@ class Sample:
         wall: seconds from start to end.
         cpu: user plus system seconds.
         peak: greatest resident memory in bytes, mapped files included (the kernel's own `ru_maxrss`).
-        anonymous: greatest resident memory in bytes without mapped files, sampled 50 times a second.
+        anonymous: greatest resident memory in bytes without mapped files, sampled 20 times a second.
         output: standard output and standard error together.
         inside: seconds the command itself reports for merging; None if it reports none.
     """

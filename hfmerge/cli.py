@@ -314,10 +314,11 @@ def _history(args: argparse.Namespace) -> int:
             {"merged": merged.pinned.label, "entries": [json.loads(entry.to_bytes()) for entry in merged.entries]}
         )
         return 0
-    print(f"{'step':<5}{'action':<9}{'digest':<14}{'models':<44}how")
+    width = max(len(", ".join(entry.subjects)) for entry in merged.entries) + 2
+    print(f"{'step':<6}{'action':<9}{'digest':<14}{'models':<{width}}how")
     for entry in merged.entries:
         digest = sha256_bytes(entry.to_bytes())[:12]
-        print(f"{entry.step:<5}{entry.action:<9}{digest:<14}{', '.join(entry.subjects):<44}{entry.how}")
+        print(f"{entry.step:<6}{entry.action:<9}{digest:<14}{', '.join(entry.subjects):<{width}}{entry.how}")
     print(f"\nnow: {merged.last.base.label} with {merged.last.method['name']} of")
     for model in merged.last.models:
         print(

@@ -192,7 +192,8 @@ class LowRank(TaskVector):
 
     def squared_norm(self) -> float:
         up, down = self.up.double(), self.down.double()
-        return max(0.0, float(((up.T @ up) * (down @ down.T)).sum()))
+        # round-off may leave a sum below zero; NaN has to come through, and `max` keeps its first argument then
+        return max(float(((up.T @ up) * (down @ down.T)).sum()), 0.0)
 
     def inner(self, other: TaskVector) -> float:
         up, down = self.up.double(), self.down.double()
@@ -211,9 +212,11 @@ class LowRank(TaskVector):
 
 
 def squared_norm(value: Tensor) -> float:
-    """Sum of squares of a float32 tensor: rows of 1024 in float32, their sums in float64 (relative error 1e-9).
+    """Sum of squares of a float32 tensor: rows of 1024 in float32, their sums in float64.
 
-    NaN or Inf anywhere makes the result NaN or Inf, so it also serves as the check for them.
+    The relative error is below 4e-6, which equal values come near; it is 2e-7 for a thousand random values and 1e-8 for
+    a million. Magnitudes from 1e-19 to 1e17 count: smaller ones may be lost, larger ones make the result Inf. NaN or Inf
+    anywhere makes the result NaN or Inf, so it also serves as the check for them.
     """
     import torch
 

@@ -134,8 +134,9 @@ def with_head(title: str, base: PreTrainedModel, seed: int, labels: Sequence[str
     settings.id2label = dict(enumerate(labels))
     settings.label2id = {label: i for i, label in enumerate(labels)}
     model = build(title, settings, seed)
-    backbone = model.base_model
-    backbone.load_state_dict({**backbone.state_dict(), **base.base_model.state_dict()}, strict=True)
+    mine = model.base_model.state_dict()
+    held = {name: value for name, value in base.base_model.state_dict().items() if name in mine}
+    model.base_model.load_state_dict({**mine, **held})
     disturb(model, seed, 0.05)
     return model
 

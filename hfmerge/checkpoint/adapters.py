@@ -76,7 +76,7 @@ class AdapterMap:
 
     Attributes:
         lora: base stored key -> factors.
-        replaced: base stored key -> adapter key of a whole trained copy (`modules_to_save`).
+        replaced: base stored key -> adapter key of a whole trained copy (`modules_to_save`, embeddings beneath a LoRA).
         heads: adapter key -> name in the model, for trained modules the base does not have.
     """
 
@@ -130,14 +130,11 @@ def map_adapter(source: Source, base: Layout) -> AdapterMap:
             module = path.removesuffix(".lora_embedding_A")
             up_key = key.replace(".lora_embedding_A", ".lora_embedding_B")
             _add_lora(lora, source, base, config, module, key, up_key, embedding=True)
-        elif "lora_" in path or ".base_layer." in path:
+        elif "lora_" in path or (".base_layer." in path and not path.endswith(".base_layer.weight")):
             raise UnsupportedError(f"{source.pinned.label}: {key} is not part of plain LoRA.")
         else:
-            target = _stored_parameter(base, path)
-            if target is None:
-                heads[key] = path
-            else:
-                replaced[target] = key
+            # the embedding that PEFT saves beneath a LoRA of it is loaded in place of the base's
+            _add_copy(replaced, heads, source, base, config, key, path.replace(".base_layer.weight", ".weight"))
     ups = {origin.up_key for origin in lora.values()}
     for key in source.tensors:
         if key.endswith((".lora_B.weight", ".lora_embedding_B")) and key not in ups:
@@ -147,14 +144,33 @@ def map_adapter(source: Source, base: Layout) -> AdapterMap:
     return AdapterMap(lora, replaced, heads)
 
 
-def _stored_parameter(base: Layout, path: str) -> str | None:
-    """Stored base key of a whole parameter `classifier.weight` saved by an adapter."""
-    module, _, leaf = path.rpartition(".")
-    if leaf == "weight":
-        return base.parameter_of_module(module)
-    weight = base.parameter_of_module(module)
-    candidate = f"{weight.removesuffix('.weight')}.{leaf}" if weight else None
-    return candidate if candidate in base.shapes else None
+def _add_copy(
+    replaced: dict[str, str],
+    heads: dict[str, str],
+    source: Source,
+    base: Layout,
+    config: Mapping[str, Any],
+    key: str,
+    path: str,
+) -> None:
+    """Sort a whole trained parameter into those of the base and those of the adapter's own head."""
+    label, shape = source.pinned.label, source.tensors[key].shape
+    target = base.parameter_of_module(path)
+    if target is None or (target in base.heads and shape != base.shapes[target]):
+        heads[key] = path
+        return
+    if shape != base.shapes[target]:
+        raise ShapeError(
+            f"{label}: its copy of {target} is {shape}, the base has {base.shapes[target]}; it was trained on another "
+            "base, or on one with more tokens."
+        )
+    tied = base.canonical[target] in base.memory.ties.values()
+    if (tied or target in replaced) and ".base_layer." not in key and not config.get("ensure_weight_tying"):
+        raise UnsupportedError(
+            f"{label}: trains {path} apart from what the base ties it to (`ensure_weight_tying` is not set); merge it into "
+            "its base with peft (merge_and_unload) and give the full model."
+        )
+    replaced.setdefault(target, key)
 
 
 def _add_lora(
@@ -194,7 +210,10 @@ def _add_lora(
             f"{label}: {module}: the adapter changes {full}, the base has {wanted}; it was trained on another base."
         )
     if target in lora:
-        raise CorruptFileError(f"{label}: {module} is changed twice.")
+        raise UnsupportedError(
+            f"{label}: {module} shares its weight with another module that the adapter changes too; merge it into its base "
+            "with peft (merge_and_unload) and give the full model."
+        )
     lora[target] = LoraOrigin(down_key, up_key, scale, rank, swapped)
 
 

@@ -89,13 +89,17 @@ class SafetensorsWriter:
         header, self._offsets = header_bytes(slots, {"format": "pt"} if metadata is None else metadata)
         self._missing = {name: slot.nbytes for name, slot in self.slots.items()}
         self._lock = threading.Lock()
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         with disk_errors(path):
-            size = len(header) + sum(slot.nbytes for slot in self.slots.values())
-            if hasattr(os, "posix_fallocate") and size:
-                _allocate(self._fd, size)
-            os.ftruncate(self._fd, size)
-            _pwrite_all(self._fd, header, 0)
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                size = len(header) + sum(slot.nbytes for slot in self.slots.values())
+                if hasattr(os, "posix_fallocate") and size:
+                    _allocate(self._fd, size)
+                os.ftruncate(self._fd, size)
+                _pwrite_all(self._fd, header, 0)
+            except OSError:
+                os.close(self._fd)
+                raise
 
     def write(self, name: str, tensor: Tensor, row: int | None = None) -> None:
         """Put a tensor into its place; its dtype and shape must be the slot's.
@@ -106,7 +110,7 @@ class SafetensorsWriter:
         import torch
 
         slot = self.slots[name]
-        shape = slot.shape if row is None else (tensor.shape[0], *slot.shape[1:])
+        shape = slot.shape if row is None else (min(tensor.shape[0], slot.shape[0] - row), *slot.shape[1:])
         if tuple(tensor.shape) != shape or str(tensor.dtype) != f"torch.{TORCH_NAMES[slot.dtype]}":
             raise ValueError(f"{name}: {tensor.dtype} {tuple(tensor.shape)} for a slot of {slot.dtype} {slot.shape}")
         flat = tensor.detach().cpu().contiguous().reshape(-1)

@@ -7,6 +7,7 @@ import stat
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from dulwich.objects import Blob, Commit, ShaFile, Tag, Tree
@@ -78,6 +79,7 @@ class GitStore:
     def __init__(self, path: Path):
         self._repo = Repo(str(path), bare=True)
         self.objects = self._repo.object_store
+        self._folders: dict[bytes, dict[bytes, tuple[int, bytes]]] = {}
 
     @classmethod
     def create(cls, path: Path) -> GitStore:
@@ -161,11 +163,17 @@ class GitStore:
         mode, oid = found
         return self._entry(path, mode, oid)
 
-    def entries(self, commit: str, folder: str = "", *, recursive: bool = False) -> Iterator[Entry]:
-        """The entries under a folder, in git's order, folders before what is in them."""
+    def entries(
+        self, commit: str, folder: str = "", *, recursive: bool = False, start: int = 0, stop: int | None = None
+    ) -> Iterator[Entry]:
+        """The entries under a folder, in git's order, folders before what is in them; from `start` to before `stop`."""
         found = self._find(self.tree_id(commit), folder)
         if found is not None and stat.S_ISDIR(found[0]):
-            yield from self._walk(found[1], f"{folder}/" if folder else "", recursive)
+            # Only the wanted ones are described: that reads each file to know its size.
+            for path, mode, oid in islice(
+                self._walk(found[1], f"{folder}/" if folder else "", recursive), start, stop
+            ):
+                yield self._entry(path, mode, oid)
 
     def read(self, oid: str) -> bytes:
         """The bytes of a blob: for an LFS file, its pointer."""
@@ -244,23 +252,26 @@ class GitStore:
     def _is_commit(self, oid: bytes) -> bool:
         return isinstance(self.objects[oid], Commit)
 
+    def _items(self, tree: bytes) -> dict[bytes, tuple[int, bytes]]:
+        """The entries of a tree in git's order; read once, as a history meets the same trees again and again."""
+        if tree not in self._folders:
+            self._folders[tree] = {item.path: (item.mode, item.sha) for item in self._tree(tree).iteritems()}
+        return self._folders[tree]
+
     def _find(self, tree: bytes, path: str) -> tuple[int, bytes] | None:
         mode, oid = stat.S_IFDIR, tree
         for part in path.encode("utf-8", "replace").split(b"/") if path else []:
-            if not stat.S_ISDIR(mode):
+            if not stat.S_ISDIR(mode) or part not in self._items(oid):
                 return None
-            items = self._tree(oid)
-            if part not in items:
-                return None
-            mode, oid = items[part]
+            mode, oid = self._items(oid)[part]
         return mode, oid
 
-    def _walk(self, tree: bytes, prefix: str, recursive: bool) -> Iterator[Entry]:
-        for item in self._tree(tree).iteritems():
-            path = prefix + item.path.decode("utf-8", "replace")
-            yield self._entry(path, item.mode, item.sha)
-            if recursive and stat.S_ISDIR(item.mode):
-                yield from self._walk(item.sha, f"{path}/", recursive)
+    def _walk(self, tree: bytes, prefix: str, recursive: bool) -> Iterator[tuple[str, int, bytes]]:
+        for name, (mode, oid) in self._items(tree).items():
+            path = prefix + name.decode("utf-8", "replace")
+            yield path, mode, oid
+            if recursive and stat.S_ISDIR(mode):
+                yield from self._walk(oid, f"{path}/", recursive)
 
     def _entry(self, path: str, mode: int, oid: bytes) -> Entry:
         if stat.S_ISDIR(mode):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 from urllib.parse import parse_qs
 
@@ -27,7 +28,7 @@ from hfmerge.hubserver.wire import (
 
 _TREE_PAGE = 1000
 _EXPANDED_PAGE = 50
-_COMMITS_PAGE = 100
+_COMMITS_PAGE = 50
 
 
 def tree(hub: Hub, call: Call) -> Response:
@@ -43,15 +44,13 @@ def tree(hub: Hub, call: Call) -> Response:
         found = git.lookup(commit, folder)
         if found is None or not found.is_folder:
             raise entry_missing(f'{folder} does not exist on "{call.args["rev"]}"', commit)
-        page = []
-        for index, entry in enumerate(git.entries(commit, folder, recursive=call.flag("recursive"))):
-            if index >= start + size:
-                url = call.request.url.include_query_params(cursor=start + size)
-                path = f"/api/{row.kind}s/{row.id}/tree/{commit}" + (f"/{segment(folder)}" if folder else "")
-                headers["Link"] = f'<{call.origin}{path}?{url.query}>; rel="next"'
-                break
-            if index >= start:
-                page.append(entry)
+        entries = git.entries(commit, folder, recursive=call.flag("recursive"), start=start, stop=start + size + 1)
+        page = list(entries)
+        if len(page) > size:
+            page.pop()
+            url = call.request.url.include_query_params(cursor=start + size)
+            path = f"/api/{row.kind}s/{row.id}/tree/{commit}" + (f"/{segment(folder)}" if folder else "")
+            headers["Link"] = f'<{call.origin}{path}?{url.query}>; rel="next"'
         return reply(_described(git, commit, page, expand), headers={"X-Repo-Commit": commit, **headers})
 
 
@@ -97,18 +96,17 @@ def commits(hub: Hub, call: Call) -> Response:
     """The history of a revision, a page at a time."""
     row = hub.repo(call)
     size = call.number("limit", _COMMITS_PAGE, _COMMITS_PAGE)
-    start = call.number("p", 0, 1 << 40) * size
+    number = call.number("p", 0, 1 << 40)
     formatted = "formatted" in call.queries("expand", "expand[]")
-    headers, page = {}, []
+    headers = {}
     with hub.git(row) as git:
-        for index, entry in enumerate(git.history(hub.commit_of(git, call.args["rev"]))):
-            if index >= start + size:
-                url = call.request.url.include_query_params(p=start // size + 1)
-                headers["Link"] = f'<{call.origin}{call.request.scope["raw_path"].decode()}?{url.query}>; rel="next"'
-                break
-            if index >= start:
-                page.append(_commit(entry, formatted))
-    return reply(page, headers=headers)
+        history = git.history(hub.commit_of(git, call.args["rev"]))
+        page = list(islice(history, number * size, (number + 1) * size + 1))
+    if len(page) > size:
+        page.pop()
+        url = call.request.url.include_query_params(p=number + 1)
+        headers["Link"] = f'<{call.origin}{call.request.scope["raw_path"].decode()}?{url.query}>; rel="next"'
+    return reply([_commit(entry, formatted) for entry in page], headers=headers)
 
 
 def create_branch(hub: Hub, call: Call) -> Response:

@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
 from hubserver.harness import Client, Hub
 
 
@@ -185,9 +186,9 @@ fails(RevisionNotFoundError, api.model_info, repo, revision="v1")
 fails(RevisionNotFoundError, hf_hub_download, repo, "f.txt", revision="feat/x")
 assert [c.commit_id for c in api.list_repo_commits(repo)] == [two, one, root]
 assert api.list_repo_commits(repo, revision=one, formatted=True)[0].formatted_title == "one"
-for number in range(105):  # more than a page of history
+for number in range(52):  # more than a page of history
     api.upload_file(path_or_fileobj=str(number).encode(), path_in_repo="n", repo_id=repo, commit_message=str(number))
-assert [c.title for c in api.list_repo_commits(repo)] == [str(n) for n in reversed(range(105))] + ["two", "one", "initial commit"]
+assert [c.title for c in api.list_repo_commits(repo)] == [str(n) for n in reversed(range(52))] + ["two", "one", "initial commit"]
 files = api.list_repo_files(repo)
 api.super_squash_history(repo, branch="main", commit_message="all in one")
 assert [c.title for c in api.list_repo_commits(repo)] == ["all in one"] and api.list_repo_files(repo) == files
@@ -206,7 +207,7 @@ api.create_commit(repo, [Add("data/0003.txt", b"new"), Add("big.bin", b"0" * 999
 options = {"repo_id": repo, "repo_type": "dataset"}
 top = {e.path: e for e in api.list_repo_tree(**options)}
 assert sorted(top) == [".gitattributes", "big.bin", "data"]
-assert isinstance(top["data"], hf_api.RepoFolder) and top["big.bin"].lfs.size == top["big.bin"].size == 999
+assert type(top["data"]).__name__ == "RepoFolder" and top["big.bin"].lfs.size == top["big.bin"].size == 999
 assert len(list(api.list_repo_tree(path_in_repo="data", **options))) == 1050
 assert len(list(api.list_repo_tree(recursive=True, **options))) == 1053
 expanded = {e.path: e for e in api.list_repo_tree(path_in_repo="data", expand=True, **options)}
