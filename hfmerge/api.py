@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hfmerge.card import FILE, card_facts, combine_cards, licence_note, parse_card, render_card, restrictive
+from hfmerge.card import FILE, card_facts, card_pointer, combine_cards, licence_note, parse_card, render_card, restrictive
 from hfmerge.changes import Change, plan_add, plan_unmerge
 from hfmerge.digest import sha256_bytes
 from hfmerge.errors import HfMergeError, OutputError, PushError, RecipeError, VerificationError
@@ -242,10 +242,7 @@ def _build(planned: Plan, folder: Path, opened: Merged | None, change: Change | 
         path.write_bytes(data)
     entries = (*(opened.entries if opened else ()), entry)
     existing = opened.read(FILE) if opened else None
-    repo_id = None
-    if existing is not None:
-        pointer = parse_card(existing.decode("utf-8"))[0].get("hfmerge")
-        repo_id = pointer.get("repo") if isinstance(pointer, dict) else None
+    repo_id = card_pointer(existing.decode("utf-8")).get("repo") if existing is not None else None
     card = render_card(entries, card_facts(entry, repo_id))
     (folder / FILE).write_text(combine_cards(existing.decode("utf-8") if existing else None, card), encoding="utf-8")
     note = licence_note([entry.base, *entry.models])

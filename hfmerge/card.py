@@ -217,11 +217,16 @@ def card_facts(entry: Entry, repo_id: str | None) -> dict[str, Any]:
     return {**entry.settings["card"], "repo_id": repo_id}
 
 
+def card_pointer(text: str) -> dict[str, Any]:
+    """What a card's front matter says of the ledger: `ledger`, `sha256`, `steps` and `repo`; {} if nothing."""
+    pointer = parse_card(text)[0].get("hfmerge")
+    return pointer if isinstance(pointer, dict) else {}
+
+
 def card_differs(text: str, entries: Sequence[Entry]) -> str | None:
     """None when the card says what the ledger says; else what differs."""
     front, found, _ = parse_card(text)
-    pointer = front.get("hfmerge")
-    facts = card_facts(entries[-1], pointer.get("repo") if isinstance(pointer, dict) else None)
+    facts = card_facts(entries[-1], card_pointer(text).get("repo"))
     expected = metadata(entries, facts)
     if found is None:
         return f"{FILE} has no hfmerge block"

@@ -533,7 +533,11 @@ def _finish_folder(plan: Plan, folder: Path) -> dict[str, str]:
     if len(floats) == 1:
         changes = {"torch_dtype": None, "dtype": DTYPE_NAMES[floats.pop()]}
     if plan.vocabulary is not None and plan.vocabulary.added:
-        changes["vocab_size"] = plan.vocabulary.size
+        text = plan.base.config.get("text_config")
+        if "vocab_size" not in plan.base.config and isinstance(text, dict):
+            changes["text_config"] = {**text, "vocab_size": plan.vocabulary.size}
+        else:
+            changes["vocab_size"] = plan.vocabulary.size
     copy_side_files(plan.base.pinned, list(plan.side_files), folder, changes)
     if plan.vocabulary is not None and plan.vocabulary.added:
         write_tokenizer(plan.vocabulary, plan.base.pinned, folder)

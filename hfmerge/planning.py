@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hfmerge.checkpoint.adapters import map_adapter
+from hfmerge.checkpoint.adapters import PREFIX, AdapterMap, map_adapter
 from hfmerge.checkpoint.deltas import Delta, adapter_delta, full_delta
 from hfmerge.checkpoint.heads import Head, adapter_head, full_head
 from hfmerge.checkpoint.names import Layout, Match, Origin, match
@@ -282,15 +282,30 @@ def _match_source(
     """One model in the base's layout: its delta, its head, and its embedding rows where its vocabulary differs."""
     if source.kind == "adapter":
         _check_adapter_base(base, source)
-        mapped = map_adapter(source, layout)
+        mapped = _own_head(map_adapter(source, layout), source, base, layout)
         beneath: dict[str, Origin] = {}
         if source.beneath is not None:
-            beneath = dict(_match_full(recipe, base, layout, source.beneath, warnings)[0].full)
+            under, _, rows = _match_full(recipe, base, layout, source.beneath, warnings)
+            if rows is not None:
+                raise UnsupportedError(
+                    f"{source.beneath.pinned.label} has another vocabulary than the base, which is not aligned beneath an "
+                    "adapter; merge the adapter into it with peft (merge_and_unload) and give the full model."
+                )
+            beneath = dict(under.full)
         head = adapter_head(source, base.config, mapped.heads) if mapped.heads else None
         return adapter_delta(source, mapped, beneath), head, None
     delta, head_keys, size = _match_full(recipe, base, layout, source, warnings)
     head = full_head(source, base.config, head_keys) if head_keys else None
     return delta, head, size
+
+
+def _own_head(mapped: AdapterMap, source: Source, base: Source, layout: Layout) -> AdapterMap:
+    """The adapter's copy of the base's task head is a head of its own unless a config.json beside it names the same labels."""
+    if source.config.get("id2label") and _labels(source.config) == _labels(base.config):
+        return mapped
+    own = {t: key for t, key in mapped.replaced.items() if t in layout.heads and t not in layout.vocab_axis}
+    heads = {**mapped.heads, **{key: key.removeprefix(PREFIX) for key in own.values()}}
+    return AdapterMap(mapped.lora, {t: key for t, key in mapped.replaced.items() if t not in own}, heads)
 
 
 def _check_adapter_base(base: Source, source: Source) -> None:

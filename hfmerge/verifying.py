@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from hfmerge.card import FILE, card_differs, licence_note
-from hfmerge.digest import sha256_file
+from hfmerge.card import FILE, card_differs, card_pointer, licence_note
+from hfmerge.digest import sha256_bytes, sha256_file
 from hfmerge.errors import HfMergeError, LedgerError
 from hfmerge.merged import Merged, open_merged, state_path
 from hfmerge.source import fetch
@@ -96,7 +96,13 @@ def _card(merged: Merged) -> Check:
     if text is None:
         return Check("card", False, f"{FILE} is missing")
     try:
-        problem = card_differs(text.decode("utf-8", "replace"), merged.entries)
+        card = text.decode("utf-8", "replace")
+        # the ledger's last entry has no successor to name its digest; the card does
+        named, found = card_pointer(card).get("sha256"), sha256_bytes(merged.last.to_bytes())
+        if named != found:
+            problem: str | None = f"{merged.last.file} has the digest {found[:12]}..., {FILE} names {str(named)[:12]}...; one was changed"
+        else:
+            problem = card_differs(card, merged.entries)
     except LedgerError as error:
         problem = str(error)
     note = licence_note([merged.last.base, *merged.last.models])

@@ -285,3 +285,15 @@ def everything(folder: Path) -> dict[str, str]:
     return {
         path.relative_to(folder).as_posix(): sha256_file(path) for path in sorted(folder.rglob("*")) if path.is_file()
     }
+
+
+def tokenizer(folder: Path, tokens: Sequence[str]) -> Path:
+    """Save a word-level tokenizer whose ids are the places in `tokens`; the first is the unknown word."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+
+    raw = Tokenizer(WordLevel({token: i for i, token in enumerate(tokens)}, unk_token=tokens[0]))
+    raw.pre_tokenizer = WhitespaceSplit()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=raw, unk_token=tokens[0]).save_pretrained(folder)
+    return folder

@@ -156,7 +156,8 @@ def _add_copy(
     """Sort a whole trained parameter into those of the base and those of the adapter's own head."""
     label, shape = source.pinned.label, source.tensors[key].shape
     target = base.parameter_of_module(path)
-    if target is None or (target in base.heads and shape != base.shapes[target]):
+    own_head = target in base.heads and target not in base.vocab_axis
+    if target is None or (own_head and shape != base.shapes[target]):
         heads[key] = path
         return
     if shape != base.shapes[target]:

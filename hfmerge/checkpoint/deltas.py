@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from hfmerge.checkpoint.adapters import AdapterMap, LoraOrigin
 from hfmerge.checkpoint.names import Origin
 from hfmerge.checkpoint.reader import Reader, Rows
-from hfmerge.checkpoint.vocabulary import Vocabulary, aligned_change
+from hfmerge.checkpoint.vocabulary import Vocabulary, aligned_change, extended_factors
 from hfmerge.errors import ShapeError
 from hfmerge.source import Source
 from hfmerge.taskvector import Dense, TaskVector
@@ -128,6 +128,8 @@ class DeltaReader:
                 result = Dense(value.sub_(origin))
         if key in self.delta.lora:
             factors = self.delta.lora[key].read(self.reader)
+            if aligned is not None:
+                factors = extended_factors(aligned[0], factors, aligned[2])
             result = factors if result is None else result + factors
         return result
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from hfmerge.checkpoint.reader import Reader
 from hfmerge.errors import NotFoundError, SourceError
-from hfmerge.source import Source, fetch, parse_ref, pin
+from hfmerge.source import Source, fetch, parse_ref, pin, read_json
 
 
 if TYPE_CHECKING:
@@ -137,6 +137,9 @@ def load_with_head(model: str | Path, source: str, **options: Any) -> PreTrained
         raise NotFoundError(f"{pinned.label}: no head of {source}; it keeps heads of: {', '.join(held) or 'none'}.")
     head = load_file(fetch(pinned, f"{prefix}model.safetensors"))
     config = transformers.AutoConfig.from_pretrained(fetch(pinned, f"{prefix}config.json").parent)
+    rows = read_json(pinned, "config.json").get("vocab_size")
+    if rows is not None and hasattr(config, "vocab_size"):
+        config.vocab_size = rows  # the backbone's, where vocabularies were aligned
     name = (config.architectures or [None])[0]
     cls = getattr(transformers, str(name), None)
     if cls is None:

@@ -116,8 +116,9 @@ class Layout:
 
     def _by_prefix(self, key: str) -> str | None:
         """Without a class: the only stored key that differs from `key` by a first name."""
-        tail = key.partition(".")[2]
-        found = [name for name in self.shapes if name == tail or name.partition(".")[2] in (key, tail)]
+        short = key.partition(".")[2]
+        wanted = (key, short) if "." in short else (key,)
+        found = [name for name in self.shapes if name in wanted or name.partition(".")[2] in wanted]
         return found[0] if len(found) == 1 else None
 
 

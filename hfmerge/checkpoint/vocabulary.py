@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from hfmerge.errors import UnsupportedError
 from hfmerge.source import Pinned, Source, fetch
+from hfmerge.taskvector import LowRank
 
 
 if TYPE_CHECKING:
@@ -90,6 +91,9 @@ def align(
         mode: "base" or "union".
         base_size: rows of the base's embedding.
         sizes: per model, rows of its embedding; None for a model that changes none, or has the base's very tokens.
+
+    Raises:
+        UnsupportedError: a tokenizer is missing, or the base's embedding has rows that are no token's and tokens are added.
     """
     ours = read_tokens(base.pinned)
     output = {token: row for token, row in ours.items() if row < base_size}
@@ -106,6 +110,11 @@ def align(
                 if token not in output:
                     output[token] = base_size + len(added)
                     added.append(token)
+    if added and len(ours) != base_size:
+        raise UnsupportedError(
+            f"{base.pinned.label}: its embedding has {base_size} rows for {len(ours)} tokens, so added tokens cannot follow "
+            "the last one; use `vocabulary: base`."
+        )
     rows: list[tuple[tuple[int, ...], tuple[int, ...]] | None] = []
     for tokens_of in theirs:
         if tokens_of is None:
@@ -159,6 +168,16 @@ def aligned_change(vocabulary: Vocabulary, model: int, base: Tensor, value: Tens
     target = change.movedim(axis, 0)
     target[out] = value.movedim(axis, 0)[rows_of] - base.movedim(axis, 0)[out]
     return change
+
+
+def extended_factors(vocabulary: Vocabulary, change: LowRank, axis: int) -> LowRank:
+    """An adapter's change of the base's rows in the output's rows: zero for the added tokens."""
+    import torch
+
+    added = len(vocabulary.added)
+    if axis == 0:
+        return LowRank(torch.nn.functional.pad(change.up, (0, 0, 0, added)), change.down)
+    return LowRank(change.up, torch.nn.functional.pad(change.down, (0, added)))
 
 
 def write_tokenizer(vocabulary: Vocabulary, base: Pinned, folder: Path) -> list[str]:

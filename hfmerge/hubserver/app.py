@@ -76,50 +76,56 @@ class HubApp:
         if scope["type"] != "http":
             return
         request = Request(scope, receive)
-        request_id = uuid.uuid4().hex
-        status, sent, user = 0, 0, None
+        record: dict[str, Any] = {
+            "method": request.method,
+            "path": scope["raw_path"].decode("latin-1"),
+            "query": scope["query_string"].decode("latin-1"),
+            "status": 0,
+            "bytes": 0,
+            "range": request.headers.get("range"),
+            "port": scope["server"][1],
+            "user": None,
+            "authorization": "authorization" in request.headers,
+            "id": uuid.uuid4().hex,
+        }
+        logged = False
 
-        async def counting_send(message: Message) -> None:
-            nonlocal status, sent
+        async def logging_send(message: Message) -> None:
+            nonlocal logged
             if message["type"] == "http.response.start":
-                status = message["status"]
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
-            elif request.method != "HEAD":
-                sent += len(message.get("body", b""))
+                record["status"] = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", record["id"].encode())]
+            elif message["type"] == "http.response.body":
+                record["bytes"] += len(message.get("body", b"")) if request.method != "HEAD" else 0
+                if not message.get("more_body", False):
+                    # Before the last bytes leave: whoever has the answer finds it in the log.
+                    logged = True
+                    self._write(record)
             await send(message)
 
         try:
             try:
                 match = self._match(request)
                 if not match.open:
-                    user = self._hub.user_of(request.headers.get("authorization"))
-                response = await self._answer(request, match, user)
+                    record["user"] = self._hub.user_of(request.headers.get("authorization"))
+                response = await self._answer(request, match, record["user"])
             except HubFault as fault:
                 response = fault.response()
             except ClientDisconnect:
                 raise
             except Exception:
                 traceback.print_exc(file=sys.stderr)
-                response = HubFault(500, f"Internal error, request id {request_id}").response()
-            await response(scope, receive, counting_send)
+                response = HubFault(500, f"Internal error, request id {record['id']}").response()
+            await response(scope, receive, logging_send)
         except ClientDisconnect:
             return  # nobody is left to answer
         finally:
-            if self._log is not None:
-                self._log.write(
-                    {
-                        "method": request.method,
-                        "path": scope["raw_path"].decode("latin-1"),
-                        "query": scope["query_string"].decode("latin-1"),
-                        "status": status,
-                        "bytes": sent,
-                        "range": request.headers.get("range"),
-                        "port": scope["server"][1],
-                        "user": user,
-                        "authorization": "authorization" in request.headers,
-                        "id": request_id,
-                    }
-                )
+            if not logged:
+                self._write(record)
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if self._log is not None:
+            self._log.write(record)
 
     def _match(self, request: Request) -> Match:
         path = request.scope["raw_path"].decode("latin-1")

@@ -67,7 +67,11 @@ class Hub:
         self.xorbs = root / "xorbs"
         self._locks: dict[str, threading.Lock] = {}
         self._locks_guard = threading.Lock()
-        self._recover()
+        try:
+            self._recover()
+        except BaseException:
+            self.database.close()
+            raise
 
     def close(self) -> None:
         """End: the folder may be used by another server."""

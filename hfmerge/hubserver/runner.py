@@ -6,6 +6,7 @@ import ipaddress
 import socket
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -62,51 +63,48 @@ def run(options: Options, announce: Callable[[str], None], lifeline: BinaryIO | 
         raise HfMergeError(f"the hub server needs {error.name}; run: pip install 'hfmerge[hub]'") from error
     if not options.public and not is_loopback(options.host):
         raise HfMergeError(f"--host {options.host}: other machines could reach it; add --public if they should")
-    main = _listen(options.host, options.port)
-    sockets = [main]
-    if options.cdn_port is not None:
-        sockets.append(_listen(options.host, options.cdn_port))
-    hub = Hub(
-        options.root,
-        options.users,
-        part_size=options.part_size or DEFAULT_PART_SIZE,
-        cdn_port=sockets[1].getsockname()[1] if len(sockets) > 1 else None,
-    )
-    log = RequestLog(options.log) if options.log is not None else None
-
-    class Server(uvicorn.Server):
-        async def startup(self, sockets: list[Socket] | None = None) -> None:
-            await super().startup(sockets)
-            announce(_endpoint(options.host, main.getsockname()[1]))
-
-    config = uvicorn.Config(
-        HubApp(hub, log),
-        log_level="warning",
-        access_log=False,
-        lifespan="off",
-        ws="none",
-        http="h11",
-        server_header=False,
-        # Clients keep connections in a pool; closing them early makes their next request fail.
-        timeout_keep_alive=75,
-        timeout_graceful_shutdown=2,
-    )
-    server = Server(config)
-    if lifeline is not None:
-
-        def wait_for_parent() -> None:
-            lifeline.read()
-            server.should_exit = True
-
-        threading.Thread(target=wait_for_parent, daemon=True).start()
-    try:
-        server.run(sockets)
-    finally:
-        for listener in sockets:
-            listener.close()
-        hub.close()
+    with ExitStack() as stack:
+        main = stack.enter_context(_listen(options.host, options.port))
+        sockets = [main]
+        if options.cdn_port is not None:
+            sockets.append(stack.enter_context(_listen(options.host, options.cdn_port)))
+        hub = Hub(
+            options.root,
+            options.users,
+            part_size=options.part_size or DEFAULT_PART_SIZE,
+            cdn_port=sockets[1].getsockname()[1] if len(sockets) > 1 else None,
+        )
+        stack.callback(hub.close)
+        log = RequestLog(options.log) if options.log is not None else None
         if log is not None:
-            log.close()
+            stack.callback(log.close)
+
+        class Server(uvicorn.Server):
+            async def startup(self, sockets: list[Socket] | None = None) -> None:
+                await super().startup(sockets)
+                announce(_endpoint(options.host, main.getsockname()[1]))
+
+        config = uvicorn.Config(
+            HubApp(hub, log),
+            log_level="warning",
+            access_log=False,
+            lifespan="off",
+            ws="none",
+            http="h11",
+            server_header=False,
+            # Clients keep connections in a pool; closing them early makes their next request fail.
+            timeout_keep_alive=75,
+            timeout_graceful_shutdown=2,
+        )
+        server = Server(config)
+        if lifeline is not None:
+
+            def wait_for_parent() -> None:
+                lifeline.read()
+                server.should_exit = True
+
+            threading.Thread(target=wait_for_parent, daemon=True).start()
+        server.run(sockets)
 
 
 def is_loopback(host: str) -> bool:

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import secrets
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -214,6 +215,9 @@ def main_run(argv: list[str]) -> int:
     if not command:
         parser.error("no command: put it after --")
     imports = [_import(parser, text) for text in arguments.imports]
+    if shutil.which(command[0]) is None:
+        print(f"error: {command[0]}: no such command", file=sys.stderr)
+        return 127
     try:
         with ExitStack() as stack:
             temporary = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hfmerge-hub-")))
@@ -233,11 +237,7 @@ def main_run(argv: list[str]) -> int:
 
 
 def _call(command: Sequence[str], environment: Mapping[str, str]) -> int:
-    try:
-        process = subprocess.Popen(command, env=dict(environment))
-    except OSError as error:
-        print(f"error: {command[0]}: {error.strerror}", file=sys.stderr)
-        return 127
+    process = subprocess.Popen(command, env=dict(environment))
     while True:
         try:
             code = process.wait()
@@ -258,6 +258,8 @@ def _import(parser: argparse.ArgumentParser, text: str) -> tuple[Path, str, str]
         repo_type, repo_id = "dataset", repo_id.removeprefix("datasets/")
     if not folder or repo_id.count("/") != 1:
         parser.error(f"--import {text}: write FOLDER=org/name or FOLDER=datasets/org/name")
+    if not Path(folder).is_dir():
+        parser.error(f"--import {text}: no folder {folder}")
     return Path(folder), repo_type, repo_id
 
 

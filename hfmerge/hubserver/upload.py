@@ -114,7 +114,7 @@ def check_path(path: Any) -> str:
     """
     if isinstance(path, str):
         parts = path.split("/")
-        plain = not any(ord(letter) < 32 or letter == "\\" for letter in path) and len(path) <= 1024
+        plain = not any(ord(letter) < 32 or letter in "\\\x7f" for letter in path) and len(path) <= 1024
         if plain and not any(part in ("", ".", "..") or part.lower() == ".git" for part in parts):
             return path
     raise HubFault(422, f"Invalid path in repository: {json.dumps(path)}")

@@ -1,0 +1,71 @@
+"""Render the golden cards: for every recipe the card its merge would get, with commits and norms made from the names.
+
+`make cards` writes them; a test renders them again and compares.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from hfmerge.card import card_facts, render_card
+from hfmerge.digest import sha256_bytes
+from hfmerge.ledger import Entry, KeptState, Material
+from hfmerge.recipe import Recipe, load_recipe
+from hfmerge.source import parse_ref
+
+
+HERE = Path(__file__).resolve().parent
+RECIPES = HERE.parent / "recipes"
+
+
+def golden_cards() -> dict[str, str]:
+    """File name -> text, one for each recipe."""
+    paths = sorted([*RECIPES.glob("*.yaml"), *RECIPES.glob("quickstart/*.yaml")])
+    names = [path.stem if path.parent == RECIPES else path.parent.name for path in paths]
+    return {f"{name}.md": golden_card(load_recipe(path), f"org/{name}") for name, path in zip(names, paths, strict=True)}
+
+
+def golden_card(recipe: Recipe, repo_id: str) -> str:
+    """The card of a recipe's merge under a repository ID."""
+    base = _material(recipe.base, 1.0, None)
+    models = tuple(_material(entry.model, entry.weight, 4.0 + i) for i, entry in enumerate(recipe.models))
+    entry = Entry(
+        step=1,
+        parent=None,
+        action="merge",
+        subjects=tuple(model.name for model in models),
+        how=f"merged {len(models)} models in order of arrival",
+        base=base,
+        models=models,
+        method={"name": recipe.method.name, "version": 1, "options": recipe.method.options, "norm": recipe.method.norm},
+        settings={
+            "dtype": recipe.dtype,
+            "include": list(recipe.include),
+            "exclude": list(recipe.exclude),
+            "vocabulary": recipe.vocabulary,
+            "state": recipe.state,
+            "allow_nonfinite": recipe.allow_nonfinite,
+            "allow_pickle": recipe.allow_pickle,
+            "trust_remote_code": recipe.trust_remote_code,
+            "card": {"library_name": "transformers", "pipeline_tag": None},
+        },
+        scalars={"scale": 1.0, "merged_norm": 2.0},
+        states=(KeptState(len(models), sha256_bytes(b"state"), 1000),),
+        products={"model.safetensors": sha256_bytes(b"weights")},
+        environment={"hfmerge": "0.1.0"},
+    )
+    return render_card((entry,), card_facts(entry, repo_id))
+
+
+def _material(ref: str, weight: float, squared_norm: float | None) -> Material:
+    name = str(parse_ref(ref)[0].repo_id)
+    commit = hashlib.sha1(name.encode(), usedforsecurity=False).hexdigest()
+    files = {"model.safetensors": sha256_bytes(name.encode())}
+    return Material(name, commit, None, "full", weight, files, squared_norm=squared_norm, license="apache-2.0")
+
+
+if __name__ == "__main__":
+    for file, text in golden_cards().items():
+        (HERE / file).write_text(text, encoding="utf-8")
+        print(HERE / file)
