@@ -89,8 +89,7 @@ def merge(
         if target is None:
             pushed = push_folder(folder, str(repo_id), private=_private(asked, private), create_pr=create_pr)
     if target is not None and repo_id is not None:
-        pushed = push_folder(Path(target), repo_id, private=_private(asked, private), create_pr=create_pr)
-        _adopt_card(Path(target), repo_id)
+        pushed = _push_written(Path(target), repo_id, _private(asked, private), create_pr, None)
     return _result(target, entry, planned, pushed, start, seconds)
 
 
@@ -212,8 +211,7 @@ def _change(opened: Merged, make: Any, output: str | Path | None, push_to: str |
         if target is None:
             pushed = push_folder(folder, str(push_to), create_pr=create_pr, parent_commit=parent)
     if target is not None and push_to is not None:
-        pushed = push_folder(Path(target), push_to, create_pr=create_pr, parent_commit=parent)
-        _adopt_card(Path(target), push_to)
+        pushed = _push_written(Path(target), push_to, None, create_pr, parent)
     return _result(target, entry, change.plan, pushed, start, seconds)
 
 
@@ -294,7 +292,7 @@ def _entry(planned: Plan, outcome: Outcome, opened: Merged | None, change: Chang
         "allow_nonfinite": recipe.allow_nonfinite,
         "allow_pickle": recipe.allow_pickle,
         "trust_remote_code": recipe.trust_remote_code,
-        "card": _card_settings(planned.base),
+        "card": {**_card_settings(planned.base), "architecture": planned.base_layout.architecture},
     }
     return Entry(
         step=previous.step + 1 if previous else 1,
@@ -403,6 +401,18 @@ def _note_local_sources(planned: Plan, entry: Entry, opened: Merged | None, fold
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(places, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         os.chmod(path, 0o600)
+
+
+def _push_written(
+    folder: Path, repo_id: str, private: bool | None, create_pr: bool, parent_commit: str | None
+) -> Pushed:
+    """Publish a folder that is complete already: a failure costs nothing but the push."""
+    try:
+        pushed = push_folder(folder, repo_id, private=private, create_pr=create_pr, parent_commit=parent_commit)
+    except HfMergeError as error:
+        raise PushError(f"{error} The merge itself is in {folder}; `hfmerge push {folder} {repo_id}` tries again.") from error
+    _adopt_card(folder, repo_id)
+    return pushed
 
 
 def _adopt_card(folder: Path, repo_id: str) -> None:

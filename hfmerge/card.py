@@ -98,6 +98,8 @@ def block(entries: Sequence[Entry], facts: Mapping[str, Any]) -> str:
     text = environment.get_template("card.md.j2").render(
         title=me.rpartition("/")[2] if facts.get("repo_id") else "Merged model",
         me=me,
+        library=facts["library_name"],
+        architecture=facts["architecture"],
         method=last.method,
         norm=last.method["norm"],
         base_link=_link(last.base),

@@ -37,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("HFMERGE_DEBUG"):
             raise
         print(f"hfmerge: {error}", file=sys.stderr)
+        if args.json:
+            _print_json({"error": str(error), "type": type(error).__name__})
         return 1
     except KeyboardInterrupt:
         print("hfmerge: interrupted; nothing was written.", file=sys.stderr)

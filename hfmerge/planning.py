@@ -21,7 +21,7 @@ from hfmerge.checkpoint.names import describe as describe_layout
 from hfmerge.checkpoint.sidefiles import side_files
 from hfmerge.checkpoint.vocabulary import Vocabulary, align, same_tokens
 from hfmerge.checkpoint.writer import SIZES, Slot, shard_names
-from hfmerge.errors import HfMergeError, Problem, RecipeError
+from hfmerge.errors import CorruptFileError, HfMergeError, Problem, RecipeError, ShapeError, SourceError, UnsupportedError
 from hfmerge.methods import FoldMethod, MergeMethod, registry
 from hfmerge.recipe import Recipe
 from hfmerge.source import FLOATS, Source, cached, describe, hub_api, hub_errors
@@ -217,6 +217,9 @@ def make_plan(recipe: Recipe, *, prior: Prior | None = None, origin: str = "reci
                 heads.append((i, head))
         except HfMergeError as error:
             problems.append(Problem(f"models[{i}]", str(error)))
+    for source in (base, *sources):
+        if source is not None and source.pickled:
+            warnings.append(f"{source.pinned.label}: pickled weights have no header, so the file was fetched to read it.")
     if not problems:
         _check_slugs(sources, problems)
     if problems:
@@ -310,8 +313,6 @@ def _own_head(mapped: AdapterMap, source: Source, base: Source, layout: Layout) 
 
 def _check_adapter_base(base: Source, source: Source) -> None:
     """An adapter says which model it was trained on; the merge's base, or the model beneath, must be that one."""
-    from hfmerge.errors import SourceError
-
     under = source.beneath or base
     named = str((source.adapter or {}).get("base_model_name_or_path") or "")
     is_path = not named or named.startswith((".", "/", "~")) or named.count("/") != 1
@@ -337,8 +338,6 @@ def _match_full(
     recipe: Recipe, base: Source, layout: Layout, source: Source, warnings: list[str]
 ) -> tuple[Delta, tuple[str, ...], int | None]:
     """A full checkpoint in the base's layout: its delta, its head's stored keys, and differing embedding rows."""
-    from hfmerge.errors import CorruptFileError, ShapeError, UnsupportedError
-
     label = source.pinned.label
     theirs = source.config.get("model_type")
     if theirs != layout.model_type and not str(theirs).startswith(f"{layout.model_type}_"):

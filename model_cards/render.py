@@ -48,7 +48,7 @@ def golden_card(recipe: Recipe, repo_id: str) -> str:
             "allow_nonfinite": recipe.allow_nonfinite,
             "allow_pickle": recipe.allow_pickle,
             "trust_remote_code": recipe.trust_remote_code,
-            "card": {"library_name": "transformers", "pipeline_tag": None},
+            "card": {"library_name": "transformers", "pipeline_tag": None, "architecture": "AutoModel"},
         },
         scalars={"scale": 1.0, "merged_norm": 2.0},
         states=(KeptState(len(models), sha256_bytes(b"state"), 1000),),

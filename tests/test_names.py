@@ -328,11 +328,6 @@ def test_heads_ties_and_vocabulary(tmp_path: Path) -> None:
     assert untied.vocab_axis == {"lm_head.weight": 0, "model.embed_tokens.weight": 0}
     tied = layout_of(save(build("LlamaForCausalLM", "llama_tied"), tmp_path / "d"))
     assert tied.heads == () and tied.vocab_axis == {"model.embed_tokens.weight": 0}
-    untied_t5 = build("T5ForConditionalGeneration", "t5", tie_word_embeddings=False)
-    t5 = layout_of(
-        save(untied_t5, tmp_path / "e")
-    )  # its class holds encoder and decoder itself: no prefix tells a head
-    assert t5.heads == ("lm_head.weight",)
     assert layout_of(save(build("CLIPModel", "clip"), tmp_path / "f")).heads == ()
 
 
@@ -346,6 +341,28 @@ def test_a_file_with_both_tied_tensors_names_the_copy(tmp_path: Path) -> None:
     assert both.heads == () and both.missing == ()
     assert "lm_head.weight" not in match(both, both).origins
     assert match(layout_of(save(model, tmp_path / "one")), both).extra == ()
+
+
+@pytest.mark.parametrize("said", ["tie_word_embeddings", "scale_decoder_outputs"])
+def test_t5_with_a_head_of_its_own(said: str, tmp_path: Path) -> None:
+    """The class of T5 ties always; files that keep `lm_head` apart are loaded untied because the values differ."""
+    model = build("T5ForConditionalGeneration", "t5", seed=1)
+    base = save(build("T5ForConditionalGeneration", "t5"), tmp_path / "base")
+    folder = save(model, tmp_path / "apart")
+    head, copy = torch.randn(30, 16), model.shared.weight.detach()
+    for place, first in ((base, torch.zeros(30, 16)), (folder, head)):
+        tensors = {**tensors_of(place), "lm_head.weight": first}
+        rewrite(place, {**tensors, "encoder.embed_tokens.weight": tensors["shared.weight"]}, **{said: False})
+    ours, theirs = layout_of(base), layout_of(folder)
+    assert ours.heads == ("lm_head.weight",)  # encoder and decoder lie at the top, so no prefix tells it
+    assert ours.tied == {"encoder.embed_tokens.weight": "shared.weight"}
+    assert ours.vocab_axis["lm_head.weight"] == 0
+    assert ours.parameter_of_module("lm_head") == "lm_head.weight"
+    tensors = moved(base, folder, match(ours, theirs))
+    assert torch.equal(tensors["lm_head.weight"], head) and torch.equal(tensors["shared.weight"], copy)
+    rewrite(base, {**tensors, "encoder.embed_tokens.weight": copy})
+    result = type(model).from_pretrained(base)
+    assert torch.equal(result.lm_head.weight, head) and torch.equal(result.shared.weight, copy)
 
 
 def test_a_file_with_only_the_copy_owns_the_value(tmp_path: Path) -> None:
@@ -826,6 +843,8 @@ def test_load_back_says_what_transformers_says(tmp_path: Path) -> None:
     tensors = tensors_of(folder)
     rewrite(folder, {**tensors, "model.extra.weight": torch.zeros(2)})
     assert load_back(folder) == ((), ("model.extra.weight",))
+    rewrite(folder, {**tensors, "model.extra.LayerNorm.gamma": torch.zeros(2)})
+    assert load_back(folder) == ((), ("model.extra.LayerNorm.gamma",)) == ((), layout_of(folder).unexpected)
     narrow = {**tensors, "model.norm.weight": torch.zeros(15)}
     with pytest.raises(
         ShapeError, match=r"1 tensors do not fit .*model\.norm\.weight: stored \(15,\), expected \(16,\)"

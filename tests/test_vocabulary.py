@@ -210,6 +210,31 @@ def test_an_adapter_beside_a_longer_vocabulary(llama: Path, tmp_path: Path) -> N
     assert torch.equal(tiny.tensors(out)[name][len(BASE) :], source[len(BASE) :])
 
 
+def test_an_adapter_on_a_model_with_another_vocabulary_is_refused(llama: Path, tmp_path: Path) -> None:
+    tiny.adapter(tmp_path / "lora", tiny.attention(), 1)
+    run = merge(llama, tmp_path / "out", f"shuffled+{tmp_path / 'lora'}", vocabulary="union")
+    assert run.code == 1 and f"{llama / 'shuffled'} has another vocabulary than the base" in run.err
+
+
+def test_the_text_tower_of_a_larger_model_grows(tmp_path: Path) -> None:
+    """A CLIPModel says in its `text_config` how many tokens it knows."""
+    settings = tiny.config("clip")
+    settings.text_config.vocab_size = len(BASE)
+    base = tiny.build("CLIPModel", settings)
+    tiny.tokenizer(tiny.save(base, tmp_path / "base"), BASE)
+    for seed, name in ((1, "longer"), (2, "shuffled")):
+        tower = tiny.build("CLIPTextModel", settings.text_config, seed)
+        tower.load_state_dict(base.text_model.state_dict())
+        tiny.tokenizer(tiny.save(resized(tower, VOCABULARIES[name], seed), tmp_path / name), VOCABULARIES[name])
+    out = merged(tmp_path, tmp_path / "out", "longer", "shuffled", vocabulary="union")
+    model, info = transformers.CLIPModel.from_pretrained(out, output_loading_info=True)
+    assert not info["missing_keys"] and not info["mismatched_keys"]
+    assert model.config.text_config.vocab_size == len(UNION)
+    source = tiny.tensors(tmp_path / "longer")["embeddings.token_embedding.weight"]
+    got = model.text_model.embeddings.token_embedding.weight
+    assert torch.equal(got[UNION.index("alpha")], source[LONGER.index("alpha")])
+
+
 PATH = "base_model.model.model.embed_tokens.lora_embedding"
 
 

@@ -150,6 +150,7 @@ def describe(
         return _unknown(architecture, model_type, dict(shapes), origin)
     groups, strange = trace(skeleton, shapes, origin)
     filled = {name for group in groups if complete(group, skeleton, shapes, origin) for name in group.outputs}
+    skeleton = _apart(skeleton, config, filled)
     tied, groups = _ties(skeleton, groups)
     named = _named(skeleton, groups, strange)
     heads = skeleton.heads()
@@ -202,6 +203,18 @@ def _canonical(name: str, skeleton: Skeleton) -> str:
     """Name without the class's prefix, unless a head would then be called the same."""
     short = name.removeprefix(skeleton.prefix)
     return name if short != name and short in skeleton.parameters else short
+
+
+def _apart(skeleton: Skeleton, config: Mapping[str, Any], filled: set[str]) -> Skeleton:
+    """The skeleton without the tie of an output embedding that config.json and file agree to keep apart.
+
+    The T5 family ties in its class whatever config.json says, and remembers in `scale_decoder_outputs` what it said.
+    """
+    if config.get("tie_word_embeddings") is not False and config.get("scale_decoder_outputs") is not False:
+        return skeleton
+    own = skeleton.output_embedding()
+    ties = {name: shared for name, shared in skeleton.ties.items() if name not in own & filled or shared not in filled}
+    return replace(skeleton, ties=ties)
 
 
 def _renamed(group: Group, skeleton: Skeleton) -> Group:

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hfmerge.checkpoint.skeleton import Shape, find_class, first_line
+from hfmerge.checkpoint.loader import Renamer
+from hfmerge.checkpoint.skeleton import Shape, find_class, first_line, skeleton_of
 from hfmerge.errors import CorruptFileError, NotFoundError, ShapeError, UnsupportedError
 
 
@@ -18,7 +19,7 @@ def load_back(folder: Path, *, trust_remote_code: bool = False) -> tuple[tuple[s
     The model's own `from_pretrained` runs on the meta device with the shapes in the files' headers.
 
     Returns:
-        Missing and unexpected names, sorted.
+        In-memory names that are missing, and stored keys that are not expected, sorted.
 
     Raises:
         NotFoundError: no config.json, or no safetensors weights.
@@ -38,7 +39,7 @@ def load_back(folder: Path, *, trust_remote_code: bool = False) -> tuple[tuple[s
     stored = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
     with _quiet():
         try:
-            _, report = model_class.from_pretrained(
+            model, report = model_class.from_pretrained(
                 None,
                 config=model_config,
                 state_dict=stored,
@@ -54,7 +55,9 @@ def load_back(folder: Path, *, trust_remote_code: bool = False) -> tuple[tuple[s
             f"{folder}: {len(report['mismatched_keys'])} tensors do not fit {model_class.__name__}, first {name}: "
             f"stored {tuple(stored_shape)}, expected {tuple(expected)}"
         )
-    return tuple(sorted(report["missing_keys"])), tuple(sorted(report["unexpected_keys"]))
+    names = Renamer(skeleton_of(model)).names(shapes)  # the report gives names as renamed for the class
+    unexpected = tuple(key for key in sorted(shapes) if names[key][0] in report["unexpected_keys"])
+    return tuple(sorted(report["missing_keys"])), unexpected
 
 
 def _json(path: Path) -> dict[str, Any]:

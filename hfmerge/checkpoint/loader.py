@@ -6,7 +6,7 @@ They are the loader's own objects (`transformers.conversion_mapping`), never a c
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -133,6 +133,12 @@ class Renamer:
             name, source = rename_source_key(key, [], [], prefix, known)
         return name, source
 
+    def names(self, keys: Iterable[str]) -> dict[str, tuple[str, str | None]]:
+        """What `rename` gives for all keys of a checkpoint, asked in the loader's order."""
+        from transformers.core_model_loading import dot_natural_key
+
+        return {key: self.rename(key) for key in sorted(keys, key=dot_natural_key)}
+
 
 def trace(skeleton: Skeleton, shapes: Mapping[str, Shape], origin: str) -> tuple[list[Group], dict[str, str]]:
     """Which stored keys fill which in-memory tensors, as the loader pairs them.
@@ -143,13 +149,10 @@ def trace(skeleton: Skeleton, shapes: Mapping[str, Shape], origin: str) -> tuple
     Raises:
         CorruptFileError: one parameter is stored in two layouts at once.
     """
-    from transformers.core_model_loading import dot_natural_key
-
     renamer = Renamer(skeleton)
     filled: dict[str, dict[str | None, list[str]]] = {}
     unexpected: dict[str, str] = {}
-    for key in sorted(shapes, key=dot_natural_key):
-        name, source = renamer.rename(key)
+    for key, (name, source) in renamer.names(shapes).items():
         parts = filled.setdefault(name, {}) if name in skeleton.parameters else None
         if parts is None or (source is None and None in parts):  # of two keys for one parameter the first is loaded
             unexpected[key] = name
@@ -196,9 +199,9 @@ def complete(group: Group, skeleton: Skeleton, shapes: Mapping[str, Shape], orig
     """
     import torch
 
-    expected = [skeleton.parameters.get(name) for name in group.outputs]
-    if None in expected:
+    if any(name not in skeleton.parameters for name in group.outputs):
         raise ShapeError(f"{origin}: {group.keys[0]} fills {', '.join(group.outputs)}, not all in {skeleton.title}")
+    expected = [skeleton.parameters[name] for name in group.outputs]
     if not all(group.inputs) or (group.per_expert and len({len(keys) for keys in group.inputs}) > 1):
         return False
     stored = {key: torch.empty(shapes[key], device="meta") for key in group.keys}

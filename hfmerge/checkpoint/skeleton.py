@@ -47,6 +47,12 @@ class Skeleton:
             outside = set(self.parameters) - _backbone(self.model)
         return frozenset(name for name in outside if self.ties.get(name, name) in outside)
 
+    def output_embedding(self) -> set[str]:
+        """In-memory names of the parameters of the layer that gives one number per token, if the class has one."""
+        module = self.model.get_output_embeddings()
+        named = self.model.named_modules(remove_duplicate=False)
+        return {f"{path}.{name}" for path, found in named if found is module for name, _ in found.named_parameters()}
+
     def vocabulary(self) -> dict[str, int]:
         """In-memory name -> axis with one entry per token, from the classes' own input and output embeddings."""
         from torch import nn
@@ -90,10 +96,11 @@ def build(config: Mapping[str, Any], origin: str, trust_remote_code: bool = Fals
         raise UnsupportedError(
             f"{origin}: transformers cannot build {found[0].__name__} from config.json: {first_line(error)}"
         ) from error
-    return _skeleton(model)
+    return skeleton_of(model)
 
 
-def _skeleton(model: PreTrainedModel) -> Skeleton:
+def skeleton_of(model: PreTrainedModel) -> Skeleton:
+    """What a class built on the meta device says about its parameters."""
     from transformers import PreTrainedModel
 
     parameters = {name: tuple(value.shape) for name, value in model.state_dict().items() if hasattr(value, "shape")}
@@ -145,11 +152,9 @@ def find_class(
     """
     _refuse_quantised(config, origin)
     name = next(iter(config.get("architectures") or ()), None)
+    remote = bool(config.get("auto_map")) and trust_remote_code
     try:
-        if config.get("auto_map") and trust_remote_code:
-            found = _remote_class(config, origin, name)
-        else:
-            found = _native_class(config, name)
+        found = _remote_class(config, origin, name) if remote else _native_class(config, name)
     except UnsupportedError:
         raise
     except Exception as error:
@@ -180,7 +185,7 @@ def _native_class(
     import transformers
     from transformers import CONFIG_MAPPING, MODEL_MAPPING, PreTrainedModel
 
-    named = getattr(transformers, name, None) if name else None
+    named: Any = getattr(transformers, name, None) if name else None
     if inspect.isclass(named) and issubclass(named, PreTrainedModel):
         return named, _config_for(named.config_class, config)
     if config.get("auto_map") or config.get("model_type") not in CONFIG_MAPPING:

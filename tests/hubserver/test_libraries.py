@@ -129,8 +129,9 @@ with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     api.upload_file(path_or_fileobj=b"no metadata", path_in_repo="README.md", repo_id="acme/card")
 assert any("empty or missing yaml metadata" in str(w.message) for w in caught)
-DatasetCard("---\\nlicense: mit\\nsize_categories: [n<1K]\\n---\\n").push_to_hub("acme/table", repo_type="dataset")
-assert "size_categories:n<1K" in api.dataset_info("acme/table").tags
+api.create_repo("acme/carded", repo_type="dataset")
+DatasetCard("---\\nlicense: mit\\nsize_categories: [n<1K]\\n---\\n").push_to_hub("acme/carded", repo_type="dataset")
+assert "size_categories:n<1K" in api.dataset_info("acme/carded").tags
 """)
 
 
