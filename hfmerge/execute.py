@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -293,15 +294,17 @@ class _Job:
         assert isinstance(method, JointMethod)
         totals = [torch.zeros(1 << BITS, dtype=torch.int64) for _ in self.models]
 
-        def count(piece: Piece) -> list[Tensor]:
-            base = _once(lambda: self.base_value(piece))
-            taus = (self.task_vector(i, piece, base) for i in range(len(self.models)))
-            return [magnitude_histogram(torch.zeros(piece.shape) if t is None else t.to_dense()) for t in taus]
+        lock = threading.Lock()
 
-        merged = [Piece(param) for param in self.plan.params if param.mode == "merge"]
-        for counts in self._over(merged, count, "Measuring"):
-            for total, part in zip(totals, counts, strict=True):
-                total += part
+        def count(piece: Piece) -> None:
+            base = _once(lambda: self.base_value(piece))
+            for i, total in enumerate(totals):
+                tau = self.task_vector(i, piece, base)
+                part = magnitude_histogram(torch.zeros(piece.shape) if tau is None else tau.to_dense())
+                with lock:
+                    total.add_(part)
+
+        self._over([Piece(param) for param in self.plan.params if param.mode == "merge"], count, "Measuring")
         return [method.settle(total) for total in totals]
 
     def _first_pass(self, piece: Piece, thresholds: list[float] | None, *, write: bool) -> tuple[list[float], float]:

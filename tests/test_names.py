@@ -473,21 +473,29 @@ def test_what_does_not_belong_together_is_refused(tmp_path: Path) -> None:
     assert found.origins["classifier.weight"].keys == ("classifier.weight",)
 
 
-def test_a_tower_that_fits_twice_is_refused(tmp_path: Path) -> None:
-    encoder = build("BertModel", "bert")
-    twin = transformers.VisionTextDualEncoderConfig.from_vision_text_configs(
+def test_a_tower_is_found_by_its_class(tmp_path: Path) -> None:
+    encoder = build("BertModel", "bert", seed=1)
+    config = transformers.VisionTextDualEncoderConfig.from_vision_text_configs(
         transformers.CLIPVisionConfig(**CLIP_VISION), encoder.config, projection_dim=8
     )
-    both = layout_of(save(transformers.VisionTextDualEncoderModel(twin), tmp_path / "both"))
-    found = match(both, layout_of(save(encoder, tmp_path / "one")))
-    assert found.origins["text_model.embeddings.word_embeddings.weight"].keys == ("embeddings.word_embeddings.weight",)
-    pair = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(encoder.config, encoder.config)
-    layout = layout_of(save(transformers.EncoderDecoderModel(pair), tmp_path / "pair"))
-    assert match(layout, layout).absent == ()
-    stack = transformers.T5EncoderModel(transformers.T5Config(**T5))
-    plain = layout_of(save(build("T5ForConditionalGeneration", "t5"), tmp_path / "t5"))
-    found = match(plain, layout_of(save(stack, tmp_path / "encoder")))
+    base = save(transformers.VisionTextDualEncoderModel(config), tmp_path / "both")
+    source = save(encoder, tmp_path / "one")
+    found = match(layout_of(base), layout_of(source))
+    assert found.extra == () and not any(key.startswith("text_model.") for key in found.absent)
+    rewrite(base, moved(base, source, found))
+    assert_equal_state(transformers.VisionTextDualEncoderModel.from_pretrained(base).text_model, encoder)
+
+
+def test_a_tower_that_fits_twice_is_refused(tmp_path: Path) -> None:
+    encoder = build("BertModel", "bert")
+    config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(encoder.config, encoder.config)
+    both = layout_of(save(transformers.EncoderDecoderModel(config), tmp_path / "both"))
+    assert match(both, both).absent == ()
+    found = match(both, layout_of(save(encoder, tmp_path / "encoder")))  # only the encoder has a pooler
     assert all(key.startswith("decoder.") for key in found.absent)
+    decoder = layout_of(save(build("BertLMHeadModel", "bert", is_decoder=True), tmp_path / "decoder"))
+    with pytest.raises(UnsupportedError, match=r"decoder fits both equally well as 'encoder' or 'decoder\.bert'"):
+        match(both, decoder)
 
 
 def test_config_decides_the_class(tmp_path: Path) -> None:

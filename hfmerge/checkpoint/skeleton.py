@@ -185,9 +185,10 @@ def _native_class(
     import transformers
     from transformers import CONFIG_MAPPING, MODEL_MAPPING, PreTrainedModel
 
-    named: Any = getattr(transformers, name, None) if name else None
+    named = getattr(transformers, name, None) if name else None
+    own: Any = getattr(named, "config_class", None)
     if inspect.isclass(named) and issubclass(named, PreTrainedModel):
-        return named, _config_for(named.config_class, config)
+        return named, _config_for(own, config)
     if config.get("auto_map") or config.get("model_type") not in CONFIG_MAPPING:
         return None  # code of its own may call itself a known model type and still be another model
     model_config = _config_for(CONFIG_MAPPING[config["model_type"]], config)

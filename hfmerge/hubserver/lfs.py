@@ -99,6 +99,12 @@ def complete(hub: Hub, call: Call) -> Response:
     return reply({})
 
 
+def git_transport(hub: Hub, call: Call) -> Response:
+    """Cloning and pushing with git."""
+    hub.repo(call)
+    raise not_implemented("git clone, fetch and push")
+
+
 def verify(hub: Hub, call: Call) -> Response:
     """Whether an object has arrived."""
     row = hub.repo(call)
@@ -156,6 +162,8 @@ async def _pieces(call: Call) -> AsyncIterator[bytes]:
 ROUTES = [
     route("POST", "/{web}{repo}.git/info/lfs/objects/batch", batch),
     route("POST", "/{web}{repo}.git/info/lfs/verify", verify),
+    route("GET", "/{web}{repo}.git/info/refs", git_transport),
+    route("GET", "/{web}{repo}/info/refs", git_transport),
     route("PUT", "/_signed/object/{token}", put_object, open=True),
     route("PUT", "/_signed/part/{token}", put_part, open=True),
     route("POST", "/_signed/complete/{token}", complete, open=True),

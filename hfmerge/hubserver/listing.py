@@ -161,15 +161,14 @@ def delete_tag(hub: Hub, call: Call) -> Response:
 def super_squash(hub: Hub, call: Call) -> Response:
     """Replace the history of a branch by one commit."""
     row = hub.writable(call)
-    branch = call.args["rev"].removeprefix("refs/heads/")
+    branch = call.args["rev"]
+    ref = branch if branch.startswith("refs/") and not branch.startswith("refs/tags/") else f"refs/heads/{branch}"
     message = text_field(call.json(), "message", required=False) or f"Super-squash branch '{branch}'"
     with hub.git_writing(row) as git:
-        commit = git.ref(f"refs/heads/{branch}")
+        commit = git.ref(ref)
         if commit is None:
             raise revision_missing(branch)
-        git.set_ref(
-            f"refs/heads/{branch}", git.commit(git.tree_id(commit), None, hub.require_user(call), f"{message}\n")
-        )
+        git.set_ref(ref, git.commit(git.tree_id(commit), None, hub.require_user(call), f"{message}\n"))
     return reply({})
 
 

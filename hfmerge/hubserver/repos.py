@@ -178,26 +178,13 @@ def auth_check_write(hub: Hub, call: Call) -> Response:
 
 
 def grant_access(hub: Hub, call: Call) -> Response:
-    """Let a user into a gated repository."""
-    row = hub.writable(call)
-    user = text_field(call.json(), "user")
-    if user not in hub.users:
-        raise HubFault(404, f"No user called {user}")
-    hub.database.set_access(row.rid, user, "accepted", now())
-    return reply({})
+    """Let a user into a gated repository who did not ask."""
+    return _set_access(hub, call, "accepted")
 
 
 def handle_access(hub: Hub, call: Call) -> Response:
     """Accept, reject or put back a request."""
-    row = hub.writable(call)
-    body = call.json()
-    user, status = text_field(body, "user"), text_field(body, "status")
-    if status not in ("accepted", "rejected", "pending"):
-        raise HubFault(400, '"status" must be one of accepted, rejected, pending')
-    if user not in hub.users:
-        raise HubFault(404, f"No user called {user}")
-    hub.database.set_access(row.rid, user, status, now())
-    return reply({})
+    return _set_access(hub, call, text_field(call.json(), "status"))
 
 
 def list_access(hub: Hub, call: Call) -> Response:
@@ -226,8 +213,26 @@ def validate_yaml(hub: Hub, call: Call) -> Response:
     return reply({"errors": [], "warnings": warnings})
 
 
+def absent(hub: Hub, call: Call) -> Response:
+    """Parts of a repository that this server leaves out."""
+    raise not_implemented("/".join(call.request.scope["raw_path"].decode("latin-1").split("/")[5:]))
+
+
 def background(hub: Hub, call: Call) -> Response:
     """What clients ask in passing."""
+    return reply({})
+
+
+def _set_access(hub: Hub, call: Call, status: str) -> Response:
+    row = hub.writable(call)
+    user = text_field(call.json(), "user")
+    if status not in ("accepted", "rejected", "pending"):
+        raise HubFault(400, '"status" must be one of accepted, rejected, pending')
+    if user not in hub.users:
+        raise HubFault(404, f"No user called {user}")
+    if user in [name for name, _ in hub.database.access(row.rid, status)]:
+        raise HubFault(400, f"The request of {user} is already {status}")
+    hub.database.set_access(row.rid, user, status, now())
     return reply({})
 
 
@@ -266,6 +271,13 @@ ROUTES = [
     route("POST", "/api/{kind}/{repo}/user-access-request/grant", grant_access),
     route("POST", "/api/{kind}/{repo}/user-access-request/handle", handle_access),
     route("GET", "/api/{kind}/{repo}/user-access-request/{status}", list_access),
+    *(
+        route(method, f"/api/{{kind}}/{{repo}}/{name}", absent)
+        for method, name in (
+            *(("GET", "lfs-files"), ("POST", "lfs-files/batch"), ("POST", "lfs-files/duplicate")),
+            *(("POST", "like"), ("DELETE", "like"), ("GET", "likers"), ("GET", "leaderboard"), ("POST", "duplicate")),
+        )
+    ),
     route("GET", "/api/{kind}/{repo}/revision/{rev}", info),
     route("GET", "/api/{kind}/{repo}", info),
 ]
