@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hfmerge.card import FILE, card_facts, card_pointer, combine_cards, licence_note, parse_card, render_card, restrictive
+from hfmerge.card import (
+    FILE,
+    card_facts,
+    card_pointer,
+    combine_cards,
+    licence_note,
+    parse_card,
+    render_card,
+    restrictive,
+)
 from hfmerge.changes import Change, plan_add, plan_unmerge
 from hfmerge.digest import sha256_bytes
 from hfmerge.errors import HfMergeError, OutputError, PushError, RecipeError, VerificationError
@@ -24,7 +35,8 @@ from hfmerge.ledger import Entry, KeptState, Material
 from hfmerge.merged import LOCAL_SOURCES, Merged, open_merged, state_path
 from hfmerge.planning import Plan, make_plan
 from hfmerge.recipe import ModelEntry, Recipe, load_recipe
-from hfmerge.source import Source, fetch, folder_digest
+from hfmerge.runtime import Ranks, current_ranks
+from hfmerge.source import Source, fetch, folder_digest, parse_ref, pin
 from hfmerge.verifying import Report, verify_merge
 from hfmerge.version import __version__
 from hfmerge.workspace import workspace
@@ -82,14 +94,14 @@ def merge(
     if target is None and repo_id is None:
         raise OutputError(f"{origin}: says neither `output` nor `push_to`; name a folder or a repository.")
     start = time.monotonic()
-    planned = make_plan(asked, origin=origin)
-    with _folder(target, planned, replace=False) as folder:
-        entry, seconds = _build(planned, folder, None, None)
-        pushed = None
-        if target is None:
-            pushed = push_folder(folder, str(repo_id), private=_private(asked, private), create_pr=create_pr)
+    ranks = current_ranks()
+    planned = ranks.each(partial(make_plan, _pinned_recipe(asked, ranks), origin=origin))
+    push_to_hub = partial(push_folder, repo_id=str(repo_id), private=_private(asked, private), create_pr=create_pr)
+    with _folder(target, planned, ranks, replace=False) as folder:
+        entry, seconds = _build(planned, folder, ranks, None, None)
+        pushed = ranks.on_main(partial(push_to_hub, folder)) if target is None else None
     if target is not None and repo_id is not None:
-        pushed = _push_written(Path(target), repo_id, _private(asked, private), create_pr, None)
+        pushed = ranks.on_main(partial(_push_written, Path(target), repo_id, push_to_hub))
     return _result(target, entry, planned, pushed, start, seconds)
 
 
@@ -114,9 +126,11 @@ def add(
     Raises:
         HfMergeError: see `hfmerge.errors`; the existing merge stays as it was.
     """
-    opened = open_merged(str(merged), sources)
-    entries = [m if isinstance(m, ModelEntry) else ModelEntry(m) for m in models]
-    return _change(opened, lambda: plan_add(opened, entries), output, push_to, create_pr)
+    ranks = current_ranks()
+    opened = open_merged(_pinned_ref(str(merged), ranks), sources)
+    given = [m if isinstance(m, ModelEntry) else ModelEntry(m) for m in models]
+    entries = [ModelEntry(_pinned_ref(entry.model, ranks), entry.weight) for entry in given]
+    return _change(opened, lambda: plan_add(opened, entries), ranks, output, push_to, create_pr)
 
 
 def unmerge(
@@ -137,9 +151,10 @@ def unmerge(
     Raises:
         LedgerError: not in the merge, or nothing would be left. HfMergeError: see `hfmerge.errors`.
     """
-    opened = open_merged(str(merged), sources)
+    ranks = current_ranks()
+    opened = open_merged(_pinned_ref(str(merged), ranks), sources)
     names = [remove] if isinstance(remove, str) else list(remove)
-    return _change(opened, lambda: plan_unmerge(opened, names), output, push_to, create_pr)
+    return _change(opened, lambda: plan_unmerge(opened, names), ranks, output, push_to, create_pr)
 
 
 def verify(merged: str | Path, *, replay: bool = False, sources: Mapping[str, str] | None = None) -> Report:
@@ -177,13 +192,42 @@ def _private(recipe: Recipe, private: bool | None) -> bool | None:
     return recipe.private if private is None else private
 
 
+def _pinned_ref(ref: str, ranks: Ranks) -> str:
+    """The reference as rank 0 sees it now, pinned to a commit, so that all processes read the same state of the Hub."""
+    if ranks.world == 1:
+        return ref
+    return ranks.on_main(lambda: _pin_text(ref))
+
+
+def _pin_text(ref: str) -> str:
+    try:
+        places = [pin(place) for place in parse_ref(ref)]
+    except HfMergeError:
+        # planning meets the same fault and reports it together with all others
+        return ref
+    return "+".join(f"{p.name}@{p.commit}" if p.commit else p.place.text for p in places)
+
+
+def _pinned_recipe(recipe: Recipe, ranks: Ranks) -> Recipe:
+    models = tuple(ModelEntry(_pinned_ref(entry.model, ranks), entry.weight) for entry in recipe.models)
+    return dataclasses.replace(recipe, base=_pinned_ref(recipe.base, ranks), models=models)
+
+
 @contextlib.contextmanager
-def _folder(target: str | Path | None, planned: Plan, *, replace: bool) -> Iterator[Path]:
-    """The folder to build in: a workspace that becomes `target`, or a temporary one when the result only goes to the Hub."""
-    if target is not None:
-        with workspace(Path(target), needed=planned.estimate.disk, replace=replace) as folder:
-            yield folder
-        return
+def _folder(target: str | Path | None, planned: Plan, ranks: Ranks, *, replace: bool) -> Iterator[Path]:
+    """The folder to build in, opened and published by rank 0: a workspace that becomes `target`, or a temporary one."""
+    with contextlib.ExitStack() as stack:
+        context = _temporary(planned) if target is None else None
+        if target is not None:
+            context = workspace(Path(target), needed=planned.estimate.disk, replace=replace)
+        assert context is not None
+        yield ranks.on_main(partial(stack.enter_context, context))
+        ranks.on_main(stack.close)
+
+
+@contextlib.contextmanager
+def _temporary(planned: Plan) -> Iterator[Path]:
+    """A folder for a result that only goes to the Hub."""
     with tempfile.TemporaryDirectory(prefix="hfmerge-") as name:
         free = shutil.disk_usage(name).free
         if free < planned.estimate.disk:
@@ -193,7 +237,14 @@ def _folder(target: str | Path | None, planned: Plan, *, replace: bool) -> Itera
         yield Path(name)
 
 
-def _change(opened: Merged, make: Any, output: str | Path | None, push_to: str | None, create_pr: bool) -> MergeResult:
+def _change(
+    opened: Merged,
+    make: Callable[[], Change],
+    ranks: Ranks,
+    output: str | Path | None,
+    push_to: str | None,
+    create_pr: bool,
+) -> MergeResult:
     target: str | Path | None = output
     if target is None and opened.pinned.folder is not None:
         target = opened.pinned.folder
@@ -201,17 +252,16 @@ def _change(opened: Merged, make: Any, output: str | Path | None, push_to: str |
         name = opened.pinned.name
         raise PushError(f"{name}: lies on the Hub; say where the result goes: --push-to {name}, or --output FOLDER.")
     start = time.monotonic()
-    change: Change = make()
+    change = ranks.each(make)
     replace = opened.pinned.folder is not None and target == opened.pinned.folder
     own = push_to is not None and push_to.lower() == opened.pinned.name.lower()
     parent = opened.pinned.commit if own else None
-    with _folder(target, change.plan, replace=replace) as folder:
-        entry, seconds = _build(change.plan, folder, opened, change)
-        pushed = None
-        if target is None:
-            pushed = push_folder(folder, str(push_to), create_pr=create_pr, parent_commit=parent)
+    push_to_hub = partial(push_folder, repo_id=str(push_to), create_pr=create_pr, parent_commit=parent)
+    with _folder(target, change.plan, ranks, replace=replace) as folder:
+        entry, seconds = _build(change.plan, folder, ranks, opened, change)
+        pushed = ranks.on_main(partial(push_to_hub, folder)) if target is None else None
     if target is not None and push_to is not None:
-        pushed = _push_written(Path(target), push_to, None, create_pr, parent)
+        pushed = ranks.on_main(partial(_push_written, Path(target), push_to, push_to_hub))
     return _result(target, entry, change.plan, pushed, start, seconds)
 
 
@@ -224,11 +274,18 @@ def _result(
     return MergeResult(folder, entry, (*planned.warnings, *notes), pushed, times)
 
 
-def _build(planned: Plan, folder: Path, opened: Merged | None, change: Change | None) -> tuple[Entry, float]:
+def _build(
+    planned: Plan, folder: Path, ranks: Ranks, opened: Merged | None, change: Change | None
+) -> tuple[Entry, float]:
     """Run a plan into `folder`, check that it loads, and add ledger and card; seconds of the run."""
     start = time.monotonic()
-    outcome = run(planned, folder)
+    outcome = run(planned, folder, ranks)
     seconds = time.monotonic() - start
+    return ranks.on_main(lambda: _record(planned, folder, outcome, opened, change)), seconds
+
+
+def _record(planned: Plan, folder: Path, outcome: Outcome, opened: Merged | None, change: Change | None) -> Entry:
+    """Check that the result loads, and write ledger, card and licences beside it."""
     _check_loads(planned, folder)
     entry = _entry(planned, outcome, opened, change)
     entry = _carry_states_over(entry, opened, folder)
@@ -247,7 +304,7 @@ def _build(planned: Plan, folder: Path, opened: Merged | None, change: Change | 
     if note is not None:
         (folder / "LICENSE.md").write_text(note, encoding="utf-8")
     _note_local_sources(planned, entry, opened, folder)
-    return entry, seconds
+    return entry
 
 
 def _check_loads(planned: Plan, folder: Path) -> None:
@@ -369,8 +426,6 @@ def _carry_states_over(entry: Entry, opened: Merged | None, folder: Path) -> Ent
     """Earlier kept states that still are the beginning of the merge stay, if the recipe keeps states of every step."""
     if opened is None or entry.settings["state"] in ("none", "last"):
         return entry
-    import dataclasses
-
     from hfmerge.ledger import same_prefix
 
     have = {state.count for state in entry.states}
@@ -403,14 +458,14 @@ def _note_local_sources(planned: Plan, entry: Entry, opened: Merged | None, fold
         os.chmod(path, 0o600)
 
 
-def _push_written(
-    folder: Path, repo_id: str, private: bool | None, create_pr: bool, parent_commit: str | None
-) -> Pushed:
+def _push_written(folder: Path, repo_id: str, push_to_hub: Callable[[Path], Pushed]) -> Pushed:
     """Publish a folder that is complete already: a failure costs nothing but the push."""
     try:
-        pushed = push_folder(folder, repo_id, private=private, create_pr=create_pr, parent_commit=parent_commit)
+        pushed = push_to_hub(folder)
     except HfMergeError as error:
-        raise PushError(f"{error} The merge itself is in {folder}; `hfmerge push {folder} {repo_id}` tries again.") from error
+        raise PushError(
+            f"{error} The merge itself is in {folder}; `hfmerge push {folder} {repo_id}` tries again."
+        ) from error
     _adopt_card(folder, repo_id)
     return pushed
 

@@ -36,6 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except HfMergeError as error:
         if os.environ.get("HFMERGE_DEBUG"):
             raise
+        if not _first_process():
+            # rank 0 raises the same error, unless it is gone itself
+            print(f"hfmerge (process {os.environ.get('RANK')}): {error}", file=sys.stderr)
+            return 1
         print(f"hfmerge: {error}", file=sys.stderr)
         if args.json:
             _print_json({"error": str(error), "type": type(error).__name__})
@@ -214,8 +218,15 @@ def _unmerge(args: argparse.Namespace) -> int:
     return _print_result(args, result)
 
 
+def _first_process() -> bool:
+    """True unless a launcher started this process as another rank than 0."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _print_result(args: argparse.Namespace, result: Any) -> int:
     entry = result.entry
+    if not _first_process():
+        return 0
     for warning in result.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     pushed = result.pushed

@@ -42,6 +42,9 @@ class RecipeError(HfMergeError):
         self.origin = origin
         super().__init__(self._render())
 
+    def __reduce__(self) -> tuple[type[RecipeError], tuple[tuple[Problem, ...], str]]:
+        return type(self), (self.problems, self.origin)
+
     def _render(self) -> str:
         count = len(self.problems)
         head = f"{self.origin}: {count} problem{'s' if count != 1 else ''}, nothing downloaded"

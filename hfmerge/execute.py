@@ -23,11 +23,12 @@ from hfmerge.checkpoint.heads import write_head
 from hfmerge.checkpoint.reader import Reader, Rows
 from hfmerge.checkpoint.sidefiles import copy_side_files
 from hfmerge.checkpoint.vocabulary import extended_base, write_tokenizer
-from hfmerge.checkpoint.writer import TORCH_NAMES, SafetensorsWriter, write_index
+from hfmerge.checkpoint.writer import TORCH_NAMES, SafetensorsWriter, Slot, write_index
 from hfmerge.digest import sha256_file
 from hfmerge.errors import NonFiniteError
 from hfmerge.methods import Carry, FoldMethod, JointMethod
 from hfmerge.planning import DTYPE_NAMES, Param, Plan, carry_slots, needs_two_passes, state_name, worker_count
+from hfmerge.runtime import Ranks, shares
 from hfmerge.source import Pinned, Place, Source, digests, fetch, safetensors_entries, weight_files
 from hfmerge.taskvector import Block, Dense, LowRank, TaskVector, cut, from_tensors, squared_norm, zero
 
@@ -113,30 +114,45 @@ def pieces(plan: Plan, params: Iterable[Param]) -> list[Piece]:
     return result
 
 
-def run(plan: Plan, folder: Path) -> Outcome:
+def run(plan: Plan, folder: Path, ranks: Ranks | None = None) -> Outcome:
     """Execute a plan into an empty folder.
+
+    With several processes, all call `run` with the same plan and the same folder on storage they share. Call sequence: every rank
+    fetches what is not in its cache; rank 0 lays out the files; every rank visits its own parameters and writes them into
+    the shared files, exchanging only sums; digests are divided; rank 0 adds heads and side files. A rank that fails makes
+    all fail with its error.
 
     Raises:
         SourceError, NonFiniteError, OutputError: with file, tensor and model; the folder is then to be thrown away.
     """
+    ranks = ranks or Ranks()
     start = plan.prior.count if plan.prior else 0
-    _fetch_all(plan, start)
+    ranks.on_main(lambda: _fetch_all(plan, start))
+    ranks.each(lambda: _fetch_all(plan, start))
     with _one_thread_each(), contextlib.ExitStack() as stack:
         hashing = stack.enter_context(ThreadPoolExecutor(1, "hfmerge-digest"))
         # results are asked for at the end; a source that differs from its digest then fails the whole run
-        source_digests: list[Future[dict[str, str]] | None] = [hashing.submit(digests, plan.base)]
-        source_digests += [
-            hashing.submit(digests, delta.source) if i >= start else None for i, delta in enumerate(plan.deltas)
-        ]
-        job = stack.enter_context(_Job(plan, folder, start))
+        wanted = [plan.base, *(delta.source for delta in plan.deltas[start:])]
+        mine = {
+            i: hashing.submit(_digests, source) for i, source in enumerate(wanted) if i % ranks.world == ranks.rank
+        }
+        job = stack.enter_context(_Job(plan, folder, start, ranks))
         outcome = job.merge()
-        found = tuple(None if item is None else item.result() for item in source_digests)
-        beneath = [d.source.beneath for d in plan.deltas]
-        for i, under in enumerate(beneath):
-            if under is not None and found[i + 1] is not None:
-                found[i + 1].update({f"+{name}": value for name, value in digests(under).items()})  # type: ignore[union-attr]
-    products = _finish_folder(plan, folder)
-    return Outcome(**outcome, source_digests=found, products=products)
+        parts = ranks.together(lambda: {i: future.result() for i, future in mine.items()})
+        found = {i: value for part in parts for i, value in part.items()}
+    known = tuple(
+        found[0] if i == 0 else found.get(i - start) if i > start else None for i in range(len(plan.deltas) + 1)
+    )
+    products = ranks.on_main(lambda: _finish_folder(plan, folder))
+    return Outcome(**outcome, source_digests=known, products=products)
+
+
+def _digests(source: Source) -> dict[str, str]:
+    """Digests of a source's files; those of the model beneath an adapter marked with `+`."""
+    found = digests(source)
+    if source.beneath is not None:
+        found |= {f"+{name}": value for name, value in digests(source.beneath).items()}
+    return found
 
 
 def _fetch_all(plan: Plan, start: int) -> None:
@@ -166,8 +182,8 @@ def _one_thread_each() -> Iterator[None]:
 class _Job:
     """The open files and totals of one run."""
 
-    def __init__(self, plan: Plan, folder: Path, start: int):
-        self.plan, self.folder, self.start = plan, folder, start
+    def __init__(self, plan: Plan, folder: Path, start: int, ranks: Ranks):
+        self.plan, self.folder, self.start, self.ranks = plan, folder, start, ranks
         self.base = Reader(plan.base)
         self.models = [DeltaReader(delta) for delta in plan.deltas]
         self.tied: dict[str, list[Param]] = {}
@@ -178,27 +194,32 @@ class _Job:
         self.outputs: dict[str, SafetensorsWriter] = {}
         self.states: dict[int, SafetensorsWriter] = {}
         self.scratch: SafetensorsWriter | None = None
-        self.complete = False
 
     def __enter__(self) -> _Job:
-        plan = self.plan
-        self.outputs = {
-            file: SafetensorsWriter(self.folder / file, slots) for file, slots in sorted(plan.slots().items())
-        }
-        if plan.keep:
+        # rank 0 lays out the files that the others then open
+        if self.ranks.main:
+            self.ranks.each(self._open_files)
+            self.ranks.each(lambda: None)
+        else:
+            self.ranks.each(lambda: None)
+            self.ranks.each(self._open_files)
+        return self
+
+    def _open_files(self) -> None:
+        plan, create = self.plan, self.ranks.main
+        if plan.keep and create:
             (self.folder / STATE_FOLDER).mkdir()
+        for file, slots in sorted(plan.slots().items()):
+            self.outputs[file] = SafetensorsWriter(self.folder / file, slots, create=create)
         for count in plan.keep:
             path = self.folder / STATE_FOLDER / f"after-{count}.safetensors"
-            self.states[count] = SafetensorsWriter(path, plan.state_slots(count))
+            self.states[count] = SafetensorsWriter(path, plan.state_slots(count), create=create)
         if needs_two_passes(plan) and len(plan.deltas) not in self.states:
             if isinstance(plan.method, FoldMethod):
                 slots = plan.state_slots(len(plan.deltas))
             else:
-                from hfmerge.checkpoint.writer import Slot
-
                 slots = {p.key: Slot("F32", p.slot.shape) for p in plan.params if p.touched}
-            self.scratch = SafetensorsWriter(self.folder / ".scratch", slots)
-        return self
+            self.scratch = SafetensorsWriter(self.folder / ".scratch", slots, create=create)
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         self.base.close()
@@ -207,10 +228,11 @@ class _Job:
         if self.prior is not None:
             self.prior.close()
         for writer in (*self.outputs.values(), *self.states.values()):
-            writer.close(complete=self.complete)
+            writer.close(sync=False)
         if self.scratch is not None:
-            self.scratch.close(complete=False)
-            self.scratch.path.unlink()
+            self.scratch.close(sync=False)
+            if self.ranks.main:
+                self.scratch.path.unlink(missing_ok=True)
 
     def merge(self) -> dict[str, Any]:
         plan = self.plan
@@ -232,15 +254,21 @@ class _Job:
             scale = target / read_out if read_out > 0.0 else 0.0
             self._over(visits, lambda piece: self._second_pass(piece, scale), "Writing")
         self._over([Piece(param) for param in untouched], self._copy, "Copying")
-        self.complete = True
-        for writer in (*self.outputs.values(), *self.states.values()):
+        self._check_complete()
+        states = self.ranks.on_main(lambda: tuple(self._name_state(c, w) for c, w in self.states.items()))
+        return {"squared_norms": squared_norms, "merged_norm": read_out * scale, "scale": scale, "states": states}
+
+    def _check_complete(self) -> None:
+        """Every tensor of every file has been written, once, by some rank; all of it is on the disk."""
+        writers = [*self.outputs.values(), *self.states.values()]
+        counts = self.ranks.together(lambda: [writer.written() for writer in writers])
+        for writer in writers:
             writer.close()
-        return {
-            "squared_norms": squared_norms,
-            "merged_norm": read_out * scale,
-            "scale": scale,
-            "states": tuple(self._name_state(count, writer) for count, writer in self.states.items()),
-        }
+        self.ranks.each(lambda: None)
+        for i, writer in enumerate(writers):
+            for name, slot in writer.slots.items():
+                if sum(count[i][name] for count in counts) != slot.nbytes:
+                    raise ValueError(f"{writer.path}: {name} was not written, or not once")
 
     def _name_state(self, count: int, writer: SafetensorsWriter) -> State:
         sha256, nbytes = sha256_file(writer.path), writer.path.stat().st_size
@@ -249,14 +277,30 @@ class _Job:
         return state
 
     def _over(self, visits: Sequence[Piece], work: Callable[[Piece], Any], title: str) -> list[Any]:
-        """Run `work` over the visits on the pool; results in their order."""
+        """Run `work` over the visits, this rank's share on its pool; all results in the visits' order."""
+        owners = shares([self._cost(piece) for piece in visits], self.ranks.world)
+        mine = [i for i, owner in enumerate(owners) if owner == self.ranks.rank]
+        parts = self.ranks.together(lambda: self._on_pool([visits[i] for i in mine], work, title))
+        cursors = [iter(part) for part in parts]
+        return [next(cursors[owner]) for owner in owners]
+
+    def _cost(self, piece: Piece) -> float:
+        """Relative time of a visit: m n min(m, n) of its matrices for spectral methods, bytes otherwise."""
+        if not self.plan.method.matrixwise:
+            return float(piece.nbytes)
+        shapes = [block.shape(piece.shape) for block in piece.param.blocks if block.matrix]
+        return piece.nbytes + float(sum(math.prod(shape) * min(shape) for shape in shapes))
+
+    def _on_pool(self, visits: Sequence[Piece], work: Callable[[Piece], Any], title: str) -> list[Any]:
         from huggingface_hub.utils import tqdm
 
         if not visits:
             return []
         total = sum(piece.nbytes for piece in visits)
         pool = ThreadPoolExecutor(worker_count(), "hfmerge")
-        bar = tqdm(total=total, desc=title, unit="B", unit_scale=True, name="hfmerge")
+        bar = tqdm(
+            total=total, desc=title, unit="B", unit_scale=True, name="hfmerge", disable=not self.ranks.main or None
+        )
         try:
             results = []
             for piece, result in zip(visits, _windowed(pool, work, visits), strict=True):
@@ -305,6 +349,9 @@ class _Job:
                     total.add_(part)
 
         self._over([Piece(param) for param in self.plan.params if param.mode == "merge"], count, "Measuring")
+        if self.ranks.world > 1:
+            parts = self.ranks.gather(totals)
+            totals = [torch.stack([part[i] for part in parts]).sum(0) for i in range(len(self.models))]
         return [method.settle(total) for total in totals]
 
     def _first_pass(self, piece: Piece, thresholds: list[float] | None, *, write: bool) -> tuple[list[float], float]:

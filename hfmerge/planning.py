@@ -21,7 +21,15 @@ from hfmerge.checkpoint.names import describe as describe_layout
 from hfmerge.checkpoint.sidefiles import side_files
 from hfmerge.checkpoint.vocabulary import Vocabulary, align, same_tokens
 from hfmerge.checkpoint.writer import SIZES, Slot, shard_names
-from hfmerge.errors import CorruptFileError, HfMergeError, Problem, RecipeError, ShapeError, SourceError, UnsupportedError
+from hfmerge.errors import (
+    CorruptFileError,
+    HfMergeError,
+    Problem,
+    RecipeError,
+    ShapeError,
+    SourceError,
+    UnsupportedError,
+)
 from hfmerge.methods import FoldMethod, MergeMethod, registry
 from hfmerge.recipe import Recipe
 from hfmerge.source import FLOATS, Source, cached, describe, hub_api, hub_errors
@@ -463,8 +471,9 @@ def _kept_states(recipe: Recipe, method: MergeMethod, count: int, start: int) ->
 
 
 def worker_count() -> int:
-    """Parameters computed at once: one per core, at most 16."""
-    return max(1, min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
+    """Parameters computed at once by one process: one per core, shared fairly with the machine's other processes of the run."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def _with_estimate(plan: Plan) -> Plan:

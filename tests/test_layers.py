@@ -13,7 +13,7 @@ PACKAGE = Path(hfmerge.__file__).parent
 
 LAYERS = [
     ["version", "errors", "digest"],
-    ["taskvector", "source", "fields", "yamlio"],
+    ["taskvector", "source", "runtime", "fields", "yamlio"],
     ["methods.base", "methods.trimming"],
     ["methods.linear", "methods.opcm", "methods.slerp", "methods.ties"],
     ["methods"],

@@ -81,25 +81,33 @@ def header_bytes(slots: Mapping[str, Slot], metadata: Mapping[str, str]) -> tupl
 
 
 class SafetensorsWriter:
-    """One file being filled. Threads and processes may write different tensors at once (`pwrite`)."""
+    """One file being filled. Threads and processes may write different tensors at once (`pwrite`).
 
-    def __init__(self, path: Path, slots: Mapping[str, Slot], metadata: Mapping[str, str] | None = None):
+    Args:
+        path: the file.
+        slots: its tensors.
+        metadata: strings for the header; default `{"format": "pt"}`.
+        create: lay the file out; without it, open one that another process of the run has laid out.
+    """
+
+    def __init__(
+        self, path: Path, slots: Mapping[str, Slot], metadata: Mapping[str, str] | None = None, *, create: bool = True
+    ):
         self.path = path
         self.slots = dict(slots)
         header, self._offsets = header_bytes(slots, {"format": "pt"} if metadata is None else metadata)
-        self._missing = {name: slot.nbytes for name, slot in self.slots.items()}
+        self._written = dict.fromkeys(self.slots, 0)
         self._lock = threading.Lock()
         with disk_errors(path):
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-            try:
-                size = len(header) + sum(slot.nbytes for slot in self.slots.values())
-                if hasattr(os, "posix_fallocate") and size:
-                    _allocate(self._fd, size)
-                os.ftruncate(self._fd, size)
-                _pwrite_all(self._fd, header, 0)
-            except OSError:
-                os.close(self._fd)
-                raise
+            self._fd = os.open(path, os.O_RDWR | (os.O_CREAT if create else 0), 0o644)
+        if not create:
+            return
+        with disk_errors(path):
+            size = len(header) + sum(slot.nbytes for slot in self.slots.values())
+            if hasattr(os, "posix_fallocate") and size:
+                _allocate(self._fd, size)
+            os.ftruncate(self._fd, size)
+            _pwrite_all(self._fd, header, 0)
 
     def write(self, name: str, tensor: Tensor, row: int | None = None) -> None:
         """Put a tensor into its place; its dtype and shape must be the slot's.
@@ -119,7 +127,7 @@ class SafetensorsWriter:
             with disk_errors(self.path):
                 _pwrite_all(self._fd, flat.view(torch.uint8).numpy().data, start)
         with self._lock:
-            self._missing[name] -= flat.numel() * SIZES[slot.dtype]
+            self._written[name] += flat.numel() * SIZES[slot.dtype]
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
         """A tensor written before, or some rows of it, read back."""
@@ -139,23 +147,25 @@ class SafetensorsWriter:
             view, start = view[count:], start + count
         return tensor
 
-    def close(self, *, complete: bool = True) -> None:
-        """Flush to the disk and close.
+    def written(self) -> dict[str, int]:
+        """Bytes this process has written, by tensor."""
+        with self._lock:
+            return dict(self._written)
+
+    def close(self, *, sync: bool = True) -> None:
+        """Close; a second call does nothing.
 
         Args:
-            complete: every slot must have been written.
+            sync: first wait until the bytes are on the disk.
 
         Raises:
-            OutputError: the disk refused; ValueError: a slot was never written.
+            OutputError: the disk refused.
         """
         if self._fd < 0:
             return
         fd, self._fd = self._fd, -1
         try:
-            missing = [name for name, left in self._missing.items() if left]
-            if complete and missing:
-                raise ValueError(f"{self.path}: not written, or not once: {', '.join(missing[:3])}")
-            if complete:
+            if sync:
                 with disk_errors(self.path):
                     os.fsync(fd)
         finally:
