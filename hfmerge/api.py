@@ -17,7 +17,7 @@ from typing import Any
 from hfmerge.card import FILE, card_facts, card_pointer, combine_cards, licence_note, parse_card, render_card, restrictive
 from hfmerge.changes import Change, plan_add, plan_unmerge
 from hfmerge.digest import sha256_bytes
-from hfmerge.errors import HfMergeError, OutputError, PushError, RecipeError, VerificationError
+from hfmerge.errors import HfMergeError, LedgerError, OutputError, PushError, RecipeError, VerificationError
 from hfmerge.execute import STATE_FOLDER, Outcome, run
 from hfmerge.hub import Pushed, push_folder
 from hfmerge.ledger import Entry, KeptState, Material
@@ -84,7 +84,7 @@ def merge(
     start = time.monotonic()
     planned = make_plan(asked, origin=origin)
     with _folder(target, planned, replace=False) as folder:
-        entry, seconds = _build(planned, folder, None, None)
+        entry, seconds, _ = _build(planned, folder, None, None)
         pushed = None
         if target is None:
             pushed = push_folder(folder, str(repo_id), private=_private(asked, private), create_pr=create_pr)
@@ -206,32 +206,42 @@ def _change(opened: Merged, make: Any, output: str | Path | None, push_to: str |
     own = push_to is not None and push_to.lower() == opened.pinned.name.lower()
     parent = opened.pinned.commit if own else None
     with _folder(target, change.plan, replace=replace) as folder:
-        entry, seconds = _build(change.plan, folder, opened, change)
+        entry, seconds, notes = _build(change.plan, folder, opened, change)
         pushed = None
         if target is None:
             pushed = push_folder(folder, str(push_to), create_pr=create_pr, parent_commit=parent)
     if target is not None and push_to is not None:
         pushed = _push_written(Path(target), push_to, None, create_pr, parent)
-    return _result(target, entry, change.plan, pushed, start, seconds)
+    return _result(target, entry, change.plan, pushed, start, seconds, notes)
 
 
 def _result(
-    target: str | Path | None, entry: Entry, planned: Plan, pushed: Pushed | None, start: float, seconds: float
+    target: str | Path | None,
+    entry: Entry,
+    planned: Plan,
+    pushed: Pushed | None,
+    start: float,
+    seconds: float,
+    notes: tuple[str, ...] = (),
 ) -> MergeResult:
-    notes = restrictive([entry.base, *entry.models])
+    licences = restrictive([entry.base, *entry.models])
     times = {"merging": seconds, "total": time.monotonic() - start}
     folder = Path(target) if target is not None else None
-    return MergeResult(folder, entry, (*planned.warnings, *notes), pushed, times)
+    return MergeResult(folder, entry, (*planned.warnings, *notes, *licences), pushed, times)
 
 
-def _build(planned: Plan, folder: Path, opened: Merged | None, change: Change | None) -> tuple[Entry, float]:
-    """Run a plan into `folder`, check that it loads, and add ledger and card; seconds of the run."""
+def _build(
+    planned: Plan, folder: Path, opened: Merged | None, change: Change | None
+) -> tuple[Entry, float, tuple[str, ...]]:
+    """Run a plan into `folder`, check that it loads, and add ledger and card; also seconds of the run, and warnings."""
+    existing = _card_of(opened) if opened else None
     start = time.monotonic()
     outcome = run(planned, folder)
     seconds = time.monotonic() - start
     _check_loads(planned, folder)
     entry = _entry(planned, outcome, opened, change)
-    entry = _carry_states_over(entry, opened, folder)
+    notes: list[str] = []
+    entry = _carry_states_over(entry, opened, folder, notes)
     history = dict(opened.history) if opened else {}
     history[entry.file] = entry.to_bytes()
     for name, data in history.items():
@@ -239,15 +249,27 @@ def _build(planned: Plan, folder: Path, opened: Merged | None, change: Change | 
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(data)
     entries = (*(opened.entries if opened else ()), entry)
-    existing = opened.read(FILE) if opened else None
-    repo_id = card_pointer(existing.decode("utf-8")).get("repo") if existing is not None else None
+    repo_id = card_pointer(existing).get("repo") if existing is not None else None
     card = render_card(entries, card_facts(entry, repo_id))
-    (folder / FILE).write_text(combine_cards(existing.decode("utf-8") if existing else None, card), encoding="utf-8")
+    (folder / FILE).write_text(combine_cards(existing, card), encoding="utf-8")
     note = licence_note([entry.base, *entry.models])
     if note is not None:
         (folder / "LICENSE.md").write_text(note, encoding="utf-8")
     _note_local_sources(planned, entry, opened, folder)
-    return entry, seconds
+    return entry, seconds, tuple(notes)
+
+
+def _card_of(opened: Merged) -> str | None:
+    """The card of an existing merge, which may hold text of people; checked to be readable before any work."""
+    data = opened.read(FILE)
+    if data is None:
+        return None
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise LedgerError(f"{opened.pinned.label}: {FILE} is not UTF-8; save it as UTF-8.") from error
+    parse_card(text)
+    return text
 
 
 def _check_loads(planned: Plan, folder: Path) -> None:
@@ -332,8 +354,10 @@ def _material(source: Source, files: Mapping[str, str], weight: float, squared_n
 def _front_matter(source: Source) -> dict[str, Any]:
     if FILE not in source.pinned.files:
         return {}
-    front = parse_card(fetch(source.pinned, FILE).read_text(encoding="utf-8", errors="replace"))[0]
-    return front if isinstance(front, dict) else {}
+    try:
+        return parse_card(fetch(source.pinned, FILE).read_text(encoding="utf-8", errors="replace"))[0]
+    except LedgerError:
+        return {}  # somebody else's card that nobody can read says nothing, and a missing licence is warned of
 
 
 def _license(source: Source) -> str | None:
@@ -365,7 +389,7 @@ def _environment() -> dict[str, Any]:
     }
 
 
-def _carry_states_over(entry: Entry, opened: Merged | None, folder: Path) -> Entry:
+def _carry_states_over(entry: Entry, opened: Merged | None, folder: Path, notes: list[str]) -> Entry:
     """Earlier kept states that still are the beginning of the merge stay, if the recipe keeps states of every step."""
     if opened is None or entry.settings["state"] in ("none", "last"):
         return entry
@@ -383,6 +407,8 @@ def _carry_states_over(entry: Entry, opened: Merged | None, folder: Path) -> Ent
             (folder / STATE_FOLDER).mkdir(exist_ok=True)
             shutil.copyfile(path, folder / state.file)
             states.append(state)
+        else:
+            notes.append(f"{state.file} (after model {state.count}) is missing or corrupt, and is no longer kept.")
     return dataclasses.replace(entry, states=tuple(sorted(states, key=lambda s: s.count)))
 
 

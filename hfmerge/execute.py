@@ -250,12 +250,14 @@ class _Job:
 
     def _over(self, visits: Sequence[Piece], work: Callable[[Piece], Any], title: str) -> list[Any]:
         """Run `work` over the visits on the pool; results in their order."""
+        import torch
         from huggingface_hub.utils import tqdm
 
         if not visits:
             return []
         total = sum(piece.nbytes for piece in visits)
-        pool = ThreadPoolExecutor(worker_count(), "hfmerge")
+        # the number of threads is a property of each thread: what the main thread set does not reach those of the pool
+        pool = ThreadPoolExecutor(worker_count(), "hfmerge", torch.set_num_threads, (1,))
         bar = tqdm(total=total, desc=title, unit="B", unit_scale=True, name="hfmerge")
         try:
             results = []
