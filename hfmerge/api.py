@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-import os
-import platform
 import shutil
 import tempfile
 import time
@@ -14,31 +11,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from hfmerge.card import (
-    FILE,
-    card_facts,
-    card_pointer,
-    combine_cards,
-    licence_note,
-    parse_card,
-    render_card,
-    restrictive,
-)
+from hfmerge.card import restrictive
 from hfmerge.changes import Change, plan_add, plan_unmerge
-from hfmerge.digest import sha256_bytes
 from hfmerge.errors import HfMergeError, OutputError, PushError, RecipeError, VerificationError
-from hfmerge.execute import STATE_FOLDER, Outcome, run
+from hfmerge.execute import run
 from hfmerge.hub import Pushed, push_folder
-from hfmerge.ledger import Entry, KeptState, Material
-from hfmerge.merged import LOCAL_SOURCES, Merged, open_merged, state_path
+from hfmerge.ledger import Entry
+from hfmerge.merged import Merged, open_merged
 from hfmerge.planning import Plan, make_plan
 from hfmerge.recipe import ModelEntry, Recipe, load_recipe
+from hfmerge.recording import adopt_card, readable_card, record
 from hfmerge.runtime import Ranks, current_ranks
-from hfmerge.source import Source, fetch, folder_digest, parse_ref, pin
+from hfmerge.source import parse_ref, pin
 from hfmerge.verifying import Report, verify_merge
-from hfmerge.version import __version__
 from hfmerge.workspace import workspace
 
 
@@ -98,7 +84,7 @@ def merge(
     planned = ranks.each(partial(make_plan, _pinned_recipe(asked, ranks), origin=origin))
     push_to_hub = partial(push_folder, repo_id=str(repo_id), private=_private(asked, private), create_pr=create_pr)
     with _folder(target, planned, ranks, replace=False) as folder:
-        entry, seconds = _build(planned, folder, ranks, None, None)
+        entry, seconds, _ = _build(planned, folder, ranks, None, None)
         pushed = ranks.on_main(partial(push_to_hub, folder)) if target is None else None
     if target is not None and repo_id is not None:
         pushed = ranks.on_main(partial(_push_written, Path(target), repo_id, push_to_hub))
@@ -178,7 +164,7 @@ def push(
         if not report.ok:
             raise VerificationError(f"{folder}: not pushed; {report.culprits[0]}")
     pushed = push_folder(Path(folder), repo_id, private=private, create_pr=create_pr)
-    _adopt_card(Path(folder), repo_id)
+    adopt_card(Path(folder), repo_id)
     return pushed
 
 
@@ -258,204 +244,38 @@ def _change(
     parent = opened.pinned.commit if own else None
     push_to_hub = partial(push_folder, repo_id=str(push_to), create_pr=create_pr, parent_commit=parent)
     with _folder(target, change.plan, ranks, replace=replace) as folder:
-        entry, seconds = _build(change.plan, folder, ranks, opened, change)
+        entry, seconds, notes = _build(change.plan, folder, ranks, opened, change)
         pushed = ranks.on_main(partial(push_to_hub, folder)) if target is None else None
     if target is not None and push_to is not None:
         pushed = ranks.on_main(partial(_push_written, Path(target), push_to, push_to_hub))
-    return _result(target, entry, change.plan, pushed, start, seconds)
+    return _result(target, entry, change.plan, pushed, start, seconds, notes)
 
 
 def _result(
-    target: str | Path | None, entry: Entry, planned: Plan, pushed: Pushed | None, start: float, seconds: float
+    target: str | Path | None,
+    entry: Entry,
+    planned: Plan,
+    pushed: Pushed | None,
+    start: float,
+    seconds: float,
+    notes: tuple[str, ...] = (),
 ) -> MergeResult:
-    notes = restrictive([entry.base, *entry.models])
+    licences = restrictive([entry.base, *entry.models])
     times = {"merging": seconds, "total": time.monotonic() - start}
     folder = Path(target) if target is not None else None
-    return MergeResult(folder, entry, (*planned.warnings, *notes), pushed, times)
+    return MergeResult(folder, entry, (*planned.warnings, *notes, *licences), pushed, times)
 
 
 def _build(
     planned: Plan, folder: Path, ranks: Ranks, opened: Merged | None, change: Change | None
-) -> tuple[Entry, float]:
-    """Run a plan into `folder`, check that it loads, and add ledger and card; seconds of the run."""
+) -> tuple[Entry, float, tuple[str, ...]]:
+    """Run a plan into `folder` and add ledger and card; also seconds of the run, and warnings."""
+    existing = readable_card(opened) if opened else None
     start = time.monotonic()
     outcome = run(planned, folder, ranks)
     seconds = time.monotonic() - start
-    return ranks.on_main(lambda: _record(planned, folder, outcome, opened, change)), seconds
-
-
-def _record(planned: Plan, folder: Path, outcome: Outcome, opened: Merged | None, change: Change | None) -> Entry:
-    """Check that the result loads, and write ledger, card and licences beside it."""
-    _check_loads(planned, folder)
-    entry = _entry(planned, outcome, opened, change)
-    entry = _carry_states_over(entry, opened, folder)
-    history = dict(opened.history) if opened else {}
-    history[entry.file] = entry.to_bytes()
-    for name, data in history.items():
-        path = folder / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(data)
-    entries = (*(opened.entries if opened else ()), entry)
-    existing = opened.read(FILE) if opened else None
-    repo_id = card_pointer(existing.decode("utf-8")).get("repo") if existing is not None else None
-    card = render_card(entries, card_facts(entry, repo_id))
-    (folder / FILE).write_text(combine_cards(existing.decode("utf-8") if existing else None, card), encoding="utf-8")
-    note = licence_note([entry.base, *entry.models])
-    if note is not None:
-        (folder / "LICENSE.md").write_text(note, encoding="utf-8")
-    _note_local_sources(planned, entry, opened, folder)
-    return entry
-
-
-def _check_loads(planned: Plan, folder: Path) -> None:
-    """The rule: transformers loads the result with no key missing or unexpected that the base does not also have so."""
-    from hfmerge.checkpoint.loadback import load_back
-
-    missing, unexpected = load_back(folder, trust_remote_code=planned.recipe.trust_remote_code)
-    missing = tuple(key for key in missing if key not in planned.base_layout.missing)
-    known = set(planned.base_layout.unexpected)
-    unexpected = tuple(key for key in unexpected if key not in known)
-    if missing or unexpected:
-        what = f"lacks {missing[0]}" if missing else f"has {unexpected[0]} too many"
-        raise HfMergeError(
-            f"the merged {planned.base_layout.architecture} {what} when transformers loads it; not written."
-        )
-
-
-def _entry(planned: Plan, outcome: Outcome, opened: Merged | None, change: Change | None) -> Entry:
-    previous = opened.last if opened else None
-    kept = change.kept if change else ()
-    start = planned.prior.count if planned.prior else 0
-    heads = {model: head for model, head in planned.heads}
-    models = []
-    for i, delta in enumerate(planned.deltas):
-        files = outcome.source_digests[i + 1]
-        if i < start and files is None:
-            models.append(kept[i])
-            continue
-        assert files is not None
-        material = _material(delta.source, files, planned.weights[i], outcome.squared_norms[i])
-        head = heads.get(i)
-        fields = {"head": f"heads/{head.slug}", "labels": tuple(head.labels)} if head else {}
-        models.append(Material.from_dict({**material.to_dict(), **fields}))
-    base = _material(planned.base, outcome.source_digests[0] or {}, 1.0, None)
-    recipe, method = planned.recipe, planned.method
-    settings = {
-        "dtype": recipe.dtype,
-        "include": list(recipe.include),
-        "exclude": list(recipe.exclude),
-        "vocabulary": recipe.vocabulary,
-        "state": recipe.state,
-        "allow_nonfinite": recipe.allow_nonfinite,
-        "allow_pickle": recipe.allow_pickle,
-        "trust_remote_code": recipe.trust_remote_code,
-        "card": {**_card_settings(planned.base), "architecture": planned.base_layout.architecture},
-    }
-    return Entry(
-        step=previous.step + 1 if previous else 1,
-        parent=sha256_bytes(previous.to_bytes()) if previous else None,
-        action=change.action if change else "merge",
-        subjects=change.subjects if change else tuple(delta.source.name for delta in planned.deltas),
-        how=change.how if change else f"merged {len(models)} models in order of arrival",
-        base=base,
-        models=tuple(models),
-        method={
-            "name": method.name,
-            "version": method.version,
-            "options": recipe.method.options,
-            "norm": planned.norm,
-        },
-        settings=settings,
-        scalars={"scale": outcome.scale, "merged_norm": outcome.merged_norm},
-        states=tuple(KeptState(s.count, s.sha256, s.nbytes) for s in outcome.states),
-        products=outcome.products,
-        environment=_environment(),
-    )
-
-
-def _material(source: Source, files: Mapping[str, str], weight: float, squared_norm: float | None) -> Material:
-    commit = source.pinned.commit
-    under = source.beneath
-    beneath = None
-    if under is not None:
-        own = {name[1:]: value for name, value in files.items() if name.startswith("+")}
-        beneath = f"{under.name}@{under.pinned.commit or 'sha256:' + folder_digest(own)}"
-    digest = None if commit else folder_digest({k: v for k, v in files.items() if not k.startswith("+")})
-    return Material(
-        source.name, commit, digest, source.kind, weight, dict(files), beneath, squared_norm, license=_license(source)
-    )
-
-
-def _front_matter(source: Source) -> dict[str, Any]:
-    if FILE not in source.pinned.files:
-        return {}
-    front = parse_card(fetch(source.pinned, FILE).read_text(encoding="utf-8", errors="replace"))[0]
-    return front if isinstance(front, dict) else {}
-
-
-def _license(source: Source) -> str | None:
-    value = _front_matter(source).get("license")
-    return str(value) if isinstance(value, str) and value else None
-
-
-def _card_settings(base: Source) -> dict[str, Any]:
-    front = _front_matter(base)
-    library = "sentence-transformers" if "modules.json" in base.pinned.files else "transformers"
-    return {"library_name": front.get("library_name") or library, "pipeline_tag": front.get("pipeline_tag")}
-
-
-def _environment() -> dict[str, Any]:
-    from importlib.metadata import version
-
-    import torch
-
-    return {
-        "hfmerge": __version__,
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
-        "safetensors": version("safetensors"),
-        "device": "cpu",
-        "machine": platform.machine(),
-        "blas": "mkl" if torch.backends.mkl.is_available() else "other",
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-        "threads_per_matrix": 1,
-    }
-
-
-def _carry_states_over(entry: Entry, opened: Merged | None, folder: Path) -> Entry:
-    """Earlier kept states that still are the beginning of the merge stay, if the recipe keeps states of every step."""
-    if opened is None or entry.settings["state"] in ("none", "last"):
-        return entry
-    from hfmerge.ledger import same_prefix
-
-    have = {state.count for state in entry.states}
-    states = list(entry.states)
-    for state in opened.last.states:
-        if state.count in have or not same_prefix(opened.last, entry.models, state.count):
-            continue
-        path = state_path(opened.pinned, state, [])
-        if path is not None:
-            (folder / STATE_FOLDER).mkdir(exist_ok=True)
-            shutil.copyfile(path, folder / state.file)
-            states.append(state)
-    return dataclasses.replace(entry, states=tuple(sorted(states, key=lambda s: s.count)))
-
-
-def _note_local_sources(planned: Plan, entry: Entry, opened: Merged | None, folder: Path) -> None:
-    """Remember, beside the state and never pushed, where folders that were merged lie on this machine."""
-    places: dict[str, str] = {}
-    known = dict(opened.refs) if opened else {}
-    for material, source in zip(
-        (entry.base, *entry.models), (planned.base, *(d.source for d in planned.deltas)), strict=True
-    ):
-        for place, identity in ((source, material.identity), (source.beneath, material.beneath)):
-            if place is not None and place.pinned.folder is not None and identity is not None:
-                places[identity] = known.get(identity, str(place.pinned.folder))
-    if places:
-        path = folder / LOCAL_SOURCES
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(places, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        os.chmod(path, 0o600)
+    entry, notes = ranks.on_main(partial(record, planned, folder, outcome, opened, change, existing))
+    return entry, seconds, notes
 
 
 def _push_written(folder: Path, repo_id: str, push_to_hub: Callable[[Path], Pushed]) -> Pushed:
@@ -466,20 +286,8 @@ def _push_written(folder: Path, repo_id: str, push_to_hub: Callable[[Path], Push
         raise PushError(
             f"{error} The merge itself is in {folder}; `hfmerge push {folder} {repo_id}` tries again."
         ) from error
-    _adopt_card(folder, repo_id)
+    adopt_card(folder, repo_id)
     return pushed
-
-
-def _adopt_card(folder: Path, repo_id: str) -> None:
-    """After a push the folder's card names its repository too."""
-    from hfmerge.ledger import FOLDER, check_chain
-
-    entries = check_chain(
-        {f"{FOLDER}/{p.name}": p.read_bytes() for p in (folder / FOLDER).glob("*.json")}, str(folder)
-    )
-    path = folder / FILE
-    text = combine_cards(path.read_text(encoding="utf-8"), render_card(entries, card_facts(entries[-1], repo_id)))
-    path.write_text(text, encoding="utf-8")
 
 
 __all__ = ["MergeResult", "Pushed", "RecipeError", "Report", "add", "merge", "plan", "push", "unmerge", "verify"]

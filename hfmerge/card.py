@@ -189,8 +189,10 @@ def parse_card(text: str) -> tuple[dict[str, Any], str | None, str]:
     if found:
         try:
             front = yaml.safe_load(found.group(1)) or {}
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
             raise LedgerError(f"{FILE}: its front matter is not YAML ({str(error).splitlines()[0]}).") from error
+        if not isinstance(front, dict):
+            raise LedgerError(f"{FILE}: its front matter is not a mapping of keys to values.")
         text = text[found.end() :]
     start, stop = text.find(BEGIN), text.find(END)
     if start < 0 or stop < start:
@@ -205,7 +207,11 @@ def combine_cards(existing: str | None, rendered: str) -> str:
     front, old_block, rest = parse_card(existing)
     new_front, new_block, _ = parse_card(rendered)
     merged = {**new_front, **{key: value for key, value in front.items() if key not in KEYS}}
-    tags = [*new_front["tags"], *(tag for tag in front.get("tags") or [] if tag not in new_front["tags"])]
+    theirs = front.get("tags")
+    tags = [
+        *new_front["tags"],
+        *(t for t in (theirs if isinstance(theirs, list) else []) if t not in new_front["tags"]),
+    ]
     methods = set(registry()) - {new_front["tags"][-1]}
     merged["tags"] = [tag for tag in tags if old_block is None or tag not in methods]
     body = (
@@ -216,7 +222,7 @@ def combine_cards(existing: str | None, rendered: str) -> str:
 
 def card_facts(entry: Entry, repo_id: str | None) -> dict[str, Any]:
     """What a card says beyond the ledger's materials: the recorded task, and the repository it is written for."""
-    return {**entry.settings["card"], "repo_id": repo_id}
+    return {"library_name": None, "architecture": None, **entry.settings["card"], "repo_id": repo_id}
 
 
 def card_pointer(text: str) -> dict[str, Any]:
@@ -233,11 +239,11 @@ def card_differs(text: str, entries: Sequence[Entry]) -> str | None:
     if found is None:
         return f"{FILE} has no hfmerge block"
     if found != block(entries, facts):
-        return f"{FILE}: the marked block is not what the ledger gives"
+        return f"{FILE}: the marked block is not what {entries[-1].file} gives"
     for key in KEYS:
         given, wanted = front.get(key), expected.get(key)
         if key == "tags":
-            given = [tag for tag in given or [] if tag in expected["tags"]]
+            given = [tag for tag in given if tag in expected["tags"]] if isinstance(given, list) else given
         if given != wanted:
             return f"{FILE}: `{key}` is {given!r}, the ledger gives {wanted!r}"
     return None

@@ -71,7 +71,8 @@ def plan_replay(merged: Merged) -> Plan:
     """Plan the last entry's merge again from its sources, without any kept state."""
     last = merged.last
     recipe = recipe_of(last, merged.refs)
-    check_materials(last, merged.refs, [last.base, *last.models])
+    everything = [last.base, *last.models]
+    check_materials(last, merged.refs, everything, everything)
     return make_plan(recipe, origin=merged.pinned.label)
 
 
@@ -83,7 +84,9 @@ def _plan(merged: Merged, kept: list[Material], new: tuple[ModelEntry, ...]) -> 
     if issubclass(method, FoldMethod):
         prior = nearest_state(merged, kept, warnings)
     start = prior.count if prior else 0
-    check_materials(last, merged.refs, [last.base, *kept[start:]])
+    # heads are copied from their sources again, whatever stands in the state
+    read = [last.base, *(model for i, model in enumerate(kept) if i >= start or model.head)]
+    check_materials(last, merged.refs, [last.base, *kept], read)
     recipe = recipe_of(replace(last, models=tuple(kept)), merged.refs)
     recipe = replace(recipe, models=(*recipe.models, *new))
     plan = make_plan(recipe, prior=prior, origin=merged.pinned.label)

@@ -292,12 +292,14 @@ class _Job:
         return piece.nbytes + float(sum(math.prod(shape) * min(shape) for shape in shapes))
 
     def _on_pool(self, visits: Sequence[Piece], work: Callable[[Piece], Any], title: str) -> list[Any]:
+        import torch
         from huggingface_hub.utils import tqdm
 
         if not visits:
             return []
         total = sum(piece.nbytes for piece in visits)
-        pool = ThreadPoolExecutor(worker_count(), "hfmerge")
+        # the number of threads is a property of each thread: what the main thread set does not reach those of the pool
+        pool = ThreadPoolExecutor(worker_count(), "hfmerge", torch.set_num_threads, (1,))
         bar = tqdm(
             total=total, desc=title, unit="B", unit_scale=True, name="hfmerge", disable=not self.ranks.main or None
         )

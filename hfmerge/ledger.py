@@ -21,6 +21,13 @@ from hfmerge.recipe import MethodChoice, ModelEntry, Recipe
 FOLDER = "merge_history"
 SCHEMA = "hfmerge/ledger/1"
 ACTIONS = ("merge", "add", "unmerge")
+NEEDED = {
+    "method": ("name", "version", "options", "norm"),
+    "settings": ("dtype", "include", "exclude", "vocabulary", "state", "allow_nonfinite", "allow_pickle", "trust_remote_code",
+                 "card"),
+    "scalars": ("scale", "merged_norm"),
+}  # fmt: skip
+"""Keys that every entry has, by attribute of `Entry`."""
 
 
 @dataclass(frozen=True)
@@ -154,13 +161,13 @@ class Entry:
         """Read one file.
 
         Raises:
-            LedgerError: not a ledger entry of this schema.
+            LedgerError: not a ledger entry of this schema, or not as hfmerge writes one.
         """
         try:
             raw = json.loads(data)
             if raw["schema"] != SCHEMA:
                 raise LedgerError(f"{where}: schema {raw['schema']!r}; this version reads {SCHEMA}.")
-            return cls(
+            entry = cls(
                 step=int(raw["step"]),
                 parent=raw["parent"],
                 action=raw["action"]["type"],
@@ -175,8 +182,15 @@ class Entry:
                 products=raw["products"],
                 environment=raw["environment"],
             )
+            canonical = entry.to_bytes()
+            lost = [key for key, held in NEEDED.items() for name in held if name not in getattr(entry, key)]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise LedgerError(f"{where}: not a ledger entry ({type(error).__name__}: {error}).") from error
+        if canonical != data:
+            raise LedgerError(f"{where} is not in canonical form; it was edited by hand.")
+        if lost:
+            raise LedgerError(f"{where}: its {lost[0]} are incomplete; it was edited by hand.")
+        return entry
 
     def find(self, name: str) -> int:
         """Index of the model called `name` (`org/name`, with or without `@revision`, or a folder's name or path).
@@ -220,8 +234,6 @@ def check_chain(files: Mapping[str, bytes], where: str) -> tuple[Entry, ...]:
         if name != f"{FOLDER}/{step:04d}.json":
             raise LedgerError(f"{where}: {FOLDER}/{step:04d}.json is missing; the chain is broken.")
         entry = Entry.from_bytes(files[name], f"{where}: {name}")
-        if entry.to_bytes() != files[name]:
-            raise LedgerError(f"{where}: {name} is not in canonical form; it was edited by hand.")
         if entry.step != step or entry.parent != parent:
             previous = f"{FOLDER}/{step - 1:04d}.json" if step > 1 else "nothing"
             raise LedgerError(

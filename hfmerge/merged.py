@@ -73,28 +73,44 @@ def _refs(pinned: Pinned, entry: Entry, sources: Mapping[str, str]) -> dict[str,
     if pinned.folder is not None and (pinned.folder / LOCAL_SOURCES).is_file():
         refs |= json.loads((pinned.folder / LOCAL_SOURCES).read_text(encoding="utf-8"))
     for name, folder in sources.items():
-        material = next((m for m in (entry.base, *entry.models) if m.name == name), None)
-        if material is None or material.commit is not None:
+        hits = [one for m in (entry.base, *entry.models) for one in _folders(m) if one.partition("@")[0] == name]
+        if not hits:
             raise LedgerError(f"--source {name}: no model of that name was merged from a folder.")
-        refs[material.identity] = folder
+        refs |= dict.fromkeys(hits, folder)
     return refs
 
 
-def check_materials(entry: Entry, refs: Mapping[str, str], which: list[Material]) -> None:
+def _folders(material: Material) -> list[str]:
+    """Identities of the folders that a material was read from: its own, and that of the model beneath it."""
+    return [one for one in (material.identity, material.beneath) if one is not None and "@sha256:" in one]
+
+
+def check_materials(entry: Entry, refs: Mapping[str, str], present: list[Material], intact: list[Material]) -> None:
     """Make sure that folders are still what was merged; Hub materials are pinned by their commit.
 
+    Args:
+        present: materials whose folders must be there.
+        intact: those whose files are read again, and so must be the ones that were merged.
+
     Raises:
-        LedgerError: a folder's files have changed since.
+        LedgerError: a folder has moved, or its files have changed since.
     """
-    for material in which:
-        path = refs.get(material.identity)
-        if path is None or material.commit is not None:
+    for identity in (one for material in present for one in _folders(material)):
+        name, path = identity.partition("@")[0], refs.get(identity)
+        if path is not None and not Path(path).expanduser().is_dir():
+            raise LedgerError(
+                f"{name}: was merged from the folder {path}, which is gone; say where it is now with --source {name}=FOLDER."
+            )
+    for identity in (one for material in intact for one in _folders(material)):
+        name, _, digest = identity.partition("@sha256:")
+        path = refs.get(identity)
+        if path is None:
             continue
         found = digests(describe(path, allow_pickle=bool(entry.settings["allow_pickle"])))
-        if folder_digest(found) != material.digest:
+        if folder_digest(found) != digest:
             raise LedgerError(
-                f"{material.label}: the files in {path} are not those that were merged; restore them, or point --source "
-                f"{material.name}=FOLDER to a copy."
+                f"{name}@{digest[:8]}: the files in {path} are not those that were merged; restore them, or point --source "
+                f"{name}=FOLDER to a copy."
             )
 
 

@@ -227,7 +227,9 @@ def make_plan(recipe: Recipe, *, prior: Prior | None = None, origin: str = "reci
             problems.append(Problem(f"models[{i}]", str(error)))
     for source in (base, *sources):
         if source is not None and source.pickled:
-            warnings.append(f"{source.pinned.label}: pickled weights have no header, so the file was fetched to read it.")
+            warnings.append(
+                f"{source.pinned.label}: pickled weights have no header, so the file was fetched to read it."
+            )
     if not problems:
         _check_slugs(sources, problems)
     if problems:

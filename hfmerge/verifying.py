@@ -100,7 +100,9 @@ def _card(merged: Merged) -> Check:
         # the ledger's last entry has no successor to name its digest; the card does
         named, found = card_pointer(card).get("sha256"), sha256_bytes(merged.last.to_bytes())
         if named != found:
-            problem: str | None = f"{merged.last.file} has the digest {found[:12]}..., {FILE} names {str(named)[:12]}...; one was changed"
+            problem: str | None = (
+                f"{merged.last.file} has the digest {found[:12]}..., {FILE} names {str(named)[:12]}...; one was changed"
+            )
         else:
             problem = card_differs(card, merged.entries)
     except LedgerError as error:

@@ -24,7 +24,7 @@ LAYERS = [
     ["planning", "card", "templates"],
     ["merged", "execute", "workspace"],
     ["changes"],
-    ["hub", "verifying", "hubserver"],
+    ["recording", "hub", "verifying", "hubserver"],
     ["api"],
     ["cli"],
     ["__main__", "__init__"],

@@ -86,6 +86,14 @@ def test_projection_over_adversarial_spectra(m: int, n: int, name: str) -> None:
             assert gap(added(total, tau, alpha, variant), expected, tau) < tolerance, (variant, alpha)
 
 
+def test_r_is_the_first_index_whose_share_exceeds_alpha() -> None:
+    """Counted from 0, so that r directions lie before it; a share of exactly alpha does not exceed it."""
+    total, tau = torch.diag(torch.tensor([4.0, 2.0, 1.0, 1.0])), torch.ones(4, 4)
+    for alpha, r in ((0.0, 0), (0.49, 0), (0.5, 1), (0.74, 1), (0.75, 2), (0.99, 3), (1.0, 4)):
+        cleared = added(total, tau, alpha, "code-no-diagonal").abs() < 1e-12
+        assert int(cleared.sum()) == r * r and bool(cleared[:r, :r].all()), alpha
+
+
 def test_equal_singular_values_have_one_block() -> None:
     """Inside a cluster of equal values the vectors are arbitrary, but the space they span, and so the block, is not."""
     total, tau = with_spectrum(5, 24, 16, [2.0] * 6 + [1.0] * 10), normal(6, 24, 16)

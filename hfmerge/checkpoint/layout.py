@@ -210,7 +210,8 @@ def _apart(skeleton: Skeleton, config: Mapping[str, Any], filled: set[str]) -> S
 
     The T5 family ties in its class whatever config.json says, and remembers in `scale_decoder_outputs` what it said.
     """
-    if config.get("tie_word_embeddings") is not False and config.get("scale_decoder_outputs") is not False:
+    said = (config.get("tie_word_embeddings"), config.get("scale_decoder_outputs"))
+    if not skeleton.ties or not any(value is False for value in said):
         return skeleton
     own = skeleton.output_embedding()
     ties = {name: shared for name, shared in skeleton.ties.items() if name not in own & filled or shared not in filled}

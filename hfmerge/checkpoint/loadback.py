@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hfmerge.checkpoint.loader import Renamer
-from hfmerge.checkpoint.skeleton import Shape, find_class, first_line, skeleton_of
+from hfmerge.checkpoint.skeleton import Shape, find_class, one_line, skeleton_of
 from hfmerge.errors import CorruptFileError, NotFoundError, ShapeError, UnsupportedError
 
 
@@ -48,7 +48,7 @@ def load_back(folder: Path, *, trust_remote_code: bool = False) -> tuple[tuple[s
                 output_loading_info=True,
             )
         except RuntimeError as error:
-            raise CorruptFileError(f"{folder}: transformers cannot load these weights: {first_line(error)}") from error
+            raise CorruptFileError(f"{folder}: transformers cannot load these weights: {one_line(error)}") from error
     if report["mismatched_keys"]:
         name, stored_shape, expected = sorted(report["mismatched_keys"])[0]
         raise ShapeError(
@@ -66,7 +66,7 @@ def _json(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise NotFoundError(f"{path}: no such file; is {path.parent} a saved model?") from error
     except ValueError as error:
-        raise CorruptFileError(f"{path}: not readable as JSON: {first_line(error)}") from error
+        raise CorruptFileError(f"{path}: not readable as JSON: {one_line(error)}") from error
     if not isinstance(value, dict):
         raise CorruptFileError(f"{path}: not a JSON object")
     return value
@@ -89,7 +89,7 @@ def _header_shapes(folder: Path) -> dict[str, Shape]:
             with safe_open(folder / name, framework="pt") as file:
                 shapes.update((key, tuple(file.get_slice(key).get_shape())) for key in file.keys())
         except SafetensorError as error:
-            raise CorruptFileError(f"{folder / name}: {first_line(error)}; truncated or a Git-LFS pointer?") from error
+            raise CorruptFileError(f"{folder / name}: {one_line(error)}; truncated or a Git-LFS pointer?") from error
     return shapes
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from hfmerge.checkpoint.skeleton import Shape, Skeleton, first_line
+from hfmerge.checkpoint.skeleton import Shape, Skeleton, one_line
 from hfmerge.errors import CorruptFileError, ShapeError
 
 
@@ -208,7 +208,7 @@ def complete(group: Group, skeleton: Skeleton, shapes: Mapping[str, Shape], orig
     try:
         found = [tuple(value.shape) for value in group.forward(stored, skeleton.model)]
     except (RuntimeError, ValueError, IndexError) as error:
-        raise ShapeError(f"{origin}: {group.keys[0]} does not fit {group.name}: {first_line(error)}") from error
+        raise ShapeError(f"{origin}: {group.keys[0]} does not fit {group.name}: {one_line(error)}") from error
     if found == expected:
         return True
     if group.per_expert and found[0][0] < expected[0][0] and found[0][1:] == expected[0][1:]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from hfmerge.checkpoint.layout import Layout, Memory
 from hfmerge.checkpoint.loader import Group
+from hfmerge.checkpoint.skeleton import one_line
 from hfmerge.errors import CorruptFileError, ShapeError, UnsupportedError
 
 
@@ -144,7 +145,7 @@ def _try(origin: Origin, base: Layout, source: Layout, key: str) -> None:
     try:
         shape = tuple(origin.convert({k: torch.empty(source.shapes[k], device="meta") for k in origin.keys}).shape)
     except (RuntimeError, ValueError, KeyError, IndexError, NotImplementedError, AttributeError) as error:
-        raise UnsupportedError(f"{text} ({error})") from error
+        raise UnsupportedError(f"{text} ({one_line(error)})") from error
     if shape != base.shapes[key]:
         raise UnsupportedError(f"{text} is {base.shapes[key]}, the conversion gives {shape}")
 

@@ -6,14 +6,15 @@ and safetensors' own slices read the whole tensor.
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hfmerge.checkpoint.writer import TORCH_NAMES
+from hfmerge.checkpoint.writer import SIZES, TORCH_NAMES
 from hfmerge.errors import CorruptFileError, NonFiniteError
-from hfmerge.source import Source, check_safetensors, fetch, load_pickle
+from hfmerge.source import Source, TensorEntry, check_safetensors, fetch, load_pickle, safetensors_entries
 
 
 if TYPE_CHECKING:
@@ -25,10 +26,11 @@ Rows = tuple[int, int]
 
 @dataclass(frozen=True)
 class _Opened:
-    """An open safetensors file: descriptor and absolute offset of every tensor."""
+    """An open safetensors file: descriptor, and of every tensor the absolute offset and what the header says now."""
 
     descriptor: int
     offsets: dict[str, int]
+    entries: dict[str, TensorEntry]
 
 
 class Reader:
@@ -67,8 +69,15 @@ class Reader:
         if isinstance(handle, dict):
             tensor: Tensor = handle[key] if rows is None else handle[key][rows[0] : rows[1]]
             return tensor.clone()
-        if key not in handle.offsets:
-            raise CorruptFileError(f"{self.source.pinned.label}: {entry.file}: {key} is gone since the plan was made.")
+        if key not in handle.offsets or not _same(handle.entries[key], entry):
+            raise CorruptFileError(
+                f"{self.source.pinned.label}: {entry.file}: {key} has changed since the plan was made."
+            )
+        if entry.nbytes != math.prod(entry.shape) * SIZES[entry.dtype]:
+            raise CorruptFileError(
+                f"{self.source.pinned.label}: {entry.file}: {key} is {entry.dtype} {entry.shape} in {entry.nbytes} bytes; "
+                "its header is broken, get the file again."
+            )
         start, shape = handle.offsets[key], entry.shape
         if rows is not None:
             start += entry.nbytes // entry.shape[0] * rows[0]
@@ -91,6 +100,8 @@ class Reader:
             )
 
     def _handle(self, file: str) -> _Opened | dict[str, Any]:
+        from huggingface_hub.errors import SafetensorsParsingError
+
         with self._lock:
             if file not in self._open:
                 path = fetch(self.source.pinned, file)
@@ -99,8 +110,16 @@ class Reader:
                     self._open[file] = load_pickle(path, where, device="cpu")
                 else:
                     offsets = check_safetensors(path, where)
-                    self._open[file] = _Opened(os.open(path, os.O_RDONLY), offsets)
+                    try:
+                        entries = safetensors_entries(path)
+                    except (SafetensorsParsingError, ValueError, KeyError, TypeError) as error:
+                        raise CorruptFileError(f"{where}: broken safetensors header; get it again.") from error
+                    self._open[file] = _Opened(os.open(path, os.O_RDONLY), offsets, entries)
             return self._open[file]
+
+
+def _same(a: TensorEntry, b: TensorEntry) -> bool:
+    return (a.dtype, a.shape, a.nbytes) == (b.dtype, b.shape, b.nbytes)
 
 
 def _pread(descriptor: int, start: int, dtype: str, shape: tuple[int, ...], where: str) -> Tensor:

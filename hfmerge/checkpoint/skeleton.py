@@ -69,9 +69,13 @@ class Skeleton:
                         continue
                     if isinstance(module, (nn.Embedding, nn.Linear)):
                         embeddings[id(module)] = module
+        rows = {module.num_embeddings for module in embeddings.values() if isinstance(module, nn.Embedding)}
         axes: dict[str, int] = {}
         for path, module in modules.items():
-            if id(module) in embeddings:
+            more = (
+                isinstance(module, nn.Embedding) and module.num_embeddings in rows
+            )  # such as one embedding per layer
+            if id(module) in embeddings or (more and path.rpartition(".")[2].startswith("embed_tokens")):
                 axes.update((f"{path}.{name}", 0) for name, _ in module.named_parameters(recurse=False))
         axes.update((name, 1) for name in self.parameters if name.endswith("final_logits_bias"))
         for copy, shared in self.ties.items():
@@ -94,7 +98,7 @@ def build(config: Mapping[str, Any], origin: str, trust_remote_code: bool = Fals
         model = _on_meta(*found)
     except Exception as error:
         raise UnsupportedError(
-            f"{origin}: transformers cannot build {found[0].__name__} from config.json: {first_line(error)}"
+            f"{origin}: transformers cannot build {found[0].__name__} from config.json: {one_line(error)}"
         ) from error
     return skeleton_of(model)
 
@@ -159,7 +163,7 @@ def find_class(
         raise
     except Exception as error:
         raise UnsupportedError(
-            f"{origin}: transformers cannot use config.json of {name or config.get('model_type')}: {first_line(error)}"
+            f"{origin}: transformers cannot use config.json of {name or config.get('model_type')}: {one_line(error)}"
         ) from error
     if found is None and not config.get("auto_map"):
         raise UnsupportedError(
@@ -232,7 +236,6 @@ def _config_for(config_class: type[PreTrainedConfig], config: Mapping[str, Any])
     return config_class.from_dict({key: value for key, value in section.items() if key not in kernels})
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, its class if it has none."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+def one_line(error: BaseException) -> str:
+    """An error's text on one line, at most 200 characters; its class if it has none."""
+    return " ".join(str(error).split())[:200] or type(error).__name__

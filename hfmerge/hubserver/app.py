@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import threading
 import traceback
@@ -25,6 +26,8 @@ from hfmerge.hubserver.xorb import MOST_XORB_BODY
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
+
+_HOST = re.compile(r"([\w.-]+|\[[0-9a-fA-F:]+\])(:\d{1,5})?", re.ASCII)
 
 # The longest body that is held in memory: a commit carries its regular files.
 _MOST_BODY = 512 << 20
@@ -128,6 +131,8 @@ class HubApp:
             self._log.write(record)
 
     def _match(self, request: Request) -> Match:
+        if not _HOST.fullmatch(request.headers.get("host", "localhost")):
+            raise HubFault(400, "Malformed Host header")
         path = request.scope["raw_path"].decode("latin-1")
         is_cdn = request.scope["server"][1] == self._hub.cdn_port
         match, methods = find(download.CDN_ROUTES if is_cdn else _ROUTES, request.method, path)

@@ -94,7 +94,7 @@ def front_matter(text: str) -> str | None:
 
 
 def read_card(text: str, kind: str) -> Card:
-    """Parse and check a card of a `model` or `dataset`."""
+    """Parse and check a card of a `model` or `dataset`. Identifiers of licences and tasks are not checked."""
     block = front_matter(text)
     if block is None or not block.strip():
         return Card({}, [], ["empty or missing yaml metadata in repo card"])
@@ -107,9 +107,8 @@ def read_card(text: str, kind: str) -> Card:
     errors: list[str] = []
     for key in ("license", "language"):
         _check_texts(data, key, errors)
-    for key in ("tags", "metrics"):
-        _check_texts(data, key, errors, one=False)
-    for key in ("datasets", "base_model"):
+    _check_texts(data, "tags", errors, one=False)
+    for key in ("datasets", "metrics", "base_model"):
         _check_texts(data, key, errors)
     for key in ("new_version", "license_name", "license_link", "library_name", "pipeline_tag", "pretty_name"):
         _check_texts(data, key, errors, many=False)

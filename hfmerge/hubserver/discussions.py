@@ -59,7 +59,7 @@ def listing(hub: Hub, call: Call) -> Response:
     row = hub.repo(call)
     kind, status, author = call.query("type"), call.query("status"), call.query("author")
     found = []
-    for discussion in hub.database.discussions(row.rid):
+    for discussion in reversed(hub.database.discussions(row.rid)):
         # For a search, a draft is an open pull request, and a merged one is closed.
         state = {"draft": "open", "merged": "closed"}.get(discussion.status, discussion.status)
         if kind in ("discussion", "pull_request") and discussion.pull != (kind == "pull_request"):

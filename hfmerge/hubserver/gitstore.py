@@ -166,7 +166,7 @@ class GitStore:
     def entries(
         self, commit: str, folder: str = "", *, recursive: bool = False, start: int = 0, stop: int | None = None
     ) -> Iterator[Entry]:
-        """The entries under a folder, in git's order, folders before what is in them; from `start` to before `stop`."""
+        """The entries under a folder from `start` to before `stop`, in git's order, folders before what is in them."""
         found = self._find(self.tree_id(commit), folder)
         if found is not None and stat.S_ISDIR(found[0]):
             # Only the wanted ones are described: that reads each file to know its size.

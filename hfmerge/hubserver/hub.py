@@ -213,8 +213,14 @@ class Hub:
             return
         if call.user is not None and call.user in [user for user, _ in self.database.access(repo.rid, "accepted")]:
             return
-        message = f"Access to {repo.kind} {repo.id} is restricted. Ask its owner for access."
-        raise HubFault(401 if call.user is None else 403, message, "GatedRepo")
+        message = f"Access to {repo.kind} {repo.id} is restricted"
+        if call.user is None:
+            raise HubFault(
+                401, f"{message}. You must have access to it and be authenticated to access it.", "GatedRepo"
+            )
+        raise HubFault(
+            403, f"{message} and you are not in the authorized list. Ask its owner for access.", "GatedRepo"
+        )
 
     def git_path(self, rid: str) -> Path:
         """The folder of a repository."""
@@ -234,7 +240,12 @@ class Hub:
                 raise repo_missing("") from error
             raise
         with store:
-            yield store
+            try:
+                yield store
+            except (KeyError, OSError) as error:
+                if self.database.repo_by_rid(repo.rid) is None:
+                    raise repo_missing("") from error
+                raise
 
     @contextmanager
     def git_writing(self, repo: RepoRow) -> Iterator[GitStore]:

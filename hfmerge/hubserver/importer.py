@@ -13,8 +13,12 @@ from typing import Any
 from hfmerge.errors import OutputError, PushError
 
 
-# What would keep the client from sending anything, or send its caches elsewhere.
-_MISLEADING = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_CACHE", "HF_XET_CACHE", "HF_TOKEN_PATH")
+# Variables that would keep a client from asking the server, or let it use caches and tokens from elsewhere.
+MISLEADING = (
+    *("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"),
+    *("HF_DATASETS_CACHE", "TRANSFORMERS_CACHE", "HF_XET_CACHE", "HF_ASSETS_CACHE", "HF_MODULES_CACHE"),
+    *("HF_TOKEN_PATH", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_DISABLE_IMPLICIT_TOKEN"),
+)
 
 
 def import_folder(
@@ -58,7 +62,7 @@ def import_folder(
         "private": private,
         "message": message,
     }
-    environment = {key: value for key, value in os.environ.items() if key not in _MISLEADING}
+    environment = {key: value for key, value in os.environ.items() if key not in MISLEADING}
     package = str(Path(__file__).resolve().parents[2])
     with tempfile.TemporaryDirectory(prefix="hfmerge-import-") as home:
         environment |= {"HF_ENDPOINT": endpoint, "HF_TOKEN": token, "HF_HOME": home}

@@ -215,7 +215,9 @@ def validate_yaml(hub: Hub, call: Call) -> Response:
 
 def absent(hub: Hub, call: Call) -> Response:
     """Parts of a repository that this server leaves out."""
-    raise not_implemented("/".join(call.request.scope["raw_path"].decode("latin-1").split("/")[5:]))
+    hub.repo(call)
+    end = call.repo_span[1] if call.repo_span is not None else 0
+    raise not_implemented(call.request.scope["raw_path"].decode("latin-1")[end:])
 
 
 def background(hub: Hub, call: Call) -> Response:

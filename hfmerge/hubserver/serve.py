@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import IO
 
 from hfmerge.errors import HfMergeError
+from hfmerge.hubserver.importer import MISLEADING, import_folder
 from hfmerge.hubserver.runner import Options, run
 
 
@@ -26,13 +27,6 @@ DEFAULT_PORT = 8421
 
 _START_SECONDS = 30.0
 _STOP_SECONDS = 5.0
-
-# What would send a child of `hub run` elsewhere, or keep it from asking at all.
-_MISLEADING = (
-    *("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"),
-    *("HF_DATASETS_CACHE", "TRANSFORMERS_CACHE", "HF_XET_CACHE", "HF_ASSETS_CACHE", "HF_MODULES_CACHE"),
-    *("HF_TOKEN_PATH", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_DISABLE_IMPLICIT_TOKEN"),
-)
 
 
 class HubServer:
@@ -223,10 +217,8 @@ def main_run(argv: list[str]) -> int:
             temporary = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hfmerge-hub-")))
             server = stack.enter_context(HubServer(arguments.root or temporary / "store", log=arguments.log))
             for folder, repo_type, repo_id in imports:
-                from hfmerge.hubserver.importer import import_folder
-
                 import_folder(server.endpoint, server.token, folder, repo_id, repo_type=repo_type)
-            environment = {key: value for key, value in os.environ.items() if key not in _MISLEADING}
+            environment = {key: value for key, value in os.environ.items() if key not in MISLEADING}
             environment |= server.env(arguments.home or temporary / "home")
             for name in ("NO_PROXY", "no_proxy"):
                 environment[name] = ",".join(filter(None, [environment.get(name), "127.0.0.1"]))

@@ -35,7 +35,7 @@ class HubFault(Exception):
         """The fault as HTTP: the client chooses its exception from the code header, not from the status."""
         # A header holds one Latin-1 line without control characters; the body keeps the text as it is.
         line = "".join(letter if 31 < ord(letter) < 127 or 159 < ord(letter) < 256 else "?" for letter in self.message)
-        headers = {"X-Error-Message": line, **self.headers}
+        headers = {"X-Error-Message": line.strip(), **self.headers}
         if self.code is not None:
             headers["X-Error-Code"] = self.code
         return reply({"error": self.message, **self.extra}, status=self.status, headers=headers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import http.client
 import json
 import os
@@ -149,3 +150,13 @@ class Hub:
         self.server.stop()
         bad = [record for record in self.log() if record["status"] >= 500 and record["status"] != 501]
         assert bad == []
+
+
+def commit(hub: Hub, repo: str, files: dict[str, bytes], *, user: str = "alice", **header: Any) -> Answer:
+    """A commit on main, written by hand."""
+    lines: list[dict[str, Any]] = [{"key": "header", "value": {"summary": "by hand", **header}}]
+    for path, data in files.items():
+        value = {"path": path, "content": base64.b64encode(data).decode(), "encoding": "base64"}
+        lines.append({"key": "file", "value": value})
+    body = "\n".join(map(json.dumps, lines)).encode()
+    return hub.ask("POST", f"/api/models/{repo}/commit/main", body, user=user)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from hubserver.harness import Client, Hub
 
 
@@ -86,7 +88,7 @@ assert api.list_repo_files("alice/readonly") == [".gitattributes"]
 """)
 
 
-def test_pull_requests(client: Client, hub: Hub, tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_pull_requests(client: Client, hub: Hub, tmp_path: Path) -> None:
     (tmp_path / "new.txt").write_text("from bob")
     (tmp_path / "new.bin").write_bytes(b"n" * 5000)
     client.run(
@@ -105,7 +107,8 @@ assert "b.txt" in api.list_repo_files(repo, revision="refs/pr/1") and "b.txt" no
 assert Path(api.hf_hub_download(repo, "b.bin", revision="refs/pr/1")).read_bytes() == b"B" * 4000
 details = api.get_discussion_details(repo, 1)
 assert (details.author, details.status, details.title, details.is_pull_request) == ("bob", "open", "add b", True)
-assert details.target_branch == "refs/heads/main" and details.conflicting_files == [] and details.merge_commit_oid is None
+assert details.target_branch == "refs/heads/main" and details.conflicting_files == []
+assert details.merge_commit_oid is None
 assert [e.type for e in details.events] == ["comment", "commit"] and details.events[0].content == "because"
 assert details.events[1].oid == info.oid and "+b" in details.diff and "deleted file" in details.diff
 
@@ -120,8 +123,10 @@ api.upload_file(path_or_fileobj=b"moved on", path_in_repo="main-only.txt", repo_
 api.merge_pull_request(repo, 1, comment="thanks")
 details = api.get_discussion_details(repo, 1)
 assert details.status == "merged" and details.merge_commit_oid == api.model_info(repo).sha
-assert [e.type for e in details.events][-2:] == ["comment", "status-change"] and details.events[-1].new_status == "merged"
-assert set(api.list_repo_files(repo)) == {".gitattributes", "a.txt", "b.txt", "b.bin", "c.txt", "c.bin", "main-only.txt"}
+assert [e.type for e in details.events][-2:] == ["comment", "status-change"]
+assert details.events[-1].new_status == "merged"
+names = {".gitattributes", "a.txt", "b.txt", "b.bin", "c.txt", "c.bin", "main-only.txt"}
+assert set(api.list_repo_files(repo)) == names
 merged = api.list_repo_commits(repo)[0]
 assert merged.title == "add b (#1)" and merged.authors == ["bob"] and info.oid in merged.message
 fails(BadRequestError, api.merge_pull_request, repo, 1)
@@ -183,19 +188,20 @@ assert fails(HfHubHTTPError, bob.edit_discussion_comment, discussion_num=1, comm
     **options).response.status_code == 403
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    hidden = bob_hidden = api.hide_discussion_comment(discussion_num=1, comment_id=opened.events[0].id, **options)
+    hidden = api.hide_discussion_comment(discussion_num=1, comment_id=opened.events[0].id, **options)
 assert hidden.hidden and hidden.content == ""
 assert bob.rename_discussion(discussion_num=1, new_title="Another", **options).old_title == "A question"
 assert bob.change_discussion_status(discussion_num=1, new_status="closed", **options).new_status == "closed"
 assert fails(HfHubHTTPError, bob.change_discussion_status, discussion_num=2, new_status="closed", **options
     ).response.status_code == 403
 found = lambda **filters: [d.num for d in api.get_repo_discussions(**options, **filters)]
-assert found() == [1, 2] and found(discussion_type="pull_request") == [2] and found(discussion_type="discussion") == [1]
+assert found() == [2, 1]
+assert found(discussion_type="pull_request") == [2] and found(discussion_type="discussion") == [1]
 assert found(author="bob") == [1] and found(author="nobody") == []
 assert found(discussion_status="open") == [2] and found(discussion_status="closed") == [1]
 for number in range(51):
     api.create_discussion(title=f"number {number}", **options)
-assert found() == list(range(1, 54))
+assert found() == list(range(53, 0, -1))
 assert fails(HfHubHTTPError, api.get_discussion_details, discussion_num=99, **options).response.status_code == 404
 fails(BadRequestError, api.create_discussion, title="x", **options)
 """)

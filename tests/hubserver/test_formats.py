@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 import struct
 from pathlib import Path
@@ -45,7 +46,8 @@ def test_yaml_as_the_hub_reads_it() -> None:
         "a: 1\na: 2",
         "a: !!python/object:os.system x",
         "a: &x [*x]",
-        "a: &a [1,1,1,1,1,1,1,1,1,1]\n" + "\n".join(f"{c}: &{c} [" + f"*{p}," * 10 + "]" for p, c in zip("abcde", "bcdef")),
+        "a: &a [1,1,1,1,1,1,1,1,1,1]\n"
+        + "\n".join(f"{c}: &{c} [" + f"*{p}," * 10 + "]" for p, c in zip("abcde", "bcdef", strict=True)),
         "? [a]\n: 1",
         "\x00",
     ],
@@ -126,9 +128,9 @@ def test_pointers() -> None:
 
 def test_hash_text() -> None:
     # The example of the specification.
-    assert xorb.hash_text(bytes(range(32))) == "07060504030201000f0e0d0c0b0a0908171615141312111f1e1d1c1b1a1918".replace(
-        "1312111f", "131211101f"
-    )
+    assert xorb.hash_text(
+        bytes(range(32))
+    ) == "07060504030201000f0e0d0c0b0a0908171615141312111f1e1d1c1b1a1918".replace("1312111f", "131211101f")
 
 
 def test_xorbs() -> None:
@@ -139,7 +141,9 @@ def test_xorbs() -> None:
     for data, scheme in zip(contents, schemes, strict=True):
         grouped = b"".join(data[lane::4] for lane in range(4)) if scheme == 2 else data
         stored = grouped if scheme == 0 else lz4.frame.compress(grouped)
-        body += bytes([0]) + len(stored).to_bytes(3, "little") + bytes([scheme]) + len(data).to_bytes(3, "little") + stored
+        body += (
+            bytes([0]) + len(stored).to_bytes(3, "little") + bytes([scheme]) + len(data).to_bytes(3, "little") + stored
+        )
     chunks = xorb.read_chunks(body)
     assert [xorb.chunk_data(body, chunk) for chunk in chunks] == contents
     nodes = [(xorb.chunk_hash(data), len(data)) for data in contents]
@@ -189,7 +193,10 @@ def test_tree_edits(tmp_path: Path) -> None:
         second = git.commit(editor.store(), first, "me", "second")
         assert [e.path for e in git.entries(first, recursive=True)] == ["a", "a/b", "a/b/c", "a/d", "e"]
         assert [e.path for e in git.entries(second, recursive=True)] == ["a", "a/d"]
-        assert [(e.title, e.body, e.author) for e in git.history(second)] == [("second", "", "me"), ("first", "body", "me")]
+        assert [(e.title, e.body, e.author) for e in git.history(second)] == [
+            ("second", "", "me"),
+            ("first", "body", "me"),
+        ]
         changed = git.last_changes(second, ["a", "a/d"])
         assert (changed["a"].oid, changed["a/d"].oid) == (second, first)
         editor = git.edit(second)
@@ -200,8 +207,6 @@ def test_tree_edits(tmp_path: Path) -> None:
 
 def test_objects_are_whole_or_absent(tmp_path: Path) -> None:
     store = BlobStore(tmp_path / "objects", tmp_path / "incoming")
-    import hashlib
-
     oid = hashlib.sha256(b"data").hexdigest()
     for announced, size in ((oid, 5), ("0" * 64, 4), ("0" * 64, None)):
         with store.receive() as incoming, pytest.raises(ValueError):

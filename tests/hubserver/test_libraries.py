@@ -62,9 +62,11 @@ assert [row["text"] for row in streamed.take(2)] == ["row 0", "row 1"]
 api.create_repo("acme/csv", repo_type="dataset")
 for name, rows in (("train", 4), ("validation", 2)):
     text = "a,b\\n" + "".join(f"{n},x{n}\\n" for n in range(rows))
-    api.upload_file(path_or_fileobj=text.encode(), path_in_repo=f"data/{name}.csv", repo_id="acme/csv", repo_type="dataset")
+    where = {"path_in_repo": f"data/{name}.csv", "repo_id": "acme/csv", "repo_type": "dataset"}
+    api.upload_file(path_or_fileobj=text.encode(), **where)
 csv = datasets.load_dataset("acme/csv")
-assert {k: v.num_rows for k, v in csv.items()} == {"train": 4, "validation": 2} and csv["train"][3] == {"a": 3, "b": "x3"}
+assert {k: v.num_rows for k, v in csv.items()} == {"train": 4, "validation": 2}
+assert csv["train"][3] == {"a": 3, "b": "x3"}
 assert datasets.get_dataset_config_names("acme/csv") == ["default"]
 """)
 
@@ -79,7 +81,8 @@ api.upload_file(path_or_fileobj=data, path_in_repo="sub/large.bin", repo_id="acm
     client.run("""
 fs = HfFileSystem()
 assert sorted(fs.ls("acme/fs", detail=False)) == ["acme/fs/.gitattributes", "acme/fs/sub"]
-assert fs.info("acme/fs/sub/large.bin")["size"] == 10_240_000 and fs.isdir("acme/fs/sub") and not fs.exists("acme/fs/no")
+assert fs.info("acme/fs/sub/large.bin")["size"] == 10_240_000
+assert fs.isdir("acme/fs/sub") and not fs.exists("acme/fs/no")
 with fs.open("acme/fs/sub/large.bin", cache_type="none") as file:
     file.seek(5_000_003)
     part = file.read(1234)

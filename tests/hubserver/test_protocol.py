@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
-import base64
+import hashlib
 import json
 import threading
 from typing import Any
 from urllib.parse import quote
 
 import pytest
-from hubserver.harness import Answer, Hub
+
+from hubserver.harness import Answer, Hub, commit
 
 
 DATA = bytes(range(256)) * 40
-
-
-def commit(hub: Hub, repo: str, files: dict[str, bytes], *, user: str = "alice", **header: Any) -> Answer:
-    lines: list[dict[str, Any]] = [{"key": "header", "value": {"summary": "by hand", **header}}]
-    for path, data in files.items():
-        value = {"path": path, "content": base64.b64encode(data).decode(), "encoding": "base64"}
-        lines.append({"key": "file", "value": value})
-    body = "\n".join(map(json.dumps, lines)).encode()
-    return hub.ask("POST", f"/api/models/{repo}/commit/main", body, user=user)
 
 
 @pytest.fixture(scope="module")
 def repo(hub: Hub) -> str:
     """A repository with an ordinary and a large file of the same content."""
     assert hub.ask("POST", "/api/repos/create", {"name": "http", "organization": "acme"}).status == 200
-    import hashlib
-
     assert commit(hub, "acme/http", {"f.txt": DATA, "sub/g.txt": b"g", "zero": b""}).status == 200
     oid = hashlib.sha256(DATA).hexdigest()
     body = {"operation": "upload", "transfers": ["basic"], "objects": [{"oid": oid, "size": len(DATA)}]}
@@ -84,7 +74,7 @@ def test_headers(hub: Hub, repo: str) -> None:
     assert hub.ask("GET", f"/{repo}/resolve/main/zero", Range="bytes=0-0").status == 416
     for revision in ("HEAD", sha, "refs%2Fheads%2Fmain", "refs/heads/main"):
         assert hub.ask("GET", f"/{repo}/resolve/{revision}/sub/g.txt").body == b"g"
-    assert hub.ask("GET", f"/ACME/HTTP/resolve/main/sub%2Fg.txt").body == b"g"
+    assert hub.ask("GET", "/ACME/HTTP/resolve/main/sub%2Fg.txt").body == b"g"
     assert hub.ask("GET", f"/models/{repo}/resolve/main/sub/g.txt").body == b"g"
     assert hub.ask("GET", f"/api/models/{repo}/revision/HEAD").json()["sha"] == sha
 
@@ -114,6 +104,9 @@ def test_headers(hub: Hub, repo: str) -> None:
         ("POST", "/api/collections", 501, "NotImplemented"),
         ("GET", "/spaces/acme/x/resolve/main/f", 501, "NotImplemented"),
         ("GET", "/api/models/acme/http/xet-read-token/main", 501, "NotImplemented"),
+        ("DELETE", "/api/models/acme/http/like", 501, "NotImplemented"),
+        ("DELETE", "/api/models/gpt2/like", 404, "RepoNotFound"),
+        ("GET", "/acme/http.git/info/refs?service=git-upload-pack", 501, "NotImplemented"),
         ("GET", "/nowhere", 404, None),
         ("GET", "/", 404, None),
         ("GET", "/api/models/acme/http/unknown/route/here", 404, None),
@@ -137,7 +130,22 @@ def test_refusals(hub: Hub, repo: str, method: str, path: str, status: int, code
 
 @pytest.mark.parametrize(
     "path",
-    ["../x", "a/../x", "..\\ddd", "a\\b", "/abs", "a//b", "a/", ".", "./a", ".git/config", "a/.GIT/x", "", "a\nb", "\0"],
+    [
+        "../x",
+        "a/../x",
+        "..\\ddd",
+        "a\\b",
+        "/abs",
+        "a//b",
+        "a/",
+        ".",
+        "./a",
+        ".git/config",
+        "a/.GIT/x",
+        "",
+        "a\nb",
+        "\0",
+    ],
 )
 def test_paths_that_are_refused(hub: Hub, repo: str, path: str) -> None:
     assert commit(hub, repo, {path: b"x"}).status == 422
@@ -198,6 +206,33 @@ def test_commits_that_are_refused(hub: Hub, repo: str, body: bytes) -> None:
 def test_bodies_that_are_refused(hub: Hub, repo: str, path: str, body: bytes) -> None:
     answer = hub.ask("POST", path, body)
     assert answer.status == 400 and answer.json()["error"], answer.body
+
+
+def test_odd_requests(hub: Hub, repo: str) -> None:
+    for host in ("[bad", "a b", "x/y", "é"):
+        assert hub.ask("GET", "/api/models", Host=host).status == 400
+    assert hub.ask("GET", "/api/models?%ff=%00&limit=1").status == 200
+    assert hub.ask("GET", "/api/models", token="é").status == 401
+    wrong = hub.ask("GET", "/api/models", user=None, Authorization="Basic YTpi")
+    assert wrong.status == 401 and wrong.headers["X-Error-Message"] == "Invalid credentials in Authorization header"
+
+
+def test_readers_of_a_repository_that_is_deleted(hub: Hub) -> None:
+    statuses: list[int] = []
+
+    def read() -> None:
+        while not statuses or statuses[-1] == 200:
+            statuses.append(hub.ask("GET", "/api/models/alice/brief/tree/main?recursive=true").status)
+
+    for _ in range(3):
+        statuses.clear()
+        hub.ask("POST", "/api/repos/create", {"name": "brief"})
+        commit(hub, "alice/brief", {f"{number}/f.txt": b"x" for number in range(40)})
+        reader = threading.Thread(target=read)
+        reader.start()
+        assert hub.ask("DELETE", "/api/repos/delete", {"name": "brief"}).status == 200
+        reader.join()
+        assert statuses[-1] == 404
 
 
 def test_only_one_of_many_writers_wins(hub: Hub) -> None:

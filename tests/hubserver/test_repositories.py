@@ -113,9 +113,11 @@ Add, Copy, Delete = CommitOperationAdd, CommitOperationCopy, CommitOperationDele
 def names():
     return [name for name in api.list_repo_files("acme/ops") if name != ".gitattributes"]
 big = b"B" * 3000
-first = api.create_commit("acme/ops", [Add("a.txt", b"a"), Add("d/b.bin", big), Add("d/e/c.txt", b"c")], commit_message="1")
+adds = [Add("a.txt", b"a"), Add("d/b.bin", big), Add("d/e/c.txt", b"c")]
+first = api.create_commit("acme/ops", adds, commit_message="1")
 assert names() == ["a.txt", "d/b.bin", "d/e/c.txt"]
-api.create_commit("acme/ops", [Copy("d/b.bin", "copy.bin"), Copy("a.txt", "z.txt"), Delete("d/e/c.txt")], commit_message="2")
+copies = [Copy("d/b.bin", "copy.bin"), Copy("a.txt", "z.txt"), Delete("d/e/c.txt")]
+api.create_commit("acme/ops", copies, commit_message="2")
 assert names() == ["a.txt", "copy.bin", "d/b.bin", "z.txt"]
 assert Path(hf_hub_download("acme/ops", "copy.bin")).read_bytes() == big
 api.create_commit("acme/ops", [Copy("d/e/c.txt", "old.txt", src_revision=first.oid)], commit_message="3")
@@ -188,7 +190,8 @@ assert [c.commit_id for c in api.list_repo_commits(repo)] == [two, one, root]
 assert api.list_repo_commits(repo, revision=one, formatted=True)[0].formatted_title == "one"
 for number in range(52):  # more than a page of history
     api.upload_file(path_or_fileobj=str(number).encode(), path_in_repo="n", repo_id=repo, commit_message=str(number))
-assert [c.title for c in api.list_repo_commits(repo)] == [str(n) for n in reversed(range(52))] + ["two", "one", "initial commit"]
+titles = [c.title for c in api.list_repo_commits(repo)]
+assert titles == [str(n) for n in reversed(range(52))] + ["two", "one", "initial commit"]
 files = api.list_repo_files(repo)
 api.super_squash_history(repo, branch="main", commit_message="all in one")
 assert [c.title for c in api.list_repo_commits(repo)] == ["all in one"] and api.list_repo_files(repo) == files
@@ -201,23 +204,24 @@ def test_trees(client: Client) -> None:
 repo = "acme/tree"
 api.create_repo(repo, repo_type="dataset")
 Add = CommitOperationAdd
-many = [Add(f"data/{n:04}.txt", b"%d" % n) for n in range(1050)]
-first = api.create_commit(repo, many, commit_message="many", repo_type="dataset")
-api.create_commit(repo, [Add("data/0003.txt", b"new"), Add("big.bin", b"0" * 999)], commit_message="few", repo_type="dataset")
 options = {"repo_id": repo, "repo_type": "dataset"}
+many = [Add(f"data/{n:04}.txt", b"%d" % n) for n in range(1000)] + [Add(f"few/{n}.txt", b"x") for n in range(55)]
+first = api.create_commit(operations=many, commit_message="many", **options)
+change = [Add("few/3.txt", b"new"), Add("big.bin", b"0" * 999)]
+api.create_commit(operations=change, commit_message="few", **options)
 top = {e.path: e for e in api.list_repo_tree(**options)}
-assert sorted(top) == [".gitattributes", "big.bin", "data"]
+assert sorted(top) == [".gitattributes", "big.bin", "data", "few"]
 assert type(top["data"]).__name__ == "RepoFolder" and top["big.bin"].lfs.size == top["big.bin"].size == 999
-assert len(list(api.list_repo_tree(path_in_repo="data", **options))) == 1050
-assert len(list(api.list_repo_tree(recursive=True, **options))) == 1053
-expanded = {e.path: e for e in api.list_repo_tree(path_in_repo="data", expand=True, **options)}
-assert len(expanded) == 1050
-assert expanded["data/0003.txt"].last_commit.title == "few" and expanded["data/0002.txt"].last_commit.oid == first.oid
+assert len(list(api.list_repo_tree(path_in_repo="data", **options))) == 1000
+assert len({e.path for e in api.list_repo_tree(recursive=True, **options)}) == 1059  # two pages
+expanded = {e.path: e for e in api.list_repo_tree(path_in_repo="few", expand=True, **options)}
+assert len(expanded) == 55  # two pages, as these cost more
+assert expanded["few/3.txt"].last_commit.title == "few" and expanded["few/2.txt"].last_commit.oid == first.oid
 fails(RemoteEntryNotFoundError, lambda: list(api.list_repo_tree(path_in_repo="missing", **options)))
 fails(RemoteEntryNotFoundError, lambda: list(api.list_repo_tree(path_in_repo="big.bin", **options)))
 fails(RevisionNotFoundError, lambda: list(api.list_repo_tree(revision="nowhere", **options)))
-info = api.get_paths_info(repo, ["data", "data/0003.txt", "nothing"], repo_type="dataset", expand=True)
-assert [(i.path, i.last_commit.title) for i in info] == [("data", "few"), ("data/0003.txt", "few")]
+info = api.get_paths_info(repo, ["few", "few/3.txt", "nothing"], repo_type="dataset", expand=True)
+assert [(i.path, i.last_commit.title) for i in info] == [("few", "few"), ("few/3.txt", "few")]
 assert api.file_exists(repo, "big.bin", repo_type="dataset") and not api.file_exists(repo, "no", repo_type="dataset")
 """)
 
@@ -267,7 +271,8 @@ api.create_repo("lists/table", repo_type="dataset")
 assert [d.id for d in api.list_datasets(author="lists")] == ["lists/table"]
 assert api.dataset_info("lists/table").tags == ["region:us"]
 # A revision without the card has no tags of it.
-assert "hfmerge" not in api.model_info("lists/merged", revision=api.list_repo_commits("lists/merged")[-1].commit_id).tags
+oldest = api.list_repo_commits("lists/merged")[-1].commit_id
+assert "hfmerge" not in api.model_info("lists/merged", revision=oldest).tags
 """)
 
 

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from hubserver.harness import USERS, Hub
-from hubserver.test_protocol import commit
 
 from hfmerge.errors import HfMergeError, OutputError, PushError
 from hfmerge.hubserver.importer import import_folder
 from hfmerge.hubserver.serve import HubServer, main_run, main_serve
+from hubserver.harness import USERS, Hub, commit
 
 
 def _alive(endpoint: str) -> bool:
-    import socket
-
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", int(endpoint.rpartition(":")[2]))) == 0
 
@@ -101,8 +100,6 @@ def test_what_was_written_survives_a_kill(tmp_path: Path) -> None:
     body = {"operation": "upload", "transfers": ["basic"], "objects": objects}
     batch = hub.ask("POST", "/alice/kept.git/info/lfs/objects/batch", body).json()["objects"][0]
     # Half an object is on its way when the process is killed.
-    import http.client
-
     connection = http.client.HTTPConnection(hub.server.endpoint.removeprefix("http://"))
     connection.putrequest("PUT", batch["actions"]["upload"]["href"].removeprefix(hub.server.endpoint))
     connection.putheader("Content-Length", str(len(data)))

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from hfmerge.hubserver.xorb import chunk_hash, hash_text
 from hubserver.harness import Client, Hub
 
 
-# 40 runs of bytes that do not compress, runs that do, and floats: all compression schemes of Xet.
+# Bytes that do not compress, bytes that do, and floats: all compression schemes of Xet.
 _MAKE = """
 import array, hashlib, random
 def make(path, seed, size):
@@ -50,14 +52,16 @@ def test_xet_by_default(client: Client, hub: Hub, tmp_path: Path) -> None:
 api.create_repo("xet/a")
 api.create_repo("xet/b")
 source = Path(folder)
-sums = {name: make(source / name, name, size) for name, size in (("one.bin", 9_000_001), ("two.safetensors", 3_000_002))}
+sizes = {"one.bin": 9_000_001, "two.safetensors": 3_000_002}
+sums = {name: make(source / name, name, size) for name, size in sizes.items()}
 Path(source / "sub").mkdir()
 (source / "sub/same.bin").write_bytes((source / "one.bin").read_bytes())
 api.upload_folder(repo_id="xet/a", folder_path=source)
 for name, digest in sums.items():
     assert hashlib.sha256(Path(hf_hub_download("xet/a", name)).read_bytes()).hexdigest() == digest
 info = {e.path: e for e in api.list_repo_tree("xet/a", recursive=True)}
-assert info["one.bin"].lfs.sha256 == info["sub/same.bin"].lfs.sha256 == sums["one.bin"] and info["one.bin"].xet_hash is None
+assert info["one.bin"].lfs.sha256 == info["sub/same.bin"].lfs.sha256 == sums["one.bin"]
+assert info["one.bin"].xet_hash is None
 # Bytes in memory, and a part of a file that was sent before, to another repository.
 middle = (source / "one.bin").read_bytes()[1_000_000:8_000_000]
 api.upload_file(path_or_fileobj=middle, path_in_repo="cut.bin", repo_id="xet/b")
@@ -104,7 +108,7 @@ api.upload_folder(folder_path=source, repo_id="lfs/a", repo_type="dataset", crea
     sent = [r["path"].split("/")[2] for r in log if r["path"].startswith("/_signed/")]
     assert sorted(sent) == ["complete"] + ["object"] * 2 + ["part"] * 4
     assert not any("/cas/" in r["path"] or "xet" in r["path"] for r in log)
-    main = json.loads(json.dumps(log[0]["port"]))
+    main = log[0]["port"]
     cdn = [r for r in log if r["port"] != main]
     assert [r["status"] for r in cdn] == [200, 200] and sorted(r["bytes"] for r in cdn) == [700_000, 3_500_000]
     assert not any(r["authorization"] for r in cdn), "the token went to another origin"
@@ -190,8 +194,6 @@ def test_xet_tokens_and_hashes(hub: Hub, client: Client) -> None:
     cas = session["casUrl"].removeprefix(hub.server.endpoint)
     chunk = b"hello"
     xorb = bytes([0, len(chunk), 0, 0, 0, len(chunk), 0, 0]) + chunk
-    from hfmerge.hubserver.xorb import chunk_hash, hash_text
-
     name = hash_text(chunk_hash(chunk))
     post = {"token": session["accessToken"]}
     assert hub.ask("POST", f"{cas}/v1/xorbs/default/{'0' * 64}", xorb, **post).status == 400
@@ -208,10 +210,6 @@ def test_xet_tokens_and_hashes(hub: Hub, client: Client) -> None:
 
 
 def test_shards_are_checked(hub: Hub, client: Client) -> None:
-    import struct
-
-    from hfmerge.hubserver.xorb import chunk_hash, hash_text
-
     client.run('api.create_repo("xet/shards")')
     session = hub.ask("GET", "/api/models/xet/shards/xet-write-token/main").json()
     cas = session["casUrl"].removeprefix(hub.server.endpoint)

@@ -1,0 +1,236 @@
+"""What a run leaves beside the weights: ledger entry, card, licences, carried states, and where folders lie."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hfmerge.card import FILE, card_facts, card_pointer, combine_cards, licence_note, parse_card, render_card
+from hfmerge.changes import Change
+from hfmerge.digest import sha256_bytes
+from hfmerge.errors import HfMergeError, LedgerError
+from hfmerge.execute import STATE_FOLDER, Outcome
+from hfmerge.ledger import FOLDER, Entry, KeptState, Material, check_chain, same_prefix
+from hfmerge.merged import LOCAL_SOURCES, Merged, state_path
+from hfmerge.planning import Plan
+from hfmerge.source import Source, fetch, folder_digest
+from hfmerge.version import __version__
+
+
+def record(
+    planned: Plan, folder: Path, outcome: Outcome, opened: Merged | None, change: Change | None, existing: str | None
+) -> tuple[Entry, tuple[str, ...]]:
+    """Check that the result loads, and write ledger, card and licences beside it.
+
+    Args:
+        folder: holds what the run wrote.
+        opened, change: the merge it goes on from and how; None for a first merge.
+        existing: card of that merge (see `readable_card`).
+
+    Returns:
+        The new entry, and warnings.
+
+    Raises:
+        HfMergeError: transformers would not load the result whole.
+    """
+    _check_loads(planned, folder)
+    entry = _entry(planned, outcome, opened, change)
+    notes: list[str] = []
+    entry = _carry_states_over(entry, opened, folder, notes)
+    history = dict(opened.history) if opened else {}
+    history[entry.file] = entry.to_bytes()
+    for name, data in history.items():
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(data)
+    entries = (*(opened.entries if opened else ()), entry)
+    repo_id = card_pointer(existing).get("repo") if existing is not None else None
+    card = render_card(entries, card_facts(entry, repo_id))
+    (folder / FILE).write_text(combine_cards(existing, card), encoding="utf-8")
+    note = licence_note([entry.base, *entry.models])
+    if note is not None:
+        (folder / "LICENSE.md").write_text(note, encoding="utf-8")
+    _note_local_sources(planned, entry, opened, folder)
+    return entry, tuple(notes)
+
+
+def readable_card(opened: Merged) -> str | None:
+    """The card of an existing merge, which may hold text of people; checked to be readable before any work."""
+    data = opened.read(FILE)
+    if data is None:
+        return None
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise LedgerError(f"{opened.pinned.label}: {FILE} is not UTF-8; save it as UTF-8.") from error
+    parse_card(text)
+    return text
+
+
+def _check_loads(planned: Plan, folder: Path) -> None:
+    """The rule: transformers loads the result with no key missing or unexpected that the base does not also have so."""
+    from hfmerge.checkpoint.loadback import load_back
+
+    missing, unexpected = load_back(folder, trust_remote_code=planned.recipe.trust_remote_code)
+    missing = tuple(key for key in missing if key not in planned.base_layout.missing)
+    known = set(planned.base_layout.unexpected)
+    unexpected = tuple(key for key in unexpected if key not in known)
+    if missing or unexpected:
+        what = f"lacks {missing[0]}" if missing else f"has {unexpected[0]} too many"
+        raise HfMergeError(
+            f"the merged {planned.base_layout.architecture} {what} when transformers loads it; not written."
+        )
+
+
+def _entry(planned: Plan, outcome: Outcome, opened: Merged | None, change: Change | None) -> Entry:
+    previous = opened.last if opened else None
+    kept = change.kept if change else ()
+    start = planned.prior.count if planned.prior else 0
+    heads = {model: head for model, head in planned.heads}
+    models = []
+    for i, delta in enumerate(planned.deltas):
+        files = outcome.source_digests[i + 1]
+        if i < start and files is None:
+            models.append(kept[i])
+            continue
+        assert files is not None
+        material = _material(delta.source, files, planned.weights[i], outcome.squared_norms[i])
+        head = heads.get(i)
+        fields = {"head": f"heads/{head.slug}", "labels": tuple(head.labels)} if head else {}
+        models.append(Material.from_dict({**material.to_dict(), **fields}))
+    base = _material(planned.base, outcome.source_digests[0] or {}, 1.0, None)
+    recipe, method = planned.recipe, planned.method
+    settings = {
+        "dtype": recipe.dtype,
+        "include": list(recipe.include),
+        "exclude": list(recipe.exclude),
+        "vocabulary": recipe.vocabulary,
+        "state": recipe.state,
+        "allow_nonfinite": recipe.allow_nonfinite,
+        "allow_pickle": recipe.allow_pickle,
+        "trust_remote_code": recipe.trust_remote_code,
+        "card": {**_card_settings(planned.base), "architecture": planned.base_layout.architecture},
+    }
+    return Entry(
+        step=previous.step + 1 if previous else 1,
+        parent=sha256_bytes(previous.to_bytes()) if previous else None,
+        action=change.action if change else "merge",
+        subjects=change.subjects if change else tuple(delta.source.name for delta in planned.deltas),
+        how=change.how if change else f"merged {len(models)} models in order of arrival",
+        base=base,
+        models=tuple(models),
+        method={
+            "name": method.name,
+            "version": method.version,
+            "options": recipe.method.options,
+            "norm": planned.norm,
+        },
+        settings=settings,
+        scalars={"scale": outcome.scale, "merged_norm": outcome.merged_norm},
+        states=tuple(KeptState(s.count, s.sha256, s.nbytes) for s in outcome.states),
+        products=outcome.products,
+        environment=_environment(),
+    )
+
+
+def _material(source: Source, files: Mapping[str, str], weight: float, squared_norm: float | None) -> Material:
+    commit = source.pinned.commit
+    under = source.beneath
+    beneath = None
+    if under is not None:
+        own = {name[1:]: value for name, value in files.items() if name.startswith("+")}
+        beneath = f"{under.name}@{under.pinned.commit or 'sha256:' + folder_digest(own)}"
+    digest = None if commit else folder_digest({k: v for k, v in files.items() if not k.startswith("+")})
+    return Material(
+        source.name, commit, digest, source.kind, weight, dict(files), beneath, squared_norm, license=_license(source)
+    )
+
+
+def _front_matter(source: Source) -> dict[str, Any]:
+    if FILE not in source.pinned.files:
+        return {}
+    try:
+        return parse_card(fetch(source.pinned, FILE).read_text(encoding="utf-8", errors="replace"))[0]
+    except LedgerError:
+        return {}  # somebody else's card that nobody can read says nothing, and a missing licence is warned of
+
+
+def _license(source: Source) -> str | None:
+    value = _front_matter(source).get("license")
+    return str(value) if isinstance(value, str) and value else None
+
+
+def _card_settings(base: Source) -> dict[str, Any]:
+    front = _front_matter(base)
+    library = "sentence-transformers" if "modules.json" in base.pinned.files else "transformers"
+    return {"library_name": front.get("library_name") or library, "pipeline_tag": front.get("pipeline_tag")}
+
+
+def _environment() -> dict[str, Any]:
+    from importlib.metadata import version
+
+    import torch
+
+    return {
+        "hfmerge": __version__,
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "safetensors": version("safetensors"),
+        "device": "cpu",
+        "machine": platform.machine(),
+        "blas": "mkl" if torch.backends.mkl.is_available() else "other",
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "threads_per_matrix": 1,
+    }
+
+
+def _carry_states_over(entry: Entry, opened: Merged | None, folder: Path, notes: list[str]) -> Entry:
+    """Earlier kept states that still are the beginning of the merge stay, if the recipe keeps states of every step."""
+    if opened is None or entry.settings["state"] in ("none", "last"):
+        return entry
+    have = {state.count for state in entry.states}
+    states = list(entry.states)
+    for state in opened.last.states:
+        if state.count in have or not same_prefix(opened.last, entry.models, state.count):
+            continue
+        path = state_path(opened.pinned, state, [])
+        if path is not None:
+            (folder / STATE_FOLDER).mkdir(exist_ok=True)
+            shutil.copyfile(path, folder / state.file)
+            states.append(state)
+        else:
+            notes.append(f"{state.file} (after model {state.count}) is missing or corrupt, and is no longer kept.")
+    return dataclasses.replace(entry, states=tuple(sorted(states, key=lambda s: s.count)))
+
+
+def _note_local_sources(planned: Plan, entry: Entry, opened: Merged | None, folder: Path) -> None:
+    """Remember, beside the state and never pushed, where folders that were merged lie on this machine."""
+    places: dict[str, str] = {}
+    known = dict(opened.refs) if opened else {}
+    for material, source in zip(
+        (entry.base, *entry.models), (planned.base, *(d.source for d in planned.deltas)), strict=True
+    ):
+        for place, identity in ((source, material.identity), (source.beneath, material.beneath)):
+            if place is not None and place.pinned.folder is not None and identity is not None:
+                places[identity] = known.get(identity, str(place.pinned.folder))
+    if places:
+        path = folder / LOCAL_SOURCES
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(places, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        os.chmod(path, 0o600)
+
+
+def adopt_card(folder: Path, repo_id: str) -> None:
+    """After a push the folder's card names its repository too."""
+    entries = check_chain(
+        {f"{FOLDER}/{p.name}": p.read_bytes() for p in (folder / FOLDER).glob("*.json")}, str(folder)
+    )
+    path = folder / FILE
+    text = combine_cards(path.read_text(encoding="utf-8"), render_card(entries, card_facts(entries[-1], repo_id)))
+    path.write_text(text, encoding="utf-8")
