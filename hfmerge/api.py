@@ -27,7 +27,7 @@ from hfmerge.recipe import ModelEntry, Recipe, load_recipe
 from hfmerge.source import Source, fetch, folder_digest
 from hfmerge.verifying import Report, verify_merge
 from hfmerge.version import __version__
-from hfmerge.workspace import workspace
+from hfmerge.workspace import full_disk, recover, workspace
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,7 @@ def add(
     Raises:
         HfMergeError: see `hfmerge.errors`; the existing merge stays as it was.
     """
+    recover(merged)
     opened = open_merged(str(merged), sources)
     entries = [m if isinstance(m, ModelEntry) else ModelEntry(m) for m in models]
     return _change(opened, lambda: plan_add(opened, entries), output, push_to, create_pr)
@@ -137,6 +138,7 @@ def unmerge(
     Raises:
         LedgerError: not in the merge, or nothing would be left. HfMergeError: see `hfmerge.errors`.
     """
+    recover(merged)
     opened = open_merged(str(merged), sources)
     names = [remove] if isinstance(remove, str) else list(remove)
     return _change(opened, lambda: plan_unmerge(opened, names), output, push_to, create_pr)
@@ -190,7 +192,8 @@ def _folder(target: str | Path | None, planned: Plan, *, replace: bool) -> Itera
             raise OutputError(
                 f"{name}: {planned.estimate.disk / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free; set TMPDIR."
             )
-        yield Path(name)
+        with full_disk(Path(name)):
+            yield Path(name)
 
 
 def _change(opened: Merged, make: Any, output: str | Path | None, push_to: str | None, create_pr: bool) -> MergeResult:
@@ -202,7 +205,7 @@ def _change(opened: Merged, make: Any, output: str | Path | None, push_to: str |
         raise PushError(f"{name}: lies on the Hub; say where the result goes: --push-to {name}, or --output FOLDER.")
     start = time.monotonic()
     change: Change = make()
-    replace = opened.pinned.folder is not None and target == opened.pinned.folder
+    replace = opened.pinned.folder is not None and target is not None and Path(target).resolve() == opened.pinned.folder
     own = push_to is not None and push_to.lower() == opened.pinned.name.lower()
     parent = opened.pinned.commit if own else None
     with _folder(target, change.plan, replace=replace) as folder:

@@ -229,6 +229,8 @@ class _Job:
         if two:
             mean = math.fsum(math.sqrt(s) for s in squared_norms) / len(squared_norms)
             target = mean if plan.norm == "mean" else float(plan.norm)
+            if not (math.isfinite(target) and math.isfinite(read_out)):
+                raise NonFiniteError("the squares of the changes exceed float32; use `norm: none`.")
             scale = target / read_out if read_out > 0.0 else 0.0
             self._over(visits, lambda piece: self._second_pass(piece, scale), "Writing")
         self._over([Piece(param) for param in untouched], self._copy, "Copying")
@@ -317,7 +319,7 @@ class _Job:
             changes = [self.plan.method.emit(carry, self.plan.weights) for carry in carries]
         else:
             squares, changes = self._combine(piece, base, thresholds)
-        total = math.fsum(change.squared_norm() for change in changes)
+        total = math.fsum(_finite_square(change) for change in changes)
         if write:
             self._write(piece, base(), changes, 1.0)
         elif self.scratch is not None and isinstance(self.plan.method, JointMethod):
@@ -364,12 +366,25 @@ class _Job:
         return squares, changes
 
     def _squared_norm(self, model: int, piece: Piece, tau: TaskVector | None) -> float:
-        """Of one model's change; not a number means that the model or the base is not, which is refused by name."""
-        square = 0.0 if tau is None else tau.squared_norm()
-        if not math.isfinite(square) and not self.plan.recipe.allow_nonfinite:
-            self.models[model].check_finite(piece.param.key)
-            self.base.check_finite(piece.param.key)
-        return square
+        """Of one model's change; not a number means that the model or the base is not, which is refused by name.
+
+        Where the recipe allows such values they count as zero in norms, but no matrix with them can be taken apart.
+        """
+        if tau is None:
+            return 0.0
+        square = tau.squared_norm()
+        if math.isfinite(square):
+            return square
+        key, method = piece.param.key, self.plan.method
+        if not self.plan.recipe.allow_nonfinite:
+            self.models[model].check_finite(key)
+            self.base.check_finite(key)
+        elif method.matrixwise and any(block.matrix for block in piece.param.blocks):
+            raise NonFiniteError(
+                f"{self.models[model].delta.source.pinned.label}: {key} holds NaN or Inf, and {method.name} cannot take such a "
+                "matrix apart; repair the source, or leave the tensor out with `exclude`."
+            )
+        return _finite_square(tau)
 
     def _prior_carry(self, method: FoldMethod, piece: Piece, block: Block) -> Carry | None:
         if self.prior is None or self.start == 0:
@@ -494,6 +509,12 @@ def _settled(method: FoldMethod, param: Param, block: Block, count: int, carry: 
         else:
             result[name] = LowRank(value.up.contiguous(), value.down.contiguous())
     return result
+
+
+def _finite_square(change: TaskVector) -> float:
+    """Squared norm of the finite elements."""
+    square = change.squared_norm()
+    return square if math.isfinite(square) else squared_norm(change.to_dense().nan_to_num(0.0, 0.0, 0.0))
 
 
 def _once(make: Callable[[], Tensor]) -> Callable[[], Tensor]:

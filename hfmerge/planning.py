@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from hfmerge.checkpoint.writer import SIZES, Slot, shard_names
 from hfmerge.errors import CorruptFileError, HfMergeError, Problem, RecipeError, ShapeError, SourceError, UnsupportedError
 from hfmerge.methods import FoldMethod, MergeMethod, registry
 from hfmerge.recipe import Recipe
+from hfmerge.recipe_values import count_problem, weights_problem
 from hfmerge.source import FLOATS, Source, cached, describe, hub_api, hub_errors
 from hfmerge.taskvector import WHOLE, Block
 
@@ -169,7 +171,7 @@ def make_plan(recipe: Recipe, *, prior: Prior | None = None, origin: str = "reci
     Raises:
         RecipeError: all problems of all models at once. SourceError: the base itself cannot be read.
     """
-    problems: list[Problem] = []
+    problems = _form(recipe)
     warnings: list[str] = list(recipe.notes)
     sources: list[Source | None] = []
     base: Source | None = None
@@ -243,6 +245,18 @@ def make_plan(recipe: Recipe, *, prior: Prior | None = None, origin: str = "reci
         Estimate(0, 0, 0, 0, 0, 0, 0.0), tuple(warnings),
     )  # fmt: skip
     return _with_estimate(plan)
+
+
+def _form(recipe: Recipe) -> list[Problem]:
+    """What a recipe file is checked for as well, since a changed merge is no file: the method, its models and their weights."""
+    weights = [entry.weight for entry in recipe.models]
+    method = registry().get(recipe.method.name)
+    if method is None:
+        return [Problem("method.name", f"{recipe.method.name} is not a method here; install the package that brings it")]
+    if wrong := [i for i, weight in enumerate(weights) if not math.isfinite(weight)]:
+        return [Problem(f"models[{i}].weight", f"must be a finite number, not {weights[i]}") for i in wrong]
+    found = [count_problem(len(weights), method), weights_problem(weights, method) if weights else None]
+    return [Problem("models", text) for text in found if text is not None]
 
 
 def _one_or_all(problems: Sequence[Problem], origin: str) -> RecipeError:

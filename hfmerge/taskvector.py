@@ -214,9 +214,9 @@ class LowRank(TaskVector):
 def squared_norm(value: Tensor) -> float:
     """Sum of squares of a float32 tensor: rows of 1024 in float32, their sums in float64.
 
-    The relative error is below 4e-6, which equal values come near; it is 2e-7 for a thousand random values and 1e-8 for
-    a million. Magnitudes from 1e-19 to 1e17 count: smaller ones may be lost, larger ones make the result Inf. NaN or Inf
-    anywhere makes the result NaN or Inf, so it also serves as the check for them.
+    The relative error is below 4e-6, which equal values come near; it is 2e-7 for a thousand random values and 1e-8
+    for a million. Magnitudes from 1e-19 to 1e17 count: smaller ones may be lost, larger ones make the result Inf. NaN
+    or Inf anywhere makes the result NaN or Inf, so it also serves as the check for them.
     """
     import torch
 

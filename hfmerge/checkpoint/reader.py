@@ -70,11 +70,13 @@ class Reader:
             tensor: Tensor = handle[key] if rows is None else handle[key][rows[0] : rows[1]]
             return tensor.clone()
         if key not in handle.offsets or not _same(handle.entries[key], entry):
-            raise CorruptFileError(f"{self.source.pinned.label}: {entry.file}: {key} has changed since the plan was made.")
+            raise CorruptFileError(
+                f"{self.source.pinned.label}: {entry.file}: {key} has changed since the plan was made."
+            )
         if entry.nbytes != math.prod(entry.shape) * SIZES[entry.dtype]:
             raise CorruptFileError(
-                f"{self.source.pinned.label}: {entry.file}: {key} is {entry.dtype} {entry.shape} in {entry.nbytes} bytes; "
-                "its header is broken, get the file again."
+                f"{self.source.pinned.label}: {entry.file}: {key} is {entry.dtype} {entry.shape} in {entry.nbytes} "
+                "bytes; its header is broken, get the file again."
             )
         start, shape = handle.offsets[key], entry.shape
         if rows is not None:
