@@ -33,7 +33,7 @@ def our_command(base: Path, models: Sequence[Path], alpha: float, variant: str, 
 
 
 def run_ours(base: Path, models: Sequence[Path], alpha: float, variant: str, threads: int) -> Sample:
-    """Run hfmerge once; `inside` is the whole merge as its own report counts it: reading, merging and writing."""
+    """Run hfmerge once; `inside` is "merging" of its own report: reading, computing and writing."""
     scratch = RUNS / f"hfmerge-opcm-{variant}"
     sample = common.measure(
         our_command(base, models, alpha, variant, scratch / "out"), threads=threads, scratch=scratch
@@ -42,16 +42,16 @@ def run_ours(base: Path, models: Sequence[Path], alpha: float, variant: str, thr
 
 
 def seconds_inside(output: str) -> float:
-    """`seconds.total` of the JSON object that `hfmerge merge --json` prints, whatever else is printed around it."""
+    """`seconds.merging` of the JSON object that `hfmerge merge --json` prints, whatever else is printed around it."""
     decoder = json.JSONDecoder()
     for match in re.finditer(r"^\{", output, re.MULTILINE):
         try:
             found, _ = decoder.raw_decode(output, match.start())
         except json.JSONDecodeError:
             continue
-        if isinstance(found, dict) and "total" in found.get("seconds", {}):
-            return float(found["seconds"]["total"])
-    raise BenchmarkError(f"no JSON object with seconds.total in the output of hfmerge:\n{output[-2000:]}")
+        if isinstance(found, dict) and "merging" in found.get("seconds", {}):
+            return float(found["seconds"]["merging"])
+    raise BenchmarkError(f"no JSON object with seconds.merging in the output of hfmerge:\n{output[-2000:]}")
 
 
 def pool(base: Path, models: Sequence[Path]) -> str:

@@ -25,7 +25,7 @@ from hfmerge.recording import adopt_card, readable_card, record
 from hfmerge.runtime import Ranks, current_ranks
 from hfmerge.source import parse_ref, pin
 from hfmerge.verifying import Report, verify_merge
-from hfmerge.workspace import workspace
+from hfmerge.workspace import full_disk, recover, workspace
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,7 @@ def add(
         HfMergeError: see `hfmerge.errors`; the existing merge stays as it was.
     """
     ranks = current_ranks()
+    ranks.on_main(partial(recover, merged))
     opened = open_merged(_pinned_ref(str(merged), ranks), sources)
     given = [m if isinstance(m, ModelEntry) else ModelEntry(m) for m in models]
     entries = [ModelEntry(_pinned_ref(entry.model, ranks), entry.weight) for entry in given]
@@ -138,6 +139,7 @@ def unmerge(
         LedgerError: not in the merge, or nothing would be left. HfMergeError: see `hfmerge.errors`.
     """
     ranks = current_ranks()
+    ranks.on_main(partial(recover, merged))
     opened = open_merged(_pinned_ref(str(merged), ranks), sources)
     names = [remove] if isinstance(remove, str) else list(remove)
     return _change(opened, lambda: plan_unmerge(opened, names), ranks, output, push_to, create_pr)
@@ -220,7 +222,8 @@ def _temporary(planned: Plan) -> Iterator[Path]:
             raise OutputError(
                 f"{name}: {planned.estimate.disk / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free; set TMPDIR."
             )
-        yield Path(name)
+        with full_disk(Path(name)):
+            yield Path(name)
 
 
 def _change(
@@ -239,7 +242,7 @@ def _change(
         raise PushError(f"{name}: lies on the Hub; say where the result goes: --push-to {name}, or --output FOLDER.")
     start = time.monotonic()
     change = ranks.each(make)
-    replace = opened.pinned.folder is not None and target == opened.pinned.folder
+    replace = opened.pinned.folder is not None and target is not None and Path(target).resolve() == opened.pinned.folder
     own = push_to is not None and push_to.lower() == opened.pinned.name.lower()
     parent = opened.pinned.commit if own else None
     push_to_hub = partial(push_folder, repo_id=str(push_to), create_pr=create_pr, parent_commit=parent)

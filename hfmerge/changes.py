@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from hfmerge.errors import LedgerError
 from hfmerge.ledger import Entry, Material, recipe_of
 from hfmerge.merged import Merged, check_materials, nearest_state
-from hfmerge.methods import FoldMethod, registry
+from hfmerge.methods import FoldMethod, MergeMethod, registry
 from hfmerge.planning import Plan, Prior, make_plan
 from hfmerge.recipe import ModelEntry
 
@@ -79,7 +79,7 @@ def plan_replay(merged: Merged) -> Plan:
 def _plan(merged: Merged, kept: list[Material], new: tuple[ModelEntry, ...]) -> tuple[Plan, str]:
     last = merged.last
     warnings: list[str] = []
-    method = registry()[last.method["name"]]
+    method = registry().get(last.method["name"], MergeMethod)
     prior: Prior | None = None
     if issubclass(method, FoldMethod):
         prior = nearest_state(merged, kept, warnings)

@@ -320,7 +320,9 @@ def _size(count: int) -> str:
 def _history(args: argparse.Namespace) -> int:
     from hfmerge.digest import sha256_bytes
     from hfmerge.merged import open_merged
+    from hfmerge.workspace import recover
 
+    recover(args.merged)
     merged = open_merged(args.merged)
     if args.json:
         _print_json(

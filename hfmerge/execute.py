@@ -25,7 +25,7 @@ from hfmerge.checkpoint.sidefiles import copy_side_files
 from hfmerge.checkpoint.vocabulary import extended_base, write_tokenizer
 from hfmerge.checkpoint.writer import TORCH_NAMES, SafetensorsWriter, Slot, write_index
 from hfmerge.digest import sha256_file
-from hfmerge.errors import NonFiniteError
+from hfmerge.errors import NonFiniteError, UnsupportedError
 from hfmerge.methods import Carry, FoldMethod, JointMethod
 from hfmerge.planning import DTYPE_NAMES, Param, Plan, carry_slots, needs_two_passes, state_name, worker_count
 from hfmerge.runtime import Ranks, shares
@@ -129,6 +129,7 @@ def run(plan: Plan, folder: Path, ranks: Ranks | None = None) -> Outcome:
     start = plan.prior.count if plan.prior else 0
     ranks.on_main(lambda: _fetch_all(plan, start))
     ranks.each(lambda: _fetch_all(plan, start))
+    ranks.on_main(lambda: _check_ties(plan, start))
     with _one_thread_each(), contextlib.ExitStack() as stack:
         hashing = stack.enter_context(ThreadPoolExecutor(1, "hfmerge-digest"))
         # results are asked for at the end; a source that differs from its digest then fails the whole run
@@ -164,6 +165,23 @@ def _fetch_all(plan: Plan, start: int) -> None:
                     fetch(place.pinned, name)
     for name in plan.side_files:
         fetch(plan.base.pinned, name)
+
+
+def _check_ties(plan: Plan, start: int) -> None:
+    """A stored copy of a tied tensor must be a copy: transformers unties those that differ, and a merge would lose one.
+
+    Raises:
+        UnsupportedError: names the model and both tensors.
+    """
+    checked = [(plan.base, plan.base_layout.tied), *((d.source, d.tied) for d in plan.deltas[start:])]
+    for source, tied in checked:
+        with Reader(source) as reader:
+            for copy, owner in tied.items():
+                if not reader.equal(copy, owner):
+                    raise UnsupportedError(
+                        f"{source.pinned.label}: {copy} differs from {owner}, to which its configuration ties it; set "
+                        "`tie_word_embeddings` in its config.json as the weights are, or remove the tensor."
+                    )
 
 
 @contextlib.contextmanager
@@ -251,6 +269,8 @@ class _Job:
         if two:
             mean = math.fsum(math.sqrt(s) for s in squared_norms) / len(squared_norms)
             target = mean if plan.norm == "mean" else float(plan.norm)
+            if not (math.isfinite(target) and math.isfinite(read_out)):
+                raise NonFiniteError("the squares of the changes exceed float32; use `norm: none`.")
             scale = target / read_out if read_out > 0.0 else 0.0
             self._over(visits, lambda piece: self._second_pass(piece, scale), "Writing")
         self._over([Piece(param) for param in untouched], self._copy, "Copying")
@@ -364,7 +384,7 @@ class _Job:
             changes = [self.plan.method.emit(carry, self.plan.weights) for carry in carries]
         else:
             squares, changes = self._combine(piece, base, thresholds)
-        total = math.fsum(change.squared_norm() for change in changes)
+        total = math.fsum(_finite_square(change) for change in changes)
         if write:
             self._write(piece, base(), changes, 1.0)
         elif self.scratch is not None and isinstance(self.plan.method, JointMethod):
@@ -411,12 +431,25 @@ class _Job:
         return squares, changes
 
     def _squared_norm(self, model: int, piece: Piece, tau: TaskVector | None) -> float:
-        """Of one model's change; not a number means that the model or the base is not, which is refused by name."""
-        square = 0.0 if tau is None else tau.squared_norm()
-        if not math.isfinite(square) and not self.plan.recipe.allow_nonfinite:
-            self.models[model].check_finite(piece.param.key)
-            self.base.check_finite(piece.param.key)
-        return square
+        """Of one model's change; not a number means that the model or the base is not, which is refused by name.
+
+        Where the recipe allows such values they count as zero in norms, but no matrix with them can be taken apart.
+        """
+        if tau is None:
+            return 0.0
+        square = tau.squared_norm()
+        if math.isfinite(square):
+            return square
+        key, method = piece.param.key, self.plan.method
+        if not self.plan.recipe.allow_nonfinite:
+            self.models[model].check_finite(key)
+            self.base.check_finite(key)
+        elif method.matrixwise and any(block.matrix for block in piece.param.blocks):
+            raise NonFiniteError(
+                f"{self.models[model].delta.source.pinned.label}: {key} holds NaN or Inf, and {method.name} cannot take such a "
+                "matrix apart; repair the source, or leave the tensor out with `exclude`."
+            )
+        return _finite_square(tau)
 
     def _prior_carry(self, method: FoldMethod, piece: Piece, block: Block) -> Carry | None:
         if self.prior is None or self.start == 0:
@@ -531,16 +564,24 @@ class _StateReader:
 
 
 def _settled(method: FoldMethod, param: Param, block: Block, count: int, carry: Carry) -> Carry:
-    """A carry in exactly the form its state file would give back: contiguous, factored or dense as the plan says."""
+    """A carry in exactly the form its state file would give back: dtype, contiguous, factored or dense as planned."""
+    import torch
+
     shape = block.shape(param.slot.shape)
     result: Carry = {}
     for name, rank in method.carry_ranks(shape, list(param.ranks[:count])).items():
-        value = carry[name]
+        value = carry[name].to(getattr(torch, TORCH_NAMES[method.carry_dtype]))
         if rank is None or not isinstance(value, LowRank):
             result[name] = Dense(value.to_dense().contiguous())
         else:
             result[name] = LowRank(value.up.contiguous(), value.down.contiguous())
     return result
+
+
+def _finite_square(change: TaskVector) -> float:
+    """Squared norm of the finite elements."""
+    square = change.squared_norm()
+    return square if math.isfinite(square) else squared_norm(change.to_dense().nan_to_num(0.0, 0.0, 0.0))
 
 
 def _once(make: Callable[[], Tensor]) -> Callable[[], Tensor]:

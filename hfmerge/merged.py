@@ -71,7 +71,12 @@ def open_merged(ref: str, sources: Mapping[str, str] | None = None) -> Merged:
 def _refs(pinned: Pinned, entry: Entry, sources: Mapping[str, str]) -> dict[str, str]:
     refs: dict[str, str] = {}
     if pinned.folder is not None and (pinned.folder / LOCAL_SOURCES).is_file():
-        refs |= json.loads((pinned.folder / LOCAL_SOURCES).read_text(encoding="utf-8"))
+        try:
+            refs |= {str(k): str(v) for k, v in json.loads((pinned.folder / LOCAL_SOURCES).read_bytes()).items()}
+        except (ValueError, AttributeError) as error:
+            raise LedgerError(
+                f"{pinned.label}: {LOCAL_SOURCES} cannot be read; delete it, and say where folders are with --source NAME=FOLDER."
+            ) from error
     for name, folder in sources.items():
         hits = [one for m in (entry.base, *entry.models) for one in _folders(m) if one.partition("@")[0] == name]
         if not hits:

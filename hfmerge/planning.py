@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ from hfmerge.errors import (
 )
 from hfmerge.methods import FoldMethod, MergeMethod, registry
 from hfmerge.recipe import Recipe
+from hfmerge.recipe_values import count_problem, weights_problem
 from hfmerge.source import FLOATS, Source, cached, describe, hub_api, hub_errors
 from hfmerge.taskvector import WHOLE, Block
 
@@ -149,10 +151,10 @@ def carry_slots(method: FoldMethod, param: Param, block: Block, count: int) -> d
     for name, rank in method.carry_ranks(shape, list(param.ranks[:count])).items():
         stem = state_name(param, block, name)
         if rank is None:
-            slots[stem] = Slot("F32", shape)
+            slots[stem] = Slot(method.carry_dtype, shape)
         else:
-            slots[f"{stem}.up"] = Slot("F32", (shape[0], rank))
-            slots[f"{stem}.down"] = Slot("F32", (rank, shape[1]))
+            slots[f"{stem}.up"] = Slot(method.carry_dtype, (shape[0], rank))
+            slots[f"{stem}.down"] = Slot(method.carry_dtype, (rank, shape[1]))
     return slots
 
 
@@ -177,7 +179,7 @@ def make_plan(recipe: Recipe, *, prior: Prior | None = None, origin: str = "reci
     Raises:
         RecipeError: all problems of all models at once. SourceError: the base itself cannot be read.
     """
-    problems: list[Problem] = []
+    problems = _form(recipe)
     warnings: list[str] = list(recipe.notes)
     sources: list[Source | None] = []
     base: Source | None = None
@@ -253,6 +255,18 @@ def make_plan(recipe: Recipe, *, prior: Prior | None = None, origin: str = "reci
         Estimate(0, 0, 0, 0, 0, 0, 0.0), tuple(warnings),
     )  # fmt: skip
     return _with_estimate(plan)
+
+
+def _form(recipe: Recipe) -> list[Problem]:
+    """What a recipe file is checked for as well, since a changed merge is no file: the method, its models and their weights."""
+    weights = [entry.weight for entry in recipe.models]
+    method = registry().get(recipe.method.name)
+    if method is None:
+        return [Problem("method.name", f"{recipe.method.name} is not a method here; install the package that brings it")]
+    if wrong := [i for i, weight in enumerate(weights) if not math.isfinite(weight)]:
+        return [Problem(f"models[{i}].weight", f"must be a finite number, not {weights[i]}") for i in wrong]
+    found = [count_problem(len(weights), method), weights_problem(weights, method) if weights else None]
+    return [Problem("models", text) for text in found if text is not None]
 
 
 def _one_or_all(problems: Sequence[Problem], origin: str) -> RecipeError:
@@ -398,7 +412,7 @@ def _match_full(
     if strange := [key for key in other.unexpected if key in heads]:
         heads = [key for key in heads if key not in strange]
         warnings.append(f"{label}: {_some(strange)} belongs to no part of {other.architecture} and is left out.")
-    return full_delta(source, origins), tuple(heads), size
+    return full_delta(source, origins, dict(other.tied)), tuple(heads), size
 
 
 def _origin_shape(where: Origin, other: Layout, base: Layout, key: str) -> tuple[int, ...]:

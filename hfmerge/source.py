@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -365,7 +366,9 @@ def _headers(pinned: Pinned, stem: str, allow_pickle: bool) -> tuple[dict[str, T
     for suffix, pickled in (("safetensors", False), ("bin", True)):
         single, index = f"{stem}.{suffix}", f"{stem}.{suffix}.index.json"
         if index in pinned.files:
-            weight_map = read_json(pinned, index).get("weight_map", {})
+            weight_map = read_json(pinned, index).get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise CorruptFileError(f"{pinned.label}: {index} has no weight_map; upload it again.")
             files = sorted({str(file) for file in weight_map.values()})
             if missing := [file for file in files if file not in pinned.files]:
                 raise CorruptFileError(
@@ -418,11 +421,16 @@ def _safetensors_entries(pinned: Pinned, file: str) -> dict[str, TensorEntry]:
         pointer = " (a Git-LFS pointer?)" if size < 1024 else ""
         raise CorruptFileError(f"{where} is no safetensors file{pointer}; upload it again.") from error
     entries = {}
-    end = 0
     for key, info in meta.tensors.items():
         start, stop = info.data_offsets
         entries[key] = TensorEntry(file, info.dtype, tuple(info.shape), stop - start)
-        end = max(end, stop)
+        per_element = FLOATS.get(info.dtype) or OTHERS.get(info.dtype)
+        if per_element is not None and stop - start != per_element * math.prod(info.shape):
+            raise CorruptFileError(
+                f"{where}: broken safetensors header: {key} has {stop - start} bytes for {info.dtype} {tuple(info.shape)}; "
+                "get it again."
+            )
+    end = _end_of_data(where, {key: (info.data_offsets[0], info.data_offsets[1]) for key, info in meta.tensors.items()})
     if size < 8 + end:
         raise CorruptFileError(f"{where} is truncated: {size} bytes, its header promises at least {8 + end}.")
     return entries
@@ -456,13 +464,24 @@ def check_safetensors(path: Path, where: str) -> dict[str, int]:
             raise CorruptFileError(f"{where} is no safetensors file or is truncated ({size} bytes); get it again.")
         try:
             header = json.loads(handle.read(length))
-            spans = {key: info["data_offsets"] for key, info in header.items() if key != "__metadata__"}
-            end = max((stop for _, stop in spans.values()), default=0)
+            offsets = {key: info["data_offsets"] for key, info in header.items() if key != "__metadata__"}
+            spans = {key: (int(start), int(stop)) for key, (start, stop) in offsets.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CorruptFileError(f"{where}: broken safetensors header; get it again.") from error
+    end = _end_of_data(where, spans)
     if 8 + length + end != size:
         raise CorruptFileError(f"{where} is truncated or overlong: {size} bytes, header says {8 + length + end}.")
     return {key: 8 + length + start for key, (start, _) in spans.items()}
+
+
+def _end_of_data(where: str, spans: Mapping[str, tuple[int, int]]) -> int:
+    """Length of the data that tensors from `start` to `stop` fill, which they must without gap or overlap."""
+    end = 0
+    for key, (start, stop) in sorted(spans.items(), key=lambda item: item[1]):
+        if start != end or stop < start:
+            raise CorruptFileError(f"{where}: broken safetensors header: {key} does not follow the tensor before; get it again.")
+        end = stop
+    return end
 
 
 def _pickle_entries(pinned: Pinned, file: str) -> dict[str, TensorEntry]:

@@ -80,13 +80,13 @@ def _select(tensor: Tensor, axis: int, ranges: tuple[tuple[int, int], ...]) -> T
 class TaskVector:
     """A change of one parameter block: `Dense` or `LowRank`. Arithmetic keeps factors while that is cheaper.
 
-    Values are float32 (the factors too); sums over elements are taken in float64.
+    Values are float32, or float64 where a method carries its state so; sums over elements are taken in float64.
     """
 
     shape: tuple[int, ...]
 
     def to_dense(self) -> Tensor:
-        """The change as one float32 tensor of `shape`."""
+        """The change as one tensor of `shape`."""
         raise NotImplementedError
 
     def squared_norm(self) -> float:
@@ -101,8 +101,8 @@ class TaskVector:
         """`factor` times this change."""
         raise NotImplementedError
 
-    def to(self, device: torch.device | str) -> TaskVector:
-        """The same change with its tensors on `device`."""
+    def to(self, target: torch.device | torch.dtype | str) -> TaskVector:
+        """The same change with its tensors on a device or of a dtype."""
         raise NotImplementedError
 
     def tensors(self) -> dict[str, Tensor]:
@@ -136,7 +136,7 @@ class TaskVector:
 
 @dataclass(frozen=True, eq=False)
 class Dense(TaskVector):
-    """A change given element by element: `value` is float32 of any shape."""
+    """A change given element by element: `value` is floating, of any shape."""
 
     value: Tensor
 
@@ -160,8 +160,8 @@ class Dense(TaskVector):
     def scaled(self, factor: float) -> TaskVector:
         return self if factor == 1.0 else Dense(self.value * factor)
 
-    def to(self, device: torch.device | str) -> TaskVector:
-        return Dense(self.value.to(device))
+    def to(self, target: torch.device | torch.dtype | str) -> TaskVector:
+        return Dense(self.value.to(target))
 
     def tensors(self) -> dict[str, Tensor]:
         return {"": self.value}
@@ -169,7 +169,7 @@ class Dense(TaskVector):
 
 @dataclass(frozen=True, eq=False)
 class LowRank(TaskVector):
-    """A change of a matrix as `up @ down`: `up` (m, k) and `down` (k, n), float32; k = 0 is the zero change."""
+    """A change of a matrix as `up @ down`: `up` (m, k) and `down` (k, n), floating; k = 0 is the zero change."""
 
     up: Tensor
     down: Tensor
@@ -204,19 +204,19 @@ class LowRank(TaskVector):
     def scaled(self, factor: float) -> TaskVector:
         return self if factor == 1.0 else LowRank(self.up * factor, self.down)
 
-    def to(self, device: torch.device | str) -> TaskVector:
-        return LowRank(self.up.to(device), self.down.to(device))
+    def to(self, target: torch.device | torch.dtype | str) -> TaskVector:
+        return LowRank(self.up.to(target), self.down.to(target))
 
     def tensors(self) -> dict[str, Tensor]:
         return {".up": self.up, ".down": self.down}
 
 
 def squared_norm(value: Tensor) -> float:
-    """Sum of squares of a float32 tensor: rows of 1024 in float32, their sums in float64.
+    """Sum of squares of a tensor: rows of 1024 in its own precision, their sums in float64.
 
-    The relative error is below 4e-6, which equal values come near; it is 2e-7 for a thousand random values and 1e-8 for
-    a million. Magnitudes from 1e-19 to 1e17 count: smaller ones may be lost, larger ones make the result Inf. NaN or Inf
-    anywhere makes the result NaN or Inf, so it also serves as the check for them.
+    The relative error is below 4e-6, which equal values come near; it is 2e-7 for a thousand random values and 1e-8
+    for a million. Magnitudes from 1e-19 to 1e17 count: smaller ones may be lost, larger ones make the result Inf. NaN
+    or Inf anywhere makes the result NaN or Inf, so it also serves as the check for them.
     """
     import torch
 
@@ -316,7 +316,7 @@ class Core:
         return cls(r_left[:, :k] @ r_right[:, :k].T, r_left[:, k:] @ r_right[:, k:].T, (m, n), left, right)
 
     def lift(self, coordinates: Tensor) -> TaskVector:
-        """A change from its coordinates; float32, factors when the coordinates are reduced ones."""
+        """A change from its coordinates; float64, factors when the coordinates are reduced ones."""
         if self.left is None or self.right is None:
-            return Dense(coordinates.float())
-        return LowRank((self.left @ coordinates).float(), self.right.T.float().contiguous())
+            return Dense(coordinates)
+        return LowRank(self.left @ coordinates, self.right.T.contiguous())

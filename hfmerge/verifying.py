@@ -15,6 +15,7 @@ from hfmerge.digest import sha256_bytes, sha256_file
 from hfmerge.errors import HfMergeError, LedgerError
 from hfmerge.merged import Merged, open_merged, state_path
 from hfmerge.source import fetch
+from hfmerge.workspace import recover
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ def verify_merge(ref: str, *, replay: bool = False, sources: Mapping[str, str] |
     Raises:
         SourceError: the merge cannot be reached. A broken ledger is a failed check, not an error.
     """
+    recover(ref)
     try:
         merged = open_merged(ref, sources)
     except LedgerError as error:

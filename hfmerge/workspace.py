@@ -7,6 +7,7 @@ files grow in `.NAME.hfmerge-partial`. The next run on the same folder removes w
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
@@ -14,6 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hfmerge.errors import OutputError
+
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager
@@ -29,23 +33,12 @@ def workspace(output: Path, *, needed: int, replace: bool) -> Iterator[Path]:
         OutputError: not empty, in use by another merge, no space, no permission.
     """
     output = Path(output)
-    if output.is_symlink():
+    if output.is_symlink() or output.name in ("", ".."):
         output = output.resolve()
     if output.exists() and not output.is_dir():
         raise OutputError(f"{output}: is a file; choose a folder for --output.")
-    lock, partial, old = (output.parent / f".{output.name}.hfmerge-{part}" for part in ("lock", "partial", "old"))
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise OutputError(f"{output}: cannot write there: {error.strerror}.") from error
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OutputError(
-                f"{output}: another merge is writing this folder; wait for it, or choose another."
-            ) from error
+    partial, old = _beside(output, "partial"), _beside(output, "old")
+    with _locked(output):
         _recover(output, old)
         if not replace and output.exists() and any(output.iterdir()):
             raise OutputError(f"{output}: the folder is not empty; empty it, or choose another --output.")
@@ -57,11 +50,66 @@ def workspace(output: Path, *, needed: int, replace: bool) -> Iterator[Path]:
             )
         partial.mkdir()
         try:
-            yield partial
+            with full_disk(output):
+                yield partial
             _publish(partial, output, old)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-        lock.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def full_disk(output: Path) -> Iterator[None]:
+    """Re-raise a full disk, met at whatever file, as one line that names the folder and the remedy."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        raise OutputError(
+            f"{output}: cannot be written: {error.strerror}; free some space or choose another --output."
+        ) from error
+
+
+def recover(output: str | Path) -> None:
+    """Put back a folder that a run killed at the very moment of replacing it left under its hidden name.
+
+    Raises:
+        OutputError: a merge is replacing it just now.
+    """
+    output = Path(output).expanduser()
+    old = _beside(output, "old")
+    if old.is_dir() and not output.exists():
+        with _locked(output):
+            _recover(output, old)
+
+
+def _beside(output: Path, part: str) -> Path:
+    return output.parent / f".{output.name}.hfmerge-{part}"
+
+
+@contextlib.contextmanager
+def _locked(output: Path) -> Iterator[None]:
+    """Hold the folder's lock; its file is removed in the end, which is why a lock is worth nothing if its file is gone."""
+    lock = _beside(output, "lock")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise OutputError(f"{output}: cannot write there: {error.strerror}.") from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = os.path.samestat(os.fstat(handle), lock.stat())
+        except (BlockingIOError, FileNotFoundError):
+            held = False
+        except OSError as error:
+            raise OutputError(f"{output}: cannot be locked: {error.strerror}; choose a folder on a local disk.") from error
+        if not held:
+            raise OutputError(f"{output}: another merge is writing this folder; wait for it, or choose another.")
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
     finally:
         os.close(handle)
 
@@ -83,6 +131,7 @@ def _publish(partial: Path, output: Path, old: Path) -> None:
         os.rename(partial, output)
         _sync_folder(output.parent)
     except OSError as error:
+        _recover(output, old)
         raise OutputError(f"{output}: cannot be put in place: {error.strerror}.") from error
     shutil.rmtree(old, ignore_errors=True)
 

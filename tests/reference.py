@@ -24,7 +24,7 @@ def numerical_rank(singular: Tensor, shape: Sequence[int]) -> int:
 
 
 def split_rank(singular: Tensor, alpha: float, rank: int) -> int:
-    """r: the first index, from 0, whose cumulative share of the sum exceeds alpha; the numerical rank for alpha = 1."""
+    """r: the first index, from 0, whose share of the sum so far exceeds alpha; the numerical rank for alpha = 1."""
     total, running = float(singular.sum()), 0.0
     for i, value in enumerate(singular.tolist()):
         running += value

@@ -1,4 +1,4 @@
-"""LoRA adapters made, saved and merged by PEFT itself, against what hfmerge makes of the same folders; and those it refuses."""
+"""LoRA adapters made, saved and merged by PEFT, against what hfmerge makes of the same folders; and those it refuses."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def trained(kind: str, folder: Path, settings: LoraConfig, seed: int = 1, **saving: Any) -> Path:
-    """An adapter on the base of this kind, made and saved by PEFT, with every trainable parameter off its initial value."""
+    """An adapter on the base of this kind, made and saved by PEFT, every trainable parameter off its initial value."""
     model = get_peft_model(KINDS[kind](), settings)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -108,12 +108,17 @@ CASES: list[Any] = [
     pytest.param("bert", lora(use_rslora=True), 4, id="rank-stabilised"),
     pytest.param("llama", lora(target_modules="all-linear"), 21, id="all linear layers"),
     pytest.param("llama", lora(target_modules=ATTENTION, layers_to_transform=[1]), 2, id="one layer"),
-    pytest.param("llama", lora(target_modules=ATTENTION, layers_to_transform=2, layers_pattern="layers"), 2, id="last"),
+    pytest.param(
+        "llama", lora(target_modules=ATTENTION, layers_to_transform=2, layers_pattern="layers"), 2, id="last"
+    ),
     pytest.param("llama", lora(target_modules=r".*\.2\.mlp\.(up|down)_proj"), 2, id="pattern of modules"),
     pytest.param("llama", lora(target_modules=["q_proj"], exclude_modules=r".*\.0\..*"), 2, id="excluded modules"),
     pytest.param(
         "bert",
-        lora(target_modules=["query", "value", "dense"], rank_pattern={"query": 2, "^bert.encoder.layer.1.output.dense": 3}),
+        lora(
+            target_modules=["query", "value", "dense"],
+            rank_pattern={"query": 2, "^bert.encoder.layer.1.output.dense": 3},
+        ),
         11,
         id="rank pattern",
     ),
@@ -136,7 +141,9 @@ CASES: list[Any] = [
     ),
     pytest.param("bert", lora(modules_to_save=["LayerNorm"]), 14, id="saved norms"),
     pytest.param("bert", lora(modules_to_save=["pooler"]), 6, id="saved module of several parameters"),
-    pytest.param("llama", lora(target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"]), 5, id="saved both"),
+    pytest.param(
+        "llama", lora(target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"]), 5, id="saved both"
+    ),
     pytest.param("vit", lora(target_modules=ATTENTION), 4, id="names in memory unlike those in the file"),
     pytest.param("gpt2", lora(target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True), 8, id="Conv1D"),
     pytest.param("bert", lora(init_lora_weights="gaussian"), 4, id="gaussian"),
@@ -167,7 +174,8 @@ def test_adapters_change_what_peft_changes(
 
 
 @pytest.mark.parametrize(
-    ("kind", "target"), [("bert", "word_embeddings"), ("llama", "embed_tokens"), ("gpt2", "wte"), ("qwen3", "embed_tokens")]
+    ("kind", "target"),
+    [("bert", "word_embeddings"), ("llama", "embed_tokens"), ("gpt2", "wte"), ("qwen3", "embed_tokens")],
 )
 @TIED
 def test_adapters_of_embeddings(bases: dict[str, Path], tmp_path: Path, kind: str, target: str) -> None:
@@ -181,7 +189,16 @@ def test_adapters_of_embeddings(bases: dict[str, Path], tmp_path: Path, kind: st
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False but the target module is `Conv1D`:UserWarning")
 def test_an_adapter_whose_orientation_peft_corrects(bases: dict[str, Path], tmp_path: Path) -> None:
     adapter = trained("gpt2", tmp_path / "adapter", lora(target_modules=["c_attn"]))
-    assert len(compare(merged_by_us(tmp_path / "out", bases["gpt2"], adapter), merged_by_peft(bases["gpt2"], adapter), bases["gpt2"])) == 2
+    assert (
+        len(
+            compare(
+                merged_by_us(tmp_path / "out", bases["gpt2"], adapter),
+                merged_by_peft(bases["gpt2"], adapter),
+                bases["gpt2"],
+            )
+        )
+        == 2
+    )
 
 
 @EMBEDDINGS
@@ -198,7 +215,9 @@ def test_half_precision_adapters_are_computed_in_float(bases: dict[str, Path], t
     adapter = trained("bert", tmp_path / "adapter", lora())
     held = load_file(adapter / "adapter_model.safetensors")
     save_file({key: value.bfloat16() for key, value in held.items()}, adapter / "adapter_model.safetensors")
-    compare(merged_by_us(tmp_path / "out", bases["bert"], adapter), merged_by_peft(bases["bert"], adapter), bases["bert"])
+    compare(
+        merged_by_us(tmp_path / "out", bases["bert"], adapter), merged_by_peft(bases["bert"], adapter), bases["bert"]
+    )
 
 
 def test_several_adapters_add_up(bases: dict[str, Path], tmp_path: Path) -> None:
@@ -307,7 +326,9 @@ def refused(base: Path, adapter: Path | str, words: str) -> None:
 
 REAL: list[Any] = [
     pytest.param("bert", lora(use_dora=True), "`use_dora: True` is not plain LoRA", id="dora"),
-    pytest.param("bert", lora(init_lora_weights="pissa"), "initialised with pissa, which changes the base", id="pissa"),
+    pytest.param(
+        "bert", lora(init_lora_weights="pissa"), "initialised with pissa, which changes the base", id="pissa"
+    ),
     pytest.param("bert", lora(init_lora_weights="pissa_niter_2"), "initialised with pissa_niter_2", id="fast pissa"),
     pytest.param("bert", lora(init_lora_weights="olora"), "initialised with olora", id="olora"),
     pytest.param("bert", lora(bias="all"), "`bias: all`", id="all biases"),
@@ -319,7 +340,9 @@ REAL: list[Any] = [
         id="bias of B",
         marks=pytest.mark.filterwarnings("ignore:Adapter 'default'. 4 LoRA tensor:peft.utils.warning.PeftWarning"),
     ),
-    pytest.param("bert", lora(trainable_token_indices={"word_embeddings": [1, 2]}), "`trainable_token_indices", id="tokens"),
+    pytest.param(
+        "bert", lora(trainable_token_indices={"word_embeddings": [1, 2]}), "`trainable_token_indices", id="tokens"
+    ),
     pytest.param("bert", lora(kasa_config=peft.KasaConfig()), "`kasa_config", id="kasa"),
     pytest.param(
         "llama", lora(target_modules=ATTENTION, layer_replication=[(0, 2), (1, 3)]), "`layer_replication", id="layers"
@@ -392,7 +415,9 @@ VALUES: Mapping[str, Any] = {
 
 def test_every_field_that_changes_the_meaning_is_listed() -> None:
     """PEFT marks the fields that make another variant of LoRA; a new one has to be looked at before it is merged."""
-    variants = [name for name, field in LoraConfig.__dataclass_fields__.items() if field.metadata.get("is_lora_variant")]
+    variants = [
+        name for name, field in LoraConfig.__dataclass_fields__.items() if field.metadata.get("is_lora_variant")
+    ]
     assert "use_dora" in variants and set(variants) <= set(PLAIN) == set(VALUES)
     defaults = LoraConfig().to_dict()
     assert all(defaults[name] in allowed for name, allowed in PLAIN.items())
@@ -427,8 +452,14 @@ def broken(folder: Path, change: Callable[[dict[str, Tensor]], None], **settings
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda held: held.pop(f"{PREFIX}.lora_B.weight"), rf"{PREFIX}.lora_A.weight has no lora_B beside it; .* incomplete"),
-        (lambda held: held.pop(f"{PREFIX}.lora_A.weight"), rf"{PREFIX}.lora_B.weight has no lora_A beside it; .* incomplete"),
+        (
+            lambda held: held.pop(f"{PREFIX}.lora_B.weight"),
+            rf"{PREFIX}.lora_A.weight has no lora_B beside it; .* incomplete",
+        ),
+        (
+            lambda held: held.pop(f"{PREFIX}.lora_A.weight"),
+            rf"{PREFIX}.lora_B.weight has no lora_A beside it; .* incomplete",
+        ),
         (
             lambda held: held.update({f"{PREFIX}.lora_B.weight": torch.zeros(16, 3)}),
             f"{DENSE}: A has rank 2, B has rank 3",
@@ -469,7 +500,18 @@ def broken(folder: Path, change: Callable[[dict[str, Tensor]], None], **settings
             r"is \(50, 16\), the base has \(48, 16\); it was trained on another base, or on one with more tokens",
         ),
     ],
-    ids=["no B", "no A", "ranks differ", "other rank", "other width", "magnitude", "bias", "convolution", "copy", "tokens"],
+    ids=[
+        "no B",
+        "no A",
+        "ranks differ",
+        "other rank",
+        "other width",
+        "magnitude",
+        "bias",
+        "convolution",
+        "copy",
+        "tokens",
+    ],
 )
 def test_broken_adapters_are_named(
     bases: dict[str, Path], tmp_path: Path, change: Callable[[dict[str, Tensor]], None], words: str
@@ -486,7 +528,9 @@ def test_an_adapter_of_another_base(bases: dict[str, Path], tmp_path: Path) -> N
 
 
 def test_an_adapter_that_changes_nothing_here(bases: dict[str, Path], tmp_path: Path) -> None:
-    adapter = tiny.adapter(tmp_path / "adapter", {}, 1, saved={"score.weight": torch.zeros(2, 16)}, task_type="SEQ_CLS")
+    adapter = tiny.adapter(
+        tmp_path / "adapter", {}, 1, saved={"score.weight": torch.zeros(2, 16)}, task_type="SEQ_CLS"
+    )
     refused(bases["bert"], adapter, "changes no parameter of the base BertForSequenceClassification")
 
 

@@ -1,4 +1,4 @@
-"""The contract that every registered method keeps, golden numbers against plain transcriptions, and the trimming helpers."""
+"""The contract that every registered method keeps, golden numbers against transcriptions, and the trimming helpers."""
 
 from __future__ import annotations
 
@@ -171,13 +171,15 @@ def test_a_model_without_a_change_is_no_fault(method: MergeMethod) -> None:
 
 @each_case
 def test_identical_models_keep_their_direction(method: MergeMethod) -> None:
-    """No method invents a direction out of agreement: the result is a multiple of the change, where none is trimmed."""
+    """No method invents a direction out of agreement: the result is a multiple of the change where it is kept."""
     tau = Dense(normal(1, 8, 5))
     result = apply(method, [tau] * count(method), matrix=False)
     agreeing = tau.value[result != 0.0]
     if isinstance(method, FoldMethod) or not hasattr(method, "density"):
         assert agreeing.numel() == tau.value.numel()
-    share = torch.dot(result[result != 0.0].double(), agreeing.double()) / torch.dot(agreeing.double(), agreeing.double())
+    share = torch.dot(result[result != 0.0].double(), agreeing.double()) / torch.dot(
+        agreeing.double(), agreeing.double()
+    )
     assert float(share) > 0.0
     assert gap(result[result != 0.0], float(share) * agreeing) < 1e-5
 
@@ -276,8 +278,12 @@ def test_weights_count(method: MergeMethod) -> None:
 
 
 @each_case
-@pytest.mark.parametrize("ranks", [(None, None, None), (2, 1, 3), (0, 2, 2), (0, 0, 0), (2, None, 1), (3, 3, 4)], ids=str)
-def test_carried_state_survives_a_file_and_has_the_planned_form(method: MergeMethod, ranks: tuple[int | None, ...]) -> None:
+@pytest.mark.parametrize(
+    "ranks", [(None, None, None), (2, 1, 3), (0, 2, 2), (0, 0, 0), (2, None, 1), (3, 3, 4)], ids=str
+)
+def test_carried_state_survives_a_file_and_has_the_planned_form(
+    method: MergeMethod, ranks: tuple[int | None, ...]
+) -> None:
     """Interrupted after any model, stored and read back, the fold goes on to the same bytes."""
     if not isinstance(method, FoldMethod):
         assert not hasattr(method, "step") and not hasattr(method, "carry_ranks")
@@ -285,7 +291,11 @@ def test_carried_state_survives_a_file_and_has_the_planned_form(method: MergeMet
     m, n = 10, 8
     weights = [1.0, 0.5, 2.0]
     taus: list[TaskVector] = [
-        Dense(normal(i, m, n)) if k is None else zero((m, n)) if k == 0 else LowRank(normal(i, m, k), normal(20 + i, k, n))
+        Dense(normal(i, m, n))
+        if k is None
+        else zero((m, n))
+        if k == 0
+        else LowRank(normal(i, m, k), normal(20 + i, k, n))
         for i, k in enumerate(ranks)
     ]
     straight: Carry | None = None
@@ -298,7 +308,11 @@ def test_carried_state_survives_a_file_and_has_the_planned_form(method: MergeMet
         for name, value in stored.items():
             assert value.shape == (m, n)
             assert (value.rank if isinstance(value, LowRank) else None) == planned[name]
-        flat = {f"{name}{end}": part.contiguous() for name, value in stored.items() for end, part in value.tensors().items()}
+        flat = {
+            f"{name}{end}": part.contiguous()
+            for name, value in stored.items()
+            for end, part in value.tensors().items()
+        }
         read = load(save(flat))
         assert all(part.dtype == torch.float32 for part in read.values())
         stored = {
@@ -313,7 +327,11 @@ def test_carried_state_survives_a_file_and_has_the_planned_form(method: MergeMet
 
 @each_case
 def test_elementwise_methods_may_be_visited_in_slices(method: MergeMethod) -> None:
-    taus, weights, base = [normal(i, 40, 6) for i in range(count(method))], [0.3, 1.0, 2.0][: count(method)], normal(9, 40, 6)
+    taus, weights, base = (
+        [normal(i, 40, 6) for i in range(count(method))],
+        [0.3, 1.0, 2.0][: count(method)],
+        normal(9, 40, 6),
+    )
     whole = apply(method, [Dense(tau) for tau in taus], weights, base, matrix=False)
     parts = [
         apply(method, [Dense(tau[at : at + 16]) for tau in taus], weights, base[at : at + 16], matrix=False)
@@ -360,7 +378,9 @@ def test_task_arithmetic_is_the_scaled_sum(scale: float) -> None:
     assert gap(base + change, reference.task_arithmetic(base, models, weights, scale)) < 1e-6
 
 
-def slerp(first: Tensor, second: Tensor, base: Tensor, t: float | None, weights: Sequence[float] = (1.0, 1.0)) -> Tensor:
+def slerp(
+    first: Tensor, second: Tensor, base: Tensor, t: float | None, weights: Sequence[float] = (1.0, 1.0)
+) -> Tensor:
     method = registry()["slerp"](t=t)  # type: ignore[call-arg]
     return base + apply(method, [Dense(first - base), Dense(second - base)], weights, base)
 
@@ -539,7 +559,9 @@ def test_histogram_threshold_lies_within_its_bound(
 ) -> None:
     """At most a relative 2^-12 below the exact border, so nothing that should stay is trimmed."""
     numbers = torch.Generator().manual_seed(seed)
-    values = torch.randn(size, generator=numbers) * 10.0 ** (exponent / 2 - spread * torch.rand(size, generator=numbers))
+    values = torch.randn(size, generator=numbers) * 10.0 ** (
+        exponent / 2 - spread * torch.rand(size, generator=numbers)
+    )
     border = float(values.abs().sort(descending=True).values[kept(size, density) - 1])
     limit = histogram_threshold(magnitude_histogram(values), density)
     assert limit <= border <= limit * (1.0 + 2.0**-12)

@@ -1,4 +1,4 @@
-"""Task vectors: their algebra in both forms, the blocks they are cut into, norms, and the small coordinates of low-rank pairs."""
+"""Task vectors: their algebra in both forms, the blocks they are cut into, norms, and small coordinates of factors."""
 
 from __future__ import annotations
 
@@ -66,9 +66,7 @@ MAKERS: dict[str, Callable[[int, int, int], TaskVector]] = {
 @pytest.mark.parametrize("first", MAKERS)
 @quick
 @given(m=sizes, n=sizes, seed=seeds, factor=st.floats(-3, 3, width=32))
-def test_algebra_agrees_with_dense_matrices(
-    first: str, second: str, m: int, n: int, seed: int, factor: float
-) -> None:
+def test_algebra_agrees_with_dense_matrices(first: str, second: str, m: int, n: int, seed: int, factor: float) -> None:
     a, b = MAKERS[first](seed, m, n), MAKERS[second](seed + 1, m, n)
     x, y = exact(a), exact(b)
     before = [part.clone() for tau in (a, b) for part in tau.tensors().values()]
@@ -259,22 +257,24 @@ def test_norm_of_factors_that_cancel_is_not_negative() -> None:
     assert 0.0 <= (a - a).squared_norm() <= 1e-12 * a.squared_norm()
 
 
-@pytest.mark.parametrize(("m", "n", "k", "l"), [(30, 12, 2, 3), (12, 30, 4, 1), (9, 9, 4, 4), (20, 20, 0, 3), (6, 7, 2, 0)])
-def test_core_keeps_every_product_of_two_factored_changes(m: int, n: int, k: int, l: int) -> None:
-    a, b = low_rank(5, m, n, k), low_rank(6, m, n, l)
+@pytest.mark.parametrize(
+    ("m", "n", "k", "j"), [(30, 12, 2, 3), (12, 30, 4, 1), (9, 9, 4, 4), (20, 20, 0, 3), (6, 7, 2, 0)]
+)
+def test_core_keeps_every_product_of_two_factored_changes(m: int, n: int, k: int, j: int) -> None:
+    a, b = low_rank(5, m, n, k), low_rank(6, m, n, j)
     x, y = exact(a), exact(b)
     core = Core.of(a, b)
-    assert core.shape == (m, n) and core.first.shape == core.second.shape == (k + l, k + l)
+    assert core.shape == (m, n) and core.first.shape == core.second.shape == (k + j, k + j)
     assert core.first.dtype == core.second.dtype == torch.float64
     assert core.left is not None and core.right is not None
     assert near(core.left @ core.first @ core.right.T, x, 1e-12)
     assert near(core.left @ core.second @ core.right.T, y, 1e-12)
     for basis in (core.left, core.right):
-        assert torch.allclose(basis.T @ basis, torch.eye(k + l, dtype=torch.float64), atol=1e-12)
+        assert torch.allclose(basis.T @ basis, torch.eye(k + j, dtype=torch.float64), atol=1e-12)
     small, large = torch.linalg.svdvals(core.first), torch.linalg.svdvals(x)
     assert torch.allclose(small[:k], large[:k], rtol=1e-10) and bool((small[k:] <= 1e-10).all())
     product = core.lift(core.first @ core.second.T @ core.first)
-    assert isinstance(product, LowRank) and product.rank == k + l and product.shape == (m, n)
+    assert isinstance(product, LowRank) and product.rank == k + j and product.shape == (m, n)
     assert near(product.to_dense(), x @ y.T @ x, 1e-5)
 
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import itertools
 import json
+import multiprocessing
+import multiprocessing.process
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -297,3 +301,95 @@ def tokenizer(folder: Path, tokens: Sequence[str]) -> Path:
     raw.pre_tokenizer = WhitespaceSplit()
     transformers.PreTrainedTokenizerFast(tokenizer_object=raw, unk_token=tokens[0]).save_pretrained(folder)
     return folder
+
+
+@dataclass(frozen=True)
+class Child:
+    """A command that runs in a process of its own and may be held at a given point.
+
+    Attributes:
+        process: it; `ready` and `go` are files: it creates the first when it is held, and goes on when it sees the second.
+    """
+
+    process: multiprocessing.process.BaseProcess
+    ready: Path
+    go: Path
+    log: Path
+
+    def wait_until_held(self) -> None:
+        """Wait until the command has come to the point where it is held."""
+        for _ in range(6000):
+            if self.ready.exists():
+                return
+            assert self.process.is_alive(), self.log.read_text()
+            time.sleep(0.01)
+        raise AssertionError("the command never came to its point")
+
+    def signal(self, number: int) -> None:
+        """Send a signal and let the command go on."""
+        assert self.process.pid is not None
+        os.kill(self.process.pid, number)
+        self.go.touch()
+
+    def end(self) -> Run:
+        """Wait for the end; a killed process has its negative signal as exit code."""
+        self.go.touch()
+        self.process.join(60)
+        assert self.process.exitcode is not None
+        return Run(self.process.exitcode, "", self.log.read_text())
+
+
+def fork(folder: Path, arguments: Sequence[object], *, hold: str = "", limit: int = 0) -> Child:
+    """Run a command in a process of its own, forked from a server that has imported everything once.
+
+    Args:
+        folder: for the files by which it is held, and its output.
+        hold: "write": in the middle of the weights; "rename": when the old folder is away and the new one not yet there.
+        limit: greatest length of a file in bytes, as `ulimit -f` sets it.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tiny", "transformers.models.llama.modeling_llama", "hfmerge.api"])
+    name = f"child-{len(list(folder.glob('child-*.log')))}"
+    ready, go, log = (folder / f"{name}.{suffix}" for suffix in ("ready", "go", "log"))
+    log.touch()
+    process = context.Process(target=_forked, args=([str(a) for a in arguments], hold, limit, ready, go, log))
+    process.start()
+    return Child(process, ready, go, log)
+
+
+def _forked(arguments: list[str], hold: str, limit: int, ready: Path, go: Path, log: Path) -> None:
+    import resource
+
+    from hfmerge import workspace
+    from hfmerge.checkpoint.writer import SafetensorsWriter
+
+    def held() -> None:
+        ready.touch()
+        for _ in range(6000):
+            if go.exists():
+                return
+            time.sleep(0.01)
+
+    with open(log, "w", buffering=1) as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        if hold == "write":
+            write, seen = SafetensorsWriter.write, itertools.count()
+
+            def slow(self: SafetensorsWriter, *given: Any) -> None:
+                write(self, *given)
+                if next(seen) == 5:
+                    held()
+
+            SafetensorsWriter.write = slow  # type: ignore[method-assign]
+        if hold == "rename":
+            rename = os.rename
+
+            def late(source: Path, target: Path) -> None:
+                if Path(source).name.endswith("-partial"):
+                    held()
+                rename(source, target)
+
+            workspace.os.rename = late  # type: ignore[attr-defined]
+        if limit:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        code = main(arguments)
+    sys.exit(code)

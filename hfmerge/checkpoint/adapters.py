@@ -76,7 +76,7 @@ class AdapterMap:
 
     Attributes:
         lora: base stored key -> factors.
-        replaced: base stored key -> adapter key of a whole trained copy (`modules_to_save`, embeddings beneath a LoRA).
+        replaced: base stored key -> adapter key of a whole copy (`modules_to_save`, or an embedding beneath a LoRA).
         heads: adapter key -> name in the model, for trained modules the base does not have.
     """
 
@@ -168,8 +168,8 @@ def _add_copy(
     tied = base.canonical[target] in base.memory.ties.values()
     if (tied or target in replaced) and ".base_layer." not in key and not config.get("ensure_weight_tying"):
         raise UnsupportedError(
-            f"{label}: trains {path} apart from what the base ties it to (`ensure_weight_tying` is not set); merge it into "
-            "its base with peft (merge_and_unload) and give the full model."
+            f"{label}: trains {path} apart from what the base ties it to (`ensure_weight_tying` is not set); merge it "
+            "into its base with peft (merge_and_unload) and give the full model."
         )
     replaced.setdefault(target, key)
 
@@ -212,8 +212,8 @@ def _add_lora(
         )
     if target in lora:
         raise UnsupportedError(
-            f"{label}: {module} shares its weight with another module that the adapter changes too; merge it into its base "
-            "with peft (merge_and_unload) and give the full model."
+            f"{label}: {module} shares its weight with another module that the adapter changes too; merge it into its "
+            "base with peft (merge_and_unload) and give the full model."
         )
     lora[target] = LoraOrigin(down_key, up_key, scale, rank, swapped)
 

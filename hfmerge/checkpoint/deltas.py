@@ -31,12 +31,14 @@ class Delta:
         full: base stored key -> where a full checkpoint (or a `modules_to_save` copy) holds the new value.
         lora: base stored key -> factors.
         beneath: origins in the full model under a `base+adapter` adapter.
+        tied: stored keys of the model that are copies -> the keys they copy.
     """
 
     source: Source
     full: dict[str, Origin] = field(default_factory=dict)
     lora: dict[str, LoraOrigin] = field(default_factory=dict)
     beneath: dict[str, Origin] = field(default_factory=dict)
+    tied: dict[str, str] = field(default_factory=dict)
 
     def rank(self, key: str) -> int | None:
         """Rank of the change of a stored tensor: 0 for none, None for a dense one."""
@@ -134,9 +136,9 @@ class DeltaReader:
         return result
 
 
-def full_delta(source: Source, origins: dict[str, Origin]) -> Delta:
+def full_delta(source: Source, origins: dict[str, Origin], tied: dict[str, str]) -> Delta:
     """Delta of a full checkpoint."""
-    return Delta(source, full=origins)
+    return Delta(source, full=origins, tied=tied)
 
 
 def adapter_delta(source: Source, mapped: AdapterMap, beneath: dict[str, Origin]) -> Delta:

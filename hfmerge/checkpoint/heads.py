@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfmerge.checkpoint.reader import Reader
+from hfmerge.checkpoint.writer import SafetensorsWriter, Slot
 from hfmerge.errors import NotFoundError, SourceError
 from hfmerge.source import Source, fetch, parse_ref, pin, read_json
 
@@ -98,13 +99,17 @@ def write_head(head: Head, source: Source, folder: Path) -> list[str]:
 
     Tensors keep the source's bytes and dtypes.
     """
-    from safetensors.torch import save_file
-
     target = folder / FOLDER / head.slug
     target.mkdir(parents=True)
-    with Reader(source) as reader:
-        tensors = {name: reader.stored(key).contiguous() for name, key in head.tensors.items()}
-        save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    slots = {name: Slot(source.tensors[key].dtype, source.tensors[key].shape) for name, key in head.tensors.items()}
+    writer = SafetensorsWriter(target / "model.safetensors", slots)
+    try:
+        with Reader(source) as reader:
+            for name, key in head.tensors.items():
+                writer.write(name, reader.stored(key))
+        writer.close()
+    finally:
+        writer.close(sync=False)
     text = json.dumps(dict(head.config), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     (target / "config.json").write_text(text, encoding="utf-8")
     return [f"{FOLDER}/{head.slug}/{name}" for name in ("config.json", "model.safetensors")]

@@ -75,8 +75,8 @@ class Reader:
             )
         if entry.nbytes != math.prod(entry.shape) * SIZES[entry.dtype]:
             raise CorruptFileError(
-                f"{self.source.pinned.label}: {entry.file}: {key} is {entry.dtype} {entry.shape} in {entry.nbytes} bytes; "
-                "its header is broken, get the file again."
+                f"{self.source.pinned.label}: {entry.file}: {key} is {entry.dtype} {entry.shape} in {entry.nbytes} "
+                "bytes; its header is broken, get the file again."
             )
         start, shape = handle.offsets[key], entry.shape
         if rows is not None:
@@ -87,6 +87,17 @@ class Reader:
     def value(self, key: str, rows: Rows | None = None) -> Tensor:
         """The tensor, or some rows of it, as float32, in memory of its own; not checked for NaN and Inf."""
         return self.stored(key, rows).float()
+
+    def equal(self, first: str, second: str) -> bool:
+        """Whether two stored tensors hold the same values; read some rows at a time."""
+        import torch
+
+        a, b = self.source.tensors[first], self.source.tensors[second]
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return False
+        step = max(1, (1 << 24) * a.shape[0] // max(1, a.nbytes)) if a.shape else 1
+        rows = [(at, min(at + step, a.shape[0])) for at in range(0, a.shape[0], step)] if a.shape else [None]
+        return all(torch.equal(self.stored(first, part), self.stored(second, part)) for part in rows)
 
     def check_finite(self, key: str) -> None:
         """Raise NonFiniteError, naming tensor and model, if the tensor holds NaN or Inf."""

@@ -58,7 +58,12 @@ class MergeMethod:
 
 @dataclass(frozen=True)
 class FoldMethod(MergeMethod):
-    """A continual method: `step` takes one model into the carried state, `emit` reads the merged change out."""
+    """A continual method: `step` takes one model into the carried state, `emit` reads the merged change out.
+
+    `carry_dtype` is the safetensors dtype that carried tensors are rounded to after every step and stored in.
+    """
+
+    carry_dtype: ClassVar[str] = "F32"
 
     def step(self, carry: Carry | None, tau: TaskVector, weight: float, *, matrix: bool) -> Carry:
         """Take one model into the state of one block.
