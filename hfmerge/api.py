@@ -210,12 +210,26 @@ def _change(opened: Merged, make: Any, output: str | Path | None, push_to: str |
     parent = opened.pinned.commit if own else None
     with _folder(target, change.plan, replace=replace) as folder:
         entry, seconds, notes = _build(change.plan, folder, opened, change)
+        if replace:
+            _keep_foreign_files(opened, folder)
         pushed = None
         if target is None:
             pushed = push_folder(folder, str(push_to), create_pr=create_pr, parent_commit=parent)
     if target is not None and push_to is not None:
         pushed = _push_written(Path(target), push_to, None, create_pr, parent)
     return _result(target, entry, change.plan, pushed, start, seconds, notes)
+
+
+def _keep_foreign_files(opened: Merged, folder: Path) -> None:
+    """What people put into a merge's folder, such as notes or `.git`, outlives the replacement of the folder."""
+    assert opened.pinned.folder is not None
+    former = {name for entry in opened.entries for name in entry.products}
+    for name in opened.pinned.files:
+        own = name in former or name in (FILE, "LICENSE.md") or name.startswith(f"{STATE_FOLDER}/")
+        target = folder / name
+        if not own and not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(opened.pinned.folder / name, target)
 
 
 def _result(

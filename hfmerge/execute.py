@@ -229,8 +229,6 @@ class _Job:
         if two:
             mean = math.fsum(math.sqrt(s) for s in squared_norms) / len(squared_norms)
             target = mean if plan.norm == "mean" else float(plan.norm)
-            if not (math.isfinite(target) and math.isfinite(read_out)):
-                raise NonFiniteError("the squares of the changes exceed float32; use `norm: none`.")
             scale = target / read_out if read_out > 0.0 else 0.0
             self._over(visits, lambda piece: self._second_pass(piece, scale), "Writing")
         self._over([Piece(param) for param in untouched], self._copy, "Copying")
@@ -512,9 +510,11 @@ def _settled(method: FoldMethod, param: Param, block: Block, count: int, carry: 
 
 
 def _finite_square(change: TaskVector) -> float:
-    """Squared norm of the finite elements."""
+    """Squared norm of the finite elements, whose squares may exceed float32."""
     square = change.squared_norm()
-    return square if math.isfinite(square) else squared_norm(change.to_dense().nan_to_num(0.0, 0.0, 0.0))
+    if math.isfinite(square):
+        return square
+    return float(change.to_dense().double().nan_to_num(0.0, 0.0, 0.0).square().sum())
 
 
 def _once(make: Callable[[], Tensor]) -> Callable[[], Tensor]:
