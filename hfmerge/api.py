@@ -21,7 +21,7 @@ from hfmerge.ledger import Entry
 from hfmerge.merged import Merged, open_merged
 from hfmerge.planning import Plan, make_plan
 from hfmerge.recipe import ModelEntry, Recipe, load_recipe
-from hfmerge.recording import adopt_card, readable_card, record
+from hfmerge.recording import adopt_card, keep_foreign_files, readable_card, record
 from hfmerge.runtime import Ranks, current_ranks
 from hfmerge.source import parse_ref, pin
 from hfmerge.verifying import Report, verify_merge
@@ -242,12 +242,16 @@ def _change(
         raise PushError(f"{name}: lies on the Hub; say where the result goes: --push-to {name}, or --output FOLDER.")
     start = time.monotonic()
     change = ranks.each(make)
-    replace = opened.pinned.folder is not None and target is not None and Path(target).resolve() == opened.pinned.folder
+    replace = (
+        opened.pinned.folder is not None and target is not None and Path(target).resolve() == opened.pinned.folder
+    )
     own = push_to is not None and push_to.lower() == opened.pinned.name.lower()
     parent = opened.pinned.commit if own else None
     push_to_hub = partial(push_folder, repo_id=str(push_to), create_pr=create_pr, parent_commit=parent)
     with _folder(target, change.plan, ranks, replace=replace) as folder:
         entry, seconds, notes = _build(change.plan, folder, ranks, opened, change)
+        if replace:
+            ranks.on_main(partial(keep_foreign_files, opened, folder))
         pushed = ranks.on_main(partial(push_to_hub, folder)) if target is None else None
     if target is not None and push_to is not None:
         pushed = ranks.on_main(partial(_push_written, Path(target), push_to, push_to_hub))

@@ -81,7 +81,7 @@ def _plan(merged: Merged, kept: list[Material], new: tuple[ModelEntry, ...]) -> 
     warnings: list[str] = []
     method = registry().get(last.method["name"], MergeMethod)
     prior: Prior | None = None
-    if issubclass(method, FoldMethod):
+    if issubclass(method, FoldMethod) and last.method["version"] == method.version:
         prior = nearest_state(merged, kept, warnings)
     start = prior.count if prior else 0
     # heads are copied from their sources again, whatever stands in the state

@@ -246,9 +246,9 @@ class _Job:
         if self.prior is not None:
             self.prior.close()
         for writer in (*self.outputs.values(), *self.states.values()):
-            writer.close(sync=False)
+            writer.close(complete=False)
         if self.scratch is not None:
-            self.scratch.close(sync=False)
+            self.scratch.close(complete=False)
             if self.ranks.main:
                 self.scratch.path.unlink(missing_ok=True)
 
@@ -269,8 +269,6 @@ class _Job:
         if two:
             mean = math.fsum(math.sqrt(s) for s in squared_norms) / len(squared_norms)
             target = mean if plan.norm == "mean" else float(plan.norm)
-            if not (math.isfinite(target) and math.isfinite(read_out)):
-                raise NonFiniteError("the squares of the changes exceed float32; use `norm: none`.")
             scale = target / read_out if read_out > 0.0 else 0.0
             self._over(visits, lambda piece: self._second_pass(piece, scale), "Writing")
         self._over([Piece(param) for param in untouched], self._copy, "Copying")
@@ -281,14 +279,11 @@ class _Job:
     def _check_complete(self) -> None:
         """Every tensor of every file has been written, once, by some rank; all of it is on the disk."""
         writers = [*self.outputs.values(), *self.states.values()]
-        counts = self.ranks.together(lambda: [writer.written() for writer in writers])
-        for writer in writers:
-            writer.close()
-        self.ranks.each(lambda: None)
+        everyone = self.ranks.together(lambda: [writer.missing() for writer in writers])
+        others = [missing for rank, missing in enumerate(everyone) if rank != self.ranks.rank]
         for i, writer in enumerate(writers):
-            for name, slot in writer.slots.items():
-                if sum(count[i][name] for count in counts) != slot.nbytes:
-                    raise ValueError(f"{writer.path}: {name} was not written, or not once")
+            writer.count_others([missing[i] for missing in others])
+        self.ranks.each(lambda: _close_all(writers))
 
     def _name_state(self, count: int, writer: SafetensorsWriter) -> State:
         sha256, nbytes = sha256_file(writer.path), writer.path.stat().st_size
@@ -579,9 +574,16 @@ def _settled(method: FoldMethod, param: Param, block: Block, count: int, carry: 
 
 
 def _finite_square(change: TaskVector) -> float:
-    """Squared norm of the finite elements."""
+    """Squared norm of the finite elements, whose squares may exceed float32."""
     square = change.squared_norm()
-    return square if math.isfinite(square) else squared_norm(change.to_dense().nan_to_num(0.0, 0.0, 0.0))
+    if math.isfinite(square):
+        return square
+    return float(change.to_dense().double().nan_to_num(0.0, 0.0, 0.0).square().sum())
+
+
+def _close_all(writers: Sequence[SafetensorsWriter]) -> None:
+    for writer in writers:
+        writer.close()
 
 
 def _once(make: Callable[[], Tensor]) -> Callable[[], Tensor]:

@@ -200,9 +200,10 @@ class Entry:
         """
         import difflib
 
-        plain, _, revision = name.partition("@")
-        wanted = plain.rstrip("/")
-        hits = [i for i, m in enumerate(self.models) if m.name == wanted or m.name == Path(wanted).name]
+        wanted, revision = name.rstrip("/"), ""
+        if not any(m.name in (wanted, Path(wanted).name) for m in self.models):  # folders may have an @ in their name
+            wanted, _, revision = name.partition("@")
+        hits = [i for i, m in enumerate(self.models) if m.name in (wanted, Path(wanted).name)]
         if revision:
             hits = [i for i in hits if (self.models[i].commit or self.models[i].digest or "").startswith(revision)]
         if len(hits) == 1:
@@ -281,8 +282,8 @@ def reference(material: Material, refs: Mapping[str, str]) -> str:
 def _located(identity: str, refs: Mapping[str, str]) -> str:
     if identity in refs:
         return refs[identity]
-    name, _, state = identity.partition("@")
-    if state.startswith("sha256:"):
+    name, folder, _ = identity.rpartition("@sha256:")
+    if folder:
         raise LedgerError(f"{name}: was merged from a folder; say where it is now with --source {name}=FOLDER.")
     return identity
 

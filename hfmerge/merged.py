@@ -78,7 +78,9 @@ def _refs(pinned: Pinned, entry: Entry, sources: Mapping[str, str]) -> dict[str,
                 f"{pinned.label}: {LOCAL_SOURCES} cannot be read; delete it, and say where folders are with --source NAME=FOLDER."
             ) from error
     for name, folder in sources.items():
-        hits = [one for m in (entry.base, *entry.models) for one in _folders(m) if one.partition("@")[0] == name]
+        hits = [
+            one for m in (entry.base, *entry.models) for one in _folders(m) if one.rpartition("@sha256:")[0] == name
+        ]
         if not hits:
             raise LedgerError(f"--source {name}: no model of that name was merged from a folder.")
         refs |= dict.fromkeys(hits, folder)
@@ -101,13 +103,13 @@ def check_materials(entry: Entry, refs: Mapping[str, str], present: list[Materia
         LedgerError: a folder has moved, or its files have changed since.
     """
     for identity in (one for material in present for one in _folders(material)):
-        name, path = identity.partition("@")[0], refs.get(identity)
+        name, path = identity.rpartition("@sha256:")[0], refs.get(identity)
         if path is not None and not Path(path).expanduser().is_dir():
             raise LedgerError(
                 f"{name}: was merged from the folder {path}, which is gone; say where it is now with --source {name}=FOLDER."
             )
     for identity in (one for material in intact for one in _folders(material)):
-        name, _, digest = identity.partition("@sha256:")
+        name, _, digest = identity.rpartition("@sha256:")
         path = refs.get(identity)
         if path is None:
             continue

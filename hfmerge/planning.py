@@ -262,7 +262,9 @@ def _form(recipe: Recipe) -> list[Problem]:
     weights = [entry.weight for entry in recipe.models]
     method = registry().get(recipe.method.name)
     if method is None:
-        return [Problem("method.name", f"{recipe.method.name} is not a method here; install the package that brings it")]
+        return [
+            Problem("method.name", f"{recipe.method.name} is not a method here; install the package that brings it")
+        ]
     if wrong := [i for i, weight in enumerate(weights) if not math.isfinite(weight)]:
         return [Problem(f"models[{i}].weight", f"must be a finite number, not {weights[i]}") for i in wrong]
     found = [count_problem(len(weights), method), weights_problem(weights, method) if weights else None]

@@ -234,3 +234,15 @@ def adopt_card(folder: Path, repo_id: str) -> None:
     path = folder / FILE
     text = combine_cards(path.read_text(encoding="utf-8"), render_card(entries, card_facts(entries[-1], repo_id)))
     path.write_text(text, encoding="utf-8")
+
+
+def keep_foreign_files(opened: Merged, folder: Path) -> None:
+    """What people put into a merge's folder, such as notes or `.git`, outlives the replacement of the folder."""
+    assert opened.pinned.folder is not None
+    former = {name for entry in opened.entries for name in entry.products}
+    for name in opened.pinned.files:
+        own = name in former or name in (FILE, "LICENSE.md") or name.startswith(f"{STATE_FOLDER}/")
+        target = folder / name
+        if not own and not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(opened.pinned.folder / name, target)

@@ -430,7 +430,9 @@ def _safetensors_entries(pinned: Pinned, file: str) -> dict[str, TensorEntry]:
                 f"{where}: broken safetensors header: {key} has {stop - start} bytes for {info.dtype} {tuple(info.shape)}; "
                 "get it again."
             )
-    end = _end_of_data(where, {key: (info.data_offsets[0], info.data_offsets[1]) for key, info in meta.tensors.items()})
+    end = _end_of_data(
+        where, {key: (info.data_offsets[0], info.data_offsets[1]) for key, info in meta.tensors.items()}
+    )
     if size < 8 + end:
         raise CorruptFileError(f"{where} is truncated: {size} bytes, its header promises at least {8 + end}.")
     return entries
@@ -479,7 +481,9 @@ def _end_of_data(where: str, spans: Mapping[str, tuple[int, int]]) -> int:
     end = 0
     for key, (start, stop) in sorted(spans.items(), key=lambda item: item[1]):
         if start != end or stop < start:
-            raise CorruptFileError(f"{where}: broken safetensors header: {key} does not follow the tensor before; get it again.")
+            raise CorruptFileError(
+                f"{where}: broken safetensors header: {key} does not follow the tensor before; get it again."
+            )
         end = stop
     return end
 

@@ -91,6 +91,7 @@ def _beside(output: Path, part: str) -> Path:
 def _locked(output: Path) -> Iterator[None]:
     """Hold the folder's lock; its file is removed in the end, which is why a lock is worth nothing if its file is gone."""
     lock = _beside(output, "lock")
+    made = [folder for folder in (output.parent, *output.parent.parents) if not folder.exists()]
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
@@ -103,7 +104,9 @@ def _locked(output: Path) -> Iterator[None]:
         except (BlockingIOError, FileNotFoundError):
             held = False
         except OSError as error:
-            raise OutputError(f"{output}: cannot be locked: {error.strerror}; choose a folder on a local disk.") from error
+            raise OutputError(
+                f"{output}: cannot be locked: {error.strerror}; choose a folder on a local disk."
+            ) from error
         if not held:
             raise OutputError(f"{output}: another merge is writing this folder; wait for it, or choose another.")
         try:
@@ -112,6 +115,9 @@ def _locked(output: Path) -> Iterator[None]:
             lock.unlink(missing_ok=True)
     finally:
         os.close(handle)
+        with contextlib.suppress(OSError):  # not empty: the merge is in there
+            for folder in made:
+                folder.rmdir()
 
 
 def _recover(output: Path, old: Path) -> None:

@@ -1,4 +1,4 @@
-"""LoRA adapters made, saved and merged by PEFT, against what hfmerge makes of the same folders; and those it refuses."""
+"""LoRA adapters made, saved and merged by PEFT, against what hfmerge makes of the same folders; those it refuses."""
 
 from __future__ import annotations
 

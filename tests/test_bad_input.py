@@ -247,7 +247,7 @@ def test_any_flipped_bit_of_a_header_is_refused_or_harmless(root: Path, tmp_path
     length = int.from_bytes(data[:8], "little")
     harmless = range(data.index(b'"__metadata__"'), data.index(b"}", data.index(b'"__metadata__"')))
     accepted = []
-    for at in [*range(8), *range(8, 8 + length, 23)]:
+    for at in [*range(8), *range(8, 8 + length, 37)]:
         path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
         run = tiny.cli("plan", root / "m0", bad, "--base", root / "base", "--method", "linear")
         if run.code == 0:
@@ -304,14 +304,17 @@ def test_a_result_that_does_not_fit_its_dtype(root: Path, tmp_path: Path, bad: P
     assert NORM in message and "do not fit float16" in message and "wider dtype" in message
 
 
-def test_a_norm_beyond_float32(tmp_path: Path) -> None:
+def test_squares_beyond_float32(tmp_path: Path) -> None:
+    """Finite weights whose norm float32 cannot hold are merged like any others."""
     base = tiny.build("LlamaForCausalLM", tiny.config("llama", vocab_size=80))
     tiny.save(base, tmp_path / "in" / "base")
     huge = tiny.save(tiny.fine_tune(base, 1), tmp_path / "in" / "huge")
     put("lm_head.weight", 1e30)(huge)
-    message = merge_refused(tmp_path, tmp_path, huge, base=tmp_path / "in" / "base", flags=["--norm", "mean"])
-    assert "exceed float32" in message and "`norm: none`" in message
-    tiny.done(*arguments(tmp_path, huge, base=tmp_path / "in" / "base", out=tmp_path / "out"))
+    for method in ("linear", "opcm"):
+        out = tmp_path / method
+        tiny.done(*arguments(tmp_path, huge, base=tmp_path / "in" / "base", out=out, method=method), "--norm", "mean")
+        merged, tuned = tiny.tensors(out), tiny.tensors(huge)
+        assert all(torch.allclose(merged[name], tuned[name], atol=1e-6) for name in tuned)
 
 
 def test_pickled_weights_are_read_when_allowed(root: Path, tmp_path: Path, bad: Path) -> None:
@@ -503,6 +506,28 @@ def test_an_output_by_a_link_or_the_current_folder(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "link", "real"]
 
 
+def test_folders_made_for_an_output_that_does_not_come_are_removed(root: Path, tmp_path: Path, bad: Path) -> None:
+    put(NORM, float("nan"))(bad)
+    (tmp_path / "deep").mkdir()
+    merge_refused(root, tmp_path, bad, out=tmp_path / "deep" / "er" / "and" / "deeper")
+    tiny.done(*arguments(root, root / "m0", out=tmp_path / "deep" / "er" / "and" / "deeper"))
+
+
+def test_names_with_signs_that_mean_something_elsewhere(root: Path, tmp_path: Path) -> None:
+    odd = tmp_path / "in" / "v1@step+10 ü"
+    shutil.copytree(root / "m1", odd)
+    out = tmp_path / "out"
+    tiny.done(*arguments(root, root / "m0", odd, out=out))
+    (out / "merge_state" / "sources.local.json").unlink()
+    sources = [part for folder in (root / "base", root / "m0", odd) for part in ("--source", f"{folder.name}={folder}")]
+    assert "--source base=FOLDER" in refused(tmp_path, "unmerge", out, "--remove", "m0")
+    assert "--source v1@step+10 ü=FOLDER" in refused(tmp_path, "unmerge", out, "--remove", "m0", *sources[:4])
+    tiny.done("unmerge", out, "--remove", "m0", *sources, "--output", tmp_path / "kept")
+    tiny.done("unmerge", out, "--remove", odd.name, *sources)
+    tiny.done(*arguments(root, root / "m0", out=tmp_path / "never"))
+    assert tiny.files(out) == tiny.files(tmp_path / "never") != tiny.files(tmp_path / "kept")
+
+
 def test_too_little_room(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000))
@@ -634,6 +659,19 @@ def test_a_change_into_its_own_folder_replaces_it(root: Path, tmp_path: Path, me
     assert tiny.files(merged) == tiny.files(tmp_path / "never")
 
 
+def test_files_of_people_outlive_a_change_of_the_folder(root: Path, tmp_path: Path, merged: Path) -> None:
+    (merged / ".git").mkdir()
+    held = {"notes.md": "mine", ".git/config": "[core]", "figures": None, "figures/loss.csv": "1,2", "extra.json": "{}"}
+    for name, text in held.items():
+        (merged / name).mkdir() if text is None else (merged / name).write_text(text)
+    tiny.done("add", merged, root / "m2")
+    tiny.done("unmerge", merged, "--remove", "m0")
+    assert all((merged / name).read_text() == text for name, text in held.items() if text is not None)
+    assert tiny.done("verify", merged).code == 0
+    tiny.done("unmerge", merged, "--remove", "m1", "--output", tmp_path / "elsewhere")
+    assert not any((tmp_path / "elsewhere" / name).exists() for name in held)
+
+
 def test_a_change_that_is_killed_leaves_the_merge_as_it_was(root: Path, tmp_path: Path, merged: Path) -> None:
     before = tiny.everything(merged)
     child = tiny.fork(tmp_path, ["unmerge", merged, "--remove", "m0"], hold="write")
@@ -665,12 +703,13 @@ def test_killed_at_the_very_moment_of_replacing(verb: str, root: Path, tmp_path:
     assert tiny.done("verify", merged).code == 0
 
 
-def test_the_command_itself(root: Path, tmp_path: Path) -> None:
+def test_the_command_itself(tmp_path: Path) -> None:
     """`python -m hfmerge` in a process of its own: exit code and streams as in all tests above."""
-    first = tiny.start(*arguments(root, root / "m0", tmp_path / "none", out=tmp_path / "out"))
-    second = tiny.start("merge", "--no-such-flag")
-    run = tiny.finish(first)
-    assert run.code == 1 and run.out == "" and len(run.err.splitlines()) == 1
-    assert f"{tmp_path / 'none'}: no such folder" in run.err
-    run = tiny.finish(second)
-    assert run.code == 2 and "usage: hfmerge" in run.err
+    children = [
+        tiny.start("merge", "org/model", "--method", "opcm", "--output", tmp_path / "out"),
+        tiny.start("merge", "--no-such-flag"),
+    ]
+    wrong, usage = (tiny.finish(child) for child in children)
+    assert wrong.code == 1 and wrong.out == ""
+    assert wrong.err == "hfmerge: command line: 1 problem, nothing downloaded: base: is missing\n"
+    assert usage.code == 2 and "usage: hfmerge" in usage.err and not (tmp_path / "out").exists()

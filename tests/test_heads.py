@@ -220,6 +220,17 @@ def test_the_head_of_an_adapter_does_not_touch_the_head_of_the_base(bert: Path, 
     assert hfmerge.load_with_head(out, "tuned").num_labels == rows
 
 
+def test_an_adapter_that_names_the_labels_of_the_base_changes_its_head(bert: Path, tmp_path: Path) -> None:
+    tuned = adapter(tmp_path / "tuned", 1, 3)
+    (tuned / "config.json").write_text(json.dumps({"id2label": {"0": "A", "1": "B", "2": "C"}}))
+    out = merge(bert, tmp_path / "out", "same-labels", str(tuned), base="headed")
+    merged, base, other = tiny.tensors(out), tiny.tensors(bert / "headed"), tiny.tensors(bert / "same-labels")
+    for name, make in SAVED.items():
+        wanted = base[name] + (make(3) - base[name] + other[name] - base[name]) / 2
+        assert torch.allclose(merged[name], wanted, atol=1e-6)
+    assert not (out / "heads").exists()
+
+
 def test_an_adapter_without_a_task_cannot_bring_a_head(bert: Path, tmp_path: Path) -> None:
     adapter(tmp_path / "tuned", 1, 2, task_type=None)
     run = tiny.cli(

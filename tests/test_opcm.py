@@ -1,4 +1,4 @@
-"""OPCM: each variant against a plain full decomposition, faults of other implementations, whole models against the paper."""
+"""OPCM: variants against a plain full decomposition, faults of other implementations, whole models as published."""
 
 from __future__ import annotations
 

@@ -292,5 +292,5 @@ def test_core_of_anything_else_is_the_matrices_themselves(a: TaskVector, b: Task
     assert core.left is None and core.right is None
     assert torch.equal(core.first, a.to_dense().double()) and torch.equal(core.second, b.to_dense().double())
     lifted = core.lift(core.first + core.second)
-    assert isinstance(lifted, Dense) and lifted.value.dtype == torch.float32
+    assert isinstance(lifted, Dense) and lifted.value.dtype == torch.float64
     assert near(lifted.value, core.first + core.second, 1e-6)

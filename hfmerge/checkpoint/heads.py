@@ -109,7 +109,7 @@ def write_head(head: Head, source: Source, folder: Path) -> list[str]:
                 writer.write(name, reader.stored(key))
         writer.close()
     finally:
-        writer.close(sync=False)
+        writer.close(complete=False)
     text = json.dumps(dict(head.config), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     (target / "config.json").write_text(text, encoding="utf-8")
     return [f"{FOLDER}/{head.slug}/{name}" for name in ("config.json", "model.safetensors")]

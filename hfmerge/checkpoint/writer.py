@@ -96,18 +96,21 @@ class SafetensorsWriter:
         self.path = path
         self.slots = dict(slots)
         header, self._offsets = header_bytes(slots, {"format": "pt"} if metadata is None else metadata)
-        self._written = dict.fromkeys(self.slots, 0)
+        self._missing = {name: slot.nbytes for name, slot in self.slots.items()}
         self._lock = threading.Lock()
         with disk_errors(path):
             self._fd = os.open(path, os.O_RDWR | (os.O_CREAT if create else 0), 0o644)
-        if not create:
-            return
-        with disk_errors(path):
-            size = len(header) + sum(slot.nbytes for slot in self.slots.values())
-            if hasattr(os, "posix_fallocate") and size:
-                _allocate(self._fd, size)
-            os.ftruncate(self._fd, size)
-            _pwrite_all(self._fd, header, 0)
+            if not create:
+                return
+            try:
+                size = len(header) + sum(slot.nbytes for slot in self.slots.values())
+                if hasattr(os, "posix_fallocate") and size:
+                    _allocate(self._fd, size)
+                os.ftruncate(self._fd, size)
+                _pwrite_all(self._fd, header, 0)
+            except OSError:
+                os.close(self._fd)
+                raise
 
     def write(self, name: str, tensor: Tensor, row: int | None = None) -> None:
         """Put a tensor into its place; its dtype and shape must be the slot's.
@@ -127,7 +130,7 @@ class SafetensorsWriter:
             with disk_errors(self.path):
                 _pwrite_all(self._fd, flat.view(torch.uint8).numpy().data, start)
         with self._lock:
-            self._written[name] += flat.numel() * SIZES[slot.dtype]
+            self._missing[name] -= flat.numel() * SIZES[slot.dtype]
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
         """A tensor written before, or some rows of it, read back."""
@@ -147,25 +150,35 @@ class SafetensorsWriter:
             view, start = view[count:], start + count
         return tensor
 
-    def written(self) -> dict[str, int]:
-        """Bytes this process has written, by tensor."""
+    def missing(self) -> dict[str, int]:
+        """Bytes of every tensor that this process has not written."""
         with self._lock:
-            return dict(self._written)
+            return dict(self._missing)
 
-    def close(self, *, sync: bool = True) -> None:
-        """Close; a second call does nothing.
+    def count_others(self, others: Sequence[Mapping[str, int]]) -> None:
+        """Count what other processes have written, given their `missing`."""
+        with self._lock:
+            for other in others:
+                for name, left in other.items():
+                    self._missing[name] -= self.slots[name].nbytes - left
+
+    def close(self, *, complete: bool = True) -> None:
+        """Flush to the disk and close.
 
         Args:
-            sync: first wait until the bytes are on the disk.
+            complete: every slot must have been written.
 
         Raises:
-            OutputError: the disk refused.
+            OutputError: the disk refused; ValueError: a slot was never written.
         """
         if self._fd < 0:
             return
         fd, self._fd = self._fd, -1
         try:
-            if sync:
+            missing = [name for name, left in self._missing.items() if left]
+            if complete and missing:
+                raise ValueError(f"{self.path}: not written, or not once: {', '.join(missing[:3])}")
+            if complete:
                 with disk_errors(self.path):
                     os.fsync(fd)
         finally:

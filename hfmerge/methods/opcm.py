@@ -106,10 +106,7 @@ def project(total: Tensor, tau: Tensor, shape: tuple[int, int], alpha: float, va
 
     if total.shape[0] < total.shape[1]:
         return project(total.T, tau.T, (shape[1], shape[0]), alpha, variant).T
-    gram = total.T @ total
-    if not bool(gram.isfinite().all()):  # let through on purpose, it has no directions to project off
-        return tau
-    squares, vectors = torch.linalg.eigh(gram)
+    squares, vectors = torch.linalg.eigh(total.T @ total)
     singular = squares.flip(0).clamp_min(0.0).sqrt()
     rank = int((singular > singular[0] * EPS * max(shape)).sum())
     if rank == 0:
