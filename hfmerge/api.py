@@ -23,7 +23,7 @@ from hfmerge.planning import Plan, make_plan
 from hfmerge.recipe import ModelEntry, Recipe, load_recipe
 from hfmerge.recording import adopt_card, keep_foreign_files, readable_card, record
 from hfmerge.runtime import Ranks, current_ranks
-from hfmerge.source import parse_ref, pin
+from hfmerge.source import Digester, parse_ref, pin
 from hfmerge.verifying import Report, verify_merge
 from hfmerge.workspace import full_disk, recover, workspace
 
@@ -81,11 +81,15 @@ def merge(
         raise OutputError(f"{origin}: says neither `output` nor `push_to`; name a folder or a repository.")
     start = time.monotonic()
     ranks = current_ranks()
-    planned = ranks.each(partial(make_plan, _pinned_recipe(asked, ranks), origin=origin))
     push_to_hub = partial(push_folder, repo_id=str(repo_id), private=_private(asked, private), create_pr=create_pr)
-    with _folder(target, planned, ranks, replace=False) as folder:
-        entry, seconds, _ = _build(planned, folder, ranks, None, None)
-        pushed = ranks.on_main(partial(push_to_hub, folder)) if target is None else None
+    with Digester() as digester:
+        # one process hashes what is here while it plans; several share the hashing later
+        early = digester.start if ranks.world == 1 else None
+        pinned = _pinned_recipe(asked, ranks)
+        planned = ranks.each(partial(make_plan, pinned, origin=origin, on_source=early))
+        with _folder(target, planned, ranks, replace=False) as folder:
+            entry, seconds, _ = _build(planned, folder, ranks, None, None, digester)
+            pushed = ranks.on_main(partial(push_to_hub, folder)) if target is None else None
     if target is not None and repo_id is not None:
         pushed = ranks.on_main(partial(_push_written, Path(target), repo_id, push_to_hub))
     return _result(target, entry, planned, pushed, start, seconds)
@@ -274,12 +278,17 @@ def _result(
 
 
 def _build(
-    planned: Plan, folder: Path, ranks: Ranks, opened: Merged | None, change: Change | None
+    planned: Plan,
+    folder: Path,
+    ranks: Ranks,
+    opened: Merged | None,
+    change: Change | None,
+    digester: Digester | None = None,
 ) -> tuple[Entry, float, tuple[str, ...]]:
     """Run a plan into `folder` and add ledger and card; also seconds of the run, and warnings."""
     existing = readable_card(opened) if opened else None
     start = time.monotonic()
-    outcome = run(planned, folder, ranks)
+    outcome = run(planned, folder, ranks, digester)
     seconds = time.monotonic() - start
     entry, notes = ranks.on_main(partial(record, planned, folder, outcome, opened, change, existing))
     return entry, seconds, notes

@@ -29,7 +29,7 @@ from hfmerge.errors import NonFiniteError, UnsupportedError
 from hfmerge.methods import Carry, FoldMethod, JointMethod
 from hfmerge.planning import DTYPE_NAMES, Param, Plan, carry_slots, needs_two_passes, state_name, worker_count
 from hfmerge.runtime import Ranks, shares
-from hfmerge.source import Pinned, Place, Source, digests, fetch, safetensors_entries, weight_files
+from hfmerge.source import Digester, Pinned, Place, Source, fetch, safetensors_entries, weight_files
 from hfmerge.taskvector import Block, Dense, LowRank, TaskVector, cut, from_tensors, squared_norm, zero
 
 
@@ -74,8 +74,8 @@ class Outcome:
     products: dict[str, str]
 
 
-SLICE_BYTES = 16 << 20
-"""Float32 bytes of a slice: below the size at which the allocator returns memory to the system after every use."""
+SLICE_BYTES = 2 << 20
+"""Float32 bytes of a slice: small enough that one visit's tensors stay in a core's cache, and memory small."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def pieces(plan: Plan, params: Iterable[Param]) -> list[Piece]:
     return result
 
 
-def run(plan: Plan, folder: Path, ranks: Ranks | None = None) -> Outcome:
+def run(plan: Plan, folder: Path, ranks: Ranks | None = None, digester: Digester | None = None) -> Outcome:
     """Execute a plan into an empty folder.
 
     With several processes, all call `run` with the same plan and the same folder on storage they share. Call sequence: every rank
@@ -131,12 +131,10 @@ def run(plan: Plan, folder: Path, ranks: Ranks | None = None) -> Outcome:
     ranks.each(lambda: _fetch_all(plan, start))
     ranks.on_main(lambda: _check_ties(plan, start))
     with _one_thread_each(), contextlib.ExitStack() as stack:
-        hashing = stack.enter_context(ThreadPoolExecutor(1, "hfmerge-digest"))
+        hashing = digester or stack.enter_context(Digester())
         # results are asked for at the end; a source that differs from its digest then fails the whole run
         wanted = [plan.base, *(delta.source for delta in plan.deltas[start:])]
-        mine = {
-            i: hashing.submit(_digests, source) for i, source in enumerate(wanted) if i % ranks.world == ranks.rank
-        }
+        mine = {i: hashing.result(source) for i, source in enumerate(wanted) if i % ranks.world == ranks.rank}
         job = stack.enter_context(_Job(plan, folder, start, ranks))
         outcome = job.merge()
         parts = ranks.together(lambda: {i: future.result() for i, future in mine.items()})
@@ -146,14 +144,6 @@ def run(plan: Plan, folder: Path, ranks: Ranks | None = None) -> Outcome:
     )
     products = ranks.on_main(lambda: _finish_folder(plan, folder))
     return Outcome(**outcome, source_digests=known, products=products)
-
-
-def _digests(source: Source) -> dict[str, str]:
-    """Digests of a source's files; those of the model beneath an adapter marked with `+`."""
-    found = digests(source)
-    if source.beneath is not None:
-        found |= {f"+{name}": value for name, value in digests(source.beneath).items()}
-    return found
 
 
 def _fetch_all(plan: Plan, start: int) -> None:
@@ -441,8 +431,8 @@ class _Job:
             self.base.check_finite(key)
         elif method.matrixwise and any(block.matrix for block in piece.param.blocks):
             raise NonFiniteError(
-                f"{self.models[model].delta.source.pinned.label}: {key} holds NaN or Inf, and {method.name} cannot take such a "
-                "matrix apart; repair the source, or leave the tensor out with `exclude`."
+                f"{self.models[model].delta.source.pinned.label}: {key} holds NaN or Inf, and {method.name} cannot take "
+                "such a matrix apart; repair the source, or leave the tensor out with `exclude`."
             )
         return _finite_square(tau)
 

@@ -122,7 +122,9 @@ def push_folder(
 
 def _public_files(folder: Path) -> dict[str, Path]:
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    return {name: path for name, path in files.items() if not name.startswith(PRIVATE_FILES)}
+    public = {name: path for name, path in files.items() if not name.startswith(PRIVATE_FILES)}
+    # the Hub refuses these folders, which people's own tools leave in a folder
+    return {name: path for name, path in public.items() if not {".git", ".cache"} & {*name.split("/")}}
 
 
 def _message(entry: Entry) -> str:

@@ -23,8 +23,8 @@ SCHEMA = "hfmerge/ledger/1"
 ACTIONS = ("merge", "add", "unmerge")
 NEEDED = {
     "method": ("name", "version", "options", "norm"),
-    "settings": ("dtype", "include", "exclude", "vocabulary", "state", "allow_nonfinite", "allow_pickle", "trust_remote_code",
-                 "card"),
+    "settings": ("dtype", "include", "exclude", "vocabulary", "state", "allow_nonfinite", "allow_pickle",
+                 "trust_remote_code", "card"),
     "scalars": ("scale", "merged_norm"),
 }  # fmt: skip
 """Keys that every entry has, by attribute of `Entry`."""

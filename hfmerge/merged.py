@@ -75,7 +75,8 @@ def _refs(pinned: Pinned, entry: Entry, sources: Mapping[str, str]) -> dict[str,
             refs |= {str(k): str(v) for k, v in json.loads((pinned.folder / LOCAL_SOURCES).read_bytes()).items()}
         except (ValueError, AttributeError) as error:
             raise LedgerError(
-                f"{pinned.label}: {LOCAL_SOURCES} cannot be read; delete it, and say where folders are with --source NAME=FOLDER."
+                f"{pinned.label}: {LOCAL_SOURCES} cannot be read; delete it, and say where folders are with --source "
+                "NAME=FOLDER."
             ) from error
     for name, folder in sources.items():
         hits = [
@@ -106,7 +107,8 @@ def check_materials(entry: Entry, refs: Mapping[str, str], present: list[Materia
         name, path = identity.rpartition("@sha256:")[0], refs.get(identity)
         if path is not None and not Path(path).expanduser().is_dir():
             raise LedgerError(
-                f"{name}: was merged from the folder {path}, which is gone; say where it is now with --source {name}=FOLDER."
+                f"{name}: was merged from the folder {path}, which is gone; say where it is now with --source "
+                f"{name}=FOLDER."
             )
     for identity in (one for material in intact for one in _folders(material)):
         name, _, digest = identity.rpartition("@sha256:")
@@ -116,8 +118,8 @@ def check_materials(entry: Entry, refs: Mapping[str, str], present: list[Materia
         found = digests(describe(path, allow_pickle=bool(entry.settings["allow_pickle"])))
         if folder_digest(found) != digest:
             raise LedgerError(
-                f"{name}@{digest[:8]}: the files in {path} are not those that were merged; restore them, or point --source "
-                f"{name}=FOLDER to a copy."
+                f"{name}@{digest[:8]}: the files in {path} are not those that were merged; restore them, or point "
+                f"--source {name}=FOLDER to a copy."
             )
 
 

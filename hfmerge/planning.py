@@ -9,7 +9,7 @@ from __future__ import annotations
 import fnmatch
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from hfmerge.checkpoint.names import describe as describe_layout
 from hfmerge.checkpoint.sidefiles import side_files
 from hfmerge.checkpoint.vocabulary import Vocabulary, align, same_tokens
 from hfmerge.checkpoint.writer import SIZES, Slot, shard_names
+from hfmerge.digest import canonical_json
 from hfmerge.errors import (
     CorruptFileError,
     HfMergeError,
@@ -168,13 +169,20 @@ def build_method(recipe: Recipe) -> MergeMethod:
     return registry()[recipe.method.name](**recipe.method.options)
 
 
-def make_plan(recipe: Recipe, *, prior: Prior | None = None, origin: str = "recipe") -> Plan:
+def make_plan(
+    recipe: Recipe,
+    *,
+    prior: Prior | None = None,
+    origin: str = "recipe",
+    on_source: Callable[[Source], object] | None = None,
+) -> Plan:
     """Work out a merge from headers.
 
     Args:
         recipe: already checked for form.
         prior: a state to continue from; its models are not read.
         origin: names the recipe in errors.
+        on_source: called with base and models once all are described, before the slow part of planning.
 
     Raises:
         RecipeError: all problems of all models at once. SourceError: the base itself cannot be read.
@@ -199,11 +207,14 @@ def make_plan(recipe: Recipe, *, prior: Prior | None = None, origin: str = "reci
             sources.append(None)
     if base is None or base.kind != "full":
         raise _one_or_all(problems, origin)
+    if on_source is not None and not problems:
+        for source in (base, *sources):
+            if source is not None:
+                on_source(source)
+    layouts = _Layouts(recipe.trust_remote_code)
     layout = None
     try:
-        layout = describe_layout(
-            base.config, base.shapes, origin=base.pinned.label, trust_remote_code=recipe.trust_remote_code
-        )
+        layout = layouts.of(base)
         if layout.missing:
             text = f"{base.pinned.label} lacks {_some(layout.missing)} of its own class {layout.architecture}."
             problems.append(Problem("base", text))
@@ -221,7 +232,7 @@ def make_plan(recipe: Recipe, *, prior: Prior | None = None, origin: str = "reci
         if source is None:
             continue
         try:
-            delta, head, size = _match_source(recipe, base, layout, source, warnings)
+            delta, head, size = _match_source(recipe, base, layouts, layout, source, warnings)
             deltas[i], sizes[i] = delta, size
             if head is not None:
                 heads.append((i, head))
@@ -257,8 +268,30 @@ def make_plan(recipe: Recipe, *, prior: Prior | None = None, origin: str = "reci
     return _with_estimate(plan)
 
 
+class _Layouts:
+    """Layouts of one plan's checkpoints; those of one configuration and the same tensors are worked out once."""
+
+    IGNORED = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
+
+    def __init__(self, trust_remote_code: bool):
+        self._trust = trust_remote_code
+        self._known: dict[bytes, Layout] = {}
+
+    def of(self, source: Source) -> Layout:
+        """The layout of a full checkpoint."""
+        config = {key: value for key, value in source.config.items() if key not in self.IGNORED}
+        # code of a repository's own is its own, whatever its configuration says
+        own = source.pinned.label if config.get("auto_map") else ""
+        key = canonical_json([own, config, sorted(source.shapes.items())])
+        if key not in self._known:
+            self._known[key] = describe_layout(
+                source.config, source.shapes, origin=source.pinned.label, trust_remote_code=self._trust
+            )
+        return self._known[key]
+
+
 def _form(recipe: Recipe) -> list[Problem]:
-    """What a recipe file is checked for as well, since a changed merge is no file: the method, its models and their weights."""
+    """What a recipe file is checked for as well, since a changed merge is no file: method, models and weights."""
     weights = [entry.weight for entry in recipe.models]
     method = registry().get(recipe.method.name)
     if method is None:
@@ -306,7 +339,7 @@ def _check_slugs(sources: Sequence[Source | None], problems: list[Problem]) -> N
 
 
 def _match_source(
-    recipe: Recipe, base: Source, layout: Layout, source: Source, warnings: list[str]
+    recipe: Recipe, base: Source, layouts: _Layouts, layout: Layout, source: Source, warnings: list[str]
 ) -> tuple[Delta, Head | None, int | None]:
     """One model in the base's layout: its delta, its head, and its embedding rows where its vocabulary differs."""
     if source.kind == "adapter":
@@ -314,22 +347,22 @@ def _match_source(
         mapped = _own_head(map_adapter(source, layout), source, base, layout)
         beneath: dict[str, Origin] = {}
         if source.beneath is not None:
-            under, _, rows = _match_full(recipe, base, layout, source.beneath, warnings)
+            under, _, rows = _match_full(recipe, base, layouts, layout, source.beneath, warnings)
             if rows is not None:
                 raise UnsupportedError(
-                    f"{source.beneath.pinned.label} has another vocabulary than the base, which is not aligned beneath an "
-                    "adapter; merge the adapter into it with peft (merge_and_unload) and give the full model."
+                    f"{source.beneath.pinned.label} has another vocabulary than the base, which is not aligned beneath "
+                    "an adapter; merge the adapter into it with peft (merge_and_unload) and give the full model."
                 )
             beneath = dict(under.full)
         head = adapter_head(source, base.config, mapped.heads) if mapped.heads else None
         return adapter_delta(source, mapped, beneath), head, None
-    delta, head_keys, size = _match_full(recipe, base, layout, source, warnings)
+    delta, head_keys, size = _match_full(recipe, base, layouts, layout, source, warnings)
     head = full_head(source, base.config, head_keys) if head_keys else None
     return delta, head, size
 
 
 def _own_head(mapped: AdapterMap, source: Source, base: Source, layout: Layout) -> AdapterMap:
-    """The adapter's copy of the base's task head is a head of its own unless a config.json beside it names the same labels."""
+    """The adapter's copy of the base's head is a head of its own unless a config.json beside it names the same labels."""
     if source.config.get("id2label") and _labels(source.config) == _labels(base.config):
         return mapped
     own = {t: key for t, key in mapped.replaced.items() if t in layout.heads and t not in layout.vocab_axis}
@@ -361,7 +394,7 @@ def _check_adapter_base(base: Source, source: Source) -> None:
 
 
 def _match_full(
-    recipe: Recipe, base: Source, layout: Layout, source: Source, warnings: list[str]
+    recipe: Recipe, base: Source, layouts: _Layouts, layout: Layout, source: Source, warnings: list[str]
 ) -> tuple[Delta, tuple[str, ...], int | None]:
     """A full checkpoint in the base's layout: its delta, its head's stored keys, and differing embedding rows."""
     label = source.pinned.label
@@ -370,7 +403,7 @@ def _match_full(
         ours = str(layout.model_type)
         if not ours.startswith(f"{theirs}_"):
             raise UnsupportedError(f"{label} is a {theirs} model, the base {base.pinned.label} a {ours} one.")
-    other = describe_layout(source.config, source.shapes, origin=label, trust_remote_code=recipe.trust_remote_code)
+    other = layouts.of(source)
     if other.missing:
         raise CorruptFileError(f"{label} lacks {_some(other.missing)} of its own class {other.architecture}.")
     found = match(layout, other)

@@ -10,6 +10,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -427,8 +428,8 @@ def _safetensors_entries(pinned: Pinned, file: str) -> dict[str, TensorEntry]:
         per_element = FLOATS.get(info.dtype) or OTHERS.get(info.dtype)
         if per_element is not None and stop - start != per_element * math.prod(info.shape):
             raise CorruptFileError(
-                f"{where}: broken safetensors header: {key} has {stop - start} bytes for {info.dtype} {tuple(info.shape)}; "
-                "get it again."
+                f"{where}: broken safetensors header: {key} has {stop - start} bytes for {info.dtype} "
+                f"{tuple(info.shape)}; get it again."
             )
     end = _end_of_data(
         where, {key: (info.data_offsets[0], info.data_offsets[1]) for key, info in meta.tensors.items()}
@@ -549,3 +550,45 @@ def digests(source: Source, progress: Callable[[int], object] | None = None) -> 
                 f"{os.path.realpath(path)} and run again."
             )
     return result
+
+
+class Digester:
+    """Digests of sources, computed on one thread while other work goes on; leaving the `with` block stops it.
+
+    A source is known by its object: ask with the one that `start` got.
+    """
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, "hfmerge-digest")
+        self._futures: dict[int, tuple[Source, Future[dict[str, str]]]] = {}
+        self._stopped = False
+
+    def __enter__(self) -> Digester:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stopped = True
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def start(self, source: Source) -> None:
+        """Begin with a source if all its files are on this machine already; otherwise `result` does it later."""
+        places = [place for place in (source, source.beneath) if place is not None]
+        here = all(cached(place.pinned, file) is not None for place in places for file in weight_files(place))
+        if here and id(source) not in self._futures:
+            self._futures[id(source)] = (source, self._pool.submit(self._digests, source))
+
+    def result(self, source: Source) -> Future[dict[str, str]]:
+        """The digests of a source's files, those of the model beneath an adapter marked with `+`; begun if it was not."""
+        if id(source) not in self._futures:
+            self._futures[id(source)] = (source, self._pool.submit(self._digests, source))
+        return self._futures[id(source)][1]
+
+    def _digests(self, source: Source) -> dict[str, str]:
+        found = digests(source, self._tick)
+        if source.beneath is not None:
+            found |= {f"+{name}": value for name, value in digests(source.beneath, self._tick).items()}
+        return found
+
+    def _tick(self, count: int) -> None:
+        if self._stopped:
+            raise CancelledError

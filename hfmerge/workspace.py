@@ -89,7 +89,7 @@ def _beside(output: Path, part: str) -> Path:
 
 @contextlib.contextmanager
 def _locked(output: Path) -> Iterator[None]:
-    """Hold the folder's lock; its file is removed in the end, which is why a lock is worth nothing if its file is gone."""
+    """Hold the folder's lock. Its file is removed in the end, so a lock on a file that is gone counts for nothing."""
     lock = _beside(output, "lock")
     made = [folder for folder in (output.parent, *output.parent.parents) if not folder.exists()]
     try:

@@ -1,4 +1,4 @@
-"""Merges of tiny models of many architectures, compared with the same merge done by hand on their state dicts in memory."""
+"""Merges of tiny models of many architectures, compared with the same merge done by hand on state dicts in memory."""
 
 from __future__ import annotations
 
@@ -332,7 +332,7 @@ def test_adapters_change_what_peft_says_they_change(kind: str, tmp_path: Path) -
 
 
 def test_tensors_visited_in_slices_of_rows_give_the_same_values(tmp_path: Path) -> None:
-    """An embedding of more than 16 MiB is read and written some rows at a time by methods that work element by element."""
+    """An embedding of more than 16 MiB is read and written some rows at a time where every element is for itself."""
     settings = tiny.config("qwen3", vocab_size=66_000, num_hidden_layers=1, hidden_size=64)
     base = tiny.build("Qwen3ForCausalLM", settings)
     sources = [tiny.fine_tune(base, seed) for seed in (1, 2)]
@@ -343,7 +343,9 @@ def test_tensors_visited_in_slices_of_rows_give_the_same_values(tmp_path: Path) 
     tiny.done("merge", *folders, *common, "--output", tmp_path / "out", "--state", "all")
     assert_equal(load("Qwen3ForCausalLM", tmp_path / "out"), expected, 1e-6)
     tiny.done("merge", *folders, *common, "--output", tmp_path / "mean", "--norm", "mean", "--state", "none")
-    scale = json.loads((tmp_path / "mean" / "merge_history" / "0001.json").read_text())["byproducts"]["scalars"]["scale"]
+    scale = json.loads((tmp_path / "mean" / "merge_history" / "0001.json").read_text())["byproducts"]["scalars"][
+        "scale"
+    ]
     values = base.state_dict()
     rescaled = {name: values[name].double() * (1.0 - scale) + value * scale for name, value in expected.items()}
     assert scale > 1.2

@@ -1,4 +1,4 @@
-"""Task heads: kept per source with their labels, never averaged, and put back on the merged backbone by `load_with_head`."""
+"""Task heads: kept per source with their labels, never averaged, put back on the backbone by `load_with_head`."""
 
 from __future__ import annotations
 

@@ -173,7 +173,7 @@ def test_without_its_last_entry_a_merge_is_not_what_the_ledger_says(out: Path) -
 
 
 def test_any_byte_of_any_file_is_covered(out: Path) -> None:
-    """Sampled bytes of weights (header, first, last), and one byte of every other file but the paths of this machine."""
+    """Sampled bytes of weights (header, first, last), and one of every other file but the paths of this machine."""
     weights = out / "model.safetensors"
     size = weights.stat().st_size
     places = [(weights, at) for at in (0, 9, 200, size // 2, size // 2 + 1, size - 1)]
@@ -189,7 +189,9 @@ def test_any_byte_of_any_file_is_covered(out: Path) -> None:
 
 def test_missing_and_foreign_files_are_named(out: Path) -> None:
     (out / "model-00002-of-00002.safetensors").write_bytes(b"stale")
-    assert any("model-00002-of-00002.safetensors: weights that the ledger does not know" in line for line in culprits(out))
+    assert any(
+        "model-00002-of-00002.safetensors: weights that the ledger does not know" in line for line in culprits(out)
+    )
     (out / "model-00002-of-00002.safetensors").unlink()
     (out / "config.json").unlink()
     assert culprits(out) == ["config.json: missing"]
@@ -241,7 +243,9 @@ def test_what_people_write_stays(root: Path, out: Path) -> None:
     assert text.rstrip().endswith("## After\n\nThanks to <b>all</b>.")
     data = yaml.safe_load(text.split("---\n")[1])
     assert data["datasets"] == ["imdb"] and data["released"] == "soon" and "ours" in data["tags"]
-    assert data["hfmerge"]["steps"] == 4 and data["hfmerge"]["sha256"] == sha256_file(out / "merge_history" / "0004.json")
+    assert data["hfmerge"]["steps"] == 4 and data["hfmerge"]["sha256"] == sha256_file(
+        out / "merge_history" / "0004.json"
+    )
     assert HEADED not in text.partition("## Merge history")[0]
 
 
@@ -259,7 +263,9 @@ def test_a_card_that_cannot_be_kept_stops_the_change_before_any_work(
 def test_a_source_with_an_unreadable_card_has_no_licence(root: Path, tmp_path: Path) -> None:
     shutil.copytree(root / "m0", tmp_path / "m0")
     (tmp_path / "m0" / "README.md").write_text("---\nlicense: [mit\n---\n")
-    run = tiny.done("merge", tmp_path / "m0", "--base", root / "base", "--method", "linear", "--output", tmp_path / "out")
+    run = tiny.done(
+        "merge", tmp_path / "m0", "--base", root / "base", "--method", "linear", "--output", tmp_path / "out"
+    )
     assert "states no licence" in run.err
 
 
@@ -333,7 +339,17 @@ def test_a_folder_that_changed_since_is_refused_where_it_is_read(
     places = {name: Path(shutil.copytree(root / name, tmp_path / name)) for name in ("base", "m0", HEADED)}
     out = tmp_path / "out"
     tiny.done(
-        "merge", places["m0"], places[HEADED], "--base", places["base"], "--method", "opcm", "--output", out, "--state", state
+        "merge",
+        places["m0"],
+        places[HEADED],
+        "--base",
+        places["base"],
+        "--method",
+        "opcm",
+        "--output",
+        out,
+        "--state",
+        state,
     )
     name = "bert.pooler.dense.bias" if which == HEADED else "pooler.dense.bias"
     tiny.edit(places[which], lambda held: held.update({name: held[name] + 1.0}))
@@ -341,10 +357,16 @@ def test_a_folder_that_changed_since_is_refused_where_it_is_read(
     run = tiny.cli("add", out, root / "m1")
     if which == "m0" and state == "all":
         assert run.code == 0
-        assert tiny.files(out) == tiny.files(merge(root, tmp_path / "whole", "m0", HEADED, "m1", flags=("--state", "all")))
+        assert tiny.files(out) == tiny.files(
+            merge(root, tmp_path / "whole", "m0", HEADED, "m1", flags=("--state", "all"))
+        )
         return
     assert run.code == 1 and len(run.err.strip().splitlines()) == 1
-    assert f"{which}@" in run.err and "are not those that were merged" in run.err and f"--source {which}=FOLDER" in run.err
+    assert (
+        f"{which}@" in run.err
+        and "are not those that were merged" in run.err
+        and f"--source {which}=FOLDER" in run.err
+    )
     assert tiny.everything(out) == before
 
 

@@ -1,4 +1,4 @@
-"""`add` and `unmerge` give the bytes of the merge that took, or never saw, those models: every product, every kept state."""
+"""`add` and `unmerge` give the bytes of the merge that took, or never saw, those models: products and kept states."""
 
 from __future__ import annotations
 
@@ -87,7 +87,9 @@ def test_every_model_can_be_taken_out_again(root: Path, tmp_path: Path, variant:
 def test_several_models_leave_at_once_and_come_back_last(root: Path, tmp_path: Path) -> None:
     out = merge(root, tmp_path / "out", FULL, "--method", "opcm", "--state", "2")
     tiny.done("unmerge", out, "--remove", "m1", "--remove", "m3")
-    assert tiny.files(out) == tiny.files(merge(root, tmp_path / "two", ("m0", "m2"), "--method", "opcm", "--state", "2"))
+    assert tiny.files(out) == tiny.files(
+        merge(root, tmp_path / "two", ("m0", "m2"), "--method", "opcm", "--state", "2")
+    )
     tiny.done("add", out, root / "m1")
     three = merge(root, tmp_path / "three", ("m0", "m2", "m1"), "--method", "opcm", "--state", "2")
     assert tiny.files(out) == tiny.files(three)
@@ -136,8 +138,8 @@ def test_the_state_of_adapters_stays_factored_and_small(root: Path, tmp_path: Pa
         (rank,) = {shape[1] for key, shape in shapes.items() if key.endswith(".up")}
         assert all(shape == ((16, rank) if key.endswith(".up") else (rank, 16)) for key, shape in shapes.items())
         ranks.append(rank)
-        payload = 4 * 4 * 2 * 16 * rank
-        assert (out / "merge_state" / name).stat().st_size < payload + 1500
+        elements = 4 * 2 * 16 * rank  # of at most 8 bytes, and a header
+        assert (out / "merge_state" / name).stat().st_size < 8 * elements + 1500
     assert sorted(ranks) == [1, 3, 6]
     for gone in LORA:
         rest = [model for model in LORA if model != gone]
@@ -285,10 +287,10 @@ def test_threads_cores_and_hash_seeds_do_not_show_in_the_bytes(tmp_path: Path) -
             tmp_path, tmp_path / f"out-{threads}", cores, code=CHILD, OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads,
             PYTHONHASHSEED=seed,
         )
-        for threads, cores, seed in (("1", 1, "0"), ("4", 4, "4242"))
+        for threads, cores, seed in (("2", 2, "1"), ("4", 1, "4242"))
     ]  # fmt: skip
     before = torch.get_num_threads()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     try:
         here = digests(tmp_path, tmp_path / "out-here")
     finally:
@@ -296,7 +298,7 @@ def test_threads_cores_and_hash_seeds_do_not_show_in_the_bytes(tmp_path: Path) -
     runs = [tiny.finish(child) for child in children]
     for run in runs:
         assert run.code == 0, run.err
-    (one, first), (several, second) = (run.json for run in runs)
-    assert one == 1 and (several > 1 or len(os.sched_getaffinity(0)) == 1)
+    (two, first), (_, second) = (run.json for run in runs)
+    assert two == 2 or len(os.sched_getaffinity(0)) == 1
     assert first == second == here
     assert len({json.dumps(value, sort_keys=True) for value in here.values()}) == 4

@@ -81,7 +81,9 @@ def rows(root: Path, name: str, models: Sequence[str], tokens: Sequence[str]) ->
     result = []
     for token in tokens:
         theirs = {m: held[m][VOCABULARIES[m].index(token)] for m in models if token in VOCABULARIES[m]}
-        start = base[BASE.index(token)] if token in BASE else sum(theirs.values(), torch.zeros_like(base[0])) / len(theirs)
+        start = (
+            base[BASE.index(token)] if token in BASE else sum(theirs.values(), torch.zeros_like(base[0])) / len(theirs)
+        )
         result.append(start + sum((row - start for row in theirs.values()), torch.zeros_like(start)) / len(models))
     return torch.stack(result)
 
@@ -250,7 +252,9 @@ def test_rows_without_tokens_cannot_be_followed_by_new_tokens(tmp_path: Path) ->
     base = tiny.build("LlamaForCausalLM", tiny.config("llama", vocab_size=16))
     tiny.tokenizer(tiny.save(base, tmp_path / "base"), BASE)
     tiny.tokenizer(tiny.save(tiny.fine_tune(base, 1), tmp_path / "longer"), LONGER)
-    run = tiny.cli("plan", tmp_path / "longer", "--base", tmp_path / "base", "--method", "linear", "--vocabulary", "union")
+    run = tiny.cli(
+        "plan", tmp_path / "longer", "--base", tmp_path / "base", "--method", "linear", "--vocabulary", "union"
+    )
     assert run.code == 1 and "16 rows for 9 tokens" in run.err and "vocabulary: base" in run.err
     out = merged(tmp_path, tmp_path / "out", "longer", vocabulary="base")
     got, source = tiny.tensors(out), tiny.tensors(tmp_path / "longer")

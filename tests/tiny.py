@@ -1,4 +1,4 @@
-"""Tiny random models, fine-tunes, adapters and tokenizers on disk, and ways to run hfmerge on them: helpers of the tests."""
+"""Helpers of the tests: tiny random models, fine-tunes, adapters and tokenizers on disk, and ways to run hfmerge."""
 
 from __future__ import annotations
 
@@ -308,7 +308,10 @@ class Child:
     """A command that runs in a process of its own and may be held at a given point.
 
     Attributes:
-        process: it; `ready` and `go` are files: it creates the first when it is held, and goes on when it sees the second.
+        process: it.
+        ready: a file that it creates when it is held.
+        go: a file at whose sight it goes on.
+        log: what it printed.
     """
 
     process: multiprocessing.process.BaseProcess
@@ -344,7 +347,7 @@ def fork(folder: Path, arguments: Sequence[object], *, hold: str = "", limit: in
 
     Args:
         folder: for the files by which it is held, and its output.
-        hold: "write": in the middle of the weights; "rename": when the old folder is away and the new one not yet there.
+        hold: "write": in the middle of the weights; "rename": when the old folder is away, the new one not yet there.
         limit: greatest length of a file in bytes, as `ulimit -f` sets it.
     """
     context = multiprocessing.get_context("forkserver")

@@ -93,7 +93,7 @@ def align(
         sizes: per model, rows of its embedding; None for a model that changes none, or has the base's very tokens.
 
     Raises:
-        UnsupportedError: a tokenizer is missing, or the base's embedding has rows that are no token's and tokens are added.
+        UnsupportedError: a tokenizer is missing, or tokens are added to an embedding that has rows without a token.
     """
     ours = read_tokens(base.pinned)
     output = {token: row for token, row in ours.items() if row < base_size}
@@ -112,8 +112,8 @@ def align(
                     added.append(token)
     if added and len(ours) != base_size:
         raise UnsupportedError(
-            f"{base.pinned.label}: its embedding has {base_size} rows for {len(ours)} tokens, so added tokens cannot follow "
-            "the last one; use `vocabulary: base`."
+            f"{base.pinned.label}: its embedding has {base_size} rows for {len(ours)} tokens, so added tokens cannot "
+            "follow the last one; use `vocabulary: base`."
         )
     rows: list[tuple[tuple[int, ...], tuple[int, ...]] | None] = []
     for tokens_of in theirs:
