@@ -2,9 +2,9 @@
 
     python -m evaluation.text_encoders BENCH [--limit 500] [--adapters]
 
-BENCH holds `full/<task>/` (packed fine-tunes of all-MiniLM-L6-v2) or `adapters/<task>/`, `data/<task>/test.parquet` (text, label)
-and `unpack.py`, which rebuilds a Hugging Face folder. Every task is scored with its own head: each source alone, the base's encoder
-under that head, and one merge per method. Prints one Markdown table.
+BENCH holds `full/<task>/` (packed fine-tunes of all-MiniLM-L6-v2) or `adapters/<task>/`, `data/<task>/test.parquet`
+(text, label) and `unpack.py`, which rebuilds a Hugging Face folder. Every task is scored with its own head: each
+source alone, the base's encoder under that head, and one merge per method. Prints one Markdown table.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ def main() -> int:
     parser.add_argument("bench", type=Path)
     parser.add_argument("--limit", type=int, default=500, help="test rows a task")
     parser.add_argument("--adapters", action="store_true", help="the LoRA adapters instead of the full fine-tunes")
-    parser.add_argument("--work", type=Path, help="folder for the Hub's store and the merges; default: a temporary one")
+    parser.add_argument(
+        "--work", type=Path, help="folder for the Hub's store and the merges; default: a temporary one"
+    )
     parser.add_argument("--inside", choices=("upload", "score"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     kind = "adapters" if args.adapters else "full"
@@ -58,7 +60,18 @@ def main() -> int:
             again += ["--work", str(work)] + (["--adapters"] if args.adapters else [])
             subprocess.run([*again, "--inside", "upload"], env=environment, check=True)
             for name, flags in METHODS.items():
-                command = [sys.executable, "-m", "hfmerge", "merge", "--base", BASE, *flags, "--quiet", "--state", "none"]
+                command = [
+                    sys.executable,
+                    "-m",
+                    "hfmerge",
+                    "merge",
+                    "--base",
+                    BASE,
+                    *flags,
+                    "--quiet",
+                    "--state",
+                    "none",
+                ]
                 command += ["--push-to", _merged(name), *(f"bench/minilm-{task}" for task in tasks)]
                 subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
             return subprocess.run([*again, "--inside", "score"], env=environment).returncode
@@ -110,14 +123,19 @@ def _score(bench: Path, tasks: list[str], limit: int, adapters: bool) -> int:
         if adapters:
             from peft import PeftModel
 
-            alone = PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained(BASE, config=config), repo_id)
+            alone = PeftModel.from_pretrained(
+                AutoModelForSequenceClassification.from_pretrained(BASE, config=config), repo_id
+            )
         else:
             alone = AutoModelForSequenceClassification.from_pretrained(repo_id)
         base.classifier.load_state_dict(any_merged.classifier.state_dict())
         models = [alone, base, *merged.values()]
         with torch.inference_mode():
             table[task] = [_accuracy(model.eval(), tokenizer, rows) for model in models]
-        print(json.dumps({"task": task, "rows": len(rows), **dict(zip(columns, table[task], strict=True))}), file=sys.stderr)
+        print(
+            json.dumps({"task": task, "rows": len(rows), **dict(zip(columns, table[task], strict=True))}),
+            file=sys.stderr,
+        )
     print(f"| task | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
     for task, cells in table.items():
         print(f"| {task} | {' | '.join(f'{cell:.3f}' for cell in cells)} |")

@@ -185,7 +185,7 @@ def _private(recipe: Recipe, private: bool | None) -> bool | None:
 
 
 def _pinned_ref(ref: str, ranks: Ranks) -> str:
-    """The reference as rank 0 sees it now, pinned to a commit, so that all processes read the same state of the Hub."""
+    """The reference as rank 0 sees it now, pinned to a commit, so that all processes read the same thing."""
     if ranks.world == 1:
         return ref
     return ranks.on_main(lambda: _pin_text(ref))
@@ -207,7 +207,7 @@ def _pinned_recipe(recipe: Recipe, ranks: Ranks) -> Recipe:
 
 @contextlib.contextmanager
 def _folder(target: str | Path | None, planned: Plan, ranks: Ranks, *, replace: bool) -> Iterator[Path]:
-    """The folder to build in, opened and published by rank 0: a workspace that becomes `target`, or a temporary one."""
+    """The folder to build in, held by rank 0: a workspace that becomes `target`, or a temporary one."""
     with contextlib.ExitStack() as stack:
         context = _temporary(planned) if target is None else None
         if target is not None:

@@ -18,8 +18,10 @@ from hfmerge.yamlio import dump_yaml
 
 BEGIN, END = "<!-- hfmerge:begin -->", "<!-- hfmerge:end -->"
 FILE = "README.md"
-KEYS = ("base_model", "base_model_relation", "library_name", "pipeline_tag", "license", "license_name", "license_link", "tags",
-        "hfmerge")  # fmt: skip
+KEYS = (
+    *("base_model", "base_model_relation", "library_name", "pipeline_tag"),
+    *("license", "license_name", "license_link", "tags", "hfmerge"),
+)
 """Front-matter keys that hfmerge writes; all others are the user's."""
 
 
@@ -68,7 +70,8 @@ def licence_note(materials: Sequence[Material]) -> str | None:
         f"| {m.name} | `{(m.commit or str(m.digest))[:12]}` | {m.license or 'not stated'} |" for m in materials
     )
     return (
-        "# Licences of the merged models\n\nThis model is derived from all of these; using it means keeping to the terms of "
+        "# Licences of the merged models\n\nThis model is derived from all of these; using it means keeping to the "
+        "terms of "
         f"every one.\n\n| model | revision | licence |\n|---|---|---|\n{rows}\n"
     )
 

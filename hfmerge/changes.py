@@ -1,7 +1,8 @@
 """From a ledger to a plan: what to do so that a model is added to, or was never in, a merge.
 
-Neither verb computes anything itself. Both make the recipe of the wanted set of models and look for a kept state of a common
-beginning; the executor then does what it does for any merge. So the result is that of merging the wanted set, bit for bit.
+Neither verb computes anything itself. Both make the recipe of the wanted set of models and look for a kept state of a
+common beginning; the executor then does what it does for any merge. So the result is that of merging the wanted set,
+bit for bit.
 """
 
 from __future__ import annotations

@@ -1,6 +1,9 @@
-"""The command line: parses, calls one verb of `api`, prints. Exit codes: 0 done, 1 a known error or a failed check, 2 wrong usage.
+"""The command line: parses, calls one verb of `api`, prints.
 
-Results go to standard output (`--json` for machines), progress and warnings to standard error. `HFMERGE_DEBUG=1` shows tracebacks.
+Exit codes: 0 done, 1 a known error or a failed check, 2 wrong usage.
+
+Results go to standard output (`--json` for machines), progress and warnings to standard error. `HFMERGE_DEBUG=1` shows
+tracebacks.
 """
 
 from __future__ import annotations
@@ -57,7 +60,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hfmerge",
         description="Merge fine-tuned models by Hub ID, one after another, and take any one out again, exactly.",
-        epilog="`hfmerge COMMAND --help` explains a command. A MODEL is org/name[@revision], a folder, hf://org/name, or base+adapter.",
+        epilog="`hfmerge COMMAND --help` explains a command. A MODEL is org/name[@revision], a folder, hf://org/name, "
+        "or base+adapter.",
     )
     parser.add_argument("--version", action="version", version=f"hfmerge {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -281,7 +285,8 @@ def _plan(args: argparse.Namespace) -> int:
     modes = [param.mode if param.touched or param.mode != "merge" else "copy" for param in planned.params]
     print(f"method {planned.method.name} {planned.recipe.method.options} norm {planned.norm}")
     print(
-        f"tensors  {len(modes)}: {modes.count('merge')} merged, {modes.count('copy')} copied, {modes.count('tied')} tied"
+        f"tensors  {len(modes)}: {modes.count('merge')} merged, {modes.count('copy')} copied, {modes.count('tied')} "
+        "tied"
     )
     rows = (("download", need.download), ("read", need.read), ("output", need.output), ("state", need.state))
     print("bytes    " + ", ".join(f"{name} {_size(value)}" for name, value in rows))

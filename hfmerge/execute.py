@@ -1,8 +1,9 @@
 """The one executor: visits each output parameter once, folds all models into it, and writes it.
 
-Call sequence of `run`: fetch the files; count magnitudes if the method asks (`settle`); first pass: per parameter, read base and
-models, fold or combine, keep the carried state; then, if the recipe's `norm` needs a number over all parameters, a second pass
-that scales what was kept and writes it; heads, side files, digests. Parameters are independent, so they run on a pool of
+Call sequence of `run`: fetch the files; count magnitudes if the method asks (`settle`); first pass: per parameter,
+read base and models, fold or combine, keep the carried state; then, if the recipe's `norm` needs a number over all
+parameters, a second pass that scales what was kept and writes it; heads, side files, digests. Parameters are
+independent, so they run on a pool of
 threads, each computing on one core: the bytes do not depend on the number of cores.
 """
 
@@ -99,7 +100,7 @@ class Piece:
 
 
 def pieces(plan: Plan, params: Iterable[Param]) -> list[Piece]:
-    """Cut parameters into visits. The cuts depend on the plan alone, so sums over them come out the same everywhere."""
+    """Cut parameters into visits; the cuts depend on the plan alone, so sums over them are the same everywhere."""
     result: list[Piece] = []
     for param in params:
         shape = param.slot.shape
@@ -117,10 +118,10 @@ def pieces(plan: Plan, params: Iterable[Param]) -> list[Piece]:
 def run(plan: Plan, folder: Path, ranks: Ranks | None = None, digester: Digester | None = None) -> Outcome:
     """Execute a plan into an empty folder.
 
-    With several processes, all call `run` with the same plan and the same folder on storage they share. Call sequence: every rank
-    fetches what is not in its cache; rank 0 lays out the files; every rank visits its own parameters and writes them into
-    the shared files, exchanging only sums; digests are divided; rank 0 adds heads and side files. A rank that fails makes
-    all fail with its error.
+    With several processes, all call `run` with the same plan and the same folder on storage they share. Call sequence:
+    every rank fetches what is not in its cache; rank 0 lays out the files; every rank visits its own parameters and
+    writes them into the shared files, exchanging only sums; digests are divided; rank 0 adds heads and side files. A
+    rank that fails makes all fail with its error.
 
     Raises:
         SourceError, NonFiniteError, OutputError: with file, tensor and model; the folder is then to be thrown away.
@@ -158,7 +159,7 @@ def _fetch_all(plan: Plan, start: int) -> None:
 
 
 def _check_ties(plan: Plan, start: int) -> None:
-    """A stored copy of a tied tensor must be a copy: transformers unties those that differ, and a merge would lose one.
+    """A stored copy of a tied tensor must be a copy: transformers unties those that differ; a merge would lose one.
 
     Raises:
         UnsupportedError: names the model and both tensors.
@@ -431,7 +432,8 @@ class _Job:
             self.base.check_finite(key)
         elif method.matrixwise and any(block.matrix for block in piece.param.blocks):
             raise NonFiniteError(
-                f"{self.models[model].delta.source.pinned.label}: {key} holds NaN or Inf, and {method.name} cannot take "
+                f"{self.models[model].delta.source.pinned.label}: {key} holds NaN or Inf, and {method.name} cannot "
+                "take "
                 "such a matrix apart; repair the source, or leave the tensor out with `exclude`."
             )
         return _finite_square(tau)
@@ -497,7 +499,8 @@ class _Job:
             checked = cast.float() if param.slot.dtype == "F16" else value
             if not math.isfinite(squared_norm(checked)) and not bool(checked.isfinite().all()):
                 raise NonFiniteError(
-                    f"{param.key}: the merged values do not fit {DTYPE_NAMES[param.slot.dtype]}; choose a wider dtype or "
+                    f"{param.key}: the merged values do not fit {DTYPE_NAMES[param.slot.dtype]}; choose a wider dtype "
+                    "or "
                     "a smaller norm."
                 )
         for target in (param, *self.tied.get(param.key, ())):

@@ -1,7 +1,7 @@
-"""Publish a merge: weights are uploaded first, then one commit carries weights, ledger and card, guarded by its parent.
+"""Publish a merge: weights are uploaded, then one commit carries weights, ledger and card, guarded by its parent.
 
-Kept states go to the branch `merge-state`, so that people who only load the model do not pay for them: new ones before the commit on
-`main`, obsolete ones are deleted after it, so that no moment has a ledger without its state.
+Kept states go to the branch `merge-state`, so that people who only load the model do not pay for them: new ones before
+the commit on `main`, obsolete ones are deleted after it, so that no moment has a ledger without its state.
 """
 
 from __future__ import annotations
@@ -108,7 +108,8 @@ def push_folder(
         except Exception as error:
             if getattr(getattr(error, "response", None), "status_code", None) == 412:
                 raise PushError(
-                    f"{repo_id}: main moved since {str(parent)[:8]}; somebody pushed meanwhile. Nothing was changed there: "
+                    f"{repo_id}: main moved since {str(parent)[:8]}; somebody pushed meanwhile. Nothing was changed "
+                    "there: "
                     "run the command again on the new state."
                 ) from error
             raise
@@ -139,7 +140,8 @@ def _check_lineage(api: Any, repo_id: str, head: str, remote: Mapping[str, Any],
         data = Path(api.hf_hub_download(repo_id, name, revision=head)).read_bytes()
         if history.get(name) != data:
             raise PushError(
-                f"{repo_id}: holds another merge ({name} differs); go on from it with `hfmerge add {repo_id} MODEL`, or push "
+                f"{repo_id}: holds another merge ({name} differs); go on from it with `hfmerge add {repo_id} MODEL`, "
+                "or push "
                 "to another repository."
             )
 

@@ -1,7 +1,8 @@
 """The ledger: one immutable JSON file per action, each naming its parent's SHA-256, in in-toto's words.
 
-`merge_history/0001.json, 0002.json, ...` say what went in (materials, pinned by commit and file digest), how (method, settings,
-environment), what came out (products by digest) and what was kept to go on from (byproducts). `sha256sum` checks the chain.
+`merge_history/0001.json, 0002.json, ...` say what went in (materials, pinned by commit and file digest), how (method,
+settings, environment), what came out (products by digest) and what was kept to go on from (byproducts). `sha256sum`
+checks the chain.
 A merge is a function of its last entry alone: replaying it gives the same bytes.
 """
 
@@ -238,7 +239,8 @@ def check_chain(files: Mapping[str, bytes], where: str) -> tuple[Entry, ...]:
         if entry.step != step or entry.parent != parent:
             previous = f"{FOLDER}/{step - 1:04d}.json" if step > 1 else "nothing"
             raise LedgerError(
-                f"{where}: {name} names another parent than {previous}; one of the two was changed after it was written."
+                f"{where}: {name} names another parent than {previous}; one of the two was changed after it was "
+                "written."
             )
         if entry.action not in ACTIONS:
             raise LedgerError(f"{where}: {name}: unknown action {entry.action!r}.")

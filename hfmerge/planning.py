@@ -53,7 +53,8 @@ class Param:
         key: stored key, the base's.
         file: output file.
         slot: dtype and shape in the output.
-        mode: "merge", "copy" (the base's value, cast to the output's dtype if floating), or "tied" (the value of `owner`).
+        mode: "merge", "copy" (the base's value, cast to the output's dtype if floating), or "tied" (the value of
+            `owner`).
         owner: the parameter a tied copy follows.
         blocks: what methods see.
         ranks: per model, rank of its change: 0 none, None dense.
@@ -350,7 +351,8 @@ def _match_source(
             under, _, rows = _match_full(recipe, base, layouts, layout, source.beneath, warnings)
             if rows is not None:
                 raise UnsupportedError(
-                    f"{source.beneath.pinned.label} has another vocabulary than the base, which is not aligned beneath "
+                    f"{source.beneath.pinned.label} has another vocabulary than the base, which is not aligned "
+                    "beneath "
                     "an adapter; merge the adapter into it with peft (merge_and_unload) and give the full model."
                 )
             beneath = dict(under.full)
@@ -362,7 +364,7 @@ def _match_source(
 
 
 def _own_head(mapped: AdapterMap, source: Source, base: Source, layout: Layout) -> AdapterMap:
-    """The adapter's copy of the base's head is a head of its own unless a config.json beside it names the same labels."""
+    """The adapter's copy of the base's head is its own head unless a config.json beside it names the same labels."""
     if source.config.get("id2label") and _labels(source.config) == _labels(base.config):
         return mapped
     own = {t: key for t, key in mapped.replaced.items() if t in layout.heads and t not in layout.vocab_axis}
@@ -388,7 +390,8 @@ def _check_adapter_base(base: Source, source: Source) -> None:
             commit = hub_api().resolve_revision(named, revision=str(revision)).resolved
         if commit != under.pinned.commit:
             raise SourceError(
-                f"{source.pinned.label} was trained on {named}@{commit[:8]}, the base is at {under.pinned.commit[:8]}; "
+                f"{source.pinned.label} was trained on {named}@{commit[:8]}, the base is at "
+                f"{under.pinned.commit[:8]}; "
                 f"pin it: `{named}@{commit[:8]}`."
             )
 
@@ -522,7 +525,7 @@ def _kept_states(recipe: Recipe, method: MergeMethod, count: int, start: int) ->
 
 
 def worker_count() -> int:
-    """Parameters computed at once by one process: one per core, shared fairly with the machine's other processes of the run."""
+    """Parameters computed at once by one process: one per core, shared with the run's other processes here."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 

@@ -74,7 +74,7 @@ def readable_card(opened: Merged) -> str | None:
 
 
 def _check_loads(planned: Plan, folder: Path) -> None:
-    """The rule: transformers loads the result with no key missing or unexpected that the base does not also have so."""
+    """The rule: transformers loads the result with no key missing or unexpected but those of the base itself."""
     from hfmerge.checkpoint.loadback import load_back
 
     missing, unexpected = load_back(folder, trust_remote_code=planned.recipe.trust_remote_code)

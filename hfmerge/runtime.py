@@ -1,7 +1,7 @@
-"""The processes of one run, through accelerate, which nothing else imports: rank, world, exchange of small objects, fair shares.
+"""The processes of one run, through accelerate, which nothing else imports: rank, world, exchange, fair shares.
 
-A launcher (`torchrun`, `accelerate launch --multi_gpu`) sets `WORLD_SIZE`; without it there is one process and accelerate is not
-even imported. Only small Python objects cross processes; tensors meet in the files of the output.
+A launcher (`torchrun`, `accelerate launch --multi_gpu`) sets `WORLD_SIZE`; without it there is one process and
+accelerate is not even imported. Only small Python objects cross processes; tensors meet in the files of the output.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class Ranks:
             return list(gather_object([value]))
         except RuntimeError as error:
             raise HfMergeError(
-                f"process {self.rank} of {self.world}: another process of this run ended ({str(error).splitlines()[0]}); "
+                f"process {self.rank} of {self.world}: another process of this run ended "
+                f"({str(error).splitlines()[0]}); "
                 "run the same command again."
             ) from error
 
@@ -104,7 +105,8 @@ def current_ranks() -> Ranks:
     state = PartialState(cpu=True, timeout=PATIENCE)
     if state.num_processes != wanted:
         raise HfMergeError(
-            f"{wanted} processes were asked for and {state.num_processes} runs; use `torchrun --nproc_per_node {wanted}` or "
+            f"{wanted} processes were asked for and {state.num_processes} runs; use `torchrun --nproc_per_node "
+            f"{wanted}` or "
             "`accelerate launch --multi_gpu` (`--cpu` starts one process)."
         )
     return Ranks(state.process_index, state.num_processes, state)

@@ -1,6 +1,7 @@
 """Names of models and what they stand for: a reference is parsed, pinned to a commit, and described by its headers.
 
-`org/name`, `org/name@revision`, a folder, an `hf://` URI, or `base+adapter` of any two of these. Nothing here reads weights.
+`org/name`, `org/name@revision`, a folder, an `hf://` URI, or `base+adapter` of any two of these. Nothing here reads
+weights.
 """
 
 from __future__ import annotations
@@ -187,7 +188,8 @@ def hub_errors(subject: str) -> Iterator[None]:
         if (status := _status_of(error)) in (401, 403):
             raise AccessError(f"{subject}: the Hub refused the token (HTTP {status}); {token}.") from error
         raise OfflineError(
-            f"{subject}: not in the local cache and the Hub cannot be reached; run once online, or unset HF_HUB_OFFLINE."
+            f"{subject}: not in the local cache and the Hub cannot be reached; run once online, or unset "
+            "HF_HUB_OFFLINE."
         ) from error
     except hf.EntryNotFoundError as error:
         raise NotFoundError(f"{subject}: no such file at this revision.") from error
@@ -308,7 +310,8 @@ def describe(ref: str, *, allow_pickle: bool = False, base: Source | None = None
 
     Args:
         ref: as in a recipe.
-        allow_pickle: accept `.bin` checkpoints (fetched whole, since a pickle has no header; unpickled `weights_only`).
+        allow_pickle: accept `.bin` checkpoints (fetched whole, since a pickle has no header; unpickled
+            `weights_only`).
         base: the merge's base: in `base+adapter` it needs no separate reading.
 
     Raises:
@@ -346,7 +349,8 @@ def _describe_pinned(ref: str, pinned: Pinned, allow_pickle: bool) -> Source:
         return Source(ref, pinned, "adapter", config, adapter, tensors, pickled)
     if "config.json" not in names:
         raise UnsupportedError(
-            f"{pinned.label}: neither config.json nor adapter_config.json; not a model that transformers or peft can load."
+            f"{pinned.label}: neither config.json nor adapter_config.json; not a model that transformers or peft can "
+            "load."
         )
     config = read_json(pinned, "config.json")
     quantised = config.get("quantization_config")
@@ -381,7 +385,8 @@ def _headers(pinned: Pinned, stem: str, allow_pickle: bool) -> tuple[dict[str, T
             continue
         if pickled and not allow_pickle:
             raise UnsupportedError(
-                f"{pinned.label}: only pickled weights ({files[0]}); convert them to safetensors, or pass --allow-pickle "
+                f"{pinned.label}: only pickled weights ({files[0]}); convert them to safetensors, or pass "
+                "--allow-pickle "
                 "if you trust the author."
             )
         read = _pickle_entries if pickled else _safetensors_entries
@@ -578,7 +583,7 @@ class Digester:
             self._futures[id(source)] = (source, self._pool.submit(self._digests, source))
 
     def result(self, source: Source) -> Future[dict[str, str]]:
-        """The digests of a source's files, those of the model beneath an adapter marked with `+`; begun if it was not."""
+        """Digests of a source's files, those of the model beneath an adapter marked `+`; begun if they were not."""
         if id(source) not in self._futures:
             self._futures[id(source)] = (source, self._pool.submit(self._digests, source))
         return self._futures[id(source)][1]

@@ -1,4 +1,4 @@
-"""Check a merge against its ledger: chain, digests of every file, card, and on request a replay compared byte for byte.
+"""Check a merge against its ledger: chain, digests of every file, card; on request a replay, byte for byte.
 
 On the Hub the digests of weights are the LFS object IDs, so nothing large is downloaded.
 """
@@ -103,7 +103,8 @@ def _card(merged: Merged) -> Check:
         named, found = card_pointer(card).get("sha256"), sha256_bytes(merged.last.to_bytes())
         if named != found:
             problem: str | None = (
-                f"{merged.last.file} has the digest {found[:12]}..., {FILE} names {str(named)[:12]}...; one was changed"
+                f"{merged.last.file} has the digest {found[:12]}..., {FILE} names {str(named)[:12]}...; one was "
+                "changed"
             )
         else:
             problem = card_differs(card, merged.entries)

@@ -1,7 +1,7 @@
 """The output folder: built beside its final place, published by one rename, never seen half-written.
 
-While a merge runs, `.NAME.hfmerge-lock` is held by `flock` (the kernel drops it with the process, even after SIGKILL) and the
-files grow in `.NAME.hfmerge-partial`. The next run on the same folder removes what a killed one left.
+While a merge runs, `.NAME.hfmerge-lock` is held by `flock` (the kernel drops it with the process, even after SIGKILL)
+and the files grow in `.NAME.hfmerge-partial`. The next run on the same folder removes what a killed one left.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def workspace(output: Path, *, needed: int, replace: bool) -> Iterator[Path]:
         free = shutil.disk_usage(output.parent).free
         if free < needed:
             raise OutputError(
-                f"{output}: {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free; make room or choose another disk."
+                f"{output}: {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free; make room or choose "
+                "another disk."
             )
         partial.mkdir()
         try:

@@ -23,7 +23,9 @@ def golden_cards() -> dict[str, str]:
     """File name -> text, one for each recipe."""
     paths = sorted([*RECIPES.glob("*.yaml"), *RECIPES.glob("quickstart/*.yaml")])
     names = [path.stem if path.parent == RECIPES else path.parent.name for path in paths]
-    return {f"{name}.md": golden_card(load_recipe(path), f"org/{name}") for name, path in zip(names, paths, strict=True)}
+    return {
+        f"{name}.md": golden_card(load_recipe(path), f"org/{name}") for name, path in zip(names, paths, strict=True)
+    }
 
 
 def golden_card(recipe: Recipe, repo_id: str) -> str:
@@ -38,7 +40,12 @@ def golden_card(recipe: Recipe, repo_id: str) -> str:
         how=f"merged {len(models)} models in order of arrival",
         base=base,
         models=models,
-        method={"name": recipe.method.name, "version": 1, "options": recipe.method.options, "norm": recipe.method.norm},
+        method={
+            "name": recipe.method.name,
+            "version": 1,
+            "options": recipe.method.options,
+            "norm": recipe.method.norm,
+        },
         settings={
             "dtype": recipe.dtype,
             "include": list(recipe.include),

@@ -1,4 +1,4 @@
-"""The main job by Hub ID, with the real client against a real server on loopback: merge, push, add, unmerge, verify, and every refusal."""
+"""The main job by Hub ID, with the real client against a real server on loopback, and every refusal."""
 
 import json
 import os
@@ -50,7 +50,9 @@ def world(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> World:
     torch.manual_seed(0)
     base = transformers.BertModel(transformers.BertConfig(**CONFIG))
     base.save_pretrained(root / "base")
-    (root / "base" / "README.md").write_text("---\nlicense: apache-2.0\npipeline_tag: feature-extraction\n---\n# base\n")
+    (root / "base" / "README.md").write_text(
+        "---\nlicense: apache-2.0\npipeline_tag: feature-extraction\n---\n# base\n"
+    )
     folders = {"org/base": root / "base"}
     for i, name in enumerate(("a", "b", "c")):
         labels = {j: f"{name}{j}" for j in range(i + 2)}
@@ -94,7 +96,9 @@ def failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def child(world: World, home: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """The command line in a process of its own, with other variables."""
     environment = {**os.environ, **world.server.env(home), **variables}
-    return subprocess.run([sys.executable, "-m", "hfmerge", *arguments], env=environment, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-m", "hfmerge", *arguments], env=environment, capture_output=True, text=True
+    )
 
 
 def test_merge_add_unmerge_by_id_gives_the_bytes_of_never_merged(world: World, tmp_path: Path) -> None:
@@ -251,7 +255,9 @@ def test_a_card_written_by_people_keeps_its_words(world: World) -> None:
 def test_verify_names_what_was_changed_on_the_hub(world: World, part: str, tmp_path: Path) -> None:
     repo_id = f"org/tampered-{part}"
     merge(world, repo_id, ["org/a"])
-    name = {"weights": "model.safetensors", "card": "README.md", "ledger": "merge_history/0001.json"}.get(part, "config.json")
+    name = {"weights": "model.safetensors", "card": "README.md", "ledger": "merge_history/0001.json"}.get(
+        part, "config.json"
+    )
     data = bytearray(Path(world.api.hf_hub_download(repo_id, name)).read_bytes())
     at = data.find(b"opcm") if part in ("card", "ledger") else len(data) - 3
     data[at] ^= 1
@@ -291,13 +297,17 @@ def test_refusals_of_the_hub_are_one_line(
     private(world)
     monkeypatch.setenv("HF_TOKEN", world.server.tokens.get(user, "hf_wrong"))
     output = tmp_path / "out"
-    text = failure(capsys, "merge", "--base", "org/base", "--method", "linear", "--output", str(output), model, "org/b")
+    text = failure(
+        capsys, "merge", "--base", "org/base", "--method", "linear", "--output", str(output), model, "org/b"
+    )
     for word in words:
         assert word in text, text
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_right_to_push(world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_no_right_to_push(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     merge(world, "org/theirs", ["org/a"])
     monkeypatch.setenv("HF_TOKEN", world.server.tokens["other"])
     text = failure(capsys, "add", "org/theirs", "org/b", "--push-to", "org/theirs")
@@ -338,11 +348,11 @@ def test_weights_on_the_hub_that_are_none(world: World, capsys: pytest.CaptureFi
         assert f"org/{name}@" in text and "model.safetensors" in text and len(text.splitlines()) == 1
 
 
-def test_no_request_failed_on_the_server(world: World, hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_no_request_failed_on_the_server(
+    world: World, hub: HubServer, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     logs = list(tmp_path_factory.getbasetemp().glob("hub*/requests.jsonl"))
     assert logs
     rows = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
     assert len(rows) > 100
     assert not [row for row in rows if row["status"] >= 500]
-
-

@@ -1,4 +1,4 @@
-"""The layer table of ARCHITECTURE.md, held: a module imports only modules of lower layers; public names do what they say."""
+"""The layer table of ARCHITECTURE.md, held: a module imports only lower layers; public names exist."""
 
 import ast
 import importlib

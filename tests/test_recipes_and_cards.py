@@ -43,7 +43,10 @@ def test_text_around_the_block_and_foreign_keys_survive_a_new_card() -> None:
     card = next(iter(render.golden_cards().values()))
     front, block, rest = parse_card(card)
     assert block is not None and block.startswith(BEGIN) and block.rstrip().endswith(END)
-    edited = card.replace("---\n", "---\nlanguage: fr\n", 1).replace(BEGIN, f"My own words.\n\n{BEGIN}") + "\nAnd an appendix.\n"
+    edited = (
+        card.replace("---\n", "---\nlanguage: fr\n", 1).replace(BEGIN, f"My own words.\n\n{BEGIN}")
+        + "\nAnd an appendix.\n"
+    )
     other = combine_cards(edited, card)
     assert "My own words." in other and "And an appendix." in other
     assert parse_card(other)[0] == {**front, "language": "fr"}

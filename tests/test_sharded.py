@@ -1,4 +1,4 @@
-"""Several processes give the bytes of one: every method, merge and add, at world sizes 2, 3 and 4; a lost process stops the others."""
+"""Several processes give the bytes of one, for every method; a lost process stops the others."""
 
 from __future__ import annotations
 
@@ -83,9 +83,7 @@ def alone(root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dic
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
-def test_same_bytes_for_every_method(
-    root: Path, alone: dict[str, dict[str, str]], tmp_path: Path, world: int
-) -> None:
+def test_same_bytes_for_every_method(root: Path, alone: dict[str, dict[str, str]], tmp_path: Path, world: int) -> None:
     script = tmp_path / "worker.py"
     script.write_text(WORKER, encoding="utf-8")
     calls = [call for title in FLAGS for call in command(root, tmp_path / title.replace(" ", "-"), title)]
@@ -98,13 +96,24 @@ def test_same_bytes_for_every_method(
 
 
 def test_errors_of_a_plan_reach_every_process_and_are_printed_once(root: Path, tmp_path: Path) -> None:
-    calls = [["merge", str(root / "m0"), "--base", str(root / "nothing"), "--method", "opcm", "--output", str(tmp_path / "o")]]
+    calls = [
+        [
+            "merge",
+            str(root / "m0"),
+            "--base",
+            str(root / "nothing"),
+            "--method",
+            "opcm",
+            "--output",
+            str(tmp_path / "o"),
+        ]
+    ]
     script = tmp_path / "worker.py"
     script.write_text(WORKER, encoding="utf-8")
     process = launch(2, str(script), "2", json.dumps(calls))
     out, _ = process.communicate(timeout=120)
     assert process.returncode != 0
-    assert out.count("no such folder") >= 1 and "Traceback (most recent call last):\n  File \"" + str(script) not in out
+    assert out.count("no such folder") >= 1 and 'Traceback (most recent call last):\n  File "' + str(script) not in out
     assert not (tmp_path / "o").exists()
 
 

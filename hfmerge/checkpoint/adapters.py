@@ -1,8 +1,9 @@
 """LoRA adapters as task vectors: which factors change which stored tensor of the base, and by what scale.
 
-The only place that knows PEFT's file format: key suffixes, alpha / r, rank-stabilised scaling, rank and alpha patterns,
-`fan_in_fan_out`, `modules_to_save`. Formula: `delta W = scale * B @ A`, `scale = alpha / r`, or `alpha / sqrt(r)` with
-`use_rslora`. Source: "LoRA", arXiv 2106.09685, section 4.1; "rsLoRA", arXiv 2312.03732; scaling as PEFT applies it.
+The only place that knows PEFT's file format: key suffixes, alpha / r, rank-stabilised scaling, rank and alpha
+patterns, `fan_in_fan_out`, `modules_to_save`. Formula: `delta W = scale * B @ A`, `scale = alpha / r`, or `alpha /
+sqrt(r)` with `use_rslora`. Source: "LoRA", arXiv 2106.09685, section 4.1; "rsLoRA", arXiv 2312.03732; scaling as PEFT
+applies it.
 """
 
 from __future__ import annotations
@@ -102,7 +103,8 @@ def check_plain(source: Source) -> None:
     init = str(config.get("init_lora_weights", True)).lower()
     if init.startswith(CHANGING_INITS) or config.get("loftq_config"):
         raise UnsupportedError(
-            f"{source.pinned.label}: initialised with {init}, which changes the base weights; convert it to plain LoRA "
+            f"{source.pinned.label}: initialised with {init}, which changes the base weights; convert it to plain "
+            "LoRA "
             "(peft: save_pretrained(path_initial_model_for_weight_conversion=...))."
         )
 
@@ -111,7 +113,8 @@ def map_adapter(source: Source, base: Layout) -> AdapterMap:
     """Match every tensor of a LoRA adapter with the base, from headers alone.
 
     Raises:
-        UnsupportedError: not plain LoRA. ShapeError: factors do not fit the base. CorruptFileError: a factor is missing.
+        UnsupportedError: not plain LoRA. ShapeError: factors do not fit the base. CorruptFileError: a factor is
+            missing.
     """
     check_plain(source)
     config = source.adapter or {}

@@ -92,7 +92,7 @@ class DeltaReader:
                 self.reader.check_finite(name)
 
     def new_value(self, key: str, rows: Rows | None = None) -> Tensor | None:
-        """The model's own float32 value, or some rows of it, for a stored tensor of the base; None if it has no dense one."""
+        """The model's own float32 value for a stored tensor of the base, or some rows; None if it has no dense one."""
         if key in self.delta.full:
             return _assemble(self.reader, self.delta.full[key], rows)
         if key in self.delta.beneath and self.under is not None:

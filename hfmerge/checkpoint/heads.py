@@ -88,7 +88,8 @@ def _task_class(source: Source, model_type: str) -> str:
     name = table.get(model_type)
     if not name:
         raise SourceError(
-            f"{source.pinned.label}: trains a head, but its task type {task} names no {model_type} class; put a config.json "
+            f"{source.pinned.label}: trains a head, but its task type {task} names no {model_type} class; put a "
+            "config.json "
             "with `architectures` beside the adapter."
         )
     return str(name)

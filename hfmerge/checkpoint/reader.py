@@ -1,7 +1,7 @@
 """Lazy tensors of pinned sources: opens each file once and reads one stored tensor, or some rows of it, at a time.
 
-Files are read with `pread` into fresh, aligned memory: mapped pages would count as resident memory until the kernel drops them,
-and safetensors' own slices read the whole tensor.
+Files are read with `pread` into fresh, aligned memory: mapped pages would count as resident memory until the kernel
+drops them, and safetensors' own slices read the whole tensor.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ class _Opened:
 class Reader:
     """Reads stored tensors of one source; safe to call from several threads.
 
-    The files must be on this machine or downloadable; a file is opened at its first tensor and kept open until `close`.
+    The files must be on this machine or downloadable; a file is opened at its first tensor and kept open until
+    `close`.
     """
 
     def __init__(self, source: Source):

@@ -195,7 +195,8 @@ def write_tokenizer(vocabulary: Vocabulary, base: Pinned, folder: Path) -> list[
     rows = tokenizer.convert_tokens_to_ids(list(vocabulary.added))
     if rows != list(range(vocabulary.base_size, vocabulary.size)):
         raise UnsupportedError(
-            f"{base.label}: its embedding has {vocabulary.base_size} rows for {len(tokenizer) - len(vocabulary.added)} "
+            f"{base.label}: its embedding has {vocabulary.base_size} rows for "
+            f"{len(tokenizer) - len(vocabulary.added)} "
             "tokens, so added tokens cannot follow; use `vocabulary: base`."
         )
     return [Path(name).name for name in tokenizer.save_pretrained(folder) if Path(name).is_file()]

@@ -228,7 +228,7 @@ def write_index(folder: Path, weight_map: Mapping[str, str], total_size: int) ->
 
 
 def shard_names(files: Sequence[str]) -> dict[str, str]:
-    """Names of the output's weight files for the base's: `model.safetensors`, or `model-0000i-of-0000n.safetensors`."""
+    """The output's weight files for the base's: `model.safetensors`, or `model-0000i-of-0000n.safetensors`."""
     if len(files) == 1:
         return {files[0]: "model.safetensors"}
     return {file: f"model-{i:05d}-of-{len(files):05d}.safetensors" for i, file in enumerate(sorted(files), 1)}

@@ -31,7 +31,8 @@ class Linear(FoldMethod):
             "inference time",
             "https://arxiv.org/abs/2203.05482",
             "@inproceedings{wortsman2022soups,\n  title     = {Model soups: averaging weights of multiple fine-tuned "
-            "models improves accuracy without increasing inference time},\n  author    = {Mitchell Wortsman and others},"
+            "models improves accuracy without increasing inference time},\n  author    = {Mitchell Wortsman and "
+            "others},"
             "\n  booktitle = {ICML},\n  year      = {2022}\n}",
         ),
     )

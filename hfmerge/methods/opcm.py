@@ -1,8 +1,8 @@
 """OPCM: each new task vector is projected off the singular directions of the sum so far, then added.
 
 Source: "Merging Models on the Fly Without Retraining", arXiv 2501.09522, section 4, in telescoped form: with
-`S_1 = tau_1`, `S_t = S_{t-1} + P_{t-1}(tau_t)` the published model is `theta_0 + S_t * mean ||tau|| / ||S_t||`, norms over
-all parameters, so that no scalar travels between steps and every parameter is visited once.
+`S_1 = tau_1`, `S_t = S_{t-1} + P_{t-1}(tau_t)` the published model is `theta_0 + S_t * mean ||tau|| / ||S_t||`, norms
+over all parameters, so that no scalar travels between steps and every parameter is visited once.
 """
 
 from __future__ import annotations
@@ -89,8 +89,8 @@ def project(total: Tensor, tau: Tensor, shape: tuple[int, int], alpha: float, va
     """P(tau): the part of `tau` that OPCM adds to the accumulator `total`.
 
     Only the eigenvectors of the smaller Gram matrix are computed. In float64 its round-off, eps64 * s_1^2, stays below
-    every s_i^2 above the numerical rank, which is taken at the precision of the checkpoints (eps32), so nothing is lost
-    against a full SVD.
+    every s_i^2 above the numerical rank, which is taken at the precision of the checkpoints (eps32), so nothing is
+    lost against a full SVD.
 
     Args:
         total: accumulator, (m, n) or its core coordinates, float64.

@@ -21,8 +21,8 @@ PARALLEL = 1.0 - 5e-4
 class Slerp(JointMethod):
     """Interpolation of two models' weights along the great circle of each tensor's direction.
 
-    With the angle `w` between the flattened tensors: `sin((1-t) w)/sin(w) * theta_1 + sin(t w)/sin(w) * theta_2`; straight
-    interpolation where the tensors are nearly parallel or one of them is zero.
+    With the angle `w` between the flattened tensors: `sin((1-t) w)/sin(w) * theta_1 + sin(t w)/sin(w) * theta_2`;
+    straight interpolation where the tensors are nearly parallel or one of them is zero.
     Source: Shoemake, "Animating rotation with quaternion curves", SIGGRAPH 1985, equation for slerp.
     Departure from common practice: the angle is taken in float64 from the weights as they are.
     """

