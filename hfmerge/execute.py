@@ -106,7 +106,14 @@ def pieces(plan: Plan, params: Iterable[Param]) -> list[Piece]:
         shape = param.slot.shape
         size = math.prod(shape)
         aligned = param.vocab_axis is not None and plan.vocabulary is not None
-        if plan.method.elementwise and not aligned and len(shape) > 1 and 4 * size > SLICE_BYTES:
+        # a norm is summed up as the visits are cut, and must not depend on which models take part
+        if (
+            plan.method.elementwise
+            and plan.norm == "none"
+            and not aligned
+            and len(shape) > 1
+            and 4 * size > SLICE_BYTES
+        ):
             if all(delta.sliceable(param.key) for delta in plan.deltas):
                 step = max(1, SLICE_BYTES // (4 * size // shape[0]))
                 result.extend(Piece(param, (at, min(at + step, shape[0]))) for at in range(0, shape[0], step))

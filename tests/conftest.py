@@ -32,6 +32,6 @@ atexit.register(shutil.rmtree, HOME, ignore_errors=True)
 @pytest.fixture(scope="session")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
     """A Hub on loopback in a process of its own, at the endpoint that the real client in this process was told."""
-    folder = tmp_path_factory.mktemp("hub")
+    folder = tmp_path_factory.mktemp("hub-end-to-end")
     with HubServer(folder / "store", port=PORT, users=USERS, log=folder / "requests.jsonl") as server:
         yield server

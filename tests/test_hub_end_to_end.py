@@ -351,7 +351,7 @@ def test_weights_on_the_hub_that_are_none(world: World, capsys: pytest.CaptureFi
 def test_no_request_failed_on_the_server(
     world: World, hub: HubServer, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    logs = list(tmp_path_factory.getbasetemp().glob("hub*/requests.jsonl"))
+    logs = list(tmp_path_factory.getbasetemp().glob("hub-end-to-end*/requests.jsonl"))
     assert logs
     rows = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
     assert len(rows) > 100
