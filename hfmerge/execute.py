@@ -27,6 +27,7 @@ from hfmerge.checkpoint.vocabulary import extended_base, write_tokenizer
 from hfmerge.checkpoint.writer import TORCH_NAMES, SafetensorsWriter, Slot, write_index
 from hfmerge.digest import sha256_file
 from hfmerge.errors import NonFiniteError, UnsupportedError
+from hfmerge.ledger import KeptState
 from hfmerge.methods import Carry, FoldMethod, JointMethod
 from hfmerge.planning import DTYPE_NAMES, Param, Plan, carry_slots, needs_two_passes, state_name, worker_count
 from hfmerge.runtime import Ranks, shares
@@ -38,20 +39,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 STATE_FOLDER = "merge_state"
-
-
-@dataclass(frozen=True)
-class State:
-    """A kept state file: after how many models, its digest (also its name) and bytes."""
-
-    count: int
-    sha256: str
-    nbytes: int
-
-    @property
-    def file(self) -> str:
-        """Path in the output folder."""
-        return f"{STATE_FOLDER}/{self.sha256}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -71,7 +58,7 @@ class Outcome:
     merged_norm: float
     scale: float
     source_digests: tuple[dict[str, str] | None, ...]
-    states: tuple[State, ...]
+    states: tuple[KeptState, ...]
     products: dict[str, str]
 
 
@@ -283,9 +270,9 @@ class _Job:
             writer.count_others([missing[i] for missing in others])
         self.ranks.each(lambda: _close_all(writers))
 
-    def _name_state(self, count: int, writer: SafetensorsWriter) -> State:
+    def _name_state(self, count: int, writer: SafetensorsWriter) -> KeptState:
         sha256, nbytes = sha256_file(writer.path), writer.path.stat().st_size
-        state = State(count, sha256, nbytes)
+        state = KeptState(count, sha256, nbytes)
         writer.path.rename(self.folder / state.file)
         return state
 

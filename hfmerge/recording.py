@@ -16,7 +16,7 @@ from hfmerge.changes import Change
 from hfmerge.digest import sha256_bytes
 from hfmerge.errors import HfMergeError, LedgerError
 from hfmerge.execute import STATE_FOLDER, Outcome
-from hfmerge.ledger import FOLDER, Entry, KeptState, Material, check_chain, same_prefix
+from hfmerge.ledger import FOLDER, Entry, Material, check_chain, same_prefix
 from hfmerge.merged import LOCAL_SOURCES, Merged, state_path
 from hfmerge.planning import Plan
 from hfmerge.source import Source, fetch, folder_digest
@@ -133,7 +133,7 @@ def _entry(planned: Plan, outcome: Outcome, opened: Merged | None, change: Chang
         },
         settings=settings,
         scalars={"scale": outcome.scale, "merged_norm": outcome.merged_norm},
-        states=tuple(KeptState(s.count, s.sha256, s.nbytes) for s in outcome.states),
+        states=outcome.states,
         products=outcome.products,
         environment=_environment(),
     )

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from hfmerge.card import FILE, card_differs, card_pointer, licence_note
 from hfmerge.digest import sha256_bytes, sha256_file
-from hfmerge.errors import HfMergeError, LedgerError
-from hfmerge.merged import Merged, open_merged, state_path
-from hfmerge.source import fetch
+from hfmerge.errors import HfMergeError, LedgerError, NotFoundError
+from hfmerge.merged import STATE_BRANCH, Merged, open_merged, state_path
+from hfmerge.source import Place, fetch, pin
 from hfmerge.workspace import recover
 
 
@@ -117,14 +117,31 @@ def _card(merged: Merged) -> Check:
 
 
 def _states(merged: Merged) -> list[Check]:
-    """Kept states of a folder; on the Hub they are checked when they are used."""
+    """Kept states: of a folder read and hashed, on the Hub by LFS id on their branch."""
     if merged.pinned.folder is None:
-        return []
+        return _published_states(merged)
     checks = []
     for state in merged.last.states:
         notes: list[str] = []
         path = state_path(merged.pinned, state, notes)
         checks.append(Check(state.file, path is not None, "has its digest" if path else notes[0]))
+    return checks
+
+
+def _published_states(merged: Merged) -> list[Check]:
+    """A state that is not published (a pull request carries none) is no fault: the sources are read instead."""
+    if not merged.last.states:
+        return []
+    try:
+        branch = pin(Place(merged.pinned.place.text, merged.pinned.name, STATE_BRANCH, None))
+    except NotFoundError:
+        return [Check("state", True, f"no branch {STATE_BRANCH}; add and unmerge read the sources")]
+    checks = []
+    for state in merged.last.states:
+        held = branch.files.get(state.file)
+        right = held is None or held.sha256 in (None, state.sha256)
+        detail = "not published; the sources are read instead" if held is None else "has its digest (by LFS id)"
+        checks.append(Check(state.file, right, detail if right else f"the branch {STATE_BRANCH} holds other bytes"))
     return checks
 
 
