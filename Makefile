@@ -34,7 +34,7 @@ cards: install
 	$(BIN)/python model_cards/render.py
 
 bench: install
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks --date $$(date +%F)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
