@@ -56,7 +56,7 @@ def push_folder(
         PushError: the branch moved, or the repository holds another merge. SourceError: no right, no connection.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-    from huggingface_hub.errors import RepositoryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
     api = hub_api()
     history = {f"{FOLDER}/{p.name}": p.read_bytes() for p in sorted((folder / FOLDER).glob("*.json"))}
@@ -105,12 +105,11 @@ def push_folder(
                 create_pr=create_pr,
                 parent_commit=parent,
             )
-        except Exception as error:
-            if getattr(getattr(error, "response", None), "status_code", None) == 412:
+        except HfHubHTTPError as error:
+            if getattr(error.response, "status_code", None) == 412:
                 raise PushError(
                     f"{repo_id}: main moved since {str(parent)[:8]}; somebody pushed meanwhile. Nothing was changed "
-                    "there: "
-                    "run the command again on the new state."
+                    "there: run the command again on the new state."
                 ) from error
             raise
         tag = None

@@ -17,11 +17,11 @@ from typing import Any
 from hfmerge.checkpoint.adapters import PREFIX, AdapterMap, map_adapter
 from hfmerge.checkpoint.deltas import Delta, adapter_delta, full_delta
 from hfmerge.checkpoint.heads import Head, adapter_head, full_head
-from hfmerge.checkpoint.names import Layout, Match, Origin, match
+from hfmerge.checkpoint.names import Layout, Origin, match
 from hfmerge.checkpoint.names import describe as describe_layout
 from hfmerge.checkpoint.sidefiles import side_files
 from hfmerge.checkpoint.vocabulary import Vocabulary, align, same_tokens
-from hfmerge.checkpoint.writer import SIZES, Slot, shard_names
+from hfmerge.checkpoint.writer import Slot, shard_names
 from hfmerge.digest import canonical_json
 from hfmerge.errors import (
     CorruptFileError,
@@ -207,7 +207,7 @@ def make_plan(
             problems.append(Problem(f"models[{i}]", str(error)))
             sources.append(None)
     if base is None or base.kind != "full":
-        raise _one_or_all(problems, origin)
+        raise RecipeError(problems, origin)
     if on_source is not None and not problems:
         for source in (base, *sources):
             if source is not None:
@@ -222,7 +222,7 @@ def make_plan(
     except HfMergeError as error:
         problems.append(Problem("base", str(error)))
     if layout is None:
-        raise _one_or_all(problems, origin)
+        raise RecipeError(problems, origin)
     _check_duplicates(sources, problems)
     deltas: list[Delta | None] = []
     heads: list[tuple[int, Head]] = []
@@ -247,7 +247,7 @@ def make_plan(
     if not problems:
         _check_slugs(sources, problems)
     if problems:
-        raise _one_or_all(problems, origin)
+        raise RecipeError(problems, origin)
     whole = [delta for delta in deltas if delta is not None]
     vocabulary = None
     if recipe.vocabulary is not None and any(size is not None for size in sizes):
@@ -305,10 +305,6 @@ def _form(recipe: Recipe) -> list[Problem]:
     return [Problem("models", text) for text in found if text is not None]
 
 
-def _one_or_all(problems: Sequence[Problem], origin: str) -> RecipeError:
-    return RecipeError(problems, origin)
-
-
 def _some(names: Sequence[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
@@ -359,7 +355,7 @@ def _match_source(
         head = adapter_head(source, base.config, mapped.heads) if mapped.heads else None
         return adapter_delta(source, mapped, beneath), head, None
     delta, head_keys, size = _match_full(recipe, base, layouts, layout, source, warnings)
-    head = full_head(source, base.config, head_keys) if head_keys else None
+    head = full_head(source, head_keys) if head_keys else None
     return delta, head, size
 
 
@@ -578,6 +574,3 @@ def _count(shape: tuple[int, ...]) -> int:
     for size in shape:
         total *= size
     return total
-
-
-__all__ = ["SIZES", "Estimate", "Match", "Param", "Plan", "Prior", "make_plan"]

@@ -52,7 +52,7 @@ class MethodChoice:
     Attributes:
         name: in the registry of methods.
         options: by name; an option that is unset by default is absent.
-        norm: "none" (the method's own scale), "mean" (of the task vectors' norms), or a positive factor.
+        norm: "none" (the method's own scale), "mean" (of the task vectors' norms), or that norm itself.
     """
 
     name: str

@@ -53,8 +53,7 @@ class Ranks:
         except RuntimeError as error:
             raise HfMergeError(
                 f"process {self.rank} of {self.world}: another process of this run ended "
-                f"({str(error).splitlines()[0]}); "
-                "run the same command again."
+                f"({str(error).splitlines()[0]}); run the same command again."
             ) from error
 
     def each(self, work: Callable[[], T]) -> T:
@@ -71,7 +70,7 @@ class Ranks:
             result = work()
         except HfMergeError as error:
             failed = told = error
-        except Exception as error:
+        except Exception as error:  # whatever it is, the others wait for this rank and must hear of it
             failed, told = error, HfMergeError(f"process {self.rank}: {type(error).__name__}: {error}")
         problems = self.gather(told)
         if failed is not None:
@@ -79,7 +78,7 @@ class Ranks:
         for problem in problems:
             if problem is not None:
                 raise problem
-        return result  # type: ignore[return-value]
+        return result  # type: ignore[return-value]  # None only if T is None: a failure was raised above
 
     def together(self, work: Callable[[], T]) -> list[T]:
         """As `each`, with all results, which must be small, in rank order on every rank."""
@@ -87,7 +86,7 @@ class Ranks:
 
     def on_main(self, work: Callable[[], T]) -> T:
         """Run `work` on rank 0 alone; its result, or its error, on every rank."""
-        return self.together(work if self.main else lambda: None)[0]  # type: ignore[return-value]
+        return self.together(work if self.main else lambda: None)[0]  # type: ignore[return-value]  # rank 0's, never the None
 
 
 def current_ranks() -> Ranks:

@@ -237,6 +237,8 @@ def pin(place: Place) -> Pinned:
             if path.is_file()
         }
         return Pinned(place, place.folder.resolve().name, None, place.folder.resolve(), files)
+    import httpx2
+
     assert place.repo_id is not None
     api = hub_api()
     with hub_errors(place.text):
@@ -247,10 +249,10 @@ def pin(place: Place) -> Pinned:
                 for item in api.list_repo_tree(place.repo_id, recursive=True, revision=commit)
                 if hasattr(item, "size")
             }
-        except Exception as error:
+        except (ConnectionError, httpx2.TransportError):
             # offline mode, or no connection: what the cache holds of this commit is all there is
             files = _cached_files(place.repo_id, commit)
-            if not files or _status_of(error) is not None:
+            if not files:
                 raise
     return Pinned(place, place.repo_id, commit, None, files)
 

@@ -54,7 +54,7 @@ class Head:
         return [str(names[key]) for key in sorted(names, key=int)]
 
 
-def full_head(source: Source, base_config: Mapping[str, Any], keys: tuple[str, ...]) -> Head:
+def full_head(source: Source, keys: tuple[str, ...]) -> Head:
     """The head of a full checkpoint: its tensors `keys`, under its own configuration."""
     config = {key: value for key, value in source.config.items() if key != "_name_or_path"}
     return Head(source.slug, {key: key for key in keys}, config)

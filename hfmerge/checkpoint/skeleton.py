@@ -96,7 +96,7 @@ def build(config: Mapping[str, Any], origin: str, trust_remote_code: bool = Fals
         return None
     try:
         model = _on_meta(*found)
-    except Exception as error:
+    except Exception as error:  # a class may raise anything at a config it was not written for
         raise UnsupportedError(
             f"{origin}: transformers cannot build {found[0].__name__} from config.json: {one_line(error)}"
         ) from error
@@ -161,7 +161,7 @@ def find_class(
         found = _remote_class(config, origin, name) if remote else _native_class(config, name)
     except UnsupportedError:
         raise
-    except Exception as error:
+    except Exception as error:  # so may the reading of a config
         raise UnsupportedError(
             f"{origin}: transformers cannot use config.json of {name or config.get('model_type')}: {one_line(error)}"
         ) from error

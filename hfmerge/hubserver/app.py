@@ -116,7 +116,7 @@ class HubApp:
                 response = fault.response()
             except ClientDisconnect:
                 raise
-            except Exception:
+            except Exception:  # a fault of the server: shown in its log, answered with 500, fatal to no other request
                 traceback.print_exc(file=sys.stderr)
                 response = HubFault(500, f"Internal error, request id {record['id']}").response()
             await response(scope, receive, logging_send)

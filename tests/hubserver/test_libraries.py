@@ -123,8 +123,8 @@ assert "base_model:merge:acme/a" in api.model_info("acme/card").tags
 pull = card.push_to_hub("acme/card", create_pr=True)
 metadata_update("acme/card", {"library_name": "hfmerge", "tags": ["hfmerge", "more"]}, overwrite=True)
 assert set(api.model_info("acme/card").card_data.tags) == {"hfmerge", "more"}
-error = fails(ValueError, ModelCard("---\\nbase_model: /tmp/here\\n---\\n").validate)
-assert "Invalid metadata" in str(error) and "/tmp/here" in str(error)
+error = fails(ValueError, ModelCard("---\\nbase_model: /models/here\\n---\\n").validate)
+assert "Invalid metadata" in str(error) and "/models/here" in str(error)
 error = fails(ValueError, api.upload_file, path_or_fileobj=b"---\\nlicense: {a: b}\\n---\\n", path_in_repo="README.md",
     repo_id="acme/card")
 assert "Invalid metadata in README.md" in str(error) and '"license" must be' in str(error)
