@@ -6,7 +6,7 @@ import argparse
 from datetime import date
 from pathlib import Path
 
-from benchmarks import common, linear, opcm, startup
+from benchmarks import common, linear, lora, opcm, scaling, spectral, startup
 
 
 def main() -> None:
@@ -23,6 +23,9 @@ def main() -> None:
         lambda: startup.run(startup.parser().parse_args(shared)),
         lambda: linear.run(linear.parser().parse_args([*shared, "--methods", *linear.TASKS])),
         lambda: opcm.run(opcm.parser().parse_args(shared)),
+        lambda: spectral.run(spectral.parser().parse_args(shared)),
+        lambda: lora.run(lora.parser().parse_args(shared)),
+        lambda: scaling.run(scaling.parser().parse_args(shared)),
     )
     for part in parts:
         section = part()

@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -20,11 +21,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 HERE = Path(__file__).resolve().parent
 ENVIRONMENTS = HERE / ".envs"
-CACHE = HERE / ".cache"
+CACHE = Path(os.environ.get("BENCHMARKS_CACHE", HERE / ".cache"))
 OURS = (sys.executable, "-m", "hfmerge")
 SAMPLING_SECONDS = 0.05
 
@@ -219,12 +221,48 @@ def warm(folders: Sequence[Path]) -> None:
                     pass
 
 
-def generate_models(kind: str, count: int) -> tuple[Path, list[Path]]:
-    """The generated base and `count` fine-tunes of a kind from `models.py`, made now if they are not in the cache."""
-    folder = CACHE / kind
-    command = [sys.executable, "-m", "benchmarks.models", kind, str(folder), str(count)]
-    subprocess.run(command, check=True, cwd=HERE.parent)
-    return folder / "base", [folder / f"model-{index:02d}" for index in range(count)]
+def generate_models(kind: str, count: int, *, quick: bool = False, adapters: int = 0) -> tuple[Path, list[Path]]:
+    """The generated base and fine-tunes of a kind from `kinds.py`, made now if they are not in the cache.
+
+    Args:
+        kind: name of the kind.
+        count: full fine-tunes.
+        quick: of the size that measures nothing.
+        adapters: LoRA adapters; they come after the fine-tunes.
+    """
+    folder = CACHE / (f"{kind}-quick" if quick else kind)
+    size = "quick" if quick else "full"
+    words = [size, kind, str(folder), str(count), str(adapters)]
+    subprocess.run([sys.executable, "-m", "benchmarks.models", *words], check=True, cwd=HERE.parent)
+    models = [folder / f"model-{index:02d}" for index in range(count)]
+    return folder / "base", models + [folder / f"adapter-{index:02d}" for index in range(adapters)]
+
+
+def tensor_count(path: Path) -> int:
+    """Tensors of a safetensors file, from its header."""
+    with open(path, "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return len([name for name in header if name != "__metadata__"])
+
+
+def seconds_inside(output: str, name: str = "merging") -> float:
+    """`seconds` of the JSON object that `hfmerge merge --json` prints, whatever else is printed around it."""
+    decoder = json.JSONDecoder()
+    for match in re.finditer(r"^\{", output, re.MULTILINE):
+        try:
+            found, _ = decoder.raw_decode(output, match.start())
+        except json.JSONDecodeError:
+            continue
+        if isinstance(found, dict) and name in found.get("seconds", {}):
+            return float(found["seconds"][name])
+    raise BenchmarkError(f"no JSON object with seconds.{name} in the output of hfmerge:\n{output[-2000:]}")
+
+
+def ask(module: str, *words: object) -> Any:
+    """Run a module of this package in a process of its own, which may import torch; its last line, read as JSON."""
+    command = [sys.executable, "-m", f"benchmarks.{module}", *(str(word) for word in words)]
+    done = subprocess.run(command, check=True, cwd=HERE.parent, env=environment(1), stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def median(samples: Sequence[Sample], figure: str) -> float:
@@ -301,4 +339,5 @@ def arguments(description: str, runs: int) -> argparse.ArgumentParser:
     parser.add_argument("--runs", type=int, default=runs, help="counted runs of each command (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="threads for all tools (default: %(default)s)")
     parser.add_argument("--no-peers", action="store_true", help="time hfmerge alone and install nothing")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it works, measures nothing")
     return parser

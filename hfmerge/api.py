@@ -14,18 +14,25 @@ from pathlib import Path
 
 from hfmerge.card import restrictive
 from hfmerge.changes import Change, plan_add, plan_unmerge
+from hfmerge.digesting import Digester
+from hfmerge.disks import for_machines, stand_ins
 from hfmerge.errors import HfMergeError, OutputError, PushError, RecipeError, VerificationError
-from hfmerge.execute import run
+from hfmerge.execute import Outcome, run
+from hfmerge.fetching import pin
 from hfmerge.hub import Pushed, push_folder
+from hfmerge.identity import work_of
 from hfmerge.ledger import Entry
 from hfmerge.merged import Merged, open_merged
+from hfmerge.options import DEFAULT, RunOptions
 from hfmerge.planning import Plan, make_plan
+from hfmerge.publishing import Destination, publish, with_disks
 from hfmerge.recipe import ModelEntry, Recipe, load_recipe
 from hfmerge.recording import adopt_card, keep_foreign_files, readable_card, record
-from hfmerge.runtime import Ranks, current_ranks
-from hfmerge.source import Digester, parse_ref, pin
+from hfmerge.runtime import Ranks, processes
+from hfmerge.source import parse_ref
+from hfmerge.streaming import Streamed
 from hfmerge.verifying import Report, verify_merge
-from hfmerge.workspace import full_disk, recover, workspace
+from hfmerge.workspace import Workspace, full_disk, recover, workspace
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,9 @@ class MergeResult:
         warnings: what the user should know.
         pushed: where it was published, or None.
         seconds: wall time of the computation and of everything.
+        processes: how many took part.
+        reused: chunks of tensors taken over from a run that was killed; those of a second pass count again.
+        streamed: what was read from the Hub without keeping it; None where that was not asked for.
     """
 
     folder: Path | None
@@ -45,6 +55,9 @@ class MergeResult:
     warnings: tuple[str, ...]
     pushed: Pushed | None
     seconds: Mapping[str, float]
+    processes: int = 1
+    reused: int = 0
+    streamed: Streamed | None = None
 
 
 def plan(recipe: Recipe | str | Path) -> Plan:
@@ -64,6 +77,7 @@ def merge(
     push_to: str | None = None,
     private: bool | None = None,
     create_pr: bool = False,
+    options: RunOptions = DEFAULT,
 ) -> MergeResult:
     """Merge the models of a recipe into a new folder, with ledger and card, and publish it if asked.
 
@@ -71,6 +85,7 @@ def merge(
         recipe: a `Recipe` or the path of a YAML file.
         output, push_to, private: instead of the recipe's.
         create_pr: publish as a pull request.
+        options: how the run uses the machine.
 
     Raises:
         HfMergeError: see `hfmerge.errors`; nothing half-written remains.
@@ -80,19 +95,20 @@ def merge(
     if target is None and repo_id is None:
         raise OutputError(f"{origin}: says neither `output` nor `push_to`; name a folder or a repository.")
     start = time.monotonic()
-    ranks = current_ranks()
-    push_to_hub = partial(push_folder, repo_id=str(repo_id), private=_private(asked, private), create_pr=create_pr)
-    with Digester() as digester:
+    private = asked.private if private is None else private
+    destination = Destination(repo_id, private, create_pr) if repo_id is not None else None
+    with processes() as ranks, Digester() as digester:
         # one process hashes what is here while it plans; several share the hashing later
         early = digester.start if ranks.world == 1 else None
+        ranks = with_disks(ranks, target, options.storage)
         pinned = _pinned_recipe(asked, ranks)
-        planned = ranks.each(partial(make_plan, pinned, origin=origin, on_source=early))
-        with _folder(target, planned, ranks, replace=False) as folder:
-            entry, seconds, _ = _build(planned, folder, ranks, None, None, digester)
-            pushed = ranks.on_main(partial(push_to_hub, folder)) if target is None else None
-    if target is not None and repo_id is not None:
-        pushed = ranks.on_main(partial(_push_written, Path(target), repo_id, push_to_hub))
-    return _result(target, entry, planned, pushed, start, seconds)
+        planned = for_machines(ranks.each(partial(make_plan, pinned, origin=origin, on_source=early)), ranks)
+        with _folder(target, planned, ranks, replace=False, resume=options.resume) as place:
+            entry, seconds, _, outcome = _build(planned, place, ranks, None, None, digester, options)
+            pushed = publish(planned, place.folder, ranks, destination) if target is None and destination else None
+        if target is not None and destination is not None:
+            pushed = ranks.on_main(partial(_push_written, Path(target), destination))
+        return _result(target, entry, planned, pushed, start, seconds, world=ranks.world, outcome=outcome)
 
 
 def add(
@@ -103,6 +119,8 @@ def add(
     push_to: str | None = None,
     create_pr: bool = False,
     sources: Mapping[str, str] | None = None,
+    stream: bool = False,
+    options: RunOptions = DEFAULT,
 ) -> MergeResult:
     """Merge further models into an existing merge, continuing from its carried state.
 
@@ -112,16 +130,18 @@ def add(
         output: a new folder; without it a folder is replaced in one rename, and a Hub ID needs `push_to`.
         push_to: repository; pushing to the merge's own guards against a concurrent push.
         sources: name of a model that was merged from a folder -> where that lies now.
+        stream: see `Recipe.stream`.
+        options: as for `merge`.
 
     Raises:
         HfMergeError: see `hfmerge.errors`; the existing merge stays as it was.
     """
-    ranks = current_ranks()
-    ranks.on_main(partial(recover, merged))
-    opened = open_merged(_pinned_ref(str(merged), ranks), sources)
     given = [m if isinstance(m, ModelEntry) else ModelEntry(m) for m in models]
-    entries = [ModelEntry(_pinned_ref(entry.model, ranks), entry.weight) for entry in given]
-    return _change(opened, lambda: plan_add(opened, entries), ranks, output, push_to, create_pr)
+    with processes() as ranks:
+        opened = _opened(merged, sources, ranks)
+        entries = [ModelEntry(_pinned_ref(entry.model, ranks), entry.weight) for entry in given]
+        make = partial(plan_add, opened, entries, stream=stream)
+        return _change(opened, make, ranks, output, push_to, create_pr, options)
 
 
 def unmerge(
@@ -132,21 +152,23 @@ def unmerge(
     push_to: str | None = None,
     create_pr: bool = False,
     sources: Mapping[str, str] | None = None,
+    stream: bool = False,
+    options: RunOptions = DEFAULT,
 ) -> MergeResult:
     """Take models out: the result has the bytes of the merge that never saw them.
 
     Args:
-        merged, output, push_to, create_pr, sources: as for `add`.
+        merged, output, push_to, create_pr, sources, stream, options: as for `add`.
         remove: names as the ledger lists them.
 
     Raises:
         LedgerError: not in the merge, or nothing would be left. HfMergeError: see `hfmerge.errors`.
     """
-    ranks = current_ranks()
-    ranks.on_main(partial(recover, merged))
-    opened = open_merged(_pinned_ref(str(merged), ranks), sources)
     names = [remove] if isinstance(remove, str) else list(remove)
-    return _change(opened, lambda: plan_unmerge(opened, names), ranks, output, push_to, create_pr)
+    with processes() as ranks:
+        opened = _opened(merged, sources, ranks)
+        make = partial(plan_unmerge, opened, names, stream=stream)
+        return _change(opened, make, ranks, output, push_to, create_pr, options)
 
 
 def verify(merged: str | Path, *, replay: bool = False, sources: Mapping[str, str] | None = None) -> Report:
@@ -180,8 +202,11 @@ def _recipe(recipe: Recipe | str | Path) -> tuple[Recipe, str]:
     return load_recipe(recipe), str(recipe)
 
 
-def _private(recipe: Recipe, private: bool | None) -> bool | None:
-    return recipe.private if private is None else private
+def _opened(merged: str | Path, sources: Mapping[str, str] | None, ranks: Ranks) -> Merged:
+    """An existing merge, made whole if a killed run left it in two places."""
+    ranks.on_main(partial(recover, merged))
+    ref = _pinned_ref(str(merged), ranks)
+    return ranks.each(lambda: open_merged(ref, sources))
 
 
 def _pinned_ref(ref: str, ranks: Ranks) -> str:
@@ -206,19 +231,33 @@ def _pinned_recipe(recipe: Recipe, ranks: Ranks) -> Recipe:
 
 
 @contextlib.contextmanager
-def _folder(target: str | Path | None, planned: Plan, ranks: Ranks, *, replace: bool) -> Iterator[Path]:
-    """The folder to build in, held by rank 0: a workspace that becomes `target`, or a temporary one."""
+def _folder(
+    target: str | Path | None, planned: Plan, ranks: Ranks, *, replace: bool, resume: bool | None
+) -> Iterator[Workspace]:
+    """The folder to build in, held by one process a disk: a workspace that becomes `target`, or a temporary one."""
     with contextlib.ExitStack() as stack:
-        context = _temporary(planned) if target is None else None
-        if target is not None:
-            context = workspace(Path(target), needed=planned.estimate.disk, replace=replace)
-        assert context is not None
-        yield ranks.on_main(partial(stack.enter_context, context))
-        ranks.on_main(stack.close)
+        places = ranks.together(
+            lambda: stack.enter_context(_place(target, planned, replace, resume)) if ranks.leads else None
+        )
+        place = places[ranks.on_disk(ranks.disk)[0]]
+        assert place is not None
+        yield place
+        ranks.each(stack.close)
+
+
+def _place(
+    target: str | Path | None, planned: Plan, replace: bool, resume: bool | None
+) -> contextlib.AbstractContextManager[Workspace]:
+    if target is None and resume:
+        raise OutputError("--resume: what only goes to the Hub is not kept here; name an --output, or leave it out.")
+    if target is None:
+        return _temporary(planned)
+    work = work_of(planned)
+    return workspace(Path(target), needed=planned.estimate.disk, replace=replace, work=work, resume=resume)
 
 
 @contextlib.contextmanager
-def _temporary(planned: Plan) -> Iterator[Path]:
+def _temporary(planned: Plan) -> Iterator[Workspace]:
     """A folder for a result that only goes to the Hub."""
     with tempfile.TemporaryDirectory(prefix="hfmerge-") as name:
         free = shutil.disk_usage(name).free
@@ -227,7 +266,7 @@ def _temporary(planned: Plan) -> Iterator[Path]:
                 f"{name}: {planned.estimate.disk / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free; set TMPDIR."
             )
         with full_disk(Path(name)):
-            yield Path(name)
+            yield Workspace(Path(name).absolute(), None)
 
 
 def _change(
@@ -237,6 +276,7 @@ def _change(
     output: str | Path | None,
     push_to: str | None,
     create_pr: bool,
+    options: RunOptions,
 ) -> MergeResult:
     target: str | Path | None = output
     if target is None and opened.pinned.folder is not None:
@@ -245,21 +285,23 @@ def _change(
         name = opened.pinned.name
         raise PushError(f"{name}: lies on the Hub; say where the result goes: --push-to {name}, or --output FOLDER.")
     start = time.monotonic()
+    ranks = with_disks(ranks, target, options.storage)
     change = ranks.each(make)
+    change = dataclasses.replace(change, plan=for_machines(change.plan, ranks))
     replace = (
         opened.pinned.folder is not None and target is not None and Path(target).resolve() == opened.pinned.folder
     )
     own = push_to is not None and push_to.lower() == opened.pinned.name.lower()
     parent = opened.pinned.commit if own else None
-    push_to_hub = partial(push_folder, repo_id=str(push_to), create_pr=create_pr, parent_commit=parent)
-    with _folder(target, change.plan, ranks, replace=replace) as folder:
-        entry, seconds, notes = _build(change.plan, folder, ranks, opened, change)
+    destination = Destination(push_to, None, create_pr, parent) if push_to is not None else None
+    with _folder(target, change.plan, ranks, replace=replace, resume=options.resume) as place:
+        entry, seconds, notes, outcome = _build(change.plan, place, ranks, opened, change, None, options)
         if replace:
-            ranks.on_main(partial(keep_foreign_files, opened, folder))
-        pushed = ranks.on_main(partial(push_to_hub, folder)) if target is None else None
-    if target is not None and push_to is not None:
-        pushed = ranks.on_main(partial(_push_written, Path(target), push_to, push_to_hub))
-    return _result(target, entry, change.plan, pushed, start, seconds, notes)
+            ranks.on_main(partial(keep_foreign_files, opened, place.folder))
+        pushed = publish(change.plan, place.folder, ranks, destination) if target is None and destination else None
+    if target is not None and destination is not None:
+        pushed = ranks.on_main(partial(_push_written, Path(target), destination))
+    return _result(target, entry, change.plan, pushed, start, seconds, notes, world=ranks.world, outcome=outcome)
 
 
 def _result(
@@ -270,40 +312,60 @@ def _result(
     start: float,
     seconds: float,
     notes: tuple[str, ...] = (),
+    *,
+    world: int,
+    outcome: Outcome,
 ) -> MergeResult:
     licences = restrictive([entry.base, *entry.models])
     times = {"merging": seconds, "total": time.monotonic() - start}
     folder = Path(target) if target is not None else None
-    return MergeResult(folder, entry, (*planned.warnings, *notes, *licences), pushed, times)
+    unverified = outcome.streamed.unverified if outcome.streamed is not None else ()
+    unchecked = [f"{file.name}: not compared with the digest that the Hub lists: {file.why}" for file in unverified]
+    warnings = (*planned.warnings, *notes, *unchecked, *licences)
+    return MergeResult(folder, entry, warnings, pushed, times, world, outcome.reused, outcome.streamed)
 
 
 def _build(
     planned: Plan,
-    folder: Path,
+    place: Workspace,
     ranks: Ranks,
     opened: Merged | None,
     change: Change | None,
-    digester: Digester | None = None,
-) -> tuple[Entry, float, tuple[str, ...]]:
-    """Run a plan into `folder` and add ledger and card; also seconds of the run, and warnings."""
+    digester: Digester | None,
+    options: RunOptions,
+) -> tuple[Entry, float, tuple[str, ...], Outcome]:
+    """Run a plan into a folder and add ledger and card; also seconds of the run, warnings, and what the run told."""
     existing = readable_card(opened) if opened else None
     start = time.monotonic()
-    outcome = run(planned, folder, ranks, digester)
+    outcome = run(planned, place.folder, ranks, digester, journal=place.journal, options=options)
     seconds = time.monotonic() - start
-    entry, notes = ranks.on_main(partial(record, planned, folder, outcome, opened, change, existing))
-    return entry, seconds, notes
+    with stand_ins(planned, place.folder, ranks):
+        entry, notes = ranks.on_main(partial(record, planned, place.folder, outcome, opened, change, existing))
+    return entry, seconds, notes, outcome
 
 
-def _push_written(folder: Path, repo_id: str, push_to_hub: Callable[[Path], Pushed]) -> Pushed:
+def _push_written(folder: Path, destination: Destination) -> Pushed:
     """Publish a folder that is complete already: a failure costs nothing but the push."""
     try:
-        pushed = push_to_hub(folder)
+        pushed = destination.push(folder)
     except HfMergeError as error:
         raise PushError(
-            f"{error} The merge itself is in {folder}; `hfmerge push {folder} {repo_id}` tries again."
+            f"{error} The merge itself is in {folder}; `hfmerge push {folder} {destination.repo_id}` tries again."
         ) from error
-    adopt_card(folder, repo_id)
+    adopt_card(folder, destination.repo_id)
     return pushed
 
 
-__all__ = ["MergeResult", "Pushed", "RecipeError", "Report", "add", "merge", "plan", "push", "unmerge", "verify"]
+__all__ = [
+    "MergeResult",
+    "Pushed",
+    "RecipeError",
+    "Report",
+    "RunOptions",
+    "add",
+    "merge",
+    "plan",
+    "push",
+    "unmerge",
+    "verify",
+]

@@ -37,8 +37,11 @@ class Change:
     plan: Plan
 
 
-def plan_add(merged: Merged, models: Sequence[ModelEntry]) -> Change:
+def plan_add(merged: Merged, models: Sequence[ModelEntry], *, stream: bool = False) -> Change:
     """Plan to merge further models after those a merge holds.
+
+    Args:
+        stream: see `Recipe.stream`.
 
     Raises:
         LedgerError: no model named. RecipeError: faults of the new models.
@@ -46,13 +49,16 @@ def plan_add(merged: Merged, models: Sequence[ModelEntry]) -> Change:
     if not models:
         raise LedgerError("add: name at least one model.")
     last = merged.last
-    plan, how = _plan(merged, list(last.models), tuple(models))
+    plan, how = _plan(merged, list(last.models), tuple(models), stream)
     names = tuple(delta.source.name for delta in plan.deltas[len(last.models) :])
     return Change("add", names, how, last.models, plan)
 
 
-def plan_unmerge(merged: Merged, names: Sequence[str]) -> Change:
+def plan_unmerge(merged: Merged, names: Sequence[str], *, stream: bool = False) -> Change:
     """Plan the merge of all models but `names`.
+
+    Args:
+        stream: see `Recipe.stream`.
 
     Raises:
         LedgerError: a name is not in the merge, or nothing would be left.
@@ -64,7 +70,7 @@ def plan_unmerge(merged: Merged, names: Sequence[str]) -> Change:
     kept = [model for i, model in enumerate(last.models) if i not in gone]
     if not kept:
         raise LedgerError(f"{merged.pinned.label}: holds no other model; the base {last.base.label} is what is left.")
-    plan, how = _plan(merged, kept, ())
+    plan, how = _plan(merged, kept, (), stream)
     return Change("unmerge", tuple(last.models[i].name for i in sorted(set(gone))), how, tuple(kept), plan)
 
 
@@ -77,7 +83,7 @@ def plan_replay(merged: Merged) -> Plan:
     return make_plan(recipe, origin=merged.pinned.label)
 
 
-def _plan(merged: Merged, kept: list[Material], new: tuple[ModelEntry, ...]) -> tuple[Plan, str]:
+def _plan(merged: Merged, kept: list[Material], new: tuple[ModelEntry, ...], stream: bool) -> tuple[Plan, str]:
     last = merged.last
     warnings: list[str] = []
     method = registry().get(last.method["name"], MergeMethod)
@@ -89,7 +95,7 @@ def _plan(merged: Merged, kept: list[Material], new: tuple[ModelEntry, ...]) -> 
     read = [last.base, *(model for i, model in enumerate(kept) if i >= start or model.head)]
     check_materials(last, merged.refs, [last.base, *kept], read)
     recipe = recipe_of(replace(last, models=tuple(kept)), merged.refs)
-    recipe = replace(recipe, models=(*recipe.models, *new))
+    recipe = replace(recipe, models=(*recipe.models, *new), stream=stream)
     plan = make_plan(recipe, prior=prior, origin=merged.pinned.label)
     plan = replace(plan, warnings=(*warnings, *plan.warnings))
     return plan, _how(last, prior, len(plan.deltas), issubclass(method, FoldMethod))

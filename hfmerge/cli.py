@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import ctypes
+import dataclasses
 import gc
 import json
 import os
@@ -17,13 +19,26 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from hfmerge.errors import HfMergeError
+from hfmerge.errors import HfMergeError, LostProcessError
 from hfmerge.version import __version__
 
 
 if TYPE_CHECKING:
+    from hfmerge.options import RunOptions
     from hfmerge.planning import Plan
     from hfmerge.recipe import ModelEntry, Recipe
+
+
+def _reuse_freed_memory() -> None:
+    """Have glibc keep the memory of freed tensors for the next; by default every tensor gets fresh, zeroed pages."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(_MMAP_THRESHOLD, _KEPT_BYTES)
+        mallopt(_TRIM_THRESHOLD, 4 * _KEPT_BYTES)
+
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
+_KEPT_BYTES = 32 << 20
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # thousandth object and once more at the end, costs a second or two and frees nothing
         gc.set_threshold(100_000, 50, 50)
         atexit.register(gc.freeze)
+        _reuse_freed_memory()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["hub"]:
         return _hub(arguments[1:])
@@ -46,12 +62,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except HfMergeError as error:
         if os.environ.get("HFMERGE_DEBUG"):
             raise
-        if not _first_process():
+        if isinstance(error, LostProcessError) and error.reported:
+            pass  # said already, by the first process to know
+        elif not _first_process():
             # rank 0 raises the same error, unless it is gone itself
             print(f"hfmerge (process {os.environ.get('RANK')}): {error}", file=sys.stderr)
-            return 1
-        print(f"hfmerge: {error}", file=sys.stderr)
-        if args.json:
+        else:
+            print(f"hfmerge: {error}", file=sys.stderr)
+        if args.json and _first_process():
             _print_json({"error": str(error), "type": type(error).__name__})
         return 1
     except KeyboardInterrupt:
@@ -91,6 +109,9 @@ def _parser() -> argparse.ArgumentParser:
         _recipe_flags(sub)
         if name == "merge":
             sub.add_argument("--create-pr", action="store_true", help="push as a pull request")
+            _storage_flag(sub)
+            _resume_flag(sub)
+            _memory_flag(sub)
     sub = command("add", "Merge further models into an existing merge.", _add)
     sub.add_argument("merged", metavar="MERGED", help="org/name or folder of a merge")
     sub.add_argument("models", nargs="+", metavar="MODEL")
@@ -141,6 +162,7 @@ def _recipe_flags(sub: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--allow-pickle", action="store_true", default=None, help="read pickled .bin weights")
     group.add_argument("--trust-remote-code", action="store_true", default=None, help="run code from repositories")
+    _stream_flag(group, None)
 
 
 def _change_flags(sub: argparse.ArgumentParser) -> None:
@@ -149,7 +171,54 @@ def _change_flags(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--push-to", metavar="REPO_ID", help="publish the result")
     sub.add_argument("--create-pr", action="store_true", help="push as a pull request")
+    _storage_flag(sub)
+    _resume_flag(sub)
+    _memory_flag(sub)
+    _stream_flag(sub, False)
     _source_flag(sub)
+
+
+def _stream_flag(sub: argparse._ActionsContainer, default: bool | None) -> None:
+    sub.add_argument(
+        "--stream",
+        action="store_true",
+        default=default,
+        help="read weights from the Hub as they are needed; nothing is stored but the result",
+    )
+
+
+def _storage_flag(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--storage",
+        choices=("auto", "shared", "local"),
+        default="auto",
+        help="whether several machines share the output's disk (default: find out)",
+    )
+
+
+def _resume_flag(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--resume",
+        action=argparse.BooleanOptionalAction,
+        help="insist on going on from a killed run, or on starting anew (default: go on if it was the same work)",
+    )
+
+
+def _memory_flag(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--max-memory", metavar="SIZE", help="what each process should stay below: 4GB, 800MiB (default: no bound)"
+    )
+
+
+def _options(args: argparse.Namespace) -> RunOptions:
+    from hfmerge.options import RunOptions, parse_size
+
+    memory = parse_size(args.max_memory) if args.max_memory is not None else None
+    return RunOptions(args.storage, args.resume, memory, _notify)
+
+
+def _notify(line: str) -> None:
+    print(f"hfmerge: {line}", file=sys.stderr, flush=True)
 
 
 def _source_flag(sub: argparse.ArgumentParser) -> None:
@@ -192,13 +261,15 @@ def _asked(args: argparse.Namespace) -> Recipe:
         allow_nonfinite=args.allow_nonfinite,
         allow_pickle=args.allow_pickle,
         trust_remote_code=args.trust_remote_code,
+        stream=args.stream,
     )
 
 
 def _merge(args: argparse.Namespace) -> int:
     from hfmerge import api
 
-    return _print_result(args, api.merge(_asked(args), create_pr=args.create_pr))
+    result = api.merge(_asked(args), create_pr=args.create_pr, options=_options(args))
+    return _print_result(args, result)
 
 
 def _add(args: argparse.Namespace) -> int:
@@ -210,7 +281,14 @@ def _add(args: argparse.Namespace) -> int:
         raise HfMergeError(f"--weight: {len(weights)} given for {len(args.models)} models; give one a model.")
     models: list[str | ModelEntry] = [ModelEntry(m, w) for m, w in zip(args.models, weights, strict=True)]
     result = api.add(
-        args.merged, models, output=args.output, push_to=args.push_to, create_pr=args.create_pr, sources=_sources(args)
+        args.merged,
+        models,
+        output=args.output,
+        push_to=args.push_to,
+        create_pr=args.create_pr,
+        sources=_sources(args),
+        stream=args.stream,
+        options=_options(args),
     )
     return _print_result(args, result)
 
@@ -225,6 +303,8 @@ def _unmerge(args: argparse.Namespace) -> int:
         push_to=args.push_to,
         create_pr=args.create_pr,
         sources=_sources(args),
+        stream=args.stream,
+        options=_options(args),
     )
     return _print_result(args, result)
 
@@ -252,17 +332,31 @@ def _print_result(args: argparse.Namespace, result: Any) -> int:
                 "products": dict(entry.products),
                 "scale": entry.scalars["scale"],
                 "merged_norm": entry.scalars["merged_norm"],
+                "deviation": entry.scalars.get("deviation"),
                 "norms": [(model.squared_norm or 0.0) ** 0.5 for model in entry.models],
                 "seconds": dict(result.seconds),
+                "processes": result.processes,
+                "reused": result.reused,
+                "streamed": None if result.streamed is None else dataclasses.asdict(result.streamed),
                 "warnings": list(result.warnings),
                 "pushed": None if pushed is None else {**vars(pushed), "notes": list(pushed.notes)},
             }
         )
         return 0
-    print(f"{entry.action} (step {entry.step}): {entry.how}, {result.seconds['total']:.1f} s")
+    crew = f" on {result.processes} processes" if result.processes > 1 else ""
+    print(f"{entry.action} (step {entry.step}): {entry.how}, {result.seconds['total']:.1f} s{crew}")
     for model in entry.models:
         print(f"  {model.label:<48} weight {model.weight:<6g} norm {(model.squared_norm or 0.0) ** 0.5:.4g}")
     print(f"  norm of the merged change: {entry.scalars['merged_norm']:.4g}")
+    if "deviation" in entry.scalars:
+        print(f"  off the exact last step by up to {entry.scalars['deviation']:.1e} of a change, by sample")
+    if (streamed := result.streamed) is not None:
+        checked, files = len(streamed.verified), len(streamed.verified) + len(streamed.unverified)
+        print(
+            f"streamed {_size(streamed.received)} in {streamed.requests} requests, {streamed.failures} repeated: "
+            f"{_size(streamed.again)} more than once, {_size(streamed.beyond)} beyond need; {checked} of {files} "
+            "files compared with their digests"
+        )
     if result.folder:
         print(f"written to {result.folder}")
     if pushed is not None:
@@ -297,6 +391,8 @@ def _plan(args: argparse.Namespace) -> int:
     )
     rows = (("download", need.download), ("read", need.read), ("output", need.output), ("state", need.state))
     print("bytes    " + ", ".join(f"{name} {_size(value)}" for name, value in rows))
+    if planned.recipe.stream:
+        print(f"stream   {_size(need.stream)} from the Hub as they are needed; nothing is stored but the result")
     print(f"needs    disk {_size(need.disk)}, memory about {_size(need.memory)}, time about {need.seconds:.0f} s")
     return 0
 
@@ -394,8 +490,6 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _methods(args: argparse.Namespace) -> int:
-    import dataclasses
-
     from hfmerge.methods import registry
 
     methods = registry()

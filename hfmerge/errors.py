@@ -13,7 +13,8 @@ HfMergeError                  the CLI prints it as one line and exits with 1
 |- LedgerError                a merge history that is broken, missing or from another merge
 |  `- VerificationError       the ledger does not describe the files beside it
 |- OutputError                the result cannot be written: folder in use, disk full
-`- PushError                  the Hub refused the result, or somebody else pushed first
+|- PushError                  the Hub refused the result, or somebody else pushed first
+`- LostProcessError           another process of the run is gone
 """
 
 from __future__ import annotations
@@ -100,3 +101,15 @@ class OutputError(HfMergeError):
 
 class PushError(HfMergeError):
     """The Hub refused the result, or the branch moved since it was read."""
+
+
+class LostProcessError(HfMergeError):
+    """Another process of the run is gone.
+
+    Attributes:
+        reported: the first process to know has told the user, so that the others need not repeat it.
+    """
+
+    def __init__(self, text: str, *, reported: bool = False):
+        self.reported = reported
+        super().__init__(text)

@@ -31,6 +31,7 @@ def recipe_from_flags(
     allow_nonfinite: bool | None = None,
     allow_pickle: bool | None = None,
     trust_remote_code: bool | None = None,
+    stream: bool | None = None,
 ) -> Recipe:
     """The recipe that command-line flags alone describe; see `apply_overrides` for what they mean.
 
@@ -56,6 +57,7 @@ def recipe_from_flags(
         allow_nonfinite=allow_nonfinite,
         allow_pickle=allow_pickle,
         trust_remote_code=trust_remote_code,
+        stream=stream,
     )
 
 
@@ -79,6 +81,7 @@ def apply_overrides(
     allow_nonfinite: bool | None = None,
     allow_pickle: bool | None = None,
     trust_remote_code: bool | None = None,
+    stream: bool | None = None,
 ) -> Recipe:
     """A recipe with command-line flags over it; a flag that is None leaves the recipe's value.
 
@@ -107,6 +110,7 @@ def apply_overrides(
         "allow_nonfinite": allow_nonfinite,
         "allow_pickle": allow_pickle,
         "trust_remote_code": trust_remote_code,
+        "stream": stream,
     }
     problems: list[Problem] = []
     data = recipe.to_dict() if recipe else {}

@@ -9,14 +9,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from hfmerge.asking import hub_api, hub_errors, patiently
 from hfmerge.card import FILE, card_facts, combine_cards, render_card
-from hfmerge.errors import PushError
+from hfmerge.commits import commit_once, download, listed, upload
+from hfmerge.errors import HfMergeError, PushError
 from hfmerge.ledger import FOLDER, Entry, check_chain
 from hfmerge.merged import STATE_BRANCH
-from hfmerge.source import hub_api, hub_errors
+from hfmerge.statebranch import drop_states, push_states
 
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitOperationAdd
 
 WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
 PRIVATE_FILES = ("merge_state/",)
@@ -42,6 +47,7 @@ def push_folder(
     private: bool | None = None,
     create_pr: bool = False,
     parent_commit: str | None = None,
+    uploaded: Sequence[CommitOperationAdd] = (),
 ) -> Pushed:
     """Publish the merge in `folder`.
 
@@ -51,38 +57,27 @@ def push_folder(
         private: visibility of a new repository; None: the Hub's default.
         create_pr: open a pull request instead of committing to `main`.
         parent_commit: what `main` must be at; None: what it is at when the push begins.
+        uploaded: files of the merge that are not, or need not be, in `folder` (see `upload_weights`).
 
     Raises:
         PushError: the branch moved, or the repository holds another merge. SourceError: no right, no connection.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
     api = hub_api()
     history = {f"{FOLDER}/{p.name}": p.read_bytes() for p in sorted((folder / FOLDER).glob("*.json"))}
     entries = check_chain(history, str(folder))
+    head = ensure_repo(repo_id, private=private, create_pr=create_pr)
     with hub_errors(repo_id):
-        try:
-            head = api.model_info(repo_id, revision="main").sha
-        except RepositoryNotFoundError:
-            if create_pr:
-                raise
-            api.create_repo(repo_id, private=private, exist_ok=True)
-            head = api.model_info(repo_id).sha
-        remote = {
-            item.path: item
-            for item in api.list_repo_tree(repo_id, recursive=True, revision=head)
-            if hasattr(item, "size")
-        }
+        remote = listed(api, repo_id, head)
         _check_lineage(api, repo_id, head, remote, history)
-        existing = None
-        if FILE in remote:
-            existing = Path(api.hf_hub_download(repo_id, FILE, revision=head)).read_text(encoding="utf-8")
+        existing = download(api, repo_id, FILE, head).decode("utf-8") if FILE in remote else None
     card = combine_cards(existing, render_card(entries, card_facts(entries[-1], repo_id)))
     files = _public_files(folder)
-    adds = [CommitOperationAdd(name, str(path)) for name, path in files.items() if name != FILE]
-    adds.append(CommitOperationAdd(FILE, card.encode()))
-    gone = [CommitOperationDelete(name) for name in _stale(remote, entries, list(files))]
+    given = {operation.path_in_repo: operation for operation in uploaded}
+    adds = [CommitOperationAdd(name, str(path)) for name, path in files.items() if name != FILE and name not in given]
+    adds += [*given.values(), CommitOperationAdd(FILE, card.encode())]
+    gone = [CommitOperationDelete(name) for name in _stale(remote, entries, [*files, *given])]
     notes = []
     parent = parent_commit or head
     with hub_errors(repo_id):
@@ -91,33 +86,86 @@ def push_folder(
             if states:
                 notes.append("the kept state stays here: a pull request cannot carry the branch merge-state")
         else:
-            _push_states(api, repo_id, states)
+            push_states(api, repo_id, states)
+        # shard by shard, so that an interrupted upload goes on where it stopped
+        for operation in adds:
+            if operation.path_in_repo.endswith(".safetensors") and operation.path_in_repo not in given:
+                upload(api, repo_id, operation, create_pr=create_pr)
+        last = entries[-1]
+        made = commit_once(
+            api, repo_id, [*adds, *gone], title=_message(last), description=f"{last.how}.\nLedger: {last.file}",
+            parent=parent, proof={last.file: history[last.file]}, create_pr=create_pr,
+        )  # fmt: skip
+    tag = None if create_pr else f"step-{last.step:04d}"
+    if tag is not None:
+        notes.extend(_follow_up(api, repo_id, made.oid, tag, _message(last), [path.name for path in states]))
+    return Pushed(repo_id, made.oid, made.url, made.pull_request, tag, tuple(notes))
+
+
+def _follow_up(api: Any, repo_id: str, oid: str, tag: str, message: str, states: Sequence[str]) -> list[str]:
+    """Tag the commit and delete obsolete states; the merge is published by now, so what fails is told, not raised."""
+    notes = []
+    again = f"push the folder to {repo_id} again to make up for it"
+    try:
+        with hub_errors(repo_id):
+            patiently(lambda: api.create_tag(repo_id, tag=tag, revision=oid, tag_message=message, exist_ok=True))
+    except HfMergeError as error:
+        notes.append(f"published, but without the tag {tag}; {again} ({error})")
+    try:
+        with hub_errors(repo_id):
+            drop_states(api, repo_id, states)
+    except HfMergeError as error:
+        notes.append(f"published, but obsolete states are still on the branch {STATE_BRANCH}; {again} ({error})")
+    return notes
+
+
+def ensure_repo(repo_id: str, *, private: bool | None = None, create_pr: bool = False) -> str:
+    """The commit that `main` is at; a repository that does not exist is created, unless a pull request is wanted.
+
+    Raises:
+        SourceError: no right, no connection, nothing to open a pull request for.
+    """
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    api = hub_api()
+    with hub_errors(repo_id):
         try:
-            # shard by shard, so that an interrupted upload goes on where it stopped
-            for operation in adds:
-                if operation.path_in_repo.endswith(".safetensors"):
-                    api.preupload_lfs_files(repo_id, [operation], create_pr=create_pr or None, free_memory=False)
-            info = api.create_commit(
-                repo_id,
-                [*adds, *gone],
-                commit_message=_message(entries[-1]),
-                commit_description=f"{entries[-1].how}.\nLedger: {entries[-1].file}",
-                create_pr=create_pr,
-                parent_commit=parent,
-            )
-        except HfHubHTTPError as error:
-            if getattr(error.response, "status_code", None) == 412:
-                raise PushError(
-                    f"{repo_id}: main moved since {str(parent)[:8]}; somebody pushed meanwhile. Nothing was changed "
-                    "there: run the command again on the new state."
-                ) from error
-            raise
-        tag = None
-        if not create_pr:
-            tag = f"step-{entries[-1].step:04d}"
-            api.create_tag(repo_id, tag=tag, revision=info.oid, tag_message=_message(entries[-1]), exist_ok=True)
-            _drop_states(api, repo_id, [path.name for path in states])
-    return Pushed(repo_id, info.oid, str(info.commit_url), info.pr_url, tag, tuple(notes))
+            head = patiently(lambda: api.model_info(repo_id, revision="main")).sha
+        except RepositoryNotFoundError:
+            if create_pr:
+                raise
+            patiently(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
+            head = patiently(lambda: api.model_info(repo_id)).sha
+    return str(head)
+
+
+def upload_weights(
+    folder: Path, names: Sequence[str], repo_id: str, *, create_pr: bool = False
+) -> list[CommitOperationAdd]:
+    """Upload weight files from this machine without a commit; another machine commits them.
+
+    Args:
+        names: files in `folder`.
+
+    Returns:
+        What to commit, in the order of `names`; small enough to be sent there.
+
+    Raises:
+        SourceError: no right, no connection.
+    """
+    from huggingface_hub import CommitOperationAdd
+
+    api = hub_api()
+    operations = []
+    with hub_errors(repo_id):
+        for name in names:
+            operation = CommitOperationAdd(name, str(folder / name))
+            upload(api, repo_id, operation, create_pr=create_pr, free_memory=True)
+            if operation.path_or_fileobj:
+                # the repository keeps such files in git itself, so it is small, and travels with the commit
+                operation = CommitOperationAdd(name, (folder / name).read_bytes())
+            operations.append(operation)
+    return operations
 
 
 def _public_files(folder: Path) -> dict[str, Path]:
@@ -136,8 +184,7 @@ def _check_lineage(api: Any, repo_id: str, head: str, remote: Mapping[str, Any],
     """A repository that holds a ledger already takes only a continuation of it."""
     theirs = sorted(name for name in remote if name.startswith(f"{FOLDER}/"))
     for name in theirs:
-        data = Path(api.hf_hub_download(repo_id, name, revision=head)).read_bytes()
-        if history.get(name) != data:
+        if history.get(name) != download(api, repo_id, name, head):
             raise PushError(
                 f"{repo_id}: holds another merge ({name} differs); go on from it with `hfmerge add {repo_id} MODEL`, "
                 "or push "
@@ -154,39 +201,3 @@ def _stale(remote: Mapping[str, Any], entries: Sequence[Entry], files: Sequence[
         if name not in files
         and (name in former or name == "LICENSE.md" or ("/" not in name and name.endswith(WEIGHT_SUFFIXES)))
     ]
-
-
-def _push_states(api: Any, repo_id: str, states: Sequence[Path]) -> None:
-    """Add the kept states to their branch; nothing is deleted yet."""
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-
-    if not states:
-        return
-    api.create_branch(repo_id, branch=STATE_BRANCH, exist_ok=True)
-    held = [
-        item.path
-        for item in api.list_repo_tree(repo_id, recursive=True, revision=STATE_BRANCH)
-        if hasattr(item, "size")
-    ]
-    adds = [CommitOperationAdd(f"merge_state/{p.name}", str(p)) for p in states if f"merge_state/{p.name}" not in held]
-    foreign = [name for name in held if not name.startswith("merge_state/") and name != ".gitattributes"]
-    operations = [*adds, *(CommitOperationDelete(name) for name in foreign)]
-    if operations:
-        api.create_commit(repo_id, operations, commit_message="Keep state", revision=STATE_BRANCH)
-
-
-def _drop_states(api: Any, repo_id: str, keep: Sequence[str]) -> None:
-    """Delete states that no longer belong to the merge (they may hold a removed model)."""
-    from huggingface_hub import CommitOperationDelete
-
-    if not any(branch.name == STATE_BRANCH for branch in api.list_repo_refs(repo_id).branches):
-        return
-    held = [
-        item.path
-        for item in api.list_repo_tree(repo_id, recursive=True, revision=STATE_BRANCH)
-        if hasattr(item, "size")
-    ]
-    old = [name for name in held if name.startswith("merge_state/") and name.partition("/")[2] not in keep]
-    if old:
-        operations = [CommitOperationDelete(name) for name in old]
-        api.create_commit(repo_id, operations, commit_message="Drop obsolete state", revision=STATE_BRANCH)

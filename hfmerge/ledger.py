@@ -47,6 +47,8 @@ class Material:
         head: folder of its task head in the output, or None.
         labels: label names of that head.
         license: as its card or configuration says, or None.
+        unverified: those of `files` that were streamed and could not be compared with their digest, which is then only
+            what the Hub lists.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Material:
     head: str | None = None
     labels: tuple[str, ...] = ()
     license: str | None = None
+    unverified: tuple[str, ...] = ()
 
     @property
     def identity(self) -> str:
@@ -72,17 +75,19 @@ class Material:
         return f"{self.name}@{(self.commit or str(self.digest))[:8]}"
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
-        return {
+        """JSON-able; `unverified` only where there is something in it."""
+        data = {
             "name": self.name, "commit": self.commit, "digest": self.digest, "kind": self.kind, "weight": self.weight,
             "files": dict(self.files), "beneath": self.beneath, "squared_norm": self.squared_norm, "head": self.head,
             "labels": list(self.labels), "license": self.license,
         }  # fmt: skip
+        return data | ({"unverified": list(self.unverified)} if self.unverified else {})
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Material:
         """Inverse of `to_dict`."""
-        return cls(**{**data, "labels": tuple(data["labels"])})
+        lists = {"labels": tuple(data["labels"]), "unverified": tuple(data.get("unverified", ()))}
+        return cls(**{**data, **lists})
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,7 @@ class Entry:
         base, models: materials, the models in order of arrival.
         method: name, version, options, norm.
         settings: dtype, include, exclude, vocabulary, state, allow_nonfinite, allow_pickle, trust_remote_code.
-        scalars: scale, merged_norm.
+        scalars: scale, merged_norm; of a randomized run its greatest measured deviation.
         states: kept states.
         products: path -> SHA-256 of every file of the output but card, ledger and states.
         environment: versions and device the bytes depend on.

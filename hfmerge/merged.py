@@ -7,11 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from hfmerge.asking import hub_errors
+from hfmerge.describing import describe
 from hfmerge.digest import sha256_file
+from hfmerge.digesting import digests, folder_digest
 from hfmerge.errors import HfMergeError, LedgerError, SourceError
+from hfmerge.fetching import fetch, pin
 from hfmerge.ledger import FOLDER, Entry, KeptState, Material, check_chain, same_prefix
 from hfmerge.planning import Prior
-from hfmerge.source import Pinned, describe, digests, fetch, folder_digest, hub_errors, parse_ref, pin
+from hfmerge.source import Pinned, parse_ref
 
 
 STATE_BRANCH = "merge-state"

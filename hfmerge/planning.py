@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import fnmatch
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hfmerge.asking import hub_api, hub_errors
+from hfmerge.blockstore import MEMORY
 from hfmerge.checkpoint.adapters import PREFIX, AdapterMap, map_adapter
 from hfmerge.checkpoint.deltas import Delta, adapter_delta, full_delta
 from hfmerge.checkpoint.heads import Head, adapter_head, full_head
 from hfmerge.checkpoint.names import Layout, Origin, match
 from hfmerge.checkpoint.names import describe as describe_layout
+from hfmerge.checkpoint.remembered import relevant
 from hfmerge.checkpoint.sidefiles import side_files
 from hfmerge.checkpoint.vocabulary import Vocabulary, align, same_tokens
 from hfmerge.checkpoint.writer import Slot, shard_names
+from hfmerge.describing import describe
 from hfmerge.digest import canonical_json
 from hfmerge.errors import (
     CorruptFileError,
@@ -32,10 +35,13 @@ from hfmerge.errors import (
     SourceError,
     UnsupportedError,
 )
-from hfmerge.methods import FoldMethod, MergeMethod, registry
+from hfmerge.fetching import cached
+from hfmerge.methods import FoldMethod, JointMethod, MergeMethod, registry
+from hfmerge.pool import AHEAD, core_count
 from hfmerge.recipe import Recipe
 from hfmerge.recipe_values import count_problem, weights_problem
-from hfmerge.source import FLOATS, Source, cached, describe, hub_api, hub_errors
+from hfmerge.source import FLOATS, Source
+from hfmerge.streaming import Streaming
 from hfmerge.taskvector import WHOLE, Block
 
 
@@ -87,9 +93,13 @@ class Prior:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What the work needs, in bytes and seconds; an estimate, printed as such."""
+    """What the work needs, in bytes and seconds; an estimate, printed as such.
+
+    `download` goes into the Hugging Face cache; `stream` is read from the Hub and not kept.
+    """
 
     download: int
+    stream: int
     read: int
     output: int
     state: int
@@ -115,6 +125,7 @@ class Plan:
     prior: Prior | None
     estimate: Estimate
     warnings: tuple[str, ...]
+    streaming: Streaming | None = field(default=None, repr=False, compare=False)
 
     @property
     def weights(self) -> tuple[float, ...]:
@@ -192,8 +203,9 @@ def make_plan(
     warnings: list[str] = list(recipe.notes)
     sources: list[Source | None] = []
     base: Source | None = None
+    streaming = Streaming() if recipe.stream else None
     try:
-        base = describe(recipe.base, allow_pickle=recipe.allow_pickle)
+        base = describe(recipe.base, allow_pickle=recipe.allow_pickle, streaming=streaming)
         if base.kind != "full":
             problems.append(
                 Problem("base", f"{base.pinned.label} is an adapter; name the full model it was trained on.")
@@ -202,7 +214,7 @@ def make_plan(
         problems.append(Problem("base", str(error)))
     for i, entry in enumerate(recipe.models):
         try:
-            sources.append(describe(entry.model, allow_pickle=recipe.allow_pickle, base=base))
+            sources.append(describe(entry.model, allow_pickle=recipe.allow_pickle, base=base, streaming=streaming))
         except HfMergeError as error:
             problems.append(Problem(f"models[{i}]", str(error)))
             sources.append(None)
@@ -264,7 +276,7 @@ def make_plan(
     sides = tuple(side_files(base.pinned, remote_code=recipe.trust_remote_code))
     plan = Plan(
         recipe, method, base, layout, tuple(whole), params, tuple(heads), vocabulary, sides, keep, prior,
-        Estimate(0, 0, 0, 0, 0, 0, 0.0), tuple(warnings),
+        Estimate(0, 0, 0, 0, 0, 0, 0, 0.0), tuple(warnings), streaming,
     )  # fmt: skip
     return _with_estimate(plan)
 
@@ -272,15 +284,13 @@ def make_plan(
 class _Layouts:
     """Layouts of one plan's checkpoints; those of one configuration and the same tensors are worked out once."""
 
-    IGNORED = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
-
     def __init__(self, trust_remote_code: bool):
         self._trust = trust_remote_code
         self._known: dict[bytes, Layout] = {}
 
     def of(self, source: Source) -> Layout:
         """The layout of a full checkpoint."""
-        config = {key: value for key, value in source.config.items() if key not in self.IGNORED}
+        config = relevant(source.config)
         # code of a repository's own is its own, whatever its configuration says
         own = source.pinned.label if config.get("auto_map") else ""
         key = canonical_json([own, config, sorted(source.shapes.items())])
@@ -520,12 +530,6 @@ def _kept_states(recipe: Recipe, method: MergeMethod, count: int, start: int) ->
     return tuple(sorted({*(kept for kept in range(every, count + 1, every) if kept > start), count}))
 
 
-def worker_count() -> int:
-    """Parameters computed at once by one process: one per core, shared with the run's other processes here."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-
-
 def _with_estimate(plan: Plan) -> Plan:
     import dataclasses
 
@@ -535,13 +539,12 @@ def _with_estimate(plan: Plan) -> Plan:
         for place in (source, source.beneath):
             for entry in place.tensors.values() if place is not None else ():
                 assert place is not None
-                if cached(place.pinned, entry.file) is None:
+                if entry.file not in place.streams and cached(place.pinned, entry.file) is None:
                     wanted[place.name, place.pinned.commit, entry.file] = place.pinned.files[entry.file].size
     output = sum(param.slot.nbytes for param in plan.params)
     state = sum(slot.nbytes for count in plan.keep for slot in plan.state_slots(count).values())
     read = sum(e.nbytes for e in plan.base.tensors.values())
     read += sum(d.stored_bytes(p.key) for d in plan.deltas[done:] for p in plan.params if p.mode == "merge")
-    largest = max((4 * _count(p.slot.shape) for p in plan.params), default=0)
     scratch = (
         0
         if plan.keep or not needs_two_passes(plan)
@@ -556,12 +559,62 @@ def _with_estimate(plan: Plan) -> Plan:
                 if block.matrix and len(shape) == 2:
                     small, large = sorted(shape)
                     spectral += max(0, steps - (done == 0)) * (6.0 * large * small**2 + 20.0 * small**3)
-    workers = worker_count()
-    seconds = 3.0 + sum(wanted.values()) / 50e6 + (read + output + state) / 500e6 + spectral / (10e9 * workers)
-    memory = IMPORT_BYTES + int(workers * largest * (9 if plan.method.matrixwise else 4))
+    workers = core_count()
+    stream = _streamed(plan)
+    seconds = (
+        3.0 + (sum(wanted.values()) + stream) / 50e6 + (read + output + state) / 500e6 + spectral / (10e9 * workers)
+    )
+    needs = sorted(
+        (visit_bytes(p, p.slot.shape, p.touched and plan.method.matrixwise) for p in plan.params), reverse=True
+    )
+    memory = IMPORT_BYTES + sum(needs[: workers + AHEAD]) + stream_memory(plan)
     disk = output + state + scratch + sum(plan.base.pinned.files[n].size for n in plan.side_files)
-    estimate = Estimate(sum(wanted.values()), read, output, state, disk, memory, seconds)
+    estimate = Estimate(sum(wanted.values()), stream, read, output, state, disk, memory, seconds)
     return dataclasses.replace(plan, estimate=estimate)
+
+
+def visit_bytes(param: Param, shape: tuple[int, ...], spectral: bool) -> int:
+    """About the bytes that computing a parameter, or a piece of it of this shape, holds at its peak.
+
+    The base and a task vector in float32 with what they are read from; of a spectral method the accumulator, the task
+    vector, its projection and their sum in float64, square matrices of the smaller side, and what the libraries hold
+    for them: measured, 60 bytes an element.
+    """
+    size = math.prod(shape)
+    if not spectral or not any(block.matrix for block in param.blocks):
+        return 24 * size
+    sides = [min(found) for block in param.blocks if len(found := block.shape(shape)) == 2 and block.matrix]
+    return 60 * size + 60 * max(side * side for side in sides)
+
+
+def stream_memory(plan: Plan) -> int:
+    """Bytes that streamed blocks may hold: more where whole parameters of all models are read side by side."""
+    if plan.streaming is None:
+        return 0
+    if plan.method.elementwise and plan.norm == "none":
+        return MEMORY
+    models = [plan.base, *(delta.source for delta in plan.deltas)]
+    largest = max(entry.nbytes for source in models for entry in source.tensors.values())
+    return min(8 * MEMORY, max(MEMORY, core_count() * len(models) * largest))
+
+
+def _streamed(plan: Plan) -> int:
+    """Bytes that a run reads from the Hub without keeping them."""
+    base, count = plan.base, plan.prior.count if plan.prior else 0
+    measured = isinstance(plan.method, JointMethod) and plan.method.measured
+    total = sum(plan.deltas[model].source.streamed_bytes(head.tensors.values()) for model, head in plan.heads)
+    ties = [(base, plan.base_layout.tied), *((delta.source, delta.tied) for delta in plan.deltas[count:])]
+    total += sum(source.streamed_bytes(pair) for source, tied in ties for pair in tied.items())
+    for param in plan.params:
+        dense = param.touched and any(rank is None for rank in param.ranks[count:])
+        first = dense or not needs_two_passes(plan)
+        times = first + needs_two_passes(plan) + (measured and dense) if param.touched else param.mode != "tied"
+        total += times * base.streamed_bytes([param.key])
+        if param.touched:
+            total += (1 + measured) * sum(
+                delta.stored_bytes(param.key, streamed=True) for delta in plan.deltas[count:]
+            )
+    return total
 
 
 def needs_two_passes(plan: Plan) -> bool:

@@ -83,6 +83,7 @@ class Recipe:
         allow_nonfinite: accept NaN and Inf in the models.
         allow_pickle: read pickled checkpoints.
         trust_remote_code: run code from model repositories.
+        stream: read weights from the Hub as they are needed instead of downloading them; the result is the same.
         notes: remarks of a conversion from another format, for the user; no part of the recipe.
     """
 
@@ -100,6 +101,7 @@ class Recipe:
     allow_nonfinite: bool = False
     allow_pickle: bool = False
     trust_remote_code: bool = False
+    stream: bool = False
     notes: tuple[str, ...] = dataclasses.field(default=(), compare=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -207,6 +209,7 @@ def _recipe(top: Section, methods: Mapping[str, type[MergeMethod]]) -> Recipe:
         allow_nonfinite=top.read("allow_nonfinite", flag, False),
         allow_pickle=top.read("allow_pickle", flag, False),
         trust_remote_code=top.read("trust_remote_code", flag, False),
+        stream=top.read("stream", flag, False),
     )
 
 

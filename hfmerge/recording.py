@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import platform
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,13 +13,16 @@ from typing import Any
 from hfmerge.card import FILE, card_facts, card_pointer, combine_cards, licence_note, parse_card, render_card
 from hfmerge.changes import Change
 from hfmerge.digest import sha256_bytes
+from hfmerge.digesting import folder_digest
+from hfmerge.environment import environment
 from hfmerge.errors import HfMergeError, LedgerError
-from hfmerge.execute import STATE_FOLDER, Outcome
+from hfmerge.execute import Outcome
+from hfmerge.fetching import fetch
 from hfmerge.ledger import FOLDER, Entry, Material, check_chain, same_prefix
 from hfmerge.merged import LOCAL_SOURCES, Merged, state_path
 from hfmerge.planning import Plan
-from hfmerge.source import Source, fetch, folder_digest
-from hfmerge.version import __version__
+from hfmerge.runfiles import STATE_FOLDER
+from hfmerge.source import Source
 
 
 def record(
@@ -128,14 +130,19 @@ def _entry(planned: Plan, outcome: Outcome, opened: Merged | None, change: Chang
         method={
             "name": method.name,
             "version": method.version,
-            "options": recipe.method.options,
+            # in the order in which the ledger's file gives them back
+            "options": dict(sorted(recipe.method.options.items())),
             "norm": planned.norm,
         },
         settings=settings,
-        scalars={"scale": outcome.scale, "merged_norm": outcome.merged_norm},
+        scalars={
+            "scale": outcome.scale,
+            "merged_norm": outcome.merged_norm,
+            **({} if outcome.deviation is None else {"deviation": outcome.deviation}),
+        },
         states=outcome.states,
         products=outcome.products,
-        environment=_environment(),
+        environment=environment(),
     )
 
 
@@ -147,9 +154,13 @@ def _material(source: Source, files: Mapping[str, str], weight: float, squared_n
         own = {name[1:]: value for name, value in files.items() if name.startswith("+")}
         beneath = f"{under.name}@{under.pinned.commit or 'sha256:' + folder_digest(own)}"
     digest = None if commit else folder_digest({k: v for k, v in files.items() if not k.startswith("+")})
+    unchecked = [file for file, stream in source.streams.items() if stream.in_doubt]
+    if under is not None:
+        unchecked += [f"+{file}" for file, stream in under.streams.items() if stream.in_doubt]
     return Material(
-        source.name, commit, digest, source.kind, weight, dict(files), beneath, squared_norm, license=_license(source)
-    )
+        source.name, commit, digest, source.kind, weight, dict(files), beneath, squared_norm,
+        license=_license(source), unverified=tuple(sorted(unchecked)),
+    )  # fmt: skip
 
 
 def _front_matter(source: Source) -> dict[str, Any]:
@@ -172,27 +183,13 @@ def _card_settings(base: Source) -> dict[str, Any]:
     return {"library_name": front.get("library_name") or library, "pipeline_tag": front.get("pipeline_tag")}
 
 
-def _environment() -> dict[str, Any]:
-    from importlib.metadata import version
-
-    import torch
-
-    return {
-        "hfmerge": __version__,
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
-        "safetensors": version("safetensors"),
-        "device": "cpu",
-        "machine": platform.machine(),
-        "blas": "mkl" if torch.backends.mkl.is_available() else "other",
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-        "threads_per_matrix": 1,
-    }
-
-
 def _carry_states_over(entry: Entry, opened: Merged | None, folder: Path, notes: list[str]) -> Entry:
-    """Earlier kept states that still are the beginning of the merge stay, if the recipe keeps states of every step."""
-    if opened is None or entry.settings["state"] in ("none", "last"):
+    """Earlier kept states that still are the beginning of the merge stay, if the recipe keeps states of every step.
+
+    Where it keeps the last one alone, an earlier one stays if this run could not keep its own.
+    """
+    setting = entry.settings["state"]
+    if opened is None or setting == "none" or (setting == "last" and entry.states):
         return entry
     have = {state.count for state in entry.states}
     states = list(entry.states)

@@ -6,13 +6,18 @@ accelerate is not even imported. Only small Python objects cross processes; tens
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import os
-from collections.abc import Callable, Sequence
+import secrets
+import socket
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
 from hfmerge.errors import HfMergeError
+from hfmerge.watch import Watch, accept, connect, listen, lost_contact
 
 
 T = TypeVar("T")
@@ -27,34 +32,65 @@ class Ranks:
     Attributes:
         rank: from 0; rank 0 talks to the user and the Hub.
         world: number of processes.
+        disks: disk to which each rank writes, from 0, which is rank 0's; empty if there is one for all (see `disks`).
     """
 
     rank: int = 0
     world: int = 1
+    disks: tuple[int, ...] = ()
     _state: Any = field(default=None, repr=False, compare=False)
+    _watch: Watch | None = field(default=None, repr=False, compare=False)
 
     @property
     def main(self) -> bool:
         """True for rank 0."""
         return self.rank == 0
 
+    @property
+    def disk(self) -> int:
+        """The disk to which this process writes."""
+        return self.disks[self.rank] if self.disks else 0
+
+    @property
+    def disk_count(self) -> int:
+        """Disks to which the processes write; each process sees one of them."""
+        return max(self.disks, default=0) + 1
+
+    @property
+    def leads(self) -> bool:
+        """True for the one process a disk that lays out its files."""
+        return self.rank == (self.disks.index(self.disk) if self.disks else 0)
+
+    def on_disk(self, disk: int) -> list[int]:
+        """The ranks that write to a disk."""
+        return [rank for rank in range(self.world) if not self.disks or self.disks[rank] == disk]
+
+    def check(self) -> None:
+        """To be called between pieces of long work, so that a rank whose work would be in vain stops.
+
+        Raises:
+            LostProcessError: another process is gone.
+        """
+        if self._watch is not None:
+            self._watch.check()
+
     def gather(self, value: T) -> list[T]:
         """Every rank's value, in rank order, on every rank.
 
         Raises:
-            HfMergeError: another process is gone.
+            LostProcessError: another process is gone.
         """
         if self.world == 1:
             return [value]
+        self.check()
         from accelerate.utils import gather_object
 
         try:
             return list(gather_object([value]))
         except RuntimeError as error:
-            raise HfMergeError(
-                f"process {self.rank} of {self.world}: another process of this run ended "
-                f"({str(error).splitlines()[0]}); run the same command again."
-            ) from error
+            if self._watch is not None:
+                raise self._watch.explain(error) from error
+            raise lost_contact(self.rank, self.world, error) from error
 
     def each(self, work: Callable[[], T]) -> T:
         """Run `work` on every rank and give this rank's result; if it fails on one, all ranks raise that error.
@@ -89,13 +125,58 @@ class Ranks:
         return self.together(work if self.main else lambda: None)[0]  # type: ignore[return-value]  # rank 0's, never the None
 
 
+@contextlib.contextmanager
+def processes() -> Iterator[Ranks]:
+    """The processes of this run for as long as one verb works, each watching that no other is gone.
+
+    Raises:
+        HfMergeError: see `current_ranks`; the processes cannot reach one another.
+    """
+    ranks = current_ranks()
+    if ranks.world == 1:
+        yield ranks
+        return
+    watch = _watch(ranks)
+    orderly = False
+    try:
+        yield dataclasses.replace(ranks, _watch=watch)
+        orderly = True
+    except Exception:
+        # `each` has raised it on all processes, unlike an interruption of this one
+        orderly = True
+        raise
+    finally:
+        watch.close(orderly=orderly)
+
+
+def _watch(ranks: Ranks) -> Watch:
+    """Connect all processes with rank 0."""
+    one_machine = os.environ.get("LOCAL_WORLD_SIZE") == str(ranks.world)
+    server = listen(everywhere=not one_machine) if ranks.main else None
+    port = server.getsockname()[1] if server is not None else 0
+    everyone = ranks.gather((socket.gethostname(), port, secrets.token_bytes(16)))
+    _, port, token = everyone[0]
+    host = "127.0.0.1" if one_machine else os.environ["MASTER_ADDR"]
+    if server is not None:
+        links = ranks.each(lambda: accept(server, token, ranks.world))
+    else:
+        links = ranks.each(lambda: connect(host, port, token, ranks.rank))
+    return Watch(ranks.rank, [name for name, _, _ in everyone], links)
+
+
 def current_ranks() -> Ranks:
     """This process's rank as the launcher set it; starts the process group on first use.
 
     Raises:
-        HfMergeError: the launcher asked for several processes and only one was started.
+        HfMergeError: the launcher was asked for several processes and started one.
     """
     wanted = int(os.environ.get("WORLD_SIZE", "1"))
+    if "WORLD_SIZE" not in os.environ and {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys():
+        # what accelerate's launcher for one process sets when it was asked for more
+        raise HfMergeError(
+            "`accelerate launch` was asked for several processes and started one (as it does with `--cpu` and "
+            "`distributed_type: MULTI_CPU`); use `accelerate launch --multi_gpu`, which needs no GPU, or `torchrun`."
+        )
     if wanted <= 1:
         return Ranks()
     from accelerate import PartialState
@@ -105,20 +186,23 @@ def current_ranks() -> Ranks:
     if state.num_processes != wanted:
         raise HfMergeError(
             f"{wanted} processes were asked for and {state.num_processes} runs; use `torchrun --nproc_per_node "
-            f"{wanted}` or "
-            "`accelerate launch --multi_gpu` (`--cpu` starts one process)."
+            f"{wanted}` or `accelerate launch --multi_gpu` (`--cpu` starts one process)."
         )
-    return Ranks(state.process_index, state.num_processes, state)
+    return Ranks(state.process_index, state.num_processes, _state=state)
 
 
-def shares(costs: Sequence[float], world: int) -> list[int]:
-    """Owner of each piece of work: the largest first, each to the process with least so far; equal on every rank."""
+def shares(costs: Sequence[float], world: int, allowed: Sequence[Sequence[int]] | None = None) -> list[int]:
+    """Owner of each piece of work: the largest first, each to the process with least so far; equal on every rank.
+
+    Args:
+        allowed: the processes that may do each piece; None: all.
+    """
     owners = [0] * len(costs)
     if world == 1:
         return owners
     loads = [0.0] * world
     for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        owner = min(range(world), key=lambda r: (loads[r], r))
+        owner = min(range(world) if allowed is None else allowed[index], key=lambda r: (loads[r], r))
         owners[index] = owner
         loads[owner] += costs[index]
     return owners

@@ -223,7 +223,8 @@ def squared_norm(value: Tensor) -> float:
     flat = value.reshape(-1)
     whole = flat.numel() // 1024 * 1024
     rows = torch.linalg.vector_norm(flat[:whole].view(-1, 1024), dim=1).double()
-    return float(torch.dot(rows, rows)) + float(torch.linalg.vector_norm(flat[whole:], dtype=torch.float64)) ** 2
+    rest = float(torch.linalg.vector_norm(flat[whole:], dtype=torch.float64)) if whole < flat.numel() else 0.0
+    return float(torch.dot(rows, rows)) + rest**2
 
 
 def zero(shape: tuple[int, ...]) -> TaskVector:
@@ -290,7 +291,9 @@ class Core:
     Attributes:
         first, second: the coordinates, float64.
         shape: of the full matrix.
-        left, right: orthonormal columns, (m, k) and (n, k); None when the coordinates are the matrices.
+        left: orthonormal columns, (m, k); None when the coordinates are the matrices.
+        right: (k, n), rows that span the joint row space.
+        lower: triangular (k, k); the basis is `lower^-1 right`, and never formed. None: it is `right` itself.
     """
 
     first: Tensor
@@ -298,25 +301,73 @@ class Core:
     shape: tuple[int, int]
     left: Tensor | None = None
     right: Tensor | None = None
+    lower: Tensor | None = None
 
     @classmethod
     def of(cls, first: TaskVector, second: TaskVector) -> Core:
-        """Coordinates of two changes of the same matrix."""
-        import torch
-
+        """Coordinates of two changes of the same matrix; cheapest if `first` is what `lift` gave before."""
         m, n = first.shape
         if (
             not (isinstance(first, LowRank) and isinstance(second, LowRank))
             or summed_rank((m, n), [first.rank, second.rank]) is None
         ):
             return cls(first.to_dense().double(), second.to_dense().double(), (m, n))
-        left, r_left = torch.linalg.qr(torch.cat([first.up, second.up], dim=1).double())
-        right, r_right = torch.linalg.qr(torch.cat([first.down, second.down], dim=0).T.double())
+        left, columns = _column_basis(first.up.double(), second.up.double())
+        right, rows, lower = _row_basis(first.down.double(), second.down.double())
         k = first.rank
-        return cls(r_left[:, :k] @ r_right[:, :k].T, r_left[:, k:] @ r_right[:, k:].T, (m, n), left, right)
+        return cls(columns[:, :k] @ rows[:k], columns[:, k:] @ rows[k:], (m, n), left, right, lower)
 
     def lift(self, coordinates: Tensor) -> TaskVector:
-        """A change from its coordinates; float64, factors when the coordinates are reduced ones."""
+        """A change from its coordinates; float64, factors (the first with orthonormal columns) if they are reduced."""
+        import torch
+
         if self.left is None or self.right is None:
             return Dense(coordinates)
-        return LowRank(self.left @ coordinates, self.right.T.contiguous())
+        if self.lower is not None:
+            coordinates = torch.linalg.solve_triangular(self.lower, coordinates, upper=False, left=False)
+        return LowRank(self.left, coordinates @ self.right)
+
+
+def _column_basis(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """`Q` (m, k) with orthonormal columns and `R` (k, k) with `Q R = [first second]`; float64.
+
+    Columns of `first` that are orthonormal already stay, and `second` is made orthogonal to them, twice, as once is
+    not enough (Giraud et al., 2005). Else, and where `second` adds nothing to `first`, Householder's method.
+    """
+    import torch
+
+    own = first.shape[1]
+    if bool(((first.T @ first - torch.eye(own, dtype=first.dtype, device=first.device)).abs() < 1e-12).all()):
+        inside = first.T @ second
+        outside = second - first @ inside
+        again = first.T @ outside
+        outside -= first @ again
+        more, upper = torch.linalg.qr(outside)
+        if bool(((first.T @ more).abs() < 1e-12).all()):
+            corner = torch.zeros(len(upper), own, dtype=first.dtype, device=first.device)
+            top = torch.cat([torch.eye(own, dtype=first.dtype, device=first.device), inside + again], dim=1)
+            return torch.cat([first, more], dim=1), torch.cat([top, torch.cat([corner, upper], dim=1)])
+    found: tuple[Tensor, Tensor] = torch.linalg.qr(torch.cat([first, second], dim=1))
+    return found
+
+
+def _row_basis(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A basis of the rows of `[first; second]` (k, n), and their coordinates in it (k, k); float64.
+
+    The rows themselves with the Cholesky factor of their Gram matrix, if rows scaled to one length are so far from
+    dependent that squaring their condition costs less than the precision of float32; else Householder's method.
+
+    Returns:
+        `right`, the coordinates, and `lower`; see `Core`.
+    """
+    import torch
+
+    rows = torch.cat([first, second])
+    gram = rows @ rows.T
+    lengths = gram.diagonal().sqrt()
+    scaled, failed = torch.linalg.cholesky_ex(gram / lengths[:, None] / lengths)
+    if not int(failed) and float(scaled.diagonal().min()) > 1e-3:
+        lower = scaled * lengths[:, None]
+        return rows, lower, lower
+    basis, upper = torch.linalg.qr(rows.T)
+    return basis.T.contiguous(), upper.T, None

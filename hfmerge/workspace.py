@@ -1,7 +1,8 @@
 """The output folder: built beside its final place, published by one rename, never seen half-written.
 
-While a merge runs, `.NAME.hfmerge-lock` is held by `flock` (the kernel drops it with the process, even after SIGKILL)
-and the files grow in `.NAME.hfmerge-partial`. The next run on the same folder removes what a killed one left.
+While a merge runs, `.NAME.hfmerge-lock` is held by `flock` (the kernel drops it with the process, even after SIGKILL),
+the files grow in `.NAME.hfmerge-partial`, and `.NAME.hfmerge-journal` notes what is finished. The next run on the same
+folder goes on from what a killed one left if it is the same work, and otherwise removes it.
 """
 
 from __future__ import annotations
@@ -11,51 +12,103 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-from hfmerge.errors import OutputError
+from hfmerge.errors import LostProcessError, OutputError
+from hfmerge.journal import begin, work_in
 
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+@dataclass(frozen=True)
+class Workspace:
+    """A folder to fill, and that of its journal; None where nobody could go on from it."""
+
+    folder: Path
+    journal: Path | None
+
+
 @contextlib.contextmanager
-def workspace(output: Path, *, needed: int, replace: bool) -> Iterator[Path]:
-    """Yield an empty folder to fill; on success it becomes `output`, on any error it is removed.
+def workspace(
+    output: Path, *, needed: int, replace: bool, work: Mapping[str, str], resume: bool | None = None
+) -> Iterator[Workspace]:
+    """Yield a folder to fill: empty, or as a killed run of the same work left it. On success it becomes `output`.
+
+    On any error it is removed, unless it is that another process of the run is gone, which leaves it as if this one
+    had gone too.
 
     Args:
         output: final folder.
         needed: bytes that will be written; compared with the free space first.
         replace: `output` may exist and is then replaced whole; otherwise it must not exist or be empty.
+        work: what will be done, part by part (see `identity.work_of`).
+        resume: go on from a killed run. None: if there is one of the same work; True: there has to be one; False: no.
 
     Raises:
-        OutputError: not empty, in use by another merge, no space, no permission.
+        OutputError: not empty, in use by another merge, no space, no permission, nothing to resume.
     """
-    output = Path(output)
+    output = Path(output).absolute()
     if output.is_symlink() or output.name in ("", ".."):
         output = output.resolve()
     if output.exists() and not output.is_dir():
         raise OutputError(f"{output}: is a file; choose a folder for --output.")
-    partial, old = _beside(output, "partial"), _beside(output, "old")
+    partial, old, journal = (_beside(output, part) for part in ("partial", "old", "journal"))
     with _locked(output):
         _recover(output, old)
+        if not partial.is_dir():
+            _remove(journal)
         if not replace and output.exists() and any(output.iterdir()):
             raise OutputError(f"{output}: the folder is not empty; empty it, or choose another --output.")
-        shutil.rmtree(partial, ignore_errors=True)
-        free = shutil.disk_usage(output.parent).free
+        left = work_in(journal)
+        if resume and left != work:
+            raise OutputError(_not_resumable(output, left, work))
+        going_on = left == work and resume is not False
+        if not going_on:
+            _remove(journal, partial)
+        free = shutil.disk_usage(output.parent).free + _allocated(journal, partial)
         if free < needed:
             raise OutputError(
                 f"{output}: {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free; make room or choose "
                 "another disk."
             )
-        partial.mkdir()
+        keep = False
         try:
             with full_disk(output):
-                yield partial
+                if not going_on:
+                    partial.mkdir()
+                    begin(journal, work)
+                yield Workspace(partial, journal)
             _publish(partial, output, old)
+        except LostProcessError:
+            keep = True
+            raise
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            if not keep:
+                _remove(journal, partial)
+
+
+def _not_resumable(output: Path, left: Mapping[str, str] | None, work: Mapping[str, str]) -> str:
+    if left is None:
+        return f"{output}: no interrupted run to resume there; leave out --resume."
+    other = ", ".join(name for name in work if left.get(name) != work[name])
+    return (
+        f"{output}: the interrupted run there was other work (what differs: {other}); repeat its command, or leave "
+        "out --resume to start anew."
+    )
+
+
+def _remove(*folders: Path) -> None:
+    # the journal goes first: without it the files are nobody's
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _allocated(*folders: Path) -> int:
+    """Bytes of disk that an earlier run's files hold already."""
+    return sum(path.stat().st_blocks * 512 for folder in folders for path in folder.rglob("*") if path.is_file())
 
 
 @contextlib.contextmanager

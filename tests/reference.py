@@ -24,9 +24,12 @@ def numerical_rank(singular: Tensor, shape: Sequence[int]) -> int:
 
 
 def split_rank(singular: Tensor, alpha: float, rank: int) -> int:
-    """r: the first index, from 0, whose share of the sum so far exceeds alpha; the numerical rank for alpha = 1."""
-    total, running = float(singular.sum()), 0.0
-    for i, value in enumerate(singular.tolist()):
+    """r: the first index, from 0, whose share of the sum so far exceeds alpha; the numerical rank for alpha = 1.
+
+    The sum is that of the values that count, so that round-off in the others decides nothing.
+    """
+    total, running = float(singular[:rank].sum()), 0.0
+    for i, value in enumerate(singular[:rank].tolist()):
         running += value
         if alpha < 1.0 and running > alpha * total:
             return i

@@ -183,7 +183,10 @@ FAULTS = {
     ),
     "another architecture": Fault(model("BertModel", "bert"), ["is a bert model", "a llama one"]),
     "a relative": Fault(model("Qwen3ForCausalLM", "qwen3"), ["is a qwen3 model", "a llama one"]),
-    "another hidden size": Fault(model("LlamaForCausalLM", "llama", hidden_size=32), ["base"]),
+    "another hidden size": Fault(
+        model("LlamaForCausalLM", "llama", hidden_size=32),
+        ["q_proj.weight is (16, 32)", "not a fine-tune of this base"],
+    ),
     "another width": Fault(
         model("LlamaForCausalLM", "llama", intermediate_size=32), ["mlp.", "(32, 16)", "not a fine-tune of this base"]
     ),

@@ -394,22 +394,42 @@ def test_replay_compares_every_file(root: Path, out: Path) -> None:
     assert report.ok and report.checks[-1].detail.startswith("4 files come out with the same bytes from 3 sources")
 
 
-def test_replay_catches_a_ledger_that_was_rewritten_as_a_whole(root: Path, out: Path) -> None:
-    """Weights, ledger and card changed together agree with each other, but not with the sources."""
+def rewrite_last(out: Path, **changes: object) -> None:
+    """Change the last ledger entry, and what names its digest, so that the whole agrees with itself again."""
     from hfmerge.card import card_facts, render_card
     from hfmerge.digest import canonical_json
 
-    flip(out / "model.safetensors", -1)
     path = out / "merge_history" / "0002.json"
     record = json.loads(path.read_bytes())
     record["products"]["model.safetensors"] = sha256_file(out / "model.safetensors")
+    record["environment"] |= changes
     path.write_bytes(canonical_json(record))
     history = {f"merge_history/{p.name}": p.read_bytes() for p in (out / "merge_history").iterdir()}
     chain = check_chain(history, "here")
     (out / "README.md").write_text(render_card(chain, card_facts(chain[-1], None)))
     assert tiny.done("verify", out).code == 0
+
+
+def test_replay_catches_a_ledger_that_was_rewritten_as_a_whole(root: Path, out: Path) -> None:
+    """Weights, ledger and card changed together agree with each other, but not with the sources."""
+    flip(out / "model.safetensors", -1)
+    rewrite_last(out)
     run = tiny.cli("verify", out, "--replay")
     assert run.code == 1 and "FAIL replay: model.safetensors comes out differently" in run.out
+
+
+def test_replay_of_a_merge_made_elsewhere_allows_for_other_arithmetic_and_no_more(root: Path, out: Path) -> None:
+    name = sorted(tiny.tensors(out))[0]
+    tiny.edit(out, lambda held: held.update({name: held[name] * (1 + 2.0**-22)}))
+    rewrite_last(out)
+    assert "comes out differently" in tiny.cli("verify", out, "--replay").out
+    rewrite_last(out, device="another device")
+    run = tiny.done("verify", out, "--replay")
+    assert "come out alike" in run.out and "device another device, here cpu" in run.out
+    tiny.edit(out, lambda held: held.update({name: held[name] * 1.01}))
+    rewrite_last(out, device="another device")
+    run = tiny.cli("verify", out, "--replay")
+    assert run.code == 1 and f"comes out differently: {name} differs by up to" in run.out
 
 
 def test_names_of_models_are_found_in_all_their_forms(root: Path, made: Path, tmp_path: Path) -> None:

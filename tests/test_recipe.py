@@ -98,7 +98,7 @@ def test_every_key_of_a_file_arrives(tmp_path: Path) -> None:
     assert load_recipe(write(tmp_path, FULL)) == Recipe(
         base="org/base",
         models=(ModelEntry("org/a"), ModelEntry("org/b@v2", 0.5)),
-        method=MethodChoice("opcm", {"alpha": 0.25, "variant": "paper"}, 2.0),
+        method=MethodChoice("opcm", {"alpha": 0.25, "variant": "paper", "spectral": "exact"}, 2.0),
         dtype="bfloat16",
         include=("encoder.*",),
         exclude=("*.position_ids",),
@@ -115,7 +115,7 @@ def test_every_key_of_a_file_arrives(tmp_path: Path) -> None:
 
 def test_defaults_are_filled_in() -> None:
     recipe = parse_recipe(minimal(), "test")
-    assert recipe.method == MethodChoice("opcm", {"alpha": 0.5, "variant": "code"}, "mean")
+    assert recipe.method == MethodChoice("opcm", {"alpha": 0.5, "variant": "code", "spectral": "exact"}, "mean")
     assert [entry.weight for entry in recipe.models] == [1.0, 1.0]
     assert (recipe.dtype, recipe.vocabulary, recipe.state, recipe.private) == (None, None, "last", None)
     assert parse_recipe(minimal(method="task_arithmetic"), "test").method.norm == "none"
@@ -325,7 +325,7 @@ def test_an_unknown_method_with_no_near_name_gets_the_list() -> None:
         ({"name": "opcm", "norm": True}, "method.norm", "must be a number, not true"),
         ({"name": "opcm", "norm": "2"}, "method.norm", 'must be a number, not the text "2"; remove the quotes'),
         ({"name": "opcm", "norm": None}, "method.norm", "has no value"),
-        ({"name": "opcm", 7: 1}, "method.7", "unknown option of opcm; one of name, alpha, variant, norm"),
+        ({"name": "opcm", 7: 1}, "method.7", "unknown option of opcm; one of name, alpha, variant, spectral, norm"),
         ({"name": "task_arithmetic", "alpha": 1}, "method.alpha", "unknown option of task_arithmetic"),
     ],
 )
@@ -459,8 +459,8 @@ def test_round_trip_of_a_full_recipe(tmp_path: Path) -> None:
 
 
 def test_yaml_is_short() -> None:
-    text = "base: org/base\nmodels:\n- org/a\n- org/b\nmethod:\n  name: opcm\n  alpha: 0.5\n  variant: code\n"
-    assert parse_recipe(minimal(), "test").to_yaml() == text + "  norm: mean\n"
+    method = "method:\n  name: opcm\n  alpha: 0.5\n  variant: code\n  spectral: exact\n  norm: mean\n"
+    assert parse_recipe(minimal(), "test").to_yaml() == f"base: org/base\nmodels:\n- org/a\n- org/b\n{method}"
 
 
 NAMES = st.text(min_size=1, max_size=12).map(str.strip).filter(bool)
@@ -583,7 +583,7 @@ def test_flags_override_single_keys(tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path, FULL))
     assert apply_overrides(recipe) == recipe
     changed = apply_overrides(recipe, options=["alpha=1e-1"], dtype="float32", private=False, state="none")
-    method = MethodChoice("opcm", {"alpha": 0.1, "variant": "paper"}, 2.0)
+    method = MethodChoice("opcm", {"alpha": 0.1, "variant": "paper", "spectral": "exact"}, 2.0)
     assert changed == dataclasses.replace(recipe, method=method, dtype="float32", private=False, state="none")
 
 
@@ -593,7 +593,7 @@ def test_another_method_drops_the_options_of_the_first(tmp_path: Path) -> None:
         "ties", {"density": 0.2, "scale": 1.0, "scope": "tensor"}, "none"
     )
     same = apply_overrides(recipe, method="opcm", norm="none").method
-    assert same == MethodChoice("opcm", {"alpha": 0.25, "variant": "paper"}, "none")
+    assert same == MethodChoice("opcm", {"alpha": 0.25, "variant": "paper", "spectral": "exact"}, "none")
 
 
 def test_models_and_weights_as_flags(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from hfmerge.recipe import load_recipe
 
 
 ROOT = Path(__file__).resolve().parents[1]
-RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name != "accelerate")
 
 spec = importlib.util.spec_from_file_location("render", ROOT / "model_cards" / "render.py")
 assert spec is not None and spec.loader is not None

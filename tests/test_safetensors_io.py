@@ -25,9 +25,9 @@ from torch import Tensor
 from hfmerge import merge
 from hfmerge.checkpoint.reader import Reader
 from hfmerge.checkpoint.writer import TORCH_NAMES, SafetensorsWriter, Slot, header_bytes, shard_names, write_index
+from hfmerge.describing import describe
 from hfmerge.errors import CorruptFileError, HfMergeError, NonFiniteError, OutputError, RecipeError, UnsupportedError
 from hfmerge.recipe import parse_recipe
-from hfmerge.source import describe
 
 
 quick = settings(max_examples=60, deadline=None, derandomize=True, database=None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from launching import torchrun
 
 from hfmerge.errors import HfMergeError, Problem, RecipeError
 from hfmerge.methods import registry
@@ -27,10 +27,13 @@ FLAGS["slerp"] = ("--method", "slerp")
 
 WORKER = """
 import json, os, sys
+import torch
 from hfmerge.cli import main
 from hfmerge.runtime import current_ranks
 ranks = current_ranks()
 assert ranks.world == int(sys.argv[1]), ranks
+group = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
+assert group.options._timeout.total_seconds() >= 12 * 3600, "shorter than a large decomposition may take"
 for arguments in json.loads(sys.argv[2]):
     code = main(arguments)
     if code:
@@ -57,21 +60,6 @@ def command(root: Path, out: Path, title: str) -> list[list[str]]:
     return calls
 
 
-def launch(world: int, *arguments: str) -> subprocess.Popen[str]:
-    """`torchrun` on a free port; OMP_NUM_THREADS left to the launcher."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    flags = ["--nproc_per_node", str(world), "--master_addr", "127.0.0.1", "--master_port", str(port)]
-    return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", *flags, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
 @pytest.fixture(scope="module")
 def alone(root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
     """Digests of every file that one process writes, by variant."""
@@ -87,7 +75,7 @@ def test_same_bytes_for_every_method(root: Path, alone: dict[str, dict[str, str]
     script = tmp_path / "worker.py"
     script.write_text(WORKER, encoding="utf-8")
     calls = [call for title in FLAGS for call in command(root, tmp_path / title.replace(" ", "-"), title)]
-    process = launch(world, str(script), str(world), json.dumps(calls))
+    process = torchrun(world, str(script), str(world), json.dumps(calls))
     out, _ = process.communicate(timeout=240)
     assert process.returncode == 0, out
     for title, expected in alone.items():
@@ -110,7 +98,7 @@ def test_errors_of_a_plan_reach_every_process_and_are_printed_once(root: Path, t
     ]
     script = tmp_path / "worker.py"
     script.write_text(WORKER, encoding="utf-8")
-    process = launch(2, str(script), "2", json.dumps(calls))
+    process = torchrun(2, str(script), "2", json.dumps(calls))
     out, _ = process.communicate(timeout=120)
     assert process.returncode != 0
     assert out.count("no such folder") >= 1 and 'Traceback (most recent call last):\n  File "' + str(script) not in out
@@ -122,18 +110,18 @@ def test_a_killed_process_stops_the_others_and_leaves_nothing(root: Path, tmp_pa
     # rank 1 dies in the middle of the first pass, as if killed from outside
     script.write_text(
         "import os, signal\n"
-        "from hfmerge import execute\n"
-        "visit = execute._Job._first_pass\n"
-        "def dying(self, piece, *args, **options):\n"
-        "    if self.ranks.rank == 1:\n"
+        "from hfmerge.visits import Visit\n"
+        "merge = Visit.merge\n"
+        "def dying(self, *args, **options):\n"
+        "    if self.files.ranks.rank == 1:\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return visit(self, piece, *args, **options)\n"
-        "execute._Job._first_pass = dying\n" + WORKER,
+        "    return merge(self, *args, **options)\n"
+        "Visit.merge = dying\n" + WORKER,
         encoding="utf-8",
     )
     calls = command(root, tmp_path / "out", "opcm")[:1]
     began = time.monotonic()
-    process = launch(2, str(script), "2", json.dumps(calls))
+    process = torchrun(2, str(script), "2", json.dumps(calls))
     out, _ = process.communicate(timeout=120)
     assert process.returncode != 0 and time.monotonic() - began < 110, out
     assert not (tmp_path / "out").exists()

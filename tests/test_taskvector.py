@@ -267,15 +267,33 @@ def test_core_keeps_every_product_of_two_factored_changes(m: int, n: int, k: int
     assert core.shape == (m, n) and core.first.shape == core.second.shape == (k + j, k + j)
     assert core.first.dtype == core.second.dtype == torch.float64
     assert core.left is not None and core.right is not None
-    assert near(core.left @ core.first @ core.right.T, x, 1e-12)
-    assert near(core.left @ core.second @ core.right.T, y, 1e-12)
-    for basis in (core.left, core.right):
+    lower = torch.eye(k + j, dtype=torch.float64) if core.lower is None else core.lower
+    right = torch.linalg.solve_triangular(lower, core.right, upper=False).T
+    assert near(core.left @ core.first @ right.T, x, 1e-12)
+    assert near(core.left @ core.second @ right.T, y, 1e-12)
+    for basis in (core.left, right):
         assert torch.allclose(basis.T @ basis, torch.eye(k + j, dtype=torch.float64), atol=1e-12)
     small, large = torch.linalg.svdvals(core.first), torch.linalg.svdvals(x)
     assert torch.allclose(small[:k], large[:k], rtol=1e-10) and bool((small[k:] <= 1e-10).all())
     product = core.lift(core.first @ core.second.T @ core.first)
     assert isinstance(product, LowRank) and product.rank == k + j and product.shape == (m, n)
     assert near(product.to_dense(), x @ y.T @ x, 1e-5)
+
+
+def test_core_of_what_was_lifted_and_of_what_adds_nothing_to_it() -> None:
+    """Bases are extended, not made anew; a second time the same factors leave no direction to extend them by."""
+    a, b, c = low_rank(5, 40, 30, 3), low_rank(6, 40, 30, 4), low_rank(7, 40, 30, 2)
+    core = Core.of(a, b)
+    lifted = core.lift(core.first + core.second)
+    assert isinstance(lifted, LowRank) and core.lower is not None
+    assert torch.allclose(lifted.up.T @ lifted.up, torch.eye(7, dtype=torch.float64), atol=1e-12)
+    assert torch.equal(Core.of(lifted, c).left[:, :7], lifted.up)  # type: ignore[index]  # there are factors
+    for more in (c, a, LowRank(c.up, a.down[:2]), LowRank(torch.zeros(40, 2), c.down)):
+        core = Core.of(lifted, more)
+        assert core.left is not None
+        assert torch.allclose(core.left.T @ core.left, torch.eye(7 + more.rank, dtype=torch.float64), atol=1e-12)
+        assert near(core.lift(core.first).to_dense(), exact(a) + exact(b), 1e-12)
+        assert near(core.lift(core.second).to_dense(), exact(more), 1e-12)
 
 
 @pytest.mark.parametrize(

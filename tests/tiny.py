@@ -377,10 +377,11 @@ def _forked(arguments: list[str], hold: str, limit: int, ready: Path, go: Path, 
         if hold == "write":
             write, seen = SafetensorsWriter.write, itertools.count()
 
-            def slow(self: SafetensorsWriter, *given: Any) -> None:
-                write(self, *given)
+            def slow(self: SafetensorsWriter, *given: Any) -> memoryview:
+                data = write(self, *given)
                 if next(seen) == 5:
                     held()
+                return data
 
             SafetensorsWriter.write = slow  # type: ignore[method-assign]
         if hold == "rename":

@@ -5,7 +5,7 @@ Full checkpoints give dense differences, LoRA adapters factors; `base+adapter` o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -51,17 +51,30 @@ class Delta:
         origins = [origins[key] for origins in (self.full, self.beneath) if key in origins]
         return key not in self.lora and all(origin.convert is None for origin in origins)
 
-    def stored_bytes(self, key: str) -> int:
-        """Bytes read from this model for one stored tensor of the base."""
-        total = 0
-        if key in self.full:
-            total += sum(self.source.tensors[name].nbytes for name in self.full[key].keys)
-        if key in self.beneath and self.source.beneath is not None:
-            total += sum(self.source.beneath.tensors[name].nbytes for name in self.beneath[key].keys)
-        if key in self.lora:
-            origin = self.lora[key]
-            total += sum(self.source.tensors[name].nbytes for name in (origin.down_key, origin.up_key))
-        return total
+    def stored_keys(self, key: str) -> tuple[str, ...]:
+        """Stored tensors of this model that are read for one of the base."""
+        lora = self.lora.get(key)
+        return (
+            *(self.full[key].keys if key in self.full else ()),
+            *((lora.down_key, lora.up_key) if lora is not None else ()),
+        )
+
+    def stored_keys_beneath(self, key: str) -> tuple[str, ...]:
+        """Stored tensors of the model under a `base+adapter` adapter that are read for one of the base."""
+        return tuple(self.beneath[key].keys) if key in self.beneath else ()
+
+    def stored_bytes(self, key: str, *, streamed: bool = False) -> int:
+        """Bytes read from this model for one stored tensor of the base; of what is streamed alone if asked."""
+        return sum(
+            place.tensors[name].nbytes
+            for place, names in (
+                (self.source, self.stored_keys(key)),
+                (self.source.beneath, self.stored_keys_beneath(key)),
+            )
+            if place is not None
+            for name in names
+            if not streamed or place.tensors[name].file in place.streams
+        )
 
 
 class DeltaReader:
@@ -78,6 +91,12 @@ class DeltaReader:
         self.reader.close()
         if self.under is not None:
             self.under.close()
+
+    def expect(self, keys: Sequence[str]) -> None:
+        """Announce for which stored tensors of the base changes are read next, in their order."""
+        self.reader.expect(name for key in keys for name in self.delta.stored_keys(key))
+        if self.under is not None:
+            self.under.expect(name for key in keys for name in self.delta.stored_keys_beneath(key))
 
     def check_finite(self, key: str) -> None:
         """Raise NonFiniteError if what the model holds for a stored tensor of the base has NaN or Inf."""

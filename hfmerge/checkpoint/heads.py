@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from hfmerge.checkpoint.reader import Reader
 from hfmerge.checkpoint.writer import SafetensorsWriter, Slot
 from hfmerge.errors import NotFoundError, SourceError
-from hfmerge.source import Source, fetch, parse_ref, pin, read_json
+from hfmerge.fetching import fetch, pin, read_json
+from hfmerge.source import Source, parse_ref
 
 
 if TYPE_CHECKING:

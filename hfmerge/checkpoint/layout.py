@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property, partial
 from typing import Any
 
 from hfmerge.checkpoint.blocks import guessed_blocks, memory_blocks, stored_blocks
 from hfmerge.checkpoint.loader import Group, Renamer, complete, missing, trace
+from hfmerge.checkpoint.remembered import recall, relevant
 from hfmerge.checkpoint.skeleton import Shape, Skeleton, build
 from hfmerge.taskvector import WHOLE, Block
 
@@ -25,7 +26,7 @@ class Memory:
         heads: canonical names outside the backbone.
         strange: canonical names that the class does not know.
         submodels: (canonical path, class name) of models inside the backbone; "" is the backbone.
-        skeleton: None without a class.
+        build: gives the class on the meta device; None without a class.
     """
 
     origin: str
@@ -35,7 +36,12 @@ class Memory:
     heads: frozenset[str] = frozenset()
     strange: frozenset[str] = frozenset()
     submodels: tuple[tuple[str, str], ...] = ()
-    skeleton: Skeleton | None = None
+    build: Callable[[], Skeleton] | None = None
+
+    @cached_property
+    def skeleton(self) -> Skeleton | None:
+        """The class on the meta device, built when first asked for; None without a class."""
+        return None if self.build is None else self.build()
 
     @cached_property
     def filling(self) -> dict[str, Group]:
@@ -143,6 +149,19 @@ def describe(
         ShapeError: tensors do not have the shapes that config.json describes.
         CorruptFileError: a parameter is stored twice in different layouts.
     """
+    if config.get("auto_map"):  # what code of its own says is its own
+        return _described(config, shapes, origin, trust_remote_code)
+    fresh: list[Layout] = []
+
+    def ask() -> Any:
+        fresh.append(_described(config, shapes, origin, trust_remote_code))
+        return _plain(fresh[0])
+
+    found = recall("layouts", [relevant(config), [[key, list(shape)] for key, shape in shapes.items()]], ask)
+    return fresh[0] if fresh else _layout(found, origin, partial(_skeleton, config, shapes, origin))
+
+
+def _described(config: Mapping[str, Any], shapes: Mapping[str, Shape], origin: str, trust_remote_code: bool) -> Layout:
     skeleton = build(config, origin, trust_remote_code)
     model_type = str(config.get("model_type") or "")
     if skeleton is None:
@@ -168,7 +187,7 @@ def describe(
         heads=frozenset(_canonical(name, skeleton) for name in heads),
         strange=frozenset(named[key] for key in strange),
         submodels=_submodels(skeleton),
-        skeleton=skeleton,
+        build=lambda: skeleton,
     )
     outputs = {key: group.outputs for group in groups for key in group.keys}
     return Layout(
@@ -184,6 +203,83 @@ def describe(
         blocks=_blocks(skeleton, groups, shapes),
         memory=memory,
     )
+
+
+def _skeleton(config: Mapping[str, Any], shapes: Mapping[str, Shape], origin: str) -> Skeleton:
+    skeleton = _described(config, shapes, origin, False).memory.skeleton
+    assert skeleton is not None
+    return skeleton
+
+
+def _plain(layout: Layout) -> dict[str, Any] | None:
+    """A layout as JSON values; None if stored tensors have to be converted by transformers' own objects."""
+    memory = layout.memory
+    if memory.build is None or any(group.operations for group in memory.groups):
+        return None
+    kinds = list(dict.fromkeys(layout.blocks.values()))  # most tensors have the same few
+    numbers = {blocks: i for i, blocks in enumerate(kinds)}
+    return {
+        "architecture": layout.architecture,
+        "model_type": layout.model_type,
+        "shapes": list(layout.shapes.items()),
+        "canonical": layout.canonical,
+        "tied": layout.tied,
+        "heads": layout.heads,
+        "missing": layout.missing,
+        "unexpected": layout.unexpected,
+        "vocab_axis": layout.vocab_axis,
+        "kinds": [[asdict(block) for block in blocks] for blocks in kinds],
+        "blocks": [numbers[layout.blocks[key]] for key in layout.shapes],
+        "memory": {
+            "parameters": memory.parameters,
+            "groups": [
+                [group.name, group.outputs, group.inputs, group.sources, group.targets] for group in memory.groups
+            ],
+            "ties": memory.ties,
+            "heads": sorted(memory.heads),
+            "strange": sorted(memory.strange),
+            "submodels": memory.submodels,
+        },
+    }
+
+
+def _layout(plain: Mapping[str, Any], origin: str, build: Callable[[], Skeleton]) -> Layout:
+    """The layout that `_plain` wrote down."""
+    kinds = [
+        tuple(Block(**{**block, "ranges": _tuples(block["ranges"])}) for block in blocks) for blocks in plain["kinds"]
+    ]
+    said = plain["memory"]
+    memory = Memory(
+        origin,
+        parameters={name: tuple(shape) for name, shape in said["parameters"].items()},
+        groups=tuple(
+            Group(name, tuple(outputs), _tuples(inputs), (), tuple(sources), tuple(targets))
+            for name, outputs, inputs, sources, targets in said["groups"]
+        ),
+        ties=said["ties"],
+        heads=frozenset(said["heads"]),
+        strange=frozenset(said["strange"]),
+        submodels=_tuples(said["submodels"]),
+        build=build,
+    )
+    shapes = {key: tuple(shape) for key, shape in plain["shapes"]}
+    return Layout(
+        architecture=plain["architecture"],
+        model_type=plain["model_type"],
+        shapes=shapes,
+        canonical=plain["canonical"],
+        tied=plain["tied"],
+        heads=tuple(plain["heads"]),
+        missing=tuple(plain["missing"]),
+        unexpected=tuple(plain["unexpected"]),
+        vocab_axis=plain["vocab_axis"],
+        blocks={key: kinds[number] for key, number in zip(shapes, plain["blocks"], strict=True)},
+        memory=memory,
+    )
+
+
+def _tuples(lists: list[list[Any]]) -> tuple[tuple[Any, ...], ...]:
+    return tuple(tuple(entry) for entry in lists)
 
 
 def _unknown(architecture: str, model_type: str, shapes: dict[str, Shape], origin: str) -> Layout:

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from hfmerge.checkpoint.loader import Renamer
+from hfmerge.checkpoint.remembered import recall, relevant
 from hfmerge.checkpoint.skeleton import Shape, find_class, one_line, skeleton_of
 from hfmerge.errors import CorruptFileError, NotFoundError, ShapeError, UnsupportedError
+from hfmerge.headers import read_header
 
 
 def load_back(folder: Path, *, trust_remote_code: bool = False) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -28,9 +30,18 @@ def load_back(folder: Path, *, trust_remote_code: bool = False) -> tuple[tuple[s
         ShapeError: tensors whose shapes are not those of the class.
         UnsupportedError: quantised weights, or no class for this config.
     """
+    config = _json(folder / "config.json")
+    if config.get("auto_map"):
+        missing, unexpected = _load(folder, config, trust_remote_code)
+    else:
+        question = [relevant(config), [[key, list(shape)] for key, shape in sorted(_header_shapes(folder).items())]]
+        missing, unexpected = recall("loaded", question, lambda: _load(folder, config, trust_remote_code))
+    return tuple(missing), tuple(unexpected)
+
+
+def _load(folder: Path, config: dict[str, Any], trust_remote_code: bool) -> tuple[list[str], list[str]]:
     import torch
 
-    config = _json(folder / "config.json")
     found = find_class(config, str(folder), trust_remote_code)
     if found is None:
         raise UnsupportedError(f"{folder}: the model has its own code; loading it back needs trust_remote_code")
@@ -56,8 +67,8 @@ def load_back(folder: Path, *, trust_remote_code: bool = False) -> tuple[tuple[s
             f"stored {tuple(stored_shape)}, expected {tuple(expected)}"
         )
     names = Renamer(skeleton_of(model)).names(shapes)  # the report gives names as renamed for the class
-    unexpected = tuple(key for key in sorted(shapes) if names[key][0] in report["unexpected_keys"])
-    return tuple(sorted(report["missing_keys"])), unexpected
+    unexpected = [key for key in sorted(shapes) if names[key][0] in report["unexpected_keys"]]
+    return sorted(report["missing_keys"]), unexpected
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -73,8 +84,6 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _header_shapes(folder: Path) -> dict[str, Shape]:
-    from safetensors import SafetensorError, safe_open
-
     index = folder / "model.safetensors.index.json"
     files = ["model.safetensors"]
     if not (folder / files[0]).is_file():  # transformers looks for the single file first
@@ -85,11 +94,8 @@ def _header_shapes(folder: Path) -> dict[str, Shape]:
     for name in files:
         if not (folder / name).is_file():
             raise CorruptFileError(f"{folder}: {index.name} names {name}, which is not there")
-        try:
-            with safe_open(folder / name, framework="pt") as file:
-                shapes.update((key, tuple(file.get_slice(key).get_shape())) for key in file.keys())
-        except SafetensorError as error:
-            raise CorruptFileError(f"{folder / name}: {one_line(error)}; truncated or a Git-LFS pointer?") from error
+        header = read_header(folder / name, str(folder / name))
+        shapes.update((key, entry.shape) for key, entry in header.entries.items())
     return shapes
 
 

@@ -155,7 +155,10 @@ def _model(layout: Layout) -> PreTrainedModel | None:
 
 
 def _align(ours: Memory, theirs: Memory) -> dict[str, str]:
-    """Base name -> source name for every parameter both have, under the alignment in which most shapes agree."""
+    """Base name -> source name for every parameter both have, under the alignment in which most shapes agree.
+
+    Where no shape agrees, the alignment with most names tells the caller which shapes do not.
+    """
     towers = [("", "")]
     for mine, title in ours.submodels:
         for its, other in theirs.submodels:
@@ -163,20 +166,21 @@ def _align(ours: Memory, theirs: Memory) -> dict[str, str]:
             if (title == other or either) and (mine, its) not in towers:
                 towers.append((mine, its))
     best: list[tuple[tuple[str, str], dict[str, str]]] = []
-    most = 0
+    most = (0, 0)
     for tower in towers:
         names = _under(ours, theirs, *tower)
-        score = sum(ours.parameters[name] == theirs.parameters[other] for name, other in names.items())
+        agreeing = sum(ours.parameters[name] == theirs.parameters[other] for name, other in names.items())
+        score = (agreeing, 0 if agreeing else len(names))
         if score > most:
             best, most = [(tower, names)], score
         elif score == most:
             best.append((tower, names))
-    if not most:
+    if most == (0, 0):
         raise UnsupportedError(
             f"{theirs.origin} and {ours.origin} have no parameter in common; are they of the same family?"
         )
     (first, names), *others = best
-    if first != ("", "") and any(names != other for _, other in others):
+    if most[0] and first != ("", "") and any(names != other for _, other in others):
         places = " or ".join(repr(tower[0] or tower[1]) for tower, _ in best)
         raise UnsupportedError(f"{theirs.origin} fits {ours.origin} equally well as {places}; which is not known")
     return names

@@ -1,7 +1,8 @@
 """Lazy tensors of pinned sources: opens each file once and reads one stored tensor, or some rows of it, at a time.
 
 Files are read with `pread` into fresh, aligned memory: mapped pages would count as resident memory until the kernel
-drops them, and safetensors' own slices read the whole tensor.
+drops them, and safetensors' own slices read the whole tensor. Files that are streamed are read by ranges of bytes too,
+only from the Hub.
 """
 
 from __future__ import annotations
@@ -9,12 +10,16 @@ from __future__ import annotations
 import math
 import os
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hfmerge.checkpoint.writer import SIZES, TORCH_NAMES
 from hfmerge.errors import CorruptFileError, NonFiniteError
-from hfmerge.source import Source, TensorEntry, check_safetensors, fetch, load_pickle, safetensors_entries
+from hfmerge.fetching import fetch
+from hfmerge.headers import Header, load_pickle, read_header
+from hfmerge.remote import RemoteFile
+from hfmerge.source import Source, TensorEntry
 
 
 if TYPE_CHECKING:
@@ -26,18 +31,36 @@ Rows = tuple[int, int]
 
 @dataclass(frozen=True)
 class _Opened:
-    """An open safetensors file: descriptor, and of every tensor the absolute offset and what the header says now."""
+    """An open safetensors file and what its header says now; it is a descriptor, or streamed from the Hub."""
 
-    descriptor: int
-    offsets: dict[str, int]
-    entries: dict[str, TensorEntry]
+    file: int | RemoteFile
+    header: Header
+
+    def read_into(self, start: int, view: memoryview, where: str) -> None:
+        """Fill `view` with the file's bytes from `start` on."""
+        if isinstance(self.file, RemoteFile):
+            self.file.read_into(start, view)
+            return
+        while view:
+            try:
+                count = os.preadv(self.file, [view[: 1 << 30]], start)
+            except OSError as error:
+                raise CorruptFileError(f"{where} cannot be read: {error.strerror}.") from error
+            if count <= 0:
+                raise CorruptFileError(f"{where}: the file ends before the tensor does; get it again.")
+            view, start = view[count:], start + count
+
+    def close(self) -> None:
+        """Close a descriptor; a streamed file belongs to its run."""
+        if not isinstance(self.file, RemoteFile):
+            os.close(self.file)
 
 
 class Reader:
     """Reads stored tensors of one source; safe to call from several threads.
 
-    The files must be on this machine or downloadable; a file is opened at its first tensor and kept open until
-    `close`.
+    The files must be on this machine, downloadable, or streamed; a file is opened at its first tensor and kept open
+    until `close`.
     """
 
     def __init__(self, source: Source):
@@ -56,8 +79,18 @@ class Reader:
         with self._lock:
             for handle in self._open.values():
                 if isinstance(handle, _Opened):
-                    os.close(handle.descriptor)
+                    handle.close()
             self._open.clear()
+
+    def expect(self, keys: Iterable[str]) -> None:
+        """Announce the stored tensors that are read next, in their order, so that streamed ones come in time."""
+        files: dict[str, list[str]] = {file: [] for file in self.source.streams}
+        for key in keys:
+            file = self.source.tensors[key].file
+            if file in files:
+                files[file].append(key)
+        for file, names in files.items():
+            self.source.streams[file].expect(names)
 
     def stored(self, key: str, rows: Rows | None = None) -> Tensor:
         """The tensor as it lies in the file, or some rows of it, in memory of its own.
@@ -70,7 +103,7 @@ class Reader:
         if isinstance(handle, dict):
             tensor: Tensor = handle[key] if rows is None else handle[key][rows[0] : rows[1]]
             return tensor.clone()
-        if key not in handle.offsets or not _same(handle.entries[key], entry):
+        if key not in handle.header.entries or not _same(handle.header.entries[key], entry):
             raise CorruptFileError(
                 f"{self.source.pinned.label}: {entry.file}: {key} has changed since the plan was made."
             )
@@ -79,11 +112,17 @@ class Reader:
                 f"{self.source.pinned.label}: {entry.file}: {key} is {entry.dtype} {entry.shape} in {entry.nbytes} "
                 "bytes; its header is broken, get the file again."
             )
-        start, shape = handle.offsets[key], entry.shape
+        start, shape = handle.header.offsets[key], entry.shape
         if rows is not None:
             start += entry.nbytes // entry.shape[0] * rows[0]
             shape = (rows[1] - rows[0], *entry.shape[1:])
-        return _pread(handle.descriptor, start, entry.dtype, shape, f"{self.source.pinned.label}: {entry.file}: {key}")
+        import torch
+
+        tensor = torch.empty(shape, dtype=getattr(torch, TORCH_NAMES[entry.dtype]))
+        if tensor.numel():
+            view = tensor.view(-1).view(torch.uint8).numpy().data
+            handle.read_into(start, view, f"{self.source.pinned.label}: {entry.file}: {key}")
+        return tensor
 
     def value(self, key: str, rows: Rows | None = None) -> Tensor:
         """The tensor, or some rows of it, as float32, in memory of its own; not checked for NaN and Inf."""
@@ -112,40 +151,20 @@ class Reader:
             )
 
     def _handle(self, file: str) -> _Opened | dict[str, Any]:
-        from huggingface_hub.errors import SafetensorsParsingError
-
         with self._lock:
             if file not in self._open:
-                path = fetch(self.source.pinned, file)
                 where = f"{self.source.pinned.label}: {file}"
-                if self.source.pickled:
-                    self._open[file] = load_pickle(path, where, device="cpu")
+                stream = self.source.streams.get(file)
+                if stream is not None:
+                    self._open[file] = _Opened(stream, stream.header)
+                elif self.source.pickled:
+                    self._open[file] = load_pickle(fetch(self.source.pinned, file), where, device="cpu")
                 else:
-                    offsets = check_safetensors(path, where)
-                    try:
-                        entries = safetensors_entries(path)
-                    except (SafetensorsParsingError, ValueError, KeyError, TypeError) as error:
-                        raise CorruptFileError(f"{where}: broken safetensors header; get it again.") from error
-                    self._open[file] = _Opened(os.open(path, os.O_RDONLY), offsets, entries)
+                    path = fetch(self.source.pinned, file)
+                    header = read_header(path, where)
+                    self._open[file] = _Opened(os.open(path, os.O_RDONLY), header)
             return self._open[file]
 
 
 def _same(a: TensorEntry, b: TensorEntry) -> bool:
     return (a.dtype, a.shape, a.nbytes) == (b.dtype, b.shape, b.nbytes)
-
-
-def _pread(descriptor: int, start: int, dtype: str, shape: tuple[int, ...], where: str) -> Tensor:
-    import torch
-
-    tensor = torch.empty(shape, dtype=getattr(torch, TORCH_NAMES[dtype]))
-    if tensor.numel():
-        view, at = tensor.view(-1).view(torch.uint8).numpy().data, start
-        while view:
-            try:
-                count = os.preadv(descriptor, [view[: 1 << 30]], at)
-            except OSError as error:
-                raise CorruptFileError(f"{where} cannot be read: {error.strerror}.") from error
-            if count <= 0:
-                raise CorruptFileError(f"{where}: the file ends before the tensor does; get it again.")
-            view, at = view[count:], at + count
-    return tensor

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hfmerge.source import Pinned, fetch
+from hfmerge.fetching import fetch
+from hfmerge.source import Pinned
 
 
 PATTERNS = (

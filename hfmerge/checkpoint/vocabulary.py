@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hfmerge.errors import UnsupportedError
-from hfmerge.source import Pinned, Source, fetch
+from hfmerge.fetching import fetch
+from hfmerge.source import Pinned, Source
 from hfmerge.taskvector import LowRank
 
 

@@ -112,25 +112,31 @@ class SafetensorsWriter:
                 os.close(self._fd)
                 raise
 
-    def write(self, name: str, tensor: Tensor, row: int | None = None) -> None:
+    def write(self, name: str, tensor: Tensor, row: int | None = None) -> memoryview:
         """Put a tensor into its place; its dtype and shape must be the slot's.
 
         Args:
             row: `tensor` holds whole rows from this one on, instead of the whole slot.
-        """
-        import torch
 
+        Returns:
+            The bytes written.
+        """
         slot = self.slots[name]
         shape = slot.shape if row is None else (min(tensor.shape[0], slot.shape[0] - row), *slot.shape[1:])
         if tuple(tensor.shape) != shape or str(tensor.dtype) != f"torch.{TORCH_NAMES[slot.dtype]}":
             raise ValueError(f"{name}: {tensor.dtype} {tuple(tensor.shape)} for a slot of {slot.dtype} {slot.shape}")
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        if flat.numel():
+        data = bytes_of(tensor)
+        if data:
             start = self._offsets[name] + (row or 0) * (slot.nbytes // slot.shape[0] if slot.shape else 0)
             with disk_errors(self.path):
-                _pwrite_all(self._fd, flat.view(torch.uint8).numpy().data, start)
+                _pwrite_all(self._fd, data, start)
+        self.claim(name, len(data))
+        return data
+
+    def claim(self, name: str, nbytes: int) -> None:
+        """Count some bytes of a tensor as written; for those that an earlier process wrote, and that are intact."""
         with self._lock:
-            self._missing[name] -= flat.numel() * SIZES[slot.dtype]
+            self._missing[name] -= nbytes
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
         """A tensor written before, or some rows of it, read back."""
@@ -142,7 +148,7 @@ class SafetensorsWriter:
             start += rows[0] * (slot.nbytes // slot.shape[0])
             shape = (rows[1] - rows[0], *slot.shape[1:])
         tensor = torch.empty(shape, dtype=getattr(torch, TORCH_NAMES[slot.dtype]))
-        view = tensor.view(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
+        view = bytes_of(tensor)
         while view:
             count = os.preadv(self._fd, [view[: 1 << 30]], start)
             if count <= 0:
@@ -183,6 +189,14 @@ class SafetensorsWriter:
                     os.fsync(fd)
         finally:
             os.close(fd)
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """A tensor's bytes as a safetensors file holds them; a view of its memory if it is contiguous and on the CPU."""
+    import torch
+
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 class disk_errors:

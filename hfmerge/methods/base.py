@@ -6,7 +6,7 @@ A **joint** method sees all models of a block at once. Neither reads files, know
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -85,6 +85,14 @@ class FoldMethod(MergeMethod):
         """
         raise NotImplementedError
 
+    def deviation(self, carry: Carry | None, tau: TaskVector, weight: float, *, matrix: bool) -> float | None:
+        """How far `step` with the same arguments is from what the method says, relative to `weight * tau`.
+
+        None where nothing is approximated. Costs as much as an exact step and more, so it is asked for a sample of
+        blocks.
+        """
+        return None
+
     def carry_ranks(self, shape: tuple[int, ...], ranks: list[int | None]) -> dict[str, int | None]:
         """Which tensors the state holds, known before the work: name -> rank of its factors, or None for dense.
 
@@ -93,6 +101,32 @@ class FoldMethod(MergeMethod):
             ranks: per model, rank of its factors, 0 for a zero change, None for a dense one.
         """
         return {"S": summed_rank(shape, ranks)}
+
+
+SAMPLED = 16
+"""One in so many rows is given to a survey that samples."""
+
+
+class Survey:
+    """Numbers about all rows of a block, found as it is read some rows at a time.
+
+    Call sequence: `sample`, if `samples`, with one in `SAMPLED` rows from everywhere; then `add` with all rows, in any
+    cut, and `settle`; both again while that is None.
+    """
+
+    samples: ClassVar[bool] = False
+
+    def sample(self, taus: Iterable[Tensor]) -> None:
+        """Look at a few rows: one tensor per model."""
+        raise NotImplementedError
+
+    def add(self, taus: Iterable[Tensor], base: Callable[[], Tensor]) -> None:
+        """Take in some rows: one float32 tensor per model, and the base's values when called."""
+        raise NotImplementedError
+
+    def settle(self) -> list[float] | None:
+        """What was found, as `combine` takes it; None where all rows have to be added once more."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -112,9 +146,21 @@ class JointMethod(MergeMethod):
             taus: one task vector per model.
             weights: one per model.
             base: gives the base's float32 values of the block when called.
-            thresholds: per model, what `settle` made of the histograms; None without `measured`.
+            thresholds: per model, what `settle` made of the histograms (`measured`); or else what a `survey` found
+                about the block that `taus` are rows of; None where they are all of it.
         """
         raise NotImplementedError
+
+    def survey(self, models: int, count: int) -> Survey | None:
+        """What has to be found out about all of a block before `combine` can be given some of its rows at a time.
+
+        None, the default: `combine` needs the whole block.
+
+        Args:
+            models: number of task vectors.
+            count: elements of the block.
+        """
+        return None
 
     @property
     def measured(self) -> bool:

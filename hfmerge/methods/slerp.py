@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
-from hfmerge.methods.base import Citation, JointMethod
+from hfmerge.methods.base import Citation, JointMethod, Survey
+from hfmerge.methods.trimming import parts
 from hfmerge.taskvector import Dense, TaskVector
 
 
@@ -48,6 +50,9 @@ class Slerp(JointMethod):
         },
     )
 
+    def survey(self, models: int, count: int) -> Survey:
+        return Angle()
+
     def combine(
         self,
         taus: Sequence[TaskVector],
@@ -55,18 +60,47 @@ class Slerp(JointMethod):
         base: Callable[[], Tensor],
         thresholds: Sequence[float] | None,
     ) -> TaskVector:
+        """Piece by piece, so that one tensor is held."""
         import torch
 
+        first, second = (tau.to_dense() for tau in taus)
+        if thresholds is None:
+            angle = Angle()
+            angle.add((first, second), base)
+            thresholds = angle.settle()
         t = weights[1] / (weights[0] + weights[1]) if self.t is None else self.t
-        origin = base()
-        first, second = origin + taus[0].to_dense(), origin + taus[1].to_dense()
-        norms = [float(torch.linalg.vector_norm(x, dtype=torch.float64)) for x in (first, second)]
-        near, far = 1.0 - t, t
-        if min(norms) > 0.0:
-            unit = torch.dot(first.reshape(-1).double() / norms[0], second.reshape(-1).double() / norms[1])
-            cosine = max(-1.0, min(1.0, float(unit)))
-            if abs(cosine) < PARALLEL:
-                angle = torch.arccos(torch.tensor(cosine, dtype=torch.float64))
-                near = float(torch.sin((1.0 - t) * angle) / torch.sin(angle))
-                far = float(torch.sin(t * angle) / torch.sin(angle))
-        return Dense(first.mul_(near).add_(second, alpha=far).sub_(origin))
+        near, far = _shares(t, *thresholds)
+        merged = torch.empty_like(first, memory_format=torch.contiguous_format)
+        for into, origin, one, other in zip(parts(merged), parts(base()), parts(first), parts(second), strict=True):
+            torch.add(origin, one, out=into).mul_(near).add_(origin + other, alpha=far).sub_(origin)
+        return Dense(merged)
+
+
+class Angle(Survey):
+    """Squared norms of two models' weights and their inner product, summed in float64."""
+
+    def __init__(self) -> None:
+        self._sums: list[tuple[float, float, float]] = []
+
+    def add(self, taus: Iterable[Tensor], base: Callable[[], Tensor]) -> None:
+        import torch
+
+        first, second = taus
+        for origin, near, far in zip(parts(base()), parts(first), parts(second), strict=True):
+            one, other = (origin + near).double(), (origin + far).double()
+            pairs = ((one, one), (other, other), (one, other))
+            squares = [float(torch.dot(left, right)) for left, right in pairs]
+            self._sums.append((squares[0], squares[1], squares[2]))
+
+    def settle(self) -> list[float]:
+        return [math.fsum(column) for column in zip(*self._sums, strict=True)]
+
+
+def _shares(t: float, first: float, second: float, inner: float) -> tuple[float, float]:
+    """Factors of the two models; squared norms and the inner product as `Angle` finds them."""
+    if min(first, second) > 0.0:
+        cosine = inner / (math.sqrt(first) * math.sqrt(second))
+        if abs(cosine) < PARALLEL:
+            angle = math.acos(cosine)
+            return math.sin((1.0 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
+    return 1.0 - t, t

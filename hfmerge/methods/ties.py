@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from hfmerge.methods.base import Citation, JointMethod
-from hfmerge.methods.trimming import histogram_threshold, kth_magnitude
+from hfmerge.methods.base import Citation, JointMethod, Survey
+from hfmerge.methods.trimming import PART, KthMagnitudes, histogram_threshold, kth_magnitude, parts, trim
 from hfmerge.taskvector import Dense, TaskVector
 
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+HELD = 1 << 20
+"""Elements of trimmed task vectors that one visit keeps, all models together."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,9 @@ class Ties(JointMethod):
         default="tensor", metadata={"help": "trim each tensor by itself, or over the whole model as in the paper"}
     )
 
+    def survey(self, models: int, count: int) -> Survey:
+        return KthMagnitudes(models, count, self.density)
+
     @property
     def measured(self) -> bool:
         return self.scope == "model"
@@ -60,26 +67,59 @@ class Ties(JointMethod):
         base: Callable[[], Tensor],
         thresholds: Sequence[float] | None,
     ) -> TaskVector:
-        """Two sweeps over the models (elect, then average), so that three tensors are held, whatever their number."""
+        """Two sweeps over the models (elect, then average), so that little more than two tensors are held.
+
+        What is computed on the way lies in pieces of a core's cache. The task vectors of a small block are kept from
+        the first sweep to the second, those of a large one are asked for again.
+        """
         import torch
 
         limits = [
             thresholds[i] if thresholds is not None else kth_magnitude(tau.to_dense(), self.density)
             for i, tau in enumerate(taus)
         ]
+        shape = base().shape
+        size = math.prod(shape)
+        held: dict[int, list[Tensor]] = {}
 
-        def trimmed(i: int) -> Tensor:
-            value = taus[i].to_dense()
-            return torch.where(value.abs() >= limits[i], value, 0.0).mul_(weights[i])
+        def trimmed(model: int) -> Iterable[Tensor]:
+            if model in held:
+                return held[model]
+            found = (_weighted(trim(part, limits[model]), weights[model]) for part in parts(taus[model].to_dense()))
+            if (len(held) + 1) * size > HELD:
+                return found
+            held[model] = list(found)
+            return held[model]
 
-        elected = trimmed(0)
-        for i in range(1, len(taus)):
-            elected += trimmed(i)
-        elected.sign_()
-        total, share = torch.zeros_like(elected), torch.zeros_like(elected)
-        for i, weight in enumerate(weights):
-            value = trimmed(i)
-            agrees = (value * elected) > 0
-            total += torch.where(agrees, value, 0.0)
-            share += agrees * abs(weight)
-        return Dense(total.div_(share.clamp_min_(torch.finfo(torch.float32).tiny)).mul_(self.scale))
+        sums = torch.cat(list(trimmed(0)))
+        for model in range(1, len(taus)):
+            for votes, value in zip(parts(sums), trimmed(model), strict=True):
+                votes += value
+        # Inf against -Inf elects nothing; a large block's signs take a byte each
+        elected = sums.sign().nan_to_num_(0.0) if size <= PART else _signs(sums)
+        sums.zero_()
+        shares = torch.zeros_like(sums)
+        for model, weight in enumerate(weights):
+            for sign, total, share, value in zip(
+                parts(elected), parts(sums), parts(shares), trimmed(model), strict=True
+            ):
+                agreeing = value.mul_(sign.float()).clamp_min_(0.0)
+                total += agreeing
+                share.add_(agreeing.sign_(), alpha=abs(weight))
+        for sign, total, share in zip(parts(elected), parts(sums), parts(shares), strict=True):
+            total.mul_(sign.float()).div_(share.clamp_min_(torch.finfo(torch.float32).tiny)).mul_(self.scale)
+        return Dense(sums.view(shape))
+
+
+def _signs(values: Tensor) -> Tensor:
+    """-1, 0 or 1 of each element as int8; 0 for NaN."""
+    import torch
+
+    signs = torch.empty_like(values, dtype=torch.int8)
+    for into, part in zip(parts(signs), parts(values), strict=True):
+        into.copy_(part.sign().nan_to_num_(0.0))
+    return signs
+
+
+def _weighted(value: Tensor, weight: float) -> Tensor:
+    return value if weight == 1.0 else value.mul_(weight)

@@ -1,4 +1,8 @@
-"""Helpers of trimming methods: magnitude thresholds by k-th value and by histogram, without sorting.
+"""Helpers of trimming methods: magnitude thresholds by k-th value and by histogram, without sorting a tensor.
+
+A k-th value is found by bracketing: a sample says between which two magnitudes it must lie, one pass counts what is
+above them and collects the few values between. It is exact, needs a few percent of a tensor beside it, and takes a
+tensor piece by piece, so that a file can be read instead of held.
 
 Magnitudes of float32 numbers order like their bit patterns, so a histogram over the leading bits is exact in its
 counts, adds up over parameters in any order, and places a threshold within a relative 2^-12.
@@ -6,14 +10,25 @@ counts, adds up over parameters in any order, and places a threshold within a re
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
+
+from hfmerge.methods.base import SAMPLED, Survey
 
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 BITS = 20
 """Leading bits kept of the 31 magnitude bits of a float32: 8 of the exponent and 12 of the fraction."""
+
+PART = 1 << 17
+"""Elements looked at at a time: what is computed of them stays in a core's cache."""
+
+SAMPLE = 1 << 14
+"""Elements of a sample; with so many, a bracket of six standard deviations holds 4 % of a tensor."""
 
 
 def kept(count: int, density: float) -> int:
@@ -21,21 +36,178 @@ def kept(count: int, density: float) -> int:
     return min(count, max(1, round(density * count)))
 
 
+def parts(values: Tensor) -> Iterator[Tensor]:
+    """A tensor as flat pieces of `PART` elements, one at least, without copying what is contiguous."""
+    flat = values.reshape(-1)
+    return (flat[at : at + PART] for at in range(0, max(1, flat.numel()), PART))
+
+
+def thinned(values: Tensor, count: int) -> Tensor:
+    """Evenly spread elements of `values`, such that about `SAMPLE` come from `count` in all."""
+    # an odd step meets all columns of a matrix
+    return values.reshape(-1)[:: max(1, count // SAMPLE) | 1]
+
+
 def kth_magnitude(values: Tensor, density: float) -> float:
     """Smallest magnitude among the `kept` largest of `values` (float32, any shape); 0 keeps everything."""
-    count = values.numel()
-    keep = kept(count, density)
-    if keep == count:
-        return 0.0
-    return float(values.reshape(-1).abs().kthvalue(count - keep + 1).values)
+    flat = values.reshape(-1)
+    search = KthMagnitude([thinned(flat, flat.numel())], flat.numel(), density)
+    while search.value is None:
+        for part in parts(flat):
+            search.add(part)
+        search.settle()
+    return search.value
+
+
+class KthMagnitude:
+    """The search for `kth_magnitude` in a tensor that is given in pieces, in any cut and order.
+
+    Call sequence: until `value` is set, `add` every piece, then `settle`. Once is enough unless the sample was so far
+    from the tensor that it has placed the bracket wrongly, which costs a second time and never changes the value.
+
+    Attributes:
+        value: the magnitude; infinite where so many values are NaN, which counts as the greatest magnitude.
+    """
+
+    def __init__(self, sample: Iterable[Tensor], count: int, density: float):
+        """Place the bracket.
+
+        Args:
+            sample: some of the elements, float32, as evenly spread as is cheap; at least one.
+            count: how many elements all pieces have together.
+            density: share of them that is kept.
+        """
+        import numpy as np
+
+        self.value: float | None = None
+        self._keep = kept(count, density)
+        self._above = self._on_high = self._on_low = self._count = 0
+        self._buffer = self._inside = np.empty(0, np.float32)
+        if self._keep == count:
+            self.value = 0.0
+        else:
+            self._low, self._high = _bracket(sample, self._keep / count)
+
+    def add(self, piece: Tensor) -> None:
+        """Count the magnitudes of one piece above and on the ends of the bracket, and keep those inside it."""
+        import numpy as np
+        import torch
+
+        flat = piece.reshape(-1)
+        if flat.device.type == "cpu":
+            # NumPy compares and selects in half the time, into memory that stays in the core's cache
+            self._buffer = _grown(self._buffer, 0, flat.numel())
+            array = np.abs(flat.numpy(), out=self._buffer[: flat.numel()])
+            below, over = array < self._high, array > self._low
+            ends = [int(np.count_nonzero(x)) for x in (array <= self._high, below, array >= self._low, over)]
+            inside = array[below & over]
+        else:
+            magnitudes = flat.abs()
+            under, beyond = magnitudes < self._high, magnitudes > self._low
+            masks = (magnitudes <= self._high, under, magnitudes >= self._low, beyond)
+            ends = [int(torch.count_nonzero(x)) for x in masks]
+            inside = magnitudes[under & beyond].cpu().numpy()
+        self._above += flat.numel() - ends[0]
+        self._on_high += ends[0] - ends[1]
+        self._on_low += ends[2] - ends[3]
+        # into one array: many small ones, each living beside large temporary ones, would keep the heap from reuse
+        count = self._count + inside.size
+        self._inside = _grown(self._inside, self._count, count)
+        self._inside[self._count : count] = inside
+        self._count = count
+
+    def settle(self) -> None:
+        """Set `value`, or move the bracket to where it must be for all pieces to be added once more."""
+        inside = self._inside[: self._count]
+        wanted = self._keep - self._above
+        deeper = wanted - self._on_high
+        if wanted <= 0:
+            if self._high == math.inf:
+                self.value = math.inf
+            self._low, self._high = self._high, math.inf
+        elif deeper <= 0:
+            self.value = self._high
+        elif deeper <= inside.size:
+            inside.partition(inside.size - deeper)
+            self.value = float(inside[inside.size - deeper])
+        elif self._low < self._high and deeper <= inside.size + self._on_low:
+            self.value = self._low
+        else:
+            self._low, self._high = -math.inf, self._low
+        self._above = self._on_high = self._on_low = self._count = 0
+
+
+class KthMagnitudes(Survey):
+    """The k-th magnitude of each of several models' task vectors."""
+
+    samples = True
+
+    def __init__(self, models: int, count: int, density: float):
+        self._count, self._density = count, density
+        self._spread: list[list[Tensor]] = [[] for _ in range(models)]
+        self._searches: list[KthMagnitude] = []
+
+    def sample(self, taus: Iterable[Tensor]) -> None:
+        for spread, tau in zip(self._spread, taus, strict=True):
+            spread.append(thinned(tau, self._count // SAMPLED).clone())
+
+    def add(self, taus: Iterable[Tensor], base: Callable[[], Tensor]) -> None:
+        if not self._searches:
+            self._searches = [KthMagnitude(spread, self._count, self._density) for spread in self._spread]
+        for search, tau in zip(self._searches, taus, strict=True):
+            if search.value is None:
+                search.add(tau)
+
+    def settle(self) -> list[float] | None:
+        for search in self._searches:
+            if search.value is None:
+                search.settle()
+        values = [search.value for search in self._searches if search.value is not None]
+        return values if len(values) == len(self._searches) else None
+
+
+def _grown(array: np.ndarray, used: int, size: int) -> np.ndarray:
+    """An array with room for `size` elements that begins with the first `used` ones of `array`."""
+    import numpy as np
+
+    if array.size >= size:
+        return array
+    larger = np.empty(max(size, 2 * array.size), np.float32)
+    larger[:used] = array[:used]
+    return larger
+
+
+def _bracket(sample: Iterable[Tensor], share: float) -> tuple[float, float]:
+    """Two magnitudes between which, as far as the sample knows, the `share` largest of all end."""
+    import torch
+
+    magnitudes = torch.cat([part.reshape(-1) for part in sample]).abs().nan_to_num_(math.inf, math.inf)
+    found = magnitudes.sort(descending=True).values
+    size = found.numel()
+    margin = 6.0 * math.sqrt(size * share * (1.0 - share)) + 2.0
+    first, last = math.floor(size * share - margin), math.ceil(size * share + margin)
+    return (
+        float(found[last]) if last < size else -math.inf,
+        float(found[first]) if first >= 0 else math.inf,
+    )
+
+
+def trim(values: Tensor, limit: float) -> Tensor:
+    """`values` (float32) where the magnitude reaches `limit`, 0 elsewhere and for NaN; a new tensor."""
+    import torch
+
+    # shrinking keeps what exceeds its bound, so the bound is the next number below the limit
+    bound = torch.nextafter(torch.tensor(limit, dtype=torch.float32), torch.tensor(0.0))
+    kept_values = torch.nn.functional.hardshrink(values, float(bound)) if limit > 0.0 else values.clone()
+    return kept_values.nan_to_num_(0.0, math.inf, -math.inf)
 
 
 def magnitude_histogram(values: Tensor) -> Tensor:
     """int64 counts of the magnitudes of `values` (float32) by their leading `BITS` bits, length 2^BITS."""
     import torch
 
-    codes = values.abs().contiguous().view(torch.int32) >> (31 - BITS)
-    return torch.bincount(codes.reshape(-1), minlength=1 << BITS)
+    codes = values.reshape(-1).abs().view(torch.int32).bitwise_right_shift_(31 - BITS)
+    return torch.bincount(codes, minlength=1 << BITS)
 
 
 def histogram_threshold(counts: Tensor, density: float) -> float:

@@ -1,0 +1,171 @@
+"""Calls of the Hub: one client, its errors as one line each, and patience with faults that pass."""
+
+from __future__ import annotations
+
+import contextlib
+import email.utils
+import json
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from hfmerge.errors import AccessError, HfMergeError, NotFoundError, OfflineError, SourceError
+
+
+T = TypeVar("T")
+PASSING = (408, 425, 429, 500, 502, 503, 504)
+"""HTTP statuses after which the same request may succeed."""
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How often something is tried and how long is waited in between; times in seconds.
+
+    Attributes:
+        tries: requests without any progress, in a row, before giving up.
+        first: longest wait after the first failure; it doubles with each further one.
+        longest: wait after many failures.
+        asked: longest wait that a Hub may ask for (`Retry-After`); one that asks for more is not waited for.
+        whole: no further try is begun this long after the first one.
+    """
+
+    tries: int = 6
+    first: float = 0.5
+    longest: float = 10.0
+    asked: float = 320.0
+    whole: float = 120.0
+
+    def wait(self, failures: int, asked: float | None = None) -> float:
+        """Seconds to wait after so many failures in a row; a random share of it is left out, so that many clients of
+        a Hub that fails do not all come back at the same moment.
+        """
+        if asked is not None:
+            return asked + random.uniform(0.0, self.first)
+        return float(min(self.longest, self.first * 2 ** (failures - 1))) * random.uniform(0.5, 1.0)
+
+
+def asked_wait(headers: Mapping[str, str]) -> float | None:
+    """Seconds that an answer asks to wait, by `Retry-After` (a number or a date) or the Hub's `RateLimit`."""
+    from huggingface_hub.utils import parse_ratelimit_headers
+
+    limit = parse_ratelimit_headers(headers)
+    if limit is not None and limit.remaining == 0:
+        return float(limit.reset_in_seconds)
+    text = next((value.strip() for key, value in headers.items() if key.lower() == "retry-after"), "")
+    if text.isdigit():
+        return float(text)
+    try:
+        moment = email.utils.parsedate_to_datetime(text) if text else None
+    except ValueError:
+        return None  # neither a number nor a date: no wish at all
+    return max(0.0, moment.timestamp() - time.time()) if moment is not None else None
+
+
+def patiently(work: Callable[[], T], patience: Patience | None = None) -> T:
+    """Call `work`, again after faults that pass: 429, 5xx, timeouts, cut connections.
+
+    Without any connection there is no second try: the caller has a cache to fall back on, or nothing at all.
+    """
+    patience = patience or Patience()
+    start, failures = time.monotonic(), 0
+    while True:
+        try:
+            return work()
+        except Exception as error:
+            failures += 1
+            wait = pause_after(error, failures, patience)
+            late = time.monotonic() - start > patience.whole
+            if wait is None or late or failures >= patience.tries:
+                raise
+        time.sleep(wait)
+
+
+def pause_after(error: BaseException, failures: int, patience: Patience) -> float | None:
+    """Seconds to wait before the next try after so many failures, None if another would end the same way."""
+    import httpx2
+
+    lasting = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.ProxyError, httpx2.UnsupportedProtocol)
+    for cause in causes(error):
+        response = getattr(cause, "response", None)
+        if response is not None:
+            asked = asked_wait(response.headers)
+            passes = response.status_code in PASSING and (asked is None or asked <= patience.asked)
+            return patience.wait(failures, asked) if passes else None
+        if isinstance(cause, lasting):
+            return None
+        # an error page where JSON was expected, which the client does not look at
+        if isinstance(cause, httpx2.TransportError | json.JSONDecodeError):
+            return patience.wait(failures)
+    return None
+
+
+def hub_api() -> Any:
+    """An `HfApi` that names hfmerge in its requests; the token is whatever the environment gives."""
+    from huggingface_hub import HfApi
+
+    from hfmerge.version import __version__
+
+    return HfApi(library_name="hfmerge", library_version=__version__)
+
+
+@contextlib.contextmanager
+def hub_errors(subject: str) -> Iterator[None]:
+    """Re-raise what the Hub client raises as one line that names `subject` and the remedy."""
+    import httpx2
+    from huggingface_hub import errors as hf
+
+    token = "pass a token that may read it: `hf auth login`, or HF_TOKEN"
+    try:
+        yield
+    except HfMergeError:
+        raise
+    except hf.GatedRepoError as error:
+        raise AccessError(f"{subject}: gated; ask for access on its page, then {token}.") from error
+    except hf.RepositoryNotFoundError as error:
+        raise NotFoundError(f"{subject}: no such repository, or a private one; check the ID, or {token}.") from error
+    except hf.RevisionNotFoundError as error:
+        raise NotFoundError(f"{subject}: no such branch, tag or commit in this repository.") from error
+    except (hf.OfflineModeIsEnabled, hf.LocalEntryNotFoundError, hf.RevisionResolutionError) as error:
+        if (status := status_of(error)) in (401, 403):
+            raise AccessError(f"{subject}: the Hub refused the token (HTTP {status}); {token}.") from error
+        raise OfflineError(
+            f"{subject}: not in the local cache and the Hub cannot be reached; run once online, or unset "
+            "HF_HUB_OFFLINE."
+        ) from error
+    except hf.EntryNotFoundError as error:
+        raise NotFoundError(f"{subject}: no such file at this revision.") from error
+    except hf.HfHubHTTPError as error:
+        status = status_of(error)
+        if status in (401, 403):
+            raise AccessError(f"{subject}: the Hub refused the token (HTTP {status}); {token}.") from error
+        detail = " ".join((error.server_message or str(error)).split())
+        again = "; try again later" if status in PASSING else ""
+        raise SourceError(f"{subject}: the Hub answered HTTP {status}: {detail}{again}") from error
+    except RuntimeError as error:
+        # the client's word for an upload that failed, whatever failed it
+        if (status := status_of(error)) is None and not any(isinstance(c, httpx2.HTTPError) for c in causes(error)):
+            raise
+        what = f"HTTP {status}" if status is not None else "no answer"
+        raise SourceError(f"{subject}: {str(error).splitlines()[0]} ({what}); try again later.") from error
+    except json.JSONDecodeError as error:
+        raise SourceError(f"{subject}: the Hub answered something that is not JSON; try again later.") from error
+    except (httpx2.TransportError, ConnectionError) as error:
+        raise OfflineError(f"{subject}: the Hub cannot be reached ({type(error).__name__}); try again.") from error
+
+
+def status_of(error: BaseException) -> int | None:
+    """HTTP status of an error or of what caused it."""
+    for cause in causes(error):
+        status = getattr(getattr(cause, "response", None), "status_code", None)
+        if status is not None:
+            return int(status)
+    return None
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, what caused it, what caused that, ..."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

@@ -1,0 +1,134 @@
+"""The memory and the threads that all streamed files of a run share: blocks come in, are read, and make room."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol, TypeVar
+
+
+T = TypeVar("T")
+SMALL, LARGE = 1 << 20, 8 << 20
+"""Bytes: tensors below the first share a block, no block or request is longer than the second."""
+MEMORY = 256 << 20
+"""Bytes that blocks of all files may hold unless a run says otherwise."""
+REQUESTS = 8
+"""Requests under way at once."""
+
+
+class Holder(Protocol):
+    """A file as the store sees it. All three are used with the store's lock held."""
+
+    @property
+    def waiting(self) -> int:
+        """Bytes held only to be hashed when those before them have come."""
+
+    def drop(self, block: int) -> None:
+        """Let go of a block."""
+
+    def relieve(self) -> None:
+        """Do something about the bytes that wait."""
+
+
+class BlockStore:
+    """Bookkeeping of blocks in memory; the files hold the blocks themselves.
+
+    Attributes:
+        lock: guards the bookkeeping here and that of the files; held for moments only.
+        memory: bytes that blocks may hold; overstepped only by what is on its way.
+        sources: how many models share it.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.memory = MEMORY
+        self.sources = 1
+        self._files: list[Holder] = []
+        self._pool: ThreadPoolExecutor | None = None
+        # blocks on their way or not read yet, and blocks that were read, least recently read first
+        self._fresh: dict[tuple[int, int], int] = {}
+        self._used: OrderedDict[tuple[int, int], int] = OrderedDict()
+        self._unread = self._held = 0
+        self._bar: Any = None
+
+    @property
+    def unit(self) -> int:
+        """Bytes of the longest request: short where many models share the memory."""
+        return max(SMALL, min(LARGE, self.memory // (8 * self.sources)))
+
+    @property
+    def ahead(self) -> int:
+        """Bytes that one file is read ahead."""
+        return max(self.unit, self.memory // (2 * self.sources))
+
+    @property
+    def room(self) -> bool:
+        """Whether more may be read ahead. `lock` is held."""
+        return 2 * self._unread < self.memory
+
+    def join(self, file: Holder) -> int:
+        """A file's number."""
+        with self.lock:
+            self._files.append(file)
+            return len(self._files) - 1
+
+    def show(self, total: int) -> None:
+        """Begin a progress bar over so many bytes."""
+        from huggingface_hub.utils import tqdm
+
+        self._bar = tqdm(total=total, desc="Streaming", unit="B", unit_scale=True, name="hfmerge", disable=None)
+
+    def submit(self, work: Callable[[], T]) -> Future[T]:
+        """Run on a thread of the pool. `lock` is held."""
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(REQUESTS, "hfmerge-stream")
+        return self._pool.submit(work)
+
+    def coming(self, file: int, block: int, size: int) -> None:
+        """A block is on its way. `lock` is held."""
+        self._fresh[file, block] = size
+        self._unread += size
+        self._held += size
+
+    def lost(self, file: int, block: int) -> None:
+        """A block did not arrive. `lock` is held."""
+        size = self._fresh.pop((file, block), 0)
+        self._unread -= size
+        self._held -= size
+
+    def read(self, file: int, block: int) -> None:
+        """A block was read, or will not be. `lock` is held."""
+        key = (file, block)
+        if key in self._fresh:
+            self._used[key] = self._fresh.pop(key)
+            self._unread -= self._used[key]
+        elif key in self._used:
+            self._used.move_to_end(key)
+
+    def arrived(self, count: int) -> None:
+        """So many bytes came: make room for them, first among blocks that were read, then among those to be hashed."""
+        with self.lock:
+            if self._bar is not None:
+                self._bar.update(count)
+            waiting = sum(file.waiting for file in self._files)
+            while self._used and self._held + waiting > self.memory:
+                (number, block), size = self._used.popitem(last=False)
+                self._held -= size
+                self._files[number].drop(block)
+            if self._held + waiting > self.memory and waiting:
+                max(self._files, key=lambda file: file.waiting).relieve()
+
+    def close(self) -> None:
+        """End the threads and let go of all blocks."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+        if self._bar is not None:
+            self._bar.close()
+        with self.lock:
+            for number, block in (*self._fresh, *self._used):
+                self._files[number].drop(block)
+            self._fresh.clear()
+            self._used.clear()
+            self._unread = self._held = 0

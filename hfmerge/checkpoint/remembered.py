@@ -1,0 +1,86 @@
+"""What transformers said about a checkpoint's names, kept on disk: importing it takes longer than a small merge.
+
+An answer depends on the configuration, the shapes in the headers, the version of transformers and this package's own
+code, and on nothing else; its file is named by a digest of them all, so that it can never be out of date.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from hfmerge.digest import canonical_json, sha256_bytes
+
+
+CACHED_FILES = 256
+"""How many answers are kept; the oldest go first."""
+
+IGNORED = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
+"""Keys of config.json that say nothing about names and shapes."""
+
+
+def recall(kind: str, question: Any, ask: Callable[[], Any]) -> Any:
+    """The answer to a question, from the disk or from `ask`, whose answer is then kept; errors are not.
+
+    Args:
+        kind: the folder, one for each form of answer.
+        question: everything the answer depends on, as JSON values.
+        ask: gives the answer as JSON values, or None for one that cannot be kept.
+    """
+    path = _folder() / kind / f"{sha256_bytes(canonical_json([_makers(), question]))}.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        logging.getLogger(__name__).warning("%s: cannot be read (%s); worked out again.", path, error)
+    answer = ask()
+    if answer is not None:
+        _keep(path, answer)
+    return answer
+
+
+def relevant(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What names and shapes can depend on in config.json."""
+    return {key: value for key, value in config.items() if key not in IGNORED}
+
+
+def _folder() -> Path:
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HOME) / "hfmerge"
+
+
+@lru_cache(maxsize=1)
+def _makers() -> list[str]:
+    """The version of transformers, and a digest of the code that reads its answers."""
+    here = Path(__file__).parent
+    files = [here.parent / "taskvector.py", *sorted(here.glob("*.py"))]
+    code = sha256_bytes(b"".join(file.read_bytes() for file in files))
+    return [importlib.metadata.version("transformers"), code]
+
+
+def _keep(path: Path, answer: Any) -> None:
+    """Write the answer whole or not at all; a home that cannot be written costs time only."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                json.dump(answer, file, separators=(",", ":"))
+            os.replace(name, path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+        kept = sorted(path.parent.glob("*.json"), key=lambda file: file.stat().st_mtime)
+        for old in kept[:-CACHED_FILES]:
+            old.unlink(missing_ok=True)
+    except OSError as error:
+        logging.getLogger(__name__).info("%s: cannot be kept: %s", path, error)

@@ -1,0 +1,124 @@
+"""What a push asks of the Hub, patiently: files there, uploads, and one commit that is made once or not at all."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hfmerge.asking import Patience, patiently, pause_after, status_of
+from hfmerge.errors import PushError
+
+
+UPLOADING = Patience(whole=15.0)
+"""The client tries uploads again by itself, for a while; where it gave up after a long one, so do we."""
+
+
+@dataclass(frozen=True)
+class Commit:
+    """A commit that was made: id, address, and the pull request that was opened with it, if any."""
+
+    oid: str
+    url: str
+    pull_request: str | None
+
+
+def commit_once(
+    api: Any,
+    repo_id: str,
+    operations: Sequence[Any],
+    *,
+    title: str,
+    description: str,
+    parent: str,
+    proof: Mapping[str, bytes],
+    create_pr: bool = False,
+    patience: Patience | None = None,
+) -> Commit:
+    """Commit to `main`, or open a pull request; again where the Hub or the network fails for a moment.
+
+    When an answer is lost the commit may have been made all the same. It was if `main` went from `parent` straight to
+    a commit that holds `proof`; and if it was not, `parent` guards the next try.
+
+    Args:
+        operations: the files, uploaded already where they are large.
+        parent: what `main` must be at.
+        proof: path -> bytes of a small file that no other commit on `parent` would hold.
+
+    Raises:
+        PushError: the branch moved, or nobody knows whether the pull request was opened. Else what the client raises.
+    """
+    patience, failures = patience or Patience(), 0
+    while True:
+        try:
+            made = api.create_commit(
+                repo_id, list(operations), commit_message=title, commit_description=description, create_pr=create_pr,
+                parent_commit=parent,
+            )  # fmt: skip
+            return Commit(made.oid, str(made.commit_url), made.pr_url)
+        except Exception as error:
+            status = status_of(error)
+            stale = status == 412
+            wait = None if stale else pause_after(error, failures + 1, patience)
+            if create_pr and wait is not None and status not in (429, 503):
+                raise PushError(
+                    f"{repo_id}: the Hub's answer to the pull request was lost ({status or type(error).__name__}); "
+                    "see on its community page whether it was opened before you run the command again."
+                ) from error
+            if not create_pr and (wait is not None or (stale and failures)):
+                landed = patiently(lambda: _landed(api, repo_id, parent, proof))
+                if landed is not None:
+                    return landed
+            if stale:
+                raise PushError(
+                    f"{repo_id}: main moved since {parent[:8]}; somebody pushed meanwhile. Nothing was changed there: "
+                    "run the command again on the new state."
+                ) from error
+            failures += 1
+            if wait is None or failures >= patience.tries:
+                raise
+        time.sleep(wait)
+
+
+def _landed(api: Any, repo_id: str, parent: str, proof: Mapping[str, bytes]) -> Commit | None:
+    """The commit that follows `parent` on `main`, if it is the last one and holds `proof`."""
+    commits = api.list_repo_commits(repo_id, revision="main")
+    if len(commits) < 2 or commits[1].commit_id != parent:
+        return None
+    oid = str(commits[0].commit_id)
+    held = {item.path for item in api.get_paths_info(repo_id, list(proof), revision=oid)}
+    for name, data in proof.items():
+        if name not in held or download(api, repo_id, name, oid) != data:
+            return None
+    return Commit(oid, f"{api.endpoint}/{repo_id}/commit/{oid}", None)
+
+
+def upload(
+    api: Any,
+    repo_id: str,
+    operation: Any,
+    *,
+    revision: str | None = None,
+    create_pr: bool = False,
+    free_memory: bool = False,
+) -> None:
+    """Upload a file without a commit, if it is a large one; what has arrived of it already is not sent again."""
+    patiently(
+        lambda: api.preupload_lfs_files(
+            repo_id, [operation], revision=revision, create_pr=create_pr or None, free_memory=free_memory
+        ),
+        UPLOADING,
+    )
+
+
+def listed(api: Any, repo_id: str, revision: str) -> dict[str, Any]:
+    """Files of a revision, by path."""
+    tree = patiently(lambda: list(api.list_repo_tree(repo_id, recursive=True, revision=revision)))
+    return {item.path: item for item in tree if hasattr(item, "size")}
+
+
+def download(api: Any, repo_id: str, name: str, revision: str) -> bytes:
+    """A small file of a revision."""
+    return Path(patiently(lambda: api.hf_hub_download(repo_id, name, revision=revision))).read_bytes()

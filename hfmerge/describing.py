@@ -1,0 +1,161 @@
+"""A reference becomes a source: pinned, its small files and the headers of its weights read, weights left alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from hfmerge.errors import CorruptFileError, OfflineError, SourceError, UnsupportedError
+from hfmerge.fetching import cached, fetch, pin, read_json
+from hfmerge.headers import pickle_entries, read_header
+from hfmerge.ranged import Traffic
+from hfmerge.remote import RemoteFile, remote_header
+from hfmerge.source import FLOATS, OTHERS, Pinned, Source, TensorEntry, parse_ref
+from hfmerge.streaming import Streaming, ranged_file
+
+
+def describe(
+    ref: str, *, allow_pickle: bool = False, base: Source | None = None, streaming: Streaming | None = None
+) -> Source:
+    """Pin a reference and read its small files and headers; weights stay where they are.
+
+    Args:
+        ref: as in a recipe.
+        allow_pickle: accept `.bin` checkpoints (fetched whole, since a pickle has no header; unpickled
+            `weights_only`).
+        base: the merge's base: in `base+adapter` it needs no separate reading.
+        streaming: read weights that are not in the cache from the Hub, piece by piece, through this.
+
+    Raises:
+        SourceError: with the file and the remedy.
+    """
+    places = parse_ref(ref)
+    source = _describe_pinned(ref, pin(places[-1]), allow_pickle, streaming)
+    if len(places) == 1:
+        return source
+    if source.kind != "adapter":
+        raise SourceError(f"{ref}: {source.pinned.label} is a full model, and only an adapter can follow the `+`.")
+    beneath = pin(places[0])
+    if base is not None and (beneath.name, beneath.commit, beneath.folder) == (
+        base.pinned.name,
+        base.pinned.commit,
+        base.pinned.folder,
+    ):
+        return source
+    under = _describe_pinned(places[0].text, beneath, allow_pickle, streaming)
+    if under.kind != "full":
+        raise SourceError(f"{ref}: {under.pinned.label} is itself an adapter; write `model+adapter`.")
+    return replace(source, beneath=under)
+
+
+def _describe_pinned(ref: str, pinned: Pinned, allow_pickle: bool, streaming: Streaming | None) -> Source:
+    names = pinned.files
+    if "adapter_config.json" in names:
+        if any(name in names for name in ("model.safetensors", "model.safetensors.index.json")):
+            raise UnsupportedError(
+                f"{pinned.label}: holds an adapter and a full model; keep one of them per revision or folder."
+            )
+        config = read_json(pinned, "config.json") if "config.json" in names else {}
+        adapter = read_json(pinned, "adapter_config.json")
+        tensors, pickled, streams = _headers(pinned, "adapter_model", allow_pickle, streaming)
+        return Source(ref, pinned, "adapter", config, adapter, tensors, pickled, streams=streams)
+    if "config.json" not in names:
+        raise UnsupportedError(
+            f"{pinned.label}: neither config.json nor adapter_config.json; not a model that transformers or peft can "
+            "load."
+        )
+    config = read_json(pinned, "config.json")
+    quantised = config.get("quantization_config")
+    if quantised:
+        how = quantised.get("quant_method", "an unnamed method") if isinstance(quantised, dict) else quantised
+        raise UnsupportedError(
+            f"{pinned.label}: quantised with {how}; merge the original weights, or dequantise and save them first."
+        )
+    stem = (
+        "model" if any(n in names for n in ("model.safetensors", "model.safetensors.index.json")) else "pytorch_model"
+    )
+    tensors, pickled, streams = _headers(pinned, stem, allow_pickle, streaming)
+    return Source(ref, pinned, "full", config, None, tensors, pickled, streams=streams)
+
+
+def _headers(
+    pinned: Pinned, stem: str, allow_pickle: bool, streaming: Streaming | None
+) -> tuple[dict[str, TensorEntry], bool, dict[str, RemoteFile]]:
+    """Tensors of a checkpoint from its headers, in stored order, whether it is pickled, and the files streamed."""
+    for suffix, pickled in (("safetensors", False), ("bin", True)):
+        single, index = f"{stem}.{suffix}", f"{stem}.{suffix}.index.json"
+        if index in pinned.files:
+            weight_map = read_json(pinned, index).get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise CorruptFileError(f"{pinned.label}: {index} has no weight_map; upload it again.")
+            files = sorted({str(file) for file in weight_map.values()})
+            if missing := [file for file in files if file not in pinned.files]:
+                _check_online(pinned, missing[0])
+                raise CorruptFileError(
+                    f"{pinned.label}: {index} names {missing[0]}, which is not there; upload it again."
+                )
+        elif single in pinned.files:
+            weight_map, files = None, [single]
+        else:
+            continue
+        if pickled and not allow_pickle:
+            raise UnsupportedError(
+                f"{pinned.label}: only pickled weights ({files[0]}); convert them to safetensors, or pass "
+                "--allow-pickle if you trust the author."
+            )
+        tensors: dict[str, TensorEntry] = {}
+        streams: dict[str, RemoteFile] = {}
+        for file in files:
+            entries, stream = _entries(pinned, file, pickled, streaming)
+            if stream is not None:
+                streams[file] = stream
+            for key, entry in entries.items():
+                if weight_map is None or weight_map.get(key) == file:
+                    tensors[key] = entry
+        if weight_map is not None and (lost := [key for key in weight_map if key not in tensors]):
+            raise CorruptFileError(f"{pinned.label}: {weight_map[lost[0]]} lacks {lost[0]}, which {index} promises.")
+        for key, entry in tensors.items():
+            if entry.dtype not in FLOATS and entry.dtype not in OTHERS:
+                raise UnsupportedError(f"{pinned.label}: {key} is {entry.dtype}: quantised weights are not merged.")
+        return tensors, pickled, streams
+    _check_online(pinned, f"{stem}.safetensors")
+    held = [
+        name for name in pinned.files if name.endswith((".gguf", ".h5", ".msgpack", ".onnx", ".safetensors", ".bin"))
+    ]
+    what = f"only {', '.join(held[:3])}" if held else "no weights"
+    raise UnsupportedError(f"{pinned.label}: {what}; a {stem}.safetensors or its index is needed.")
+
+
+def _check_online(pinned: Pinned, file: str) -> None:
+    """What the cache does not hold may well be on the Hub.
+
+    Raises:
+        OfflineError: the Hub could not be asked.
+    """
+    if pinned.offline:
+        raise OfflineError(
+            f"{pinned.label}: {file} is not in the local cache and the Hub cannot be reached; run once online, or "
+            "unset HF_HUB_OFFLINE."
+        )
+
+
+def _entries(
+    pinned: Pinned, file: str, pickled: bool, streaming: Streaming | None
+) -> tuple[Mapping[str, TensorEntry], RemoteFile | None]:
+    """What one weight file holds, and the file itself if it is to be streamed: one on the Hub, not in the cache."""
+    where = f"{pinned.label}: {file}"
+    path = cached(pinned, file)
+    if pickled:
+        if path is None and streaming is not None:
+            raise UnsupportedError(
+                f"{where} is pickled, and a pickle cannot be read in pieces; run without --stream, or convert it to "
+                "safetensors."
+            )
+        return pickle_entries(path or fetch(pinned, file), file, where), None
+    if path is not None:
+        return read_header(path, where).entries, None
+    # only what has a digest of its content on the Hub is streamed; the rest is small
+    if streaming is not None and pinned.files[file].sha256 is not None:
+        stream = streaming.open(pinned, file)
+        return stream.header.entries, stream
+    return remote_header(ranged_file(pinned, file, Traffic()), file)[0].entries, None

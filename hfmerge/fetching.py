@@ -1,0 +1,114 @@
+"""Where models lie: a place is pinned to one commit, and its small files come through the Hugging Face cache."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+from hfmerge.asking import hub_api, hub_errors, patiently
+from hfmerge.errors import CorruptFileError, NotFoundError
+from hfmerge.source import FileInfo, Pinned, Place
+
+
+def pin(place: Place) -> Pinned:
+    """Fix a place to one state: the commit its revision means now, or the files its folder holds now.
+
+    Raises:
+        SourceError: missing, private, gated, unreachable, an unknown revision.
+    """
+    if place.folder is not None:
+        if not place.folder.is_dir():
+            raise NotFoundError(f"{place.text}: no such folder.")
+        files = {
+            path.relative_to(place.folder).as_posix(): FileInfo(path.stat().st_size)
+            for path in sorted(place.folder.rglob("*"))
+            if path.is_file()
+        }
+        return Pinned(place, place.folder.resolve().name, None, place.folder.resolve(), files)
+    assert place.repo_id is not None
+    with hub_errors(place.text):
+        return _asked(place, place.repo_id)
+
+
+def _asked(place: Place, repo_id: str) -> Pinned:
+    """A place on the Hub as the Hub says now, or, where it cannot be reached, as the cache remembers."""
+    import httpx2
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HfHubHTTPError, RevisionResolutionError
+
+    api, revision, seconds = hub_api(), place.revision, constants.HF_HUB_DOWNLOAD_TIMEOUT
+    try:
+        info = patiently(
+            lambda: api.model_info(repo_id, revision=revision, files_metadata=True, timeout=float(seconds))
+        )
+    except (ConnectionError, httpx2.TransportError, HfHubHTTPError) as error:
+        if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
+            raise
+        commit = str(api.resolve_revision(repo_id, revision=revision, local_files_only=True).resolved)
+        files = _cached_files(repo_id, commit)
+        if not files:
+            raise
+        return Pinned(place, repo_id, commit, None, files, offline=True)
+    if revision != info.sha:
+        # so that the cache knows the branch's commit when the Hub is out of reach; nothing depends on it now
+        with contextlib.suppress(RevisionResolutionError):
+            api.resolve_revision(repo_id, revision=revision)
+    files = {
+        item.rfilename: FileInfo(item.size or 0, item.lfs.sha256 if item.lfs else None, item.blob_id)
+        for item in info.siblings or ()
+    }
+    return Pinned(place, repo_id, str(info.sha), None, files)
+
+
+def _cached_files(repo_id: str, commit: str) -> dict[str, FileInfo]:
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    snapshot = (
+        Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo_id, repo_type="model") / "snapshots" / commit
+    )
+    return {
+        path.relative_to(snapshot).as_posix(): FileInfo(path.stat().st_size)
+        for path in sorted(snapshot.rglob("*"))
+        if path.is_file()
+    }
+
+
+def fetch(pinned: Pinned, file: str) -> Path:
+    """A file of a pinned place on this machine, downloaded into the Hugging Face cache when it is not there yet.
+
+    Raises:
+        SourceError: the file is missing, unreachable, or has another length than the Hub says.
+    """
+    if pinned.folder is not None:
+        return pinned.folder / file
+    from huggingface_hub import hf_hub_download
+
+    with hub_errors(f"{pinned.label}: {file}"):
+        return Path(
+            patiently(lambda: hf_hub_download(pinned.name, file, revision=pinned.commit, library_name="hfmerge"))
+        )
+
+
+def cached(pinned: Pinned, file: str) -> Path | None:
+    """The file on this machine if it is there already, else None."""
+    if pinned.folder is not None:
+        return pinned.folder / file
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(pinned.name, file, revision=pinned.commit)
+    return Path(found) if isinstance(found, str) else None
+
+
+def read_json(pinned: Pinned, file: str) -> dict[str, Any]:
+    """A small JSON object of a pinned place."""
+    path = fetch(pinned, file)
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, UnicodeDecodeError) as error:
+        raise CorruptFileError(f"{pinned.label}: {file} is not JSON ({error}).") from error
+    if not isinstance(value, dict):
+        raise CorruptFileError(f"{pinned.label}: {file} holds no JSON object.")
+    return value

@@ -1,0 +1,146 @@
+"""Headers of weight files: what each tensor is and where it lies, from safetensors headers and from pickles."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hfmerge.errors import CorruptFileError
+from hfmerge.source import FLOATS, OTHERS, TensorEntry
+
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec"
+LONGEST = 100_000_000
+"""Bytes of the longest header that safetensors itself reads."""
+MET_AT_ONCE = 100_000
+"""Bytes that hold the header of nearly every file."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """A safetensors header.
+
+    Attributes:
+        end: first byte after it, where the data begin.
+        entries: tensor -> what it is, in the header's order.
+        offsets: tensor -> its first byte in the file.
+    """
+
+    end: int
+    entries: Mapping[str, TensorEntry]
+    offsets: Mapping[str, int]
+
+
+def header_length(head: bytes, size: int, where: str) -> int:
+    """Bytes of the header, its own eight bytes of length included, from the first bytes of a file of `size` bytes.
+
+    Raises:
+        CorruptFileError: a Git-LFS pointer, or no safetensors file.
+    """
+    if head[:8] == LFS_POINTER[:8]:
+        raise CorruptFileError(f"{where} is a Git-LFS pointer, not weights; run `git lfs pull` or download it again.")
+    length = int.from_bytes(head[:8], "little")
+    if len(head) < 8 or length > min(size, LONGEST):
+        raise CorruptFileError(f"{where} is no safetensors file or is truncated ({size} bytes); get it again.")
+    return 8 + length
+
+
+def parse_header(head: bytes, file: str, size: int, where: str) -> Header:
+    """The header of a safetensors file.
+
+    Args:
+        head: the file's first bytes, all of the header among them.
+        file: its name in the repository.
+        size: bytes of the whole file.
+        where: names it in errors.
+
+    Raises:
+        CorruptFileError: no safetensors file, or one whose header, tensors and length do not agree.
+    """
+    end = header_length(head, size, where)
+    entries: dict[str, TensorEntry] = {}
+    spans: dict[str, tuple[int, int]] = {}
+    try:
+        for key, info in json.loads(head[8:end]).items():
+            if key == "__metadata__":
+                continue
+            start, stop = info["data_offsets"]
+            spans[key] = (int(start), int(stop))
+            entries[key] = TensorEntry(file, info["dtype"], tuple(int(n) for n in info["shape"]), stop - start)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CorruptFileError(f"{where}: broken safetensors header; get it again.") from error
+    last = _end_of_data(where, spans)
+    if end + last != size:
+        raise CorruptFileError(f"{where} is truncated or overlong: {size} bytes, header says {end + last}.")
+    for key, entry in entries.items():
+        each = FLOATS.get(entry.dtype) or OTHERS.get(entry.dtype)
+        if each is not None and entry.nbytes != each * math.prod(entry.shape):
+            raise CorruptFileError(
+                f"{where}: broken safetensors header: {key} has {entry.nbytes} bytes for {entry.dtype} "
+                f"{entry.shape}; get it again."
+            )
+    return Header(end, entries, {key: end + start for key, (start, _) in spans.items()})
+
+
+def read_header(path: Path, where: str) -> Header:
+    """The header of a safetensors file on this machine.
+
+    Raises:
+        CorruptFileError: see `parse_header`.
+    """
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as handle:
+            head = handle.read(8)
+            head += handle.read(header_length(head, size, where) - 8)
+    except OSError as error:
+        raise CorruptFileError(f"{where} cannot be read: {error.strerror}.") from error
+    return parse_header(head, path.name, size, where)
+
+
+def _end_of_data(where: str, spans: Mapping[str, tuple[int, int]]) -> int:
+    """Length of the data that tensors from `start` to `stop` fill, which they must without gap or overlap."""
+    end = 0
+    for key, (start, stop) in sorted(spans.items(), key=lambda item: item[1]):
+        if start != end or stop < start:
+            raise CorruptFileError(
+                f"{where}: broken safetensors header: {key} does not follow the tensor before; get it again."
+            )
+        end = stop
+    return end
+
+
+def pickle_entries(path: Path, file: str, where: str) -> dict[str, TensorEntry]:
+    """What a `.bin` file holds."""
+    names = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32"}
+    names |= {"int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL"}
+    return {
+        key: TensorEntry(
+            file,
+            names.get(str(value.dtype).removeprefix("torch."), str(value.dtype)),
+            tuple(value.shape),
+            value.numel() * value.element_size(),
+        )
+        for key, value in load_pickle(path, where, device="meta").items()
+    }
+
+
+def load_pickle(path: Path, where: str, device: str) -> dict[str, Any]:
+    """State dict of a `.bin` file, unpickled with `weights_only`; `device="meta"` gives shapes without data."""
+    import pickle
+
+    import torch
+
+    try:
+        state = torch.load(path, map_location=device, weights_only=True, mmap=device != "meta")
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise CorruptFileError(
+            f"{where}: cannot be unpickled as plain weights ({str(error).splitlines()[0]})."
+        ) from error
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise CorruptFileError(f"{where}: not a plain dictionary of tensors.")
+    return state

@@ -1,0 +1,54 @@
+"""Which work a plan is: all that the bytes of its run depend on, so that only the same work goes on from a killed run.
+
+Not the number of processes or threads: the bytes do not depend on them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hfmerge.checkpoint.vocabulary import TOKENIZER_FILES
+from hfmerge.digest import canonical_json, sha256_bytes
+from hfmerge.environment import environment
+from hfmerge.planning import Plan
+from hfmerge.source import Source, weight_files
+
+
+def work_of(plan: Plan) -> dict[str, str]:
+    """Part of the work, as a user would name it -> a digest of it.
+
+    The files of a folder are known by size and by the times of their last changes: hashing them before every run would
+    cost more than most interrupted runs.
+    """
+    method, recipe, prior = plan.method, plan.recipe, plan.prior
+    models = [[_identity(delta.source), weight] for delta, weight in zip(plan.deltas, plan.weights, strict=True)]
+    facts: dict[str, Any] = {
+        "environment": environment(),
+        "base": _identity(plan.base),
+        "models": models,
+        "method": [method.name, method.version, repr(method), plan.norm],
+        "settings": [recipe.dtype, recipe.include, recipe.exclude, recipe.vocabulary, recipe.allow_nonfinite],
+        # streamed bytes are checked at the end of the run that reads them
+        "streaming": recipe.stream,
+        "kept states": plan.keep,
+        # a state's file is called by its digest
+        "state it continues from": prior and [prior.count, prior.path.name, prior.squared_norms],
+        "tensors": repr((plan.params, plan.vocabulary)),
+    }  # fmt: skip
+    return {name: sha256_bytes(canonical_json(value)) for name, value in facts.items()}
+
+
+def _identity(source: Source) -> list[Any]:
+    pinned = source.pinned
+    under = _identity(source.beneath) if source.beneath is not None else None
+    if pinned.folder is None:
+        return [pinned.name, pinned.commit, under]
+    names = dict.fromkeys([*weight_files(source), *(name for name in TOKENIZER_FILES if name in pinned.files)])
+    return [str(pinned.folder), [[name, *_last_change(pinned.folder / name)] for name in names], under]
+
+
+def _last_change(path: Path) -> tuple[int, int, int]:
+    """Size, and times of the last change of content and of status; a copy that keeps the former has its own latter."""
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns

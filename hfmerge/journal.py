@@ -1,0 +1,145 @@
+"""The journal of a run: which chunks are finished, what was found out about them, a checksum of what was written.
+
+A folder beside the growing output. `work.json` says which work it is; every process of every attempt appends to a
+file of its own, `ATTEMPT-RANK.jsonl`, one line for each finished chunk, written after the chunk's bytes. A line begins
+with its own CRC-32, so that one torn by a crash, or lost in a power cut, counts for nothing. Nothing is flushed to the
+disk: SIGKILL takes no page from the kernel, and what a power cut takes the checksums show.
+
+Clocks play no part: attempts are numbered, and nobody looks at the times of these files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hfmerge.checkpoint.writer import disk_errors
+
+
+WORK = "work.json"
+PAGE = 4096
+Key = tuple[str, str, "tuple[int, int] | None"]
+"""Which step of a run: the pass, the parameter's stored key, and the rows of a slice."""
+
+
+@dataclass(frozen=True)
+class Region:
+    """A tensor, or the chunk's rows of it, as it was written to a file of the run.
+
+    Attributes:
+        file: name of the file, which is the only one of its name in a run.
+        tensor: its name in the file.
+        checksum: of the bytes, see `checksum`.
+    """
+
+    file: str
+    tensor: str
+    checksum: int
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished step: what it found out, as JSON would give it back, and what it wrote."""
+
+    found: Any
+    wrote: tuple[Region, ...] = ()
+
+
+def checksum(data: memoryview, before: int = 0) -> int:
+    """CRC-32 of the 64-bit sums of all pages of 4 KiB, then of the rest.
+
+    Args:
+        data: bytes as written.
+        before: checksum of what was written in front of them; so it matters where the parts begin.
+
+    What it has to catch are pages that never reached the disk: zeros, or old content; whoever wants to deceive can
+    write the journal as well. Measured on one core, alone and amid a merge of four models on both: 10 and 3 GB/s,
+    where `zlib.crc32` gives 2 and 2, SHA-256 1 and BLAKE2b 0.4 GB/s.
+    """
+    import numpy as np
+
+    whole = len(data) // PAGE * PAGE
+    sums = np.frombuffer(data[:whole], dtype=np.uint64).reshape(-1, PAGE // 8).sum(axis=1, dtype=np.uint64)
+    return zlib.crc32(data[whole:], zlib.crc32(sums.data, before))
+
+
+@dataclass(frozen=True)
+class Past:
+    """What earlier attempts left: their number, and the steps they finished."""
+
+    attempts: int = 0
+    finished: Mapping[Key, Finished] = field(default_factory=dict)
+
+
+def begin(folder: Path, work: Mapping[str, str]) -> None:
+    """Make the journal's folder, and say in it which work it is for."""
+    folder.mkdir()
+    new = folder / f"{WORK}.new"
+    new.write_text(json.dumps(dict(work), indent=2) + "\n", encoding="utf-8")
+    os.replace(new, folder / WORK)
+
+
+def work_in(folder: Path) -> dict[str, str] | None:
+    """Which work a journal is for; None where there is none, or none that can be read."""
+    try:
+        found = json.loads((folder / WORK).read_bytes())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def read_past(folder: Path) -> Past:
+    """All whole lines of all attempts."""
+    attempts = 0
+    finished: dict[Key, Finished] = {}
+    for path in sorted(folder.glob("*-*.jsonl")):
+        attempts = max(attempts, int(path.name.partition("-")[0]))
+        for line in path.read_bytes().split(b"\n"):
+            text = line[9:]
+            if line[:9] == b"%08x " % zlib.crc32(text):
+                stage, key, rows, found, wrote = json.loads(text)
+                where = None if rows is None else (rows[0], rows[1])
+                finished[stage, key, where] = Finished(found, tuple(Region(*region) for region in wrote))
+    return Past(attempts, finished)
+
+
+class Journal:
+    """The file of one process of one attempt; safe to write from several threads.
+
+    Args:
+        folder: the journal's.
+        rank: of this process.
+        past: what earlier attempts left, the same on all processes.
+    """
+
+    def __init__(self, folder: Path, rank: int, past: Past):
+        self.folder, self.past = folder, past
+        self._path = folder / f"{past.attempts + 1}-{rank}.jsonl"
+        self._lock = threading.Lock()
+        with disk_errors(self._path):
+            # unbuffered: a line is with the kernel before its step counts as done
+            self._file = open(self._path, "xb", buffering=0)
+
+    def note(self, key: Key, done: Finished) -> None:
+        """Add one finished step, whose bytes are written.
+
+        Raises:
+            OutputError: the disk is full.
+        """
+        wrote = [(region.file, region.tensor, region.checksum) for region in done.wrote]
+        # floats come back from JSON as they were, bit for bit
+        text = json.dumps([*key, done.found, wrote], separators=(",", ":")).encode()
+        line = b"%08x %s\n" % (zlib.crc32(text), text)
+        with self._lock, disk_errors(self._path):
+            while line:
+                line = line[self._file.write(line) :]
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()

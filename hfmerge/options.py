@@ -1,0 +1,46 @@
+"""How a run uses the machines it runs on: nothing here changes a byte of its result."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from hfmerge.errors import HfMergeError
+
+
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Of `merge`, `add` and `unmerge`.
+
+    Attributes:
+        storage: whether the machines of a run share the output's disk: "shared", "local", or "auto" to find it out.
+        resume: go on from where a killed run into the same folder ended. None: if it did the same work; True: it has
+            to be there and to have done so; False: start anew.
+        max_memory: bytes of memory that each process should stay below; fewer parameters are then computed at once.
+            A parameter that needs more by itself is computed alone. None: as many as there are cores.
+        notify: told in one line what is taken over from a killed run, and which bound cannot be kept.
+    """
+
+    storage: str = "auto"
+    resume: bool | None = None
+    max_memory: int | None = None
+    notify: Callable[[str], object] | None = None
+
+
+DEFAULT = RunOptions()
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "800MB", "4 GiB", "512000000".
+
+    Raises:
+        HfMergeError: not a size.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", text.upper())
+    if found is None or found[2] not in UNITS:
+        raise HfMergeError(f"{text!r} is not a size; write 800MB, 4GB or 4GiB.")
+    return int(float(found[1]) * UNITS[found[2]])

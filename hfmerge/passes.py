@@ -1,0 +1,235 @@
+"""The passes of one run over its chunks, on a pool of threads, and the sums between them.
+
+Each thread computes on one core: the bytes do not depend on the number of cores. What the journal lists as finished
+is compared with the files instead of being done again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass, replace
+from typing import Any
+
+from hfmerge.chunks import Chunk, chunks, cost, held
+from hfmerge.disks import disk_of_files
+from hfmerge.journal import Finished, Key, Region
+from hfmerge.methods import JointMethod
+from hfmerge.options import RunOptions
+from hfmerge.planning import Plan, needs_two_passes, stream_memory
+from hfmerge.pool import AHEAD, AHEAD_STREAMED, core_count, overlapped, resident_memory
+from hfmerge.runfiles import RunFiles
+from hfmerge.runtime import Ranks, shares
+from hfmerge.visits import Norms, Visit
+
+
+MEASURED: Key = ("measured", "", None)
+"""The journal's key of the thresholds of a joint method."""
+CHECKING = 0.1
+"""Time of comparing a finished chunk with its checksum, as a share of merging it element by element."""
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One pass over some chunks.
+
+    Attributes:
+        name: what it is called in the journal; None: it is not noted.
+        title: of its progress bar.
+        chunks: what it visits.
+    """
+
+    name: str | None
+    title: str
+    chunks: tuple[Chunk, ...]
+
+    def key(self, chunk: Chunk) -> Key:
+        """What the journal calls the visit of a chunk."""
+        return (self.name or "", chunk.param.key, chunk.rows)
+
+
+def _in_one_walk(plan: Plan, merging: _Pass, writing: _Pass, copying: _Pass) -> tuple[_Pass, _Pass, _Pass]:
+    """The passes with what is copied taken along in the last one that reads the base, all in the base's order.
+
+    So each of the base's files passes by once, from its beginning to its end, as its digest needs it.
+    """
+    places = {param.key: place for place, param in enumerate(plan.params)}
+
+    def along(each: _Pass) -> _Pass:
+        both = sorted((*each.chunks, *copying.chunks), key=lambda chunk: places[chunk.param.key])
+        return replace(each, chunks=tuple(both))
+
+    rest = replace(copying, chunks=())
+    return (merging, along(writing), rest) if writing.chunks else (along(merging), writing, rest)
+
+
+def _or_copy(work: Callable[[Visit], Norms | None]) -> Callable[[Visit], Norms | None]:
+    """`work` for parameters that some model changes; the others are copied."""
+
+    def either(visit: Visit) -> Norms | None:
+        if visit.chunk.param.touched:
+            return work(visit)
+        visit.copy()
+        return None
+
+    return either
+
+
+class Passes:
+    """The passes of one run over its chunks, and the sums between them."""
+
+    def __init__(self, plan: Plan, files: RunFiles, ranks: Ranks, options: RunOptions):
+        self.plan, self.files, self.ranks, self.notify = plan, files, ranks, options.notify
+        self.max_memory = options.max_memory
+        self.resident = resident_memory()  # before the first visit: what visits free is theirs to use again
+        self.past = files.journal.past.finished if files.journal is not None else {}
+        self.reused = 0
+
+    def merge(self) -> dict[str, Any]:
+        """Make all passes; squared norms, scale, kept states and so on, by their names in `execute.Outcome`."""
+        plan = self.plan
+        two = needs_two_passes(plan)
+        touched = [param for param in plan.params if param.touched]
+        untouched = [param for param in plan.params if param.mode != "tied" and not param.touched]
+        # streamed files have to pass by in the order that their digests need
+        if plan.method.matrixwise and plan.streaming is None:
+            touched.sort(key=lambda param: (-param.slot.nbytes, param.key))
+        cut = tuple(chunks(plan, touched))
+        merging, writing = _Pass("merged", "Merging", cut), _Pass("written", "Writing", cut if two else ())
+        copying = _Pass("copied", "Copying", tuple(Chunk(param) for param in untouched))
+        if plan.streaming is not None:
+            merging, writing, copying = _in_one_walk(plan, merging, writing, copying)
+        self._announce(merging, writing, copying)
+        thresholds = self._thresholds()
+        found = self._over(merging, _or_copy(lambda visit: visit.merge(thresholds, write=not two)))
+        norms = [n for n in found if n is not None]
+        squares = tuple(math.fsum(n.models[i] for n in norms) for i in range(len(plan.deltas) - self.files.start))
+        squared_norms = (*(plan.prior.squared_norms if plan.prior else ()), *squares)
+        read_out = math.sqrt(math.fsum(n.read_out for n in norms))
+        deviations = [n.deviation for n in norms if n.deviation is not None]
+        scale = 1.0
+        if two:
+            mean = math.fsum(math.sqrt(s) for s in squared_norms) / len(squared_norms)
+            target = mean if plan.norm == "mean" else float(plan.norm)
+            scale = target / read_out if read_out > 0.0 else 0.0
+            self._over(writing, _or_copy(lambda visit: visit.rescale(scale)))
+        self._over(copying, Visit.copy)
+        self.files.complete()
+        states = self.ranks.on_main(self.files.named_states)
+        return {
+            "squared_norms": squared_norms,
+            "merged_norm": read_out * scale,
+            "scale": scale,
+            "states": states,
+            "deviation": max(deviations, default=None),
+            "reused": self.reused,
+        }
+
+    def _announce(self, *passes: _Pass) -> None:
+        """Say how many tensors earlier attempts finished, as far as the journal knows."""
+        if not self.past or self.notify is None or not self.ranks.main:
+            return
+        parts = []
+        for each in passes:
+            left = {chunk.param.key for chunk in each.chunks if each.key(chunk) not in self.past}
+            keys = {chunk.param.key for chunk in each.chunks}
+            if keys:
+                parts.append(f"{len(keys) - len(left)} of {len(keys)} tensors {each.name}")
+        self.notify(f"resuming: {', '.join(parts)}")
+
+    def _thresholds(self) -> list[float] | None:
+        """What a joint method that measures needs to know before the first pass."""
+        method, journal = self.plan.method, self.files.journal
+        if not isinstance(method, JointMethod) or not method.measured:
+            return None
+        if MEASURED in self.past:
+            return list(self.past[MEASURED].found)
+        thresholds = self._measure(method)
+        if journal is not None and self.ranks.main:
+            journal.note(MEASURED, Finished(thresholds))
+        return thresholds
+
+    def _measure(self, method: JointMethod) -> list[float]:
+        """One threshold per model from its histogram over all merged parameters; exact integer sums."""
+        import torch
+
+        from hfmerge.methods.trimming import BITS
+
+        totals = [torch.zeros(1 << BITS, dtype=torch.int64) for _ in self.files.models]
+        lock = threading.Lock()
+
+        def count(visit: Visit) -> None:
+            for total, part in zip(totals, visit.histograms(), strict=True):
+                with lock:
+                    total.add_(part)
+
+        whole = tuple(Chunk(param) for param in self.plan.params if param.mode == "merge")
+        self._over(_Pass(None, "Measuring", whole), count)
+        if self.ranks.world > 1:
+            parts = self.ranks.gather(totals)
+            totals = [torch.stack([part[i] for part in parts]).sum(0) for i in range(len(totals))]
+        return [method.settle(total) for total in totals]
+
+    def _over(self, each: _Pass, work: Callable[[Visit], Norms | None]) -> list[Norms | None]:
+        """Run `work` over a pass's chunks, this rank's share on its pool; all results in the chunks' order."""
+        crews = [self.ranks.on_disk(disk) for disk in range(self.ranks.disk_count)]
+        at = disk_of_files(self.plan, self.ranks)
+        allowed = [crews[at[chunk.param.file]] for chunk in each.chunks]
+        costs = [
+            CHECKING * chunk.nbytes if each.key(chunk) in self.past else cost(self.plan, chunk)
+            for chunk in each.chunks
+        ]
+        owners = shares(costs, self.ranks.world, allowed)
+        mine = [chunk for chunk, owner in zip(each.chunks, owners, strict=True) if owner == self.ranks.rank]
+        self.files.expect([chunk.param.key for chunk in mine if each.key(chunk) not in self.past])
+        parts = self.ranks.together(
+            lambda: self._on_pool(mine, lambda chunk: self._visit(each, work, chunk), each.title)
+        )
+        self.reused += sum(reused for part in parts for _, reused in part)
+        cursors = [iter(part) for part in parts]
+        return [next(cursors[owner])[0] for owner in owners]
+
+    def _visit(self, each: _Pass, work: Callable[[Visit], Norms | None], chunk: Chunk) -> tuple[Norms | None, bool]:
+        """Do the work on one chunk, unless an earlier attempt did: then True, with what it found out."""
+        key, journal = each.key(chunk), self.files.journal
+        done = self.past.get(key)
+        if done is not None and self.files.intact(chunk, done):
+            return None if done.found is None else Norms(tuple(done.found[0]), *done.found[1:]), True
+        visit = Visit(self.files, chunk)
+        norms = work(visit)
+        if journal is not None and each.name is not None:
+            wrote = tuple(Region(file, tensor, value) for (file, tensor), value in visit.wrote.items())
+            journal.note(key, Finished(None if norms is None else astuple(norms), wrote))
+        return norms, False
+
+    def _on_pool(self, visited: Sequence[Chunk], work: Callable[[Chunk], Any], title: str) -> list[Any]:
+        from huggingface_hub.utils import tqdm
+
+        if not visited:
+            return []
+        needs = [held(self.plan, chunk) for chunk in visited]
+        total = sum(chunk.nbytes for chunk in visited)
+        bar = tqdm(
+            total=total, desc=title, unit="B", unit_scale=True, name="hfmerge", disable=not self.ranks.main or None
+        )
+        threads = core_count() + (AHEAD if self.plan.streaming is None else AHEAD_STREAMED)
+        visits = overlapped(work, visited, needs, threads=threads, memory=self._budget(max(needs)))
+        results = []
+        with contextlib.closing(bar), contextlib.closing(visits):
+            for chunk, result in zip(visited, visits, strict=True):
+                results.append(result)
+                bar.update(chunk.nbytes)
+                self.ranks.check()
+        return results
+
+    def _budget(self, largest: int) -> int | None:
+        """Bytes that visits may hold together, of what the process may use and does not use yet."""
+        if self.max_memory is None:
+            return None
+        left = max(0, self.max_memory - self.resident - stream_memory(self.plan))
+        if left < largest and self.notify is not None:
+            need = self.max_memory - left + largest
+            self.notify(f"--max-memory cannot be kept: the largest parameter needs about {need / 1e9:.2f} GB in all.")
+        return left

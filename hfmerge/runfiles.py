@@ -1,0 +1,191 @@
+"""The files of one run: base, models and prior state to read, output, carried states and scratch to write."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from hfmerge.checkpoint.deltas import DeltaReader
+from hfmerge.checkpoint.reader import Reader, Rows
+from hfmerge.checkpoint.writer import SafetensorsWriter, Slot, bytes_of
+from hfmerge.chunks import Chunk
+from hfmerge.digest import sha256_file
+from hfmerge.disks import own_params
+from hfmerge.headers import read_header
+from hfmerge.journal import Finished, Journal, Key, checksum
+from hfmerge.ledger import KeptState
+from hfmerge.methods import FoldMethod
+from hfmerge.planning import Param, Plan, needs_two_passes
+from hfmerge.runtime import Ranks
+from hfmerge.source import Pinned, Place, Source
+from hfmerge.taskvector import TaskVector, from_tensors
+
+
+STATE_FOLDER = "merge_state"
+
+
+class RunFiles:
+    """All open files of a run; leaving the `with` block closes them.
+
+    Attributes:
+        base: reads the base.
+        models: read one model's task vectors each.
+        prior: reads the state the run continues from, if any.
+        outputs: weight file -> its writer.
+        states: number of models -> writer of the state kept after them.
+        scratch: what the first pass leaves for the second where no kept state does.
+        start: models that the prior state stands for.
+        journal: where finished chunks are noted, if they are.
+    """
+
+    def __init__(self, plan: Plan, folder: Path, ranks: Ranks, journal: Journal | None = None):
+        self.plan, self.folder, self.ranks, self.journal = plan, folder, ranks, journal
+        self.start = plan.prior.count if plan.prior else 0
+        self.base = Reader(plan.base)
+        self.models = [DeltaReader(delta) for delta in plan.deltas]
+        self.prior = StateReader(plan.prior.path) if plan.prior else None
+        self.outputs: dict[str, SafetensorsWriter] = {}
+        self.states: dict[int, SafetensorsWriter] = {}
+        self.scratch: SafetensorsWriter | None = None
+        self._tied: dict[str, list[Param]] = {}
+        for param in plan.params:
+            if param.owner is not None:
+                self._tied.setdefault(param.owner, []).append(param)
+
+    def __enter__(self) -> RunFiles:
+        # the leading rank of each disk, mostly rank 0 alone, lays out the files that the others then open
+        if self.ranks.leads:
+            self.ranks.each(self._open)
+            self.ranks.each(lambda: None)
+        else:
+            self.ranks.each(lambda: None)
+            self.ranks.each(self._open)
+        return self
+
+    def expect(self, keys: Sequence[str]) -> None:
+        """Announce which parameters are visited next, in their order, so that what is streamed comes in time."""
+        self.base.expect(keys)
+        for model in self.models[self.start :]:
+            model.expect(keys)
+
+    def _open(self) -> None:
+        plan, create = dataclasses.replace(self.plan, params=own_params(self.plan, self.ranks)), self.ranks.leads
+        if create and self.journal is not None:
+            self._tidy(self.journal)
+        if create and plan.keep:
+            (self.folder / STATE_FOLDER).mkdir(exist_ok=True)
+        for file, slots in sorted(plan.slots().items()):
+            self.outputs[file] = SafetensorsWriter(self.folder / file, slots, create=create)
+        for count in plan.keep:
+            self.states[count] = SafetensorsWriter(self._state(count), plan.state_slots(count), create=create)
+        if needs_two_passes(plan) and len(plan.deltas) not in self.states:
+            if isinstance(plan.method, FoldMethod):
+                slots = plan.state_slots(len(plan.deltas))
+            else:
+                slots = {p.key: Slot("F32", p.slot.shape) for p in plan.params if p.touched}
+            # with a journal it stays for a run that goes on from here, and goes with the journal
+            place = self.folder / ".scratch" if self.journal is None else self.journal.folder / "scratch"
+            self.scratch = SafetensorsWriter(place, slots, create=create)
+
+    def _state(self, count: int) -> Path:
+        return self.folder / STATE_FOLDER / f"after-{count}.safetensors"
+
+    def _tidy(self, journal: Journal) -> None:
+        """Leave of earlier attempts only the files that this one fills, under the names they had while filled."""
+        wanted = [self.folder / file for file in self.plan.slots()]
+        for count in self.plan.keep:
+            wanted.append(self._state(count))
+            named = journal.past.finished.get(_naming(count))
+            if named is not None and (self.folder / named.found).exists():
+                (self.folder / named.found).rename(self._state(count))
+        for path in sorted(self.folder.rglob("*"), reverse=True):
+            if path.is_dir():
+                if not any(path in file.parents for file in wanted):
+                    path.rmdir()
+            elif path not in wanted:
+                path.unlink()
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self.base.close()
+        for reader in self.models:
+            reader.close()
+        if self.prior is not None:
+            self.prior.close()
+        for writer in (*self.outputs.values(), *self.states.values()):
+            writer.close(complete=False)
+        if self.scratch is not None:
+            self.scratch.close(complete=False)
+            if self.ranks.leads and self.journal is None:
+                self.scratch.path.unlink(missing_ok=True)
+
+    def places(self, param: Param) -> list[Param]:
+        """Where a parameter's value goes: its own tensor, then those tied to it."""
+        return [param, *self._tied.get(param.key, ())]
+
+    def intact(self, chunk: Chunk, done: Finished) -> bool:
+        """Whether a chunk's bytes are on the disk as the journal says; they then count as written."""
+        writers = {w.path.name: w for w in (*self.outputs.values(), *self.states.values(), self.scratch) if w}
+        sizes = []
+        for region in done.wrote:
+            writer = writers.get(region.file)
+            if writer is None or region.tensor not in writer.slots:
+                return False
+            found, size = 0, 0
+            for tile in chunk.tiles():
+                data = bytes_of(writer.read(region.tensor, tile.rows))
+                found, size = checksum(data, found), size + len(data)
+            if found != region.checksum:
+                return False
+            sizes.append((writer, region.tensor, size))
+        for writer, tensor, size in sizes:
+            writer.claim(tensor, size)
+        return True
+
+    def complete(self) -> None:
+        """Every tensor of every kept file has been written, once, by some rank; all of it is on the disk."""
+        writers = [*self.outputs.values(), *self.states.values()]
+        everyone = self.ranks.together(lambda: [writer.missing() for writer in writers])
+        others = [everyone[rank] for rank in self.ranks.on_disk(self.ranks.disk) if rank != self.ranks.rank]
+        for i, writer in enumerate(writers):
+            writer.count_others([missing[i] for missing in others])
+        self.ranks.each(lambda: _close_all(writers))
+
+    def named_states(self) -> tuple[KeptState, ...]:
+        """Give every kept state, complete by now, the name it has in the ledger."""
+        return tuple(self._name_state(count, writer.path) for count, writer in self.states.items())
+
+    def _name_state(self, count: int, path: Path) -> KeptState:
+        state = KeptState(count, sha256_file(path), path.stat().st_size)
+        if self.journal is not None:
+            self.journal.note(_naming(count), Finished(state.file))
+        path.rename(self.folder / state.file)
+        return state
+
+
+class StateReader:
+    """Reads carried task vectors from a state file into fresh, aligned memory."""
+
+    def __init__(self, path: Path):
+        pinned = Pinned(Place(str(path), None, None, path.parent), path.name, None, path.parent, {})
+        self._reader = Reader(Source(str(path), pinned, "full", {}, None, read_header(path, path.name).entries))
+
+    def read(self, stem: str, rows: Rows | None) -> TaskVector:
+        """One carried task vector, or some rows of a dense one."""
+        names = self._reader.source.tensors
+        suffixes = [suffix for suffix in ("", ".up", ".down") if f"{stem}{suffix}" in names]
+        return from_tensors({suffix: self._reader.stored(f"{stem}{suffix}", rows) for suffix in suffixes})
+
+    def close(self) -> None:
+        """Close the file."""
+        self._reader.close()
+
+
+def _naming(count: int) -> Key:
+    """The journal's key of giving a state its last name."""
+    return ("name", str(count), None)
+
+
+def _close_all(writers: Sequence[SafetensorsWriter]) -> None:
+    for writer in writers:
+        writer.close()

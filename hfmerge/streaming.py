@@ -1,0 +1,132 @@
+"""The weight files that one run streams from the Hub: opened from the plan on, checked and counted at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hfmerge.asking import Patience
+from hfmerge.blockstore import BlockStore
+from hfmerge.ranged import RangedFile, Traffic
+from hfmerge.remote import RemoteFile, remote_header
+from hfmerge.source import Pinned
+
+
+@dataclass(frozen=True)
+class Unverified:
+    """A streamed file whose digest was not checked: `org/name@0123abcd: model.safetensors`, and why not."""
+
+    name: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """What a run read from the Hub without keeping it, in bytes of file content.
+
+    Attributes:
+        received: all.
+        again: of it, what had been received before.
+        beyond: of it, what the merge had no need of: the rest of a request, or of a file for its digest.
+        requests, failures: GETs, and how many of them failed and were repeated.
+        verified: files that were read and compared with the digest that the Hub lists.
+        unverified: files that were read, in part or whole, and could not be.
+    """
+
+    received: int
+    again: int
+    beyond: int
+    requests: int
+    failures: int
+    verified: tuple[str, ...]
+    unverified: tuple[Unverified, ...]
+
+
+def total(parts: Sequence[Streamed]) -> Streamed:
+    """What several processes read together."""
+    return Streamed(
+        received=sum(part.received for part in parts),
+        again=sum(part.again for part in parts),
+        beyond=sum(part.beyond for part in parts),
+        requests=sum(part.requests for part in parts),
+        failures=sum(part.failures for part in parts),
+        verified=tuple(dict.fromkeys(name for part in parts for name in part.verified)),
+        unverified=tuple(dict.fromkeys(file for part in parts for file in part.unverified)),
+    )
+
+
+class Streaming:
+    """All streamed files of one run."""
+
+    def __init__(self, patience: Patience | None = None):
+        self.store = BlockStore()
+        self._traffic, self._patience = Traffic(), patience
+        self._files: list[RemoteFile] = []
+        self._sources: dict[str, None] = {}
+
+    def open(self, pinned: Pinned, file: str) -> RemoteFile:
+        """A file of a pinned repository, its header read.
+
+        Raises:
+            SourceError: unreachable, refused, or no safetensors file.
+        """
+        sha256 = pinned.files[file].sha256
+        assert sha256 is not None
+        ranged = ranged_file(pinned, file, self._traffic, self._patience)
+        header, head = remote_header(ranged, file)
+        self._files.append(RemoteFile(self.store, ranged, header, head, sha256))
+        self._sources[pinned.label] = None
+        self.store.sources = len(self._sources)
+        return self._files[-1]
+
+    def begin(self, memory: int, total: int, *, unchecked: str = "", show: bool = True) -> None:
+        """Before the first tensor is read.
+
+        Args:
+            memory: bytes that blocks may hold.
+            total: bytes that will be read, for the progress bar.
+            unchecked: why digests cannot be checked, if they cannot.
+            show: draw a progress bar.
+        """
+        self.store.memory = memory
+        for file in self._files:
+            file.unchecked = unchecked
+        if show and self._files:
+            self.store.show(total)
+
+    def finish(self) -> None:
+        """After the last tensor: complete files of which little is missing, and check their digests.
+
+        Raises:
+            CorruptFileError: a file is not what the Hub lists.
+        """
+        for file in self._files:
+            file.complete()
+
+    def close(self) -> None:
+        """End all requests and let go of the memory."""
+        self._traffic.stopped.set()
+        self.store.close()
+
+    def report(self) -> Streamed:
+        """What was read so far."""
+        used = [file for file in self._files if file.used]
+        again, taken = sum(file.again for file in self._files), sum(file.taken for file in self._files)
+        return Streamed(
+            received=self._traffic.received,
+            again=again,
+            beyond=self._traffic.received - again - taken,
+            requests=self._traffic.requests,
+            failures=self._traffic.failures,
+            verified=tuple(file.name for file in used if file.unverified is None),
+            unverified=tuple(Unverified(file.name, file.unverified) for file in used if file.unverified is not None),
+        )
+
+
+def ranged_file(pinned: Pinned, file: str, traffic: Traffic, patience: Patience | None = None) -> RangedFile:
+    """A file of a pinned repository, to read ranges of."""
+    from huggingface_hub import hf_hub_url
+
+    info = pinned.files[file]
+    url = hf_hub_url(pinned.name, file, revision=pinned.commit)
+    return RangedFile(f"{pinned.label}: {file}", url, info.size, info.sha256, traffic, patience)

@@ -1,0 +1,344 @@
+"""The computation of one chunk: read base and models, fold or combine, keep the carried state, scale, write."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from hfmerge.checkpoint.vocabulary import extended_base
+from hfmerge.checkpoint.writer import TORCH_NAMES, SafetensorsWriter
+from hfmerge.chunks import Chunk
+from hfmerge.errors import NonFiniteError
+from hfmerge.journal import checksum
+from hfmerge.methods import Carry, FoldMethod, JointMethod
+from hfmerge.methods.base import SAMPLED
+from hfmerge.planning import DTYPE_NAMES, Param, carry_slots, state_name
+from hfmerge.runfiles import RunFiles
+from hfmerge.taskvector import Block, Dense, LowRank, TaskVector, cut, from_tensors, squared_norm, zero
+
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+WATCHED = 8
+"""Of one in so many parameters, the last step of an approximating method is compared with the exact one."""
+HELD = 1 << 20
+"""Elements of all models' task vectors that one visit of a joint method may hold at a time; more are read again."""
+
+
+@dataclass(frozen=True)
+class Norms:
+    """What the first pass found out about one chunk.
+
+    Attributes:
+        models: squared Frobenius norm of each new model's task vector.
+        read_out: squared Frobenius norm of the merged task vector before any scaling.
+        deviation: of an approximating method's last step, see `FoldMethod.deviation`; None where it was not measured.
+    """
+
+    models: tuple[float, ...]
+    read_out: float
+    deviation: float | None = None
+
+
+class Visit:
+    """The work on one chunk, on one thread; its methods are the passes, of which one is called, once.
+
+    Attributes:
+        wrote: file and tensor -> checksum of what was written to it, for the journal; empty without one.
+    """
+
+    def __init__(self, files: RunFiles, chunk: Chunk, wrote: dict[tuple[str, str], int] | None = None):
+        self.files, self.plan, self.chunk = files, files.plan, chunk
+        self.wrote = {} if wrote is None else wrote
+        self._base: Tensor | None = None
+
+    def base(self) -> Tensor:
+        """The base's float32 value in the output's rows, in memory of this visit's own; read at the first use."""
+        if self._base is None:
+            param = self.chunk.param
+            value = self.files.base.value(param.key, self.chunk.rows)
+            vocabulary = self.plan.vocabulary
+            if vocabulary is not None and vocabulary.added and param.vocab_axis is not None:
+                rows = [model.new_value(param.key) for model in self.files.models]
+                value = extended_base(vocabulary, value, rows, param.vocab_axis)
+            self._base = value
+        return self._base
+
+    def task_vector(self, model: int) -> TaskVector | None:
+        """One model's change, read anew at every call; None where it has none."""
+        aligned = None
+        param = self.chunk.param
+        if self.plan.vocabulary is not None and param.vocab_axis is not None:
+            aligned = (self.plan.vocabulary, model, param.vocab_axis)
+        return self.files.models[model].task_vector(param.key, self.base, aligned, self.chunk.rows)
+
+    def histograms(self) -> Iterator[Tensor]:
+        """Counts of magnitudes of every model's change, in order."""
+        import torch
+
+        from hfmerge.methods.trimming import magnitude_histogram
+
+        for model in range(len(self.files.models)):
+            tau = self.task_vector(model)
+            yield magnitude_histogram(torch.zeros(self.chunk.shape) if tau is None else tau.to_dense())
+
+    def merge(self, thresholds: Sequence[float] | None, *, write: bool) -> Norms:
+        """The first pass: fold or combine all models.
+
+        Args:
+            thresholds: per model, of a joint method that measures over all parameters.
+            write: write the result now; otherwise keep what `rescale` needs.
+        """
+        method, tiles = self.plan.method, self.chunk.tiles()
+        if len(tiles) == 1:
+            return self._merge(thresholds, write)
+        if isinstance(method, JointMethod) and thresholds is None:
+            thresholds = self._surveyed(method, tiles)
+        found = [Visit(self.files, tile, self.wrote)._merge(thresholds, write) for tile in tiles]
+        models = tuple(math.fsum(norms) for norms in zip(*(norms.models for norms in found), strict=True))
+        return Norms(models, math.fsum(norms.read_out for norms in found))
+
+    def _surveyed(self, method: JointMethod, tiles: Sequence[Chunk]) -> list[float]:
+        """What a method that is given its rows tile by tile has to know about all of them."""
+        import torch
+
+        def dense(visit: Visit) -> Iterator[Tensor]:
+            for model in range(len(self.files.models)):
+                tau = visit.task_vector(model)
+                yield torch.zeros(visit.chunk.shape) if tau is None else tau.to_dense()
+
+        survey = method.survey(len(self.files.models), math.prod(self.chunk.shape))
+        assert survey is not None
+        if survey.samples:
+            for tile in tiles:
+                survey.sample(dense(Visit(self.files, tile.start(SAMPLED))))
+        while True:
+            for tile in tiles:
+                visit = Visit(self.files, tile)
+                survey.add(dense(visit), visit.base)
+            found = survey.settle()
+            if found is not None:
+                return found
+
+    def _merge(self, thresholds: Sequence[float] | None, write: bool) -> Norms:
+        import torch
+
+        method = self.plan.method
+        if isinstance(method, FoldMethod):
+            squares, carries, deviation = self._fold(method)
+            changes = [method.emit(carry, self.plan.weights) for carry in carries]
+        else:
+            assert isinstance(method, JointMethod)
+            squares, changes = self._combine(method, thresholds)
+            deviation = None
+        norms = Norms(tuple(squares), math.fsum(_finite_square(change) for change in changes), deviation)
+        if write:
+            self._write(changes, 1.0)
+        elif self.files.scratch is not None and isinstance(method, JointMethod):
+            whole = torch.empty(self.chunk.shape)
+            for block, change in zip(self.chunk.param.blocks, changes, strict=True):
+                block.put(whole, change.to_dense())
+            self._put(self.files.scratch, self.chunk.param.key, whole)
+        return norms
+
+    def rescale(self, scale: float) -> None:
+        """The second pass: read what the first one kept, and write `base + scale * change`."""
+        method, count, param = self.plan.method, len(self.files.models), self.chunk.param
+        if isinstance(method, FoldMethod):
+            kept = self.files.scratch or self.files.states[count]
+            changes = []
+            for block in param.blocks:
+                carry: Carry = {}
+                slots = carry_slots(method, param, block, count)
+                for name in method.carry_ranks(block.shape(param.slot.shape), list(param.ranks)):
+                    stem = state_name(param, block, name)
+                    suffixes = [s for s in ("", ".up", ".down") if f"{stem}{s}" in slots]
+                    carry[name] = from_tensors({s: kept.read(f"{stem}{s}", self.chunk.rows) for s in suffixes})
+                changes.append(method.emit(carry, self.plan.weights))
+        else:
+            assert self.files.scratch is not None
+            whole = self.files.scratch.read(param.key, self.chunk.rows)
+            changes = [Dense(block.take(whole)) for block in param.blocks]
+        self._write(changes, scale)
+
+    def copy(self) -> None:
+        """Write the base's value, with its stored bytes where dtype and shape stay."""
+        param = self.chunk.param
+        entry = self.plan.base.tensors[param.key]
+        grown = entry.shape != param.slot.shape
+        if entry.floating and (grown or entry.dtype != param.slot.dtype):
+            self._emit(self.base())
+            return
+        stored = self.files.base.stored(param.key)
+        for target in self.files.places(param):
+            self._put(self.files.outputs[target.file], target.key, stored)
+
+    def _fold(self, method: FoldMethod) -> tuple[list[float], list[Carry], float | None]:
+        param, start, count = self.chunk.param, self.files.start, len(self.files.models)
+        carries: list[Carry | None] = [self._prior_carry(method, block) for block in param.blocks]
+        squares, deviations = [], []
+        watched = zlib.crc32(param.key.encode()) % WATCHED == 0
+        for i in range(start, count):
+            tau = self.task_vector(i)
+            squares.append(self._squared_norm(i, tau))
+            for b, block in enumerate(param.blocks):
+                part = zero(block.shape(self.chunk.shape)) if tau is None else cut(tau, block)
+                if watched and i + 1 == count:
+                    deviations.append(method.deviation(carries[b], part, self.plan.weights[i], matrix=block.matrix))
+                carry = method.step(carries[b], part, self.plan.weights[i], matrix=block.matrix)
+                carries[b] = _settled(method, param, block, i + 1, carry)
+            if i + 1 in self.files.states:
+                self._store(self.files.states[i + 1], carries, i + 1)
+        if start == count and count in self.files.states:
+            self._store(self.files.states[count], carries, count)
+        if self.files.scratch is not None:
+            self._store(self.files.scratch, carries, count)
+        deviation = max((found for found in deviations if found is not None), default=None)
+        return squares, [carry for carry in carries if carry is not None], deviation
+
+    def _combine(
+        self, method: JointMethod, thresholds: Sequence[float] | None
+    ) -> tuple[list[float], list[TaskVector]]:
+        models = len(self.files.models)
+        held: list[TaskVector | None] = []
+        squares = []
+        for i in range(models):
+            tau = self.task_vector(i)
+            squares.append(self._squared_norm(i, tau))
+            if models * math.prod(self.chunk.shape) <= HELD:
+                held.append(tau)
+        changes = []
+        for block in self.chunk.param.blocks:
+            taus: Sequence[TaskVector] = _LazyTaus(self, block)
+            if held:
+                taus = [_cut(tau, block, self.chunk) for tau in held]
+            changes.append(method.combine(taus, self.plan.weights, partial(_taken, block, self.base), thresholds))
+        return squares, changes
+
+    def _squared_norm(self, model: int, tau: TaskVector | None) -> float:
+        """Of one model's change; not a number means that the model or the base is not, which is refused by name.
+
+        Where the recipe allows such values they count as zero in norms, but no matrix with them can be taken apart.
+        """
+        if tau is None:
+            return 0.0
+        square = tau.squared_norm()
+        if math.isfinite(square):
+            return square
+        param, method = self.chunk.param, self.plan.method
+        if not self.plan.recipe.allow_nonfinite:
+            self.files.models[model].check_finite(param.key)
+            self.files.base.check_finite(param.key)
+        elif method.matrixwise and any(block.matrix for block in param.blocks):
+            raise NonFiniteError(
+                f"{self.files.models[model].delta.source.pinned.label}: {param.key} holds NaN or Inf, and "
+                f"{method.name} cannot take such a matrix apart; repair the source, or leave the tensor out with "
+                "`exclude`."
+            )
+        return _finite_square(tau)
+
+    def _prior_carry(self, method: FoldMethod, block: Block) -> Carry | None:
+        prior, start = self.files.prior, self.files.start
+        if prior is None or start == 0:
+            return None
+        param = self.chunk.param
+        names = method.carry_ranks(block.shape(param.slot.shape), list(param.ranks[:start]))
+        if all(rank == 0 for rank in param.ranks[:start]):
+            return {name: zero(block.shape(self.chunk.shape)) for name in names}
+        return {name: prior.read(state_name(param, block, name), self.chunk.rows) for name in names}
+
+    def _store(self, writer: SafetensorsWriter, carries: Sequence[Carry | None], count: int) -> None:
+        param = self.chunk.param
+        if all(rank == 0 for rank in param.ranks[:count]):
+            return
+        for block, carry in zip(param.blocks, carries, strict=True):
+            assert carry is not None
+            for name, value in carry.items():
+                for suffix, tensor in value.tensors().items():
+                    self._put(writer, f"{state_name(param, block, name)}{suffix}", tensor)
+
+    def _write(self, changes: Sequence[TaskVector], scale: float) -> None:
+        """`base + scale * change` into the output; the visit's base is used up."""
+        base = self.base()
+        for block, change in zip(self.chunk.param.blocks, changes, strict=True):
+            if change.is_zero:
+                continue
+            if block.is_whole:
+                base.add_(change.to_dense(), alpha=scale)
+            else:
+                block.put(base, block.take(base).add(change.to_dense(), alpha=scale))
+        self._emit(base)
+
+    def _emit(self, value: Tensor) -> None:
+        import torch
+
+        param = self.chunk.param
+        cast = value.to(getattr(torch, TORCH_NAMES[param.slot.dtype]))
+        if not self.plan.recipe.allow_nonfinite:
+            checked = cast.float() if param.slot.dtype == "F16" else value
+            if not math.isfinite(squared_norm(checked)) and not bool(checked.isfinite().all()):
+                raise NonFiniteError(
+                    f"{param.key}: the merged values do not fit {DTYPE_NAMES[param.slot.dtype]}; choose a wider dtype "
+                    "or a smaller norm."
+                )
+        for target in self.files.places(param):
+            self._put(self.files.outputs[target.file], target.key, cast)
+
+    def _put(self, writer: SafetensorsWriter, name: str, tensor: Tensor) -> None:
+        data = writer.write(name, tensor, None if self.chunk.rows is None else self.chunk.rows[0])
+        if self.files.journal is not None:
+            place = (writer.path.name, name)
+            self.wrote[place] = checksum(data, self.wrote.get(place, 0))
+
+
+class _LazyTaus(Sequence[TaskVector]):
+    """The task vectors of one block, each read anew when indexed, so that memory does not grow with the models."""
+
+    def __init__(self, visit: Visit, block: Block):
+        self.visit, self.block = visit, block
+
+    def __len__(self) -> int:
+        return len(self.visit.files.models)
+
+    def __getitem__(self, index: Any) -> Any:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return _cut(self.visit.task_vector(index), self.block, self.visit.chunk)
+
+
+def _cut(tau: TaskVector | None, block: Block, chunk: Chunk) -> TaskVector:
+    """One block of a model's change, zero where it has none."""
+    return zero(block.shape(chunk.shape)) if tau is None else cut(tau, block)
+
+
+def _settled(method: FoldMethod, param: Param, block: Block, count: int, carry: Carry) -> Carry:
+    """A carry in exactly the form its state file would give back: dtype, contiguous, factored or dense as planned."""
+    import torch
+
+    shape = block.shape(param.slot.shape)
+    result: Carry = {}
+    for name, rank in method.carry_ranks(shape, list(param.ranks[:count])).items():
+        value = carry[name].to(getattr(torch, TORCH_NAMES[method.carry_dtype]))
+        if rank is None or not isinstance(value, LowRank):
+            result[name] = Dense(value.to_dense().contiguous())
+        else:
+            result[name] = LowRank(value.up.contiguous(), value.down.contiguous())
+    return result
+
+
+def _finite_square(change: TaskVector) -> float:
+    """Squared norm of the finite elements, whose squares may exceed float32."""
+    square = change.squared_norm()
+    if math.isfinite(square):
+        return square
+    return float(change.to_dense().double().nan_to_num(0.0, 0.0, 0.0).square().sum())
+
+
+def _taken(block: Block, base: Callable[[], Tensor]) -> Tensor:
+    """The base's values in one block."""
+    return block.take(base())

@@ -1,0 +1,84 @@
+"""Helpers of the tests: hfmerge on several processes, started as a launcher starts them."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def start(
+    *command: str,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    together: bool = True,
+    before: Sequence[str] = (),
+) -> subprocess.Popen[str]:
+    """Start Python with these arguments, through `before`; its standard error comes with its output if `together`."""
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return subprocess.Popen(
+        [*before, sys.executable, *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT if together else subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path, **(env or {})},
+        cwd=cwd,
+        start_new_session=True,
+    )
+
+
+def torchrun(world: int, *arguments: str, env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
+    """`torchrun` with `world` processes on a free port."""
+    place = ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
+    return start("-m", "torch.distributed.run", "--nproc_per_node", str(world), *place, *arguments, env=env)
+
+
+def accelerate(
+    *arguments: str, env: Mapping[str, str] | None = None, cwd: Path | None = None
+) -> subprocess.Popen[str]:
+    """`accelerate launch`, standard error apart."""
+    return start("-m", "accelerate.commands.launch", *arguments, env=env, cwd=cwd, together=False)
+
+
+def ranks(
+    world: int, *command: str, machines: bool = False, before: Sequence[str] = ()
+) -> list[subprocess.Popen[str]]:
+    """The processes of a run without a launcher that looks after them, as if it were on a machine that is gone.
+
+    Args:
+        machines: as if each were on a machine of its own.
+        before: a command that starts each of them.
+    """
+    port = str(free_port())
+    return [
+        start(
+            *command,
+            env={
+                "RANK": str(rank),
+                "LOCAL_RANK": "0" if machines else str(rank),
+                "GROUP_RANK": str(rank) if machines else "0",
+                "WORLD_SIZE": str(world),
+                "LOCAL_WORLD_SIZE": "1" if machines else str(world),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+                "OMP_NUM_THREADS": "1",
+            },
+            together=False,
+            before=before,
+        )
+        for rank in range(world)
+    ]
