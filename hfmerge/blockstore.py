@@ -39,12 +39,13 @@ class BlockStore:
         lock: guards the bookkeeping here and that of the files; held for moments only.
         memory: bytes that blocks may hold; overstepped only by what is on its way.
         sources: how many models share it.
+        readers: places of one file that are read side by side.
     """
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.memory = MEMORY
-        self.sources = 1
+        self.sources = self.readers = 1
         self._files: list[Holder] = []
         self._pool: ThreadPoolExecutor | None = None
         # blocks on their way or not read yet, and blocks that were read, least recently read first
@@ -55,8 +56,11 @@ class BlockStore:
 
     @property
     def unit(self) -> int:
-        """Bytes of the longest request: short where many models share the memory."""
-        return max(SMALL, min(LARGE, self.memory // (8 * self.sources)))
+        """Bytes of the longest request: short where many models and readers share the memory.
+
+        Half of the memory has to hold, twice over, the block that each reader is at in each model.
+        """
+        return max(SMALL, min(LARGE, self.memory // (4 * self.sources * self.readers)))
 
     @property
     def ahead(self) -> int:

@@ -9,9 +9,9 @@ from hfmerge.errors import CorruptFileError, OfflineError, SourceError, Unsuppor
 from hfmerge.fetching import cached, fetch, pin, read_json
 from hfmerge.headers import pickle_entries, read_header
 from hfmerge.ranged import Traffic
-from hfmerge.remote import RemoteFile, remote_header
+from hfmerge.remote import RemoteFile
 from hfmerge.source import FLOATS, OTHERS, Pinned, Source, TensorEntry, parse_ref
-from hfmerge.streaming import Streaming, ranged_file
+from hfmerge.streaming import Streaming, ranged_file, remote_header
 
 
 def describe(

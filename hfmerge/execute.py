@@ -24,7 +24,7 @@ from hfmerge.journal import Journal, read_past
 from hfmerge.ledger import KeptState
 from hfmerge.options import DEFAULT, RunOptions
 from hfmerge.passes import Passes
-from hfmerge.planning import Plan, stream_memory
+from hfmerge.planning import Plan, stream_memory, stream_readers
 from hfmerge.runfiles import RunFiles
 from hfmerge.runtime import Ranks
 from hfmerge.source import Source, weight_files
@@ -90,7 +90,9 @@ def run(
         return _run(plan, folder, ranks, digester, journal, options)
     with contextlib.closing(plan.streaming) as streaming:
         unchecked = "several processes read a part of it each" if ranks.world > 1 else ""
-        streaming.begin(stream_memory(plan), plan.estimate.stream, unchecked=unchecked, show=ranks.main)
+        streaming.begin(
+            stream_memory(plan), stream_readers(plan), plan.estimate.stream, unchecked=unchecked, show=ranks.main
+        )
         outcome = _run(plan, folder, ranks, digester, journal, options)
         ranks.each(streaming.finish)
         return replace(outcome, streamed=total(ranks.together(streaming.report)))

@@ -19,7 +19,7 @@ from hfmerge.journal import Finished, Key, Region
 from hfmerge.methods import JointMethod
 from hfmerge.options import RunOptions
 from hfmerge.planning import Plan, needs_two_passes, stream_memory
-from hfmerge.pool import AHEAD, AHEAD_STREAMED, core_count, overlapped, resident_memory
+from hfmerge.pool import AHEAD, core_count, overlapped, resident_memory
 from hfmerge.runfiles import RunFiles
 from hfmerge.runtime import Ranks, shares
 from hfmerge.visits import Norms, Visit
@@ -214,8 +214,7 @@ class Passes:
         bar = tqdm(
             total=total, desc=title, unit="B", unit_scale=True, name="hfmerge", disable=not self.ranks.main or None
         )
-        threads = core_count() + (AHEAD if self.plan.streaming is None else AHEAD_STREAMED)
-        visits = overlapped(work, visited, needs, threads=threads, memory=self._budget(max(needs)))
+        visits = overlapped(work, visited, needs, threads=core_count() + AHEAD, memory=self._budget(max(needs)))
         results = []
         with contextlib.closing(bar), contextlib.closing(visits):
             for chunk, result in zip(visited, visits, strict=True):

@@ -591,11 +591,19 @@ def stream_memory(plan: Plan) -> int:
     """Bytes that streamed blocks may hold: more where whole parameters of all models are read side by side."""
     if plan.streaming is None:
         return 0
-    if plan.method.elementwise and plan.norm == "none":
-        return MEMORY
     models = [plan.base, *(delta.source for delta in plan.deltas)]
     largest = max(entry.nbytes for source in models for entry in source.tensors.values())
-    return min(8 * MEMORY, max(MEMORY, core_count() * len(models) * largest))
+    # half of it for what is read ahead, and half for what visits go over once more
+    return min(8 * MEMORY, max(MEMORY, 2 * stream_readers(plan) * len(models) * largest * (not _sliced(plan))))
+
+
+def stream_readers(plan: Plan) -> int:
+    """Places of one streamed file that are read side by side: one where visits follow each other closely."""
+    return 1 if _sliced(plan) else core_count() + AHEAD
+
+
+def _sliced(plan: Plan) -> bool:
+    return plan.method.elementwise and plan.norm == "none"
 
 
 def _streamed(plan: Plan) -> int:

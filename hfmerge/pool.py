@@ -14,8 +14,6 @@ Result = TypeVar("Result")
 
 AHEAD = 1
 """Visits beyond the cores, which wait for the disk, or for a core, while the others compute."""
-AHEAD_STREAMED = 6
-"""The same where tensors come over the network: enough to hide its latency."""
 
 
 def core_count() -> int:

@@ -6,17 +6,17 @@ what the announced order says comes next is fetched ahead. Every block passes th
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import Future
 from functools import partial
 from itertools import accumulate
 
-from hfmerge.blockstore import SMALL, BlockStore
+from hfmerge.blockstore import BlockStore
 from hfmerge.errors import CorruptFileError
-from hfmerge.headers import MET_AT_ONCE, Header, header_length, parse_header
+from hfmerge.headers import Header
 from hfmerge.ordered import OrderedDigest
 from hfmerge.ranged import RangedFile
+from hfmerge.spans import adjacent, block_at, cut
 
 
 GAPS = (32 << 20, 50)
@@ -31,7 +31,9 @@ class RemoteFile:
         ranged: the file.
         header, head: its header, parsed and as it is.
         sha256: what the Hub lists for it.
-        unchecked: why its digest will not be checked, if that is known beforehand.
+
+    Attributes:
+        unchecked: why its digest will not be checked, if that is known before the first read.
     """
 
     def __init__(self, store: BlockStore, ranged: RangedFile, header: Header, head: bytes, sha256: str):
@@ -61,7 +63,9 @@ class RemoteFile:
             for key in keys:
                 entry, start = self.header.entries[key], self.header.offsets[key]
                 if entry.nbytes:
-                    order.update(dict.fromkeys(range(_at(bounds, start), _at(bounds, start + entry.nbytes - 1) + 1)))
+                    order.update(
+                        dict.fromkeys(range(block_at(bounds, start), block_at(bounds, start + entry.nbytes - 1) + 1))
+                    )
             for block in self._held:
                 self._store.read(self._number, block)  # what was read ahead for nothing may go
             self._order, self._mark = list(order), 0
@@ -79,7 +83,7 @@ class RemoteFile:
             bounds = self._table()
         at, stop = start, start + len(view)
         while at < stop:
-            i = _at(bounds, at)
+            i = block_at(bounds, at)
             upto = min(stop, bounds[i + 1])
             view[at - start : upto - start] = self._block(i)[at - bounds[i] : upto - bounds[i]]
             at = upto
@@ -193,7 +197,7 @@ class RemoteFile:
         if self._digest.waiting > self._store.memory or not self._spend(sum(map(self._length, gap))):
             self._digest.stall()
         else:
-            for run in _runs(gap, self._bounds, self._store.unit):
+            for run in adjacent(gap, self._bounds, self._store.unit):
                 self._submit(*run)
 
     def _spend(self, count: int) -> bool:
@@ -227,7 +231,7 @@ class RemoteFile:
                     if unread
                     else "it was read in another order than it is stored in, and memory to hash it ran out"
                 )
-            runs = _runs(missing, bounds, self._store.unit) if self._digest.given_up is None else []
+            runs = adjacent(missing, bounds, self._store.unit) if self._digest.given_up is None else []
         for future in futures:
             future.result()
         for run in runs:
@@ -290,54 +294,3 @@ class RemoteFile:
         if self._digest is not None and self._digest.verified:
             return None
         return (self._digest.given_up if self._digest is not None else None) or "it was not read to its end"
-
-
-def remote_header(ranged: RangedFile, file: str) -> tuple[Header, bytes]:
-    """Header of a safetensors file on the Hub, and its bytes.
-
-    Raises:
-        SourceError: unreachable, refused, or no safetensors file.
-    """
-    size, where = ranged.size, ranged.where
-    head = bytes(ranged.read(0, min(size, MET_AT_ONCE)))
-    end = header_length(head, size, where)
-    if end > len(head):
-        head += ranged.read(len(head), min(end, size))
-    return parse_header(head, file, size, where), head[:end]
-
-
-def cut(start: int, spans: Sequence[tuple[int, int]], unit: int) -> list[int]:
-    """Bounds of blocks: small tensors together, larger ones by themselves, those beyond `unit` in equal parts.
-
-    Args:
-        start: where the first tensor begins.
-        spans: first byte and length of each tensor, in order and without gaps.
-        unit: bytes of the longest block.
-    """
-    bounds, stop = [start], start
-    for first, length in spans:
-        stop = first + length
-        if length >= SMALL:
-            if first > bounds[-1]:
-                bounds.append(first)
-            parts = -(-length // unit)
-            bounds.extend(first + length * part // parts for part in range(1, parts + 1))
-        elif stop - bounds[-1] >= SMALL:
-            bounds.append(stop)
-    return bounds if stop == bounds[-1] else [*bounds, stop]
-
-
-def _at(bounds: Sequence[int], byte: int) -> int:
-    """Index of the block that holds a byte."""
-    return bisect_right(bounds, byte) - 1
-
-
-def _runs(blocks: Sequence[int], bounds: Sequence[int], unit: int) -> list[tuple[int, int]]:
-    """Adjacent blocks put together, up to `unit` bytes: first, and the one after the last."""
-    runs: list[tuple[int, int]] = []
-    for block in blocks:
-        if runs and runs[-1][1] == block and bounds[block + 1] - bounds[runs[-1][0]] <= unit:
-            runs[-1] = (runs[-1][0], block + 1)
-        else:
-            runs.append((block, block + 1))
-    return runs

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from hfmerge.asking import Patience
 from hfmerge.blockstore import BlockStore
+from hfmerge.headers import MET_AT_ONCE, Header, header_length, parse_header
 from hfmerge.ranged import RangedFile, Traffic
-from hfmerge.remote import RemoteFile, remote_header
+from hfmerge.remote import RemoteFile
 from hfmerge.source import Pinned
 
 
@@ -79,16 +80,17 @@ class Streaming:
         self.store.sources = len(self._sources)
         return self._files[-1]
 
-    def begin(self, memory: int, total: int, *, unchecked: str = "", show: bool = True) -> None:
+    def begin(self, memory: int, readers: int, total: int, *, unchecked: str = "", show: bool = True) -> None:
         """Before the first tensor is read.
 
         Args:
             memory: bytes that blocks may hold.
+            readers: places of one file that are read side by side.
             total: bytes that will be read, for the progress bar.
             unchecked: why digests cannot be checked, if they cannot.
             show: draw a progress bar.
         """
-        self.store.memory = memory
+        self.store.memory, self.store.readers = memory, readers
         for file in self._files:
             file.unchecked = unchecked
         if show and self._files:
@@ -130,3 +132,17 @@ def ranged_file(pinned: Pinned, file: str, traffic: Traffic, patience: Patience 
     info = pinned.files[file]
     url = hf_hub_url(pinned.name, file, revision=pinned.commit)
     return RangedFile(f"{pinned.label}: {file}", url, info.size, info.sha256, traffic, patience)
+
+
+def remote_header(ranged: RangedFile, file: str) -> tuple[Header, bytes]:
+    """Header of a safetensors file on the Hub, and its bytes.
+
+    Raises:
+        SourceError: unreachable, refused, or no safetensors file.
+    """
+    size, where = ranged.size, ranged.where
+    head = bytes(ranged.read(0, min(size, MET_AT_ONCE)))
+    end = header_length(head, size, where)
+    if end > len(head):
+        head += ranged.read(len(head), min(end, size))
+    return parse_header(head, file, size, where), head[:end]

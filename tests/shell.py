@@ -69,7 +69,8 @@ class Shell:
         assert self._process.stdin is not None and self._process.stdout is not None
         with contextlib.suppress(BrokenPipeError):  # it ended already
             self._process.stdin.close()
-        self._process.wait(30)
+        self._process.kill()
+        self._process.wait()
         self._process.stdout.close()
 
     def run(self, *arguments: object) -> Run:

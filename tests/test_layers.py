@@ -16,7 +16,7 @@ LAYERS = [
     [
         *("taskvector", "environment", "options", "pool", "watch", "runtime", "fields", "yamlio"),
         *("source", "headers", "asking", "commits", "fetching", "ordered", "ranged", "blockstore", "remote"),
-        *("streaming", "describing", "digesting"),
+        *("spans", "streaming", "describing", "digesting"),
     ],
     ["methods.base", "methods.spectral", "methods.trimming"],
     ["methods.linear", "methods.opcm", "methods.slerp", "methods.ties"],

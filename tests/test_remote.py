@@ -20,7 +20,9 @@ from hfmerge.blockstore import LARGE, SMALL, BlockStore
 from hfmerge.errors import CorruptFileError, OfflineError
 from hfmerge.ordered import OrderedDigest
 from hfmerge.ranged import RangedFile, Traffic
-from hfmerge.remote import GAPS, RemoteFile, cut, remote_header
+from hfmerge.remote import GAPS, RemoteFile
+from hfmerge.spans import cut
+from hfmerge.streaming import remote_header
 
 
 quick = settings(max_examples=60, deadline=None, derandomize=True, database=None)
@@ -173,7 +175,7 @@ def test_in_the_announced_order_every_byte_comes_once(capfd: pytest.CaptureFixtu
 
 
 def test_thousands_of_small_tensors_come_in_few_requests() -> None:
-    tensors = {f"expert.{i:05d}": torch.full((500 + i % 900,), i % 251, dtype=torch.uint8) for i in range(20_000)}
+    tensors = {f"expert.{i:05d}": torch.full((2000 + i % 900,), i % 251, dtype=torch.uint8) for i in range(8_000)}
     with opened(tensors) as one:
         one.file.expect(one.keys)
         assert all(one.tensor(key) == one.right(key) for key in one.keys)
@@ -197,7 +199,7 @@ def test_what_is_announced_is_read_ahead_and_nothing_else() -> None:
         one.tensor("layer.007")
         for key in wanted[1:]:
             assert one.tensor(key) == one.right(key)
-        assert one.source.fetched == 4 * 2 * MIB and len(one.source.reads) == 4
+        assert one.source.fetched == 4 * 2 * MIB and len(one.source.reads) == 3, "neighbours come together"
 
 
 @pytest.mark.parametrize("threads", [1, 4])
@@ -231,6 +233,34 @@ def test_memory_stays_bounded_whatever_is_read(threads: int) -> None:
     assert peak <= store.memory + 8 * MIB + in_flight
     again = sum(one.file.again for one in files)
     assert again == 0 if threads == 1 else again <= 8 * MIB
+
+
+def test_going_over_parameters_tile_by_tile_asks_once() -> None:
+    """As a method does that surveys a parameter before it merges it: three readers, three files, three sweeps."""
+    readers, tile = 3, 1 << 17
+    data = save(matrices(9, 2), {"format": "pt"})
+    store = BlockStore()
+    store.sources, store.readers, store.memory = 3, readers, 2 * readers * 3 * 2 * MIB
+    files = []
+    for _ in range(3):
+        source = Counted(data)
+        header, head = remote_header(source, "x")
+        files.append(RemoteFile(store, source, header, head, hashlib.sha256(data).hexdigest()))
+        files[-1].expect(sorted(header.offsets))
+
+    def visit(key: str) -> None:
+        for _ in range(3):
+            for at in range(0, 2 * MIB, tile):
+                for file in files:
+                    start = file.header.offsets[key] + at
+                    view = memoryview(bytearray(tile))
+                    file.read_into(start, view)
+                    assert view == data[start : start + tile]
+
+    with ThreadPoolExecutor(readers) as pool:
+        list(pool.map(visit, sorted(files[0].header.offsets)))
+    store.close()
+    assert sum(file.again for file in files) <= 54 * MIB, "at worst every block twice, for 432 reads of each file"
 
 
 def test_a_second_pass_reads_again_and_says_so() -> None:

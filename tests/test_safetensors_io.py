@@ -508,6 +508,28 @@ def test_a_file_that_shrinks_while_it_is_open(tmp_path: Path) -> None:
                 reader.stored(key)
 
 
+def test_a_file_that_is_gone_since_it_was_described(tmp_path: Path) -> None:
+    source = describe(str(folder_with(tmp_path / "m", TENSORS)))
+    (tmp_path / "m" / "model.safetensors").unlink()
+    with Reader(source) as reader, pytest.raises(CorruptFileError, match="model.safetensors cannot be read: No such"):
+        reader.stored("m.weight")
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="needs a file that cannot be read, which Linux has")
+def test_a_disk_that_fails_under_way(tmp_path: Path) -> None:
+    """The descriptor becomes one whose reads fail with EIO, as those of a broken disk do."""
+    source = describe(str(folder_with(tmp_path / "m", TENSORS)))
+    with Reader(source) as reader:
+        reader.stored("m.bias")
+        held = reader._open["model.safetensors"]
+        assert not isinstance(held, dict) and isinstance(held.file, int)
+        broken = os.open("/proc/self/mem", os.O_RDONLY)
+        os.dup2(broken, held.file)
+        os.close(broken)
+        with pytest.raises(CorruptFileError, match="model.safetensors: m.weight cannot be read: Input/output error"):
+            reader.stored("m.weight")
+
+
 # NaN and Inf
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from torch import Tensor
 
+from hfmerge import merge
 from hfmerge.errors import HfMergeError
 from hfmerge.methods import spectral
 from hfmerge.methods.opcm import OPCM, project
@@ -22,6 +25,7 @@ from hfmerge.methods.spectral import (
     gram_uncertainty,
     split,
 )
+from hfmerge.recipe import parse_recipe
 from hfmerge.taskvector import Dense, LowRank, zero
 
 
@@ -271,3 +275,24 @@ def test_deviation_is_the_measured_difference() -> None:
         assert sketch.deviation(carry, change, 1.0, matrix=matrix) is None
     factors = [LowRank(normal(33 + i, 300, 4), normal(35 + i, 4, 280)) for i in range(2)]
     assert sketch.deviation({"S": factors[0]}, factors[1], 1.0, matrix=True) == 0.0
+
+
+def test_a_randomized_run_reports_its_deviation_and_replays_to_the_same_bytes(tmp_path: Path) -> None:
+    base = tiny.build("BertModel", tiny.config("bert", hidden_size=SKETCHED + 8, intermediate_size=SKETCHED + 8))
+    models = (base, tiny.fine_tune(base, 1), tiny.fine_tune(base, 2))
+    folders = [str(tiny.save(model, tmp_path / f"m{i}")) for i, model in enumerate(models)]
+    scalars = {}
+    for name in ("exact", "randomized"):
+        method = {"name": "opcm", "alpha": 0.3, "spectral": name}
+        recipe = parse_recipe({"base": folders[0], "models": folders[1:], "method": method}, "test")
+        scalars[name] = merge(recipe, output=tmp_path / name).entry.scalars
+    assert set(scalars["exact"]) == {"scale", "merged_norm"}
+    assert 0.0 < scalars["randomized"]["deviation"] < 0.2
+    exact, randomized = (tiny.tensors(tmp_path / name) for name in ("exact", "randomized"))
+    differing = [name for name in exact if not torch.equal(exact[name], randomized[name])]
+    assert len(differing) >= 12
+    assert tiny.done("verify", tmp_path / "randomized", "--replay").code == 0
+    options = ("--method", "opcm", "--option", "alpha=0.3", "--option", "spectral=randomized")
+    told = tiny.done("merge", *folders[1:], "--base", folders[0], *options, "--output", tmp_path / "told")
+    assert f"off the exact last step by up to {scalars['randomized']['deviation']:.1e}" in told.out
+    assert tiny.tensors(tmp_path / "told").keys() == randomized.keys()

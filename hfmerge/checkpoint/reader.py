@@ -162,7 +162,10 @@ class Reader:
                 else:
                     path = fetch(self.source.pinned, file)
                     header = read_header(path, where)
-                    self._open[file] = _Opened(os.open(path, os.O_RDONLY), header)
+                    try:
+                        self._open[file] = _Opened(os.open(path, os.O_RDONLY), header)
+                    except OSError as error:
+                        raise CorruptFileError(f"{where} cannot be read: {error.strerror}.") from error
             return self._open[file]
 
 

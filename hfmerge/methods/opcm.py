@@ -86,7 +86,9 @@ class OPCM(FoldMethod):
         if not matrix:
             return {"S": total + tau}
         core = Core.of(total, tau)
-        return {"S": core.lift(core.first + self._projected(core, self.spectral))}
+        projected = self._projected(core, self.spectral)
+        # memory of its own, which is reused
+        return {"S": core.lift(projected.add_(core.first) if projected.is_contiguous() else core.first + projected)}
 
     def emit(self, carry: Carry, weights: Sequence[float]) -> TaskVector:
         """The accumulator itself; `norm: mean` makes it the published model."""
@@ -124,7 +126,7 @@ def project(
         variant, spectral: see `OPCM`.
 
     Returns:
-        The projected task vector, float64, in the same coordinates.
+        The projected task vector, float64, in the same coordinates, in memory of its own.
 
     Raises:
         HfMergeError: the singular values of `total` do not converge.

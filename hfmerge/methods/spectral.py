@@ -92,10 +92,11 @@ def cleared_by_gram(
     singular = squares.sqrt()
     r, rank = split(singular, shape, alpha)
     if rank == 0:
-        return tau
+        return tau.clone()
     if not gram_uncertainty(squares, r, rank, total.numel()) <= TRUSTED:
         return None
     s, v = singular[:rank], vectors.flip(1)[:, :rank].contiguous()
+    del vectors
     lead_v, tail = v[:, :r], v[:, r:]
     cross = total.T @ tau
     # what goes is `total @ away`: with u_i = S v_i / s_i, the coefficient of u_i v_j^T in tau is v_i^T cross v_j / s_i
@@ -105,6 +106,7 @@ def cleared_by_gram(
     if variant != "code-no-diagonal" and r < rank:
         diagonal = ((cross @ tail) * tail).sum(0) / s[r:] ** 2
         away += (tail * diagonal) @ tail.T
+    del cross
     projected = torch.addmm(tau, total, away, alpha=-1.0)
     return projected - (tau @ lead_v) @ lead_v.T if variant == "paper" else projected
 
@@ -139,7 +141,7 @@ def cleared_by_svd(total: Tensor, tau: Tensor, shape: tuple[int, int], alpha: fl
     u, s, vt = _svd(total)
     r, rank = split(s, shape, alpha)
     if rank == 0:
-        return tau
+        return tau.clone()
     projected = _without_block(tau, u[:, :r], vt[:r].T, variant)
     if variant != "code-no-diagonal" and r < rank:
         tail_u, tail_v = u[:, r:rank], vt[r:rank].T
