@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from hfmerge.checkpoint.heads import load_with_head
     from hfmerge.errors import HfMergeError, RecipeError
     from hfmerge.hub import Pushed
-    from hfmerge.planning import Plan
+    from hfmerge.planned import Plan
     from hfmerge.recipe import MethodChoice, ModelEntry, Recipe, load_recipe
     from hfmerge.verifying import Report
 

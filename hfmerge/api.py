@@ -24,7 +24,8 @@ from hfmerge.identity import work_of
 from hfmerge.ledger import Entry
 from hfmerge.merged import Merged, open_merged
 from hfmerge.options import DEFAULT, RunOptions
-from hfmerge.planning import Plan, make_plan
+from hfmerge.planned import Plan
+from hfmerge.planning import make_plan
 from hfmerge.publishing import Destination, publish, with_disks
 from hfmerge.recipe import ModelEntry, Recipe, load_recipe
 from hfmerge.recording import adopt_card, keep_foreign_files, readable_card, record

@@ -73,7 +73,7 @@ def patiently(work: Callable[[], T], patience: Patience | None = None) -> T:
     while True:
         try:
             return work()
-        except Exception as error:
+        except Exception as error:  # whatever does not pass is raised again
             failures += 1
             wait = pause_after(error, failures, patience)
             late = time.monotonic() - start > patience.whole

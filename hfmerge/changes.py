@@ -14,7 +14,8 @@ from hfmerge.errors import LedgerError
 from hfmerge.ledger import Entry, Material, recipe_of
 from hfmerge.merged import Merged, check_materials, nearest_state
 from hfmerge.methods import FoldMethod, MergeMethod, registry
-from hfmerge.planning import Plan, Prior, make_plan
+from hfmerge.planned import Plan, Prior
+from hfmerge.planning import make_plan
 from hfmerge.recipe import ModelEntry
 
 

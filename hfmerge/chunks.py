@@ -7,8 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from hfmerge.checkpoint.reader import Rows
+from hfmerge.estimating import visit_bytes
 from hfmerge.methods import JointMethod
-from hfmerge.planning import Param, Plan, visit_bytes
+from hfmerge.planned import Param, Plan
 
 
 CHUNK = 1 << 20

@@ -58,7 +58,7 @@ def commit_once(
                 parent_commit=parent,
             )  # fmt: skip
             return Commit(made.oid, str(made.commit_url), made.pr_url)
-        except Exception as error:
+        except Exception as error:  # whatever does not pass is raised again
             status = status_of(error)
             stale = status == 412
             wait = None if stale else pause_after(error, failures + 1, patience)

@@ -20,7 +20,7 @@ from hfmerge.chunks import Chunk, cost
 from hfmerge.digest import canonical_json, sha256_bytes
 from hfmerge.environment import differences, environment
 from hfmerge.errors import HfMergeError, OutputError
-from hfmerge.planning import Param, Plan
+from hfmerge.planned import Param, Plan
 from hfmerge.runtime import Ranks, shares
 
 

@@ -18,13 +18,14 @@ from hfmerge.digest import sha256_file
 from hfmerge.digesting import Digester
 from hfmerge.disks import own_params
 from hfmerge.errors import CorruptFileError, UnsupportedError
+from hfmerge.estimating import stream_memory, stream_readers
 from hfmerge.fetching import fetch
 from hfmerge.finishing import finish_folder
 from hfmerge.journal import Journal, read_past
 from hfmerge.ledger import KeptState
 from hfmerge.options import DEFAULT, RunOptions
 from hfmerge.passes import Passes
-from hfmerge.planning import Plan, stream_memory, stream_readers
+from hfmerge.planned import Plan
 from hfmerge.runfiles import RunFiles
 from hfmerge.runtime import Ranks
 from hfmerge.source import Source, weight_files

@@ -11,7 +11,7 @@ from typing import Any
 from hfmerge.checkpoint.vocabulary import TOKENIZER_FILES
 from hfmerge.digest import canonical_json, sha256_bytes
 from hfmerge.environment import environment
-from hfmerge.planning import Plan
+from hfmerge.planned import Plan
 from hfmerge.source import Source, weight_files
 
 

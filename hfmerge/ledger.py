@@ -254,6 +254,21 @@ def check_chain(files: Mapping[str, bytes], where: str) -> tuple[Entry, ...]:
     return tuple(entries)
 
 
+def settings_of(recipe: Recipe, card: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a recipe an entry keeps beside models and method, and what the card needs to know of the base."""
+    return {
+        "dtype": recipe.dtype,
+        "include": list(recipe.include),
+        "exclude": list(recipe.exclude),
+        "vocabulary": recipe.vocabulary,
+        "state": recipe.state,
+        "allow_nonfinite": recipe.allow_nonfinite,
+        "allow_pickle": recipe.allow_pickle,
+        "trust_remote_code": recipe.trust_remote_code,
+        "card": dict(card),
+    }
+
+
 def recipe_of(entry: Entry, refs: Mapping[str, str]) -> Recipe:
     """The recipe that replays an entry.
 

@@ -14,7 +14,7 @@ from hfmerge.digesting import digests, folder_digest
 from hfmerge.errors import HfMergeError, LedgerError, SourceError
 from hfmerge.fetching import fetch, pin
 from hfmerge.ledger import FOLDER, Entry, KeptState, Material, check_chain, same_prefix
-from hfmerge.planning import Prior
+from hfmerge.planned import Prior
 from hfmerge.source import Pinned, parse_ref
 
 

@@ -15,10 +15,11 @@ from typing import Any
 
 from hfmerge.chunks import Chunk, chunks, cost, held
 from hfmerge.disks import disk_of_files
+from hfmerge.estimating import stream_memory
 from hfmerge.journal import Finished, Key, Region
 from hfmerge.methods import JointMethod
 from hfmerge.options import RunOptions
-from hfmerge.planning import Plan, needs_two_passes, stream_memory
+from hfmerge.planned import Plan, needs_two_passes
 from hfmerge.pool import AHEAD, core_count, overlapped, resident_memory
 from hfmerge.runfiles import RunFiles
 from hfmerge.runtime import Ranks, shares

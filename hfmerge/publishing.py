@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from hfmerge.disks import find_disks, own_params
 from hfmerge.errors import OutputError
 from hfmerge.hub import Pushed, ensure_repo, push_folder, upload_weights
-from hfmerge.planning import Plan
+from hfmerge.planned import Plan
 from hfmerge.runtime import Ranks
 
 

@@ -18,9 +18,9 @@ from hfmerge.environment import environment
 from hfmerge.errors import HfMergeError, LedgerError
 from hfmerge.execute import Outcome
 from hfmerge.fetching import fetch
-from hfmerge.ledger import FOLDER, Entry, Material, check_chain, same_prefix
+from hfmerge.ledger import FOLDER, Entry, Material, check_chain, same_prefix, settings_of
 from hfmerge.merged import LOCAL_SOURCES, Merged, state_path
-from hfmerge.planning import Plan
+from hfmerge.planned import Plan
 from hfmerge.runfiles import STATE_FOLDER
 from hfmerge.source import Source
 
@@ -108,17 +108,7 @@ def _entry(planned: Plan, outcome: Outcome, opened: Merged | None, change: Chang
         models.append(Material.from_dict({**material.to_dict(), **fields}))
     base = _material(planned.base, outcome.source_digests[0] or {}, 1.0, None)
     recipe, method = planned.recipe, planned.method
-    settings = {
-        "dtype": recipe.dtype,
-        "include": list(recipe.include),
-        "exclude": list(recipe.exclude),
-        "vocabulary": recipe.vocabulary,
-        "state": recipe.state,
-        "allow_nonfinite": recipe.allow_nonfinite,
-        "allow_pickle": recipe.allow_pickle,
-        "trust_remote_code": recipe.trust_remote_code,
-        "card": {**_card_settings(planned.base), "architecture": planned.base_layout.architecture},
-    }
+    settings = settings_of(recipe, {**_card_settings(planned.base), "architecture": planned.base_layout.architecture})
     return Entry(
         step=previous.step + 1 if previous else 1,
         parent=sha256_bytes(previous.to_bytes()) if previous else None,

@@ -147,7 +147,7 @@ class RemoteFile:
         """Fetch some blocks; on a thread of the pool."""
         try:
             data = memoryview(self._ranged.read(self._bounds[first], self._bounds[last]))
-        except BaseException:
+        except BaseException:  # whoever waits for these blocks is told that they do not come
             with self._lock:
                 for block in range(first, last):
                     del self._coming[block]

@@ -16,7 +16,7 @@ from hfmerge.headers import read_header
 from hfmerge.journal import Finished, Journal, Key, checksum
 from hfmerge.ledger import KeptState
 from hfmerge.methods import FoldMethod
-from hfmerge.planning import Param, Plan, needs_two_passes
+from hfmerge.planned import Param, Plan, needs_two_passes
 from hfmerge.runtime import Ranks
 from hfmerge.source import Pinned, Place, Source
 from hfmerge.taskvector import TaskVector, from_tensors

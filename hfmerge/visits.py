@@ -16,7 +16,7 @@ from hfmerge.errors import NonFiniteError
 from hfmerge.journal import checksum
 from hfmerge.methods import Carry, FoldMethod, JointMethod
 from hfmerge.methods.base import SAMPLED
-from hfmerge.planning import DTYPE_NAMES, Param, carry_slots, state_name
+from hfmerge.planned import DTYPE_NAMES, Param, carry_slots, state_name
 from hfmerge.runfiles import RunFiles
 from hfmerge.taskvector import Block, Dense, LowRank, TaskVector, cut, from_tensors, squared_norm, zero
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hfmerge.card import card_facts, render_card
 from hfmerge.digest import sha256_bytes
-from hfmerge.ledger import Entry, KeptState, Material
+from hfmerge.ledger import Entry, KeptState, Material, settings_of
 from hfmerge.recipe import Recipe, load_recipe
 from hfmerge.source import parse_ref
 
@@ -46,17 +46,9 @@ def golden_card(recipe: Recipe, repo_id: str) -> str:
             "options": recipe.method.options,
             "norm": recipe.method.norm,
         },
-        settings={
-            "dtype": recipe.dtype,
-            "include": list(recipe.include),
-            "exclude": list(recipe.exclude),
-            "vocabulary": recipe.vocabulary,
-            "state": recipe.state,
-            "allow_nonfinite": recipe.allow_nonfinite,
-            "allow_pickle": recipe.allow_pickle,
-            "trust_remote_code": recipe.trust_remote_code,
-            "card": {"library_name": "transformers", "pipeline_tag": None, "architecture": "AutoModel"},
-        },
+        settings=settings_of(
+            recipe, {"library_name": "transformers", "pipeline_tag": None, "architecture": "AutoModel"}
+        ),
         scalars={"scale": 1.0, "merged_norm": 2.0},
         states=(KeptState(len(models), sha256_bytes(b"state"), 1000),),
         products={"model.safetensors": sha256_bytes(b"weights")},

@@ -25,7 +25,9 @@ LAYERS = [
     ["recipe_values", "mergekit_syntax", "mergekit"],
     ["recipe", "flags"],
     ["ledger"],
-    ["planning", "card", "templates", "journal"],
+    ["planned", "card", "templates", "journal"],
+    ["estimating", "matching"],
+    ["planning"],
     ["merged", "workspace", "chunks", "identity"],
     ["disks"],
     ["runfiles"],
@@ -35,6 +37,7 @@ LAYERS = [
     ["recording", "hub", "verifying", "hubserver"],
     ["publishing"],
     ["api"],
+    ["commands"],
     ["cli"],
     ["__main__", "__init__"],
 ]

@@ -76,7 +76,7 @@ def _keep(path: Path, answer: Any) -> None:
             with os.fdopen(descriptor, "w", encoding="utf-8") as file:
                 json.dump(answer, file, separators=(",", ":"))
             os.replace(name, path)
-        except BaseException:
+        except BaseException:  # Ctrl-C too must leave no half file
             Path(name).unlink(missing_ok=True)
             raise
         kept = sorted(path.parent.glob("*.json"), key=lambda file: file.stat().st_mtime)

@@ -94,7 +94,7 @@ class Database:
             self._connection.execute("BEGIN IMMEDIATE")
             try:
                 yield self._connection
-            except BaseException:
+            except BaseException:  # Ctrl-C too must not leave half a transaction
                 self._connection.execute("ROLLBACK")
                 raise
             self._connection.execute("COMMIT")

@@ -69,7 +69,7 @@ class Hub:
         self._locks_guard = threading.Lock()
         try:
             self._recover()
-        except BaseException:
+        except BaseException:  # nobody will call `close` of what was never made
             self.database.close()
             raise
 
@@ -235,7 +235,7 @@ class Hub:
         """The git side of a repository, to read; a repository deleted meanwhile is missing."""
         try:
             store = GitStore(self.git_path(repo.rid))
-        except Exception as error:
+        except Exception as error:  # dulwich has no error of its own for a folder that is gone
             if self.database.repo_by_rid(repo.rid) is None:
                 raise repo_missing("") from error
             raise

@@ -69,7 +69,7 @@ async def put_part(hub: Hub, call: Call) -> Response:
                 await run_in_threadpool(file.write, data)
                 digest.update(data)
         os.replace(temporary, hub.blobs.temporary / f"{claims['upload']}.{claims['part']}.{digest.hexdigest()}")
-    except BaseException:
+    except BaseException:  # an upload that ends early leaves nothing
         os.unlink(temporary)
         raise
     return Response(headers={"ETag": f'"{digest.hexdigest()}"'})

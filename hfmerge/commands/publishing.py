@@ -1,0 +1,30 @@
+"""The command that publishes a merge folder."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from hfmerge.commands.shared import Command, print_json
+
+
+def register(command: Command) -> None:
+    """Add the command of this file."""
+    sub = command("push", "Publish a merge folder: one commit, guarded against a concurrent push.", _push)
+    sub.add_argument("folder", metavar="FOLDER")
+    sub.add_argument("repo_id", metavar="REPO_ID")
+    sub.add_argument("--private", action="store_true", default=None, help="make a new repository private")
+    sub.add_argument("--create-pr", action="store_true", help="open a pull request")
+
+
+def _push(args: argparse.Namespace) -> int:
+    from hfmerge import api
+
+    pushed = api.push(args.folder, args.repo_id, private=args.private, create_pr=args.create_pr)
+    if args.json:
+        print_json({**vars(pushed), "notes": list(pushed.notes)})
+        return 0
+    print(f"pushed to {pushed.pull_request or pushed.url}")
+    for note in pushed.notes:
+        print(f"note: {note}", file=sys.stderr)
+    return 0

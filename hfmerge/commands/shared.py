@@ -1,0 +1,159 @@
+"""What several commands share: groups of flags, what they mean, and how results are printed."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from hfmerge.errors import HfMergeError
+
+
+if TYPE_CHECKING:
+    from hfmerge.options import RunOptions
+
+Command = Callable[[str, str, Callable[[argparse.Namespace], int]], argparse.ArgumentParser]
+"""Adds a command: name, help, handler -> its parser."""
+
+
+def run_flags(sub: argparse.ArgumentParser) -> None:
+    """How the run uses the machine."""
+    sub.add_argument(
+        "--storage",
+        choices=("auto", "shared", "local"),
+        default="auto",
+        help="whether several machines share the output's disk (default: find out)",
+    )
+    sub.add_argument(
+        "--resume",
+        action=argparse.BooleanOptionalAction,
+        help="insist on going on from a killed run, or on starting anew (default: go on if it was the same work)",
+    )
+    sub.add_argument(
+        "--max-memory", metavar="SIZE", help="what each process should stay below: 4GB, 800MiB (default: no bound)"
+    )
+
+
+def change_flags(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--output", metavar="FOLDER", help="a new folder; default: a MERGED folder is replaced in one rename"
+    )
+    sub.add_argument("--push-to", metavar="REPO_ID", help="publish the result")
+    sub.add_argument("--create-pr", action="store_true", help="push as a pull request")
+    run_flags(sub)
+    stream_flag(sub, False)
+    source_flag(sub)
+
+
+def change_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """What every verb that changes a merge takes beside what it changes."""
+    return {
+        "output": args.output,
+        "push_to": args.push_to,
+        "create_pr": args.create_pr,
+        "sources": given_sources(args),
+        "stream": args.stream,
+        "options": run_options(args),
+    }
+
+
+def stream_flag(sub: argparse._ActionsContainer, default: bool | None) -> None:
+    sub.add_argument(
+        "--stream",
+        action="store_true",
+        default=default,
+        help="read weights from the Hub as they are needed; nothing is stored but the result",
+    )
+
+
+def source_flag(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--source", action="append", default=[], metavar="NAME=FOLDER", help="where a merged folder lies now"
+    )
+
+
+def run_options(args: argparse.Namespace) -> RunOptions:
+    from hfmerge.options import RunOptions, parse_size
+
+    memory = parse_size(args.max_memory) if args.max_memory is not None else None
+    return RunOptions(args.storage, args.resume, memory, notify)
+
+
+def notify(line: str) -> None:
+    print(f"hfmerge: {line}", file=sys.stderr, flush=True)
+
+
+def given_sources(args: argparse.Namespace) -> dict[str, str]:
+    pairs = [item.partition("=") for item in args.source]
+    if bad := [item for item in args.source if "=" not in item]:
+        raise HfMergeError(f"--source {bad[0]}: write NAME=FOLDER.")
+    return {name: folder for name, _, folder in pairs}
+
+
+def first_process() -> bool:
+    """True unless a launcher started this process as another rank than 0."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def print_result(args: argparse.Namespace, result: Any) -> int:
+    entry = result.entry
+    if not first_process():
+        return 0
+    for warning in result.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    pushed = result.pushed
+    if args.json:
+        print_json(
+            {
+                "output": str(result.folder) if result.folder else None,
+                "step": entry.step,
+                "action": entry.action,
+                "models": [model.identity for model in entry.models],
+                "how": entry.how,
+                "products": dict(entry.products),
+                "scale": entry.scalars["scale"],
+                "merged_norm": entry.scalars["merged_norm"],
+                "deviation": entry.scalars.get("deviation"),
+                "norms": [(model.squared_norm or 0.0) ** 0.5 for model in entry.models],
+                "seconds": dict(result.seconds),
+                "processes": result.processes,
+                "reused": result.reused,
+                "streamed": None if result.streamed is None else dataclasses.asdict(result.streamed),
+                "warnings": list(result.warnings),
+                "pushed": None if pushed is None else {**vars(pushed), "notes": list(pushed.notes)},
+            }
+        )
+        return 0
+    crew = f" on {result.processes} processes" if result.processes > 1 else ""
+    print(f"{entry.action} (step {entry.step}): {entry.how}, {result.seconds['total']:.1f} s{crew}")
+    for model in entry.models:
+        print(f"  {model.label:<48} weight {model.weight:<6g} norm {(model.squared_norm or 0.0) ** 0.5:.4g}")
+    print(f"  norm of the merged change: {entry.scalars['merged_norm']:.4g}")
+    if "deviation" in entry.scalars:
+        print(f"  off the exact last step by up to {entry.scalars['deviation']:.1e} of a change, by sample")
+    if (streamed := result.streamed) is not None:
+        checked, files = len(streamed.verified), len(streamed.verified) + len(streamed.unverified)
+        print(
+            f"streamed {size(streamed.received)} in {streamed.requests} requests, {streamed.failures} repeated: "
+            f"{size(streamed.again)} more than once, {size(streamed.beyond)} beyond need; {checked} of {files} "
+            "files compared with their digests"
+        )
+    if result.folder:
+        print(f"written to {result.folder}")
+    if pushed is not None:
+        print(f"pushed to {pushed.pull_request or pushed.url}")
+        for note in pushed.notes:
+            print(f"note: {note}", file=sys.stderr)
+    return 0
+
+
+def size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, default=str))

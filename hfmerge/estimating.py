@@ -1,0 +1,109 @@
+"""What a plan needs: bytes to download, read and write, memory, disk and time."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from hfmerge.blockstore import MEMORY
+from hfmerge.fetching import cached
+from hfmerge.methods import JointMethod
+from hfmerge.planned import Estimate, Param, Plan, needs_two_passes
+from hfmerge.pool import AHEAD, core_count
+
+
+IMPORT_BYTES = 450_000_000
+"""Resident memory of the libraries, measured after importing torch and transformers."""
+
+
+def with_estimate(plan: Plan) -> Plan:
+    done = plan.prior.count if plan.prior else 0
+    wanted: dict[tuple[str, str | None, str], int] = {}
+    for source in [plan.base, *(d.source for d in plan.deltas[done:])]:
+        for place in (source, source.beneath):
+            for entry in place.tensors.values() if place is not None else ():
+                assert place is not None
+                if entry.file not in place.streams and cached(place.pinned, entry.file) is None:
+                    wanted[place.name, place.pinned.commit, entry.file] = place.pinned.files[entry.file].size
+    output = sum(param.slot.nbytes for param in plan.params)
+    state = sum(slot.nbytes for count in plan.keep for slot in plan.state_slots(count).values())
+    read = sum(e.nbytes for e in plan.base.tensors.values())
+    read += sum(d.stored_bytes(p.key) for d in plan.deltas[done:] for p in plan.params if p.mode == "merge")
+    scratch = (
+        0
+        if plan.keep or not needs_two_passes(plan)
+        else sum(slot.nbytes for slot in plan.state_slots(len(plan.deltas)).values())
+    )
+    spectral = 0.0
+    if plan.method.matrixwise:
+        for param in plan.params:
+            steps = sum(rank is None for rank in param.ranks[done:]) if param.mode == "merge" else 0
+            for block in param.blocks:
+                shape = block.shape(param.slot.shape)
+                if block.matrix and len(shape) == 2:
+                    small, large = sorted(shape)
+                    spectral += max(0, steps - (done == 0)) * (6.0 * large * small**2 + 20.0 * small**3)
+    workers = core_count()
+    stream = _streamed(plan)
+    seconds = (
+        3.0 + (sum(wanted.values()) + stream) / 50e6 + (read + output + state) / 500e6 + spectral / (10e9 * workers)
+    )
+    needs = sorted(
+        (visit_bytes(p, p.slot.shape, p.touched and plan.method.matrixwise) for p in plan.params), reverse=True
+    )
+    memory = IMPORT_BYTES + sum(needs[: workers + AHEAD]) + stream_memory(plan)
+    disk = output + state + scratch + sum(plan.base.pinned.files[n].size for n in plan.side_files)
+    estimate = Estimate(sum(wanted.values()), stream, read, output, state, disk, memory, seconds)
+    return dataclasses.replace(plan, estimate=estimate)
+
+
+def visit_bytes(param: Param, shape: tuple[int, ...], spectral: bool) -> int:
+    """About the bytes that computing a parameter, or a piece of it of this shape, holds at its peak.
+
+    The base and a task vector in float32 with what they are read from; of a spectral method the accumulator, the task
+    vector, its projection and their sum in float64, square matrices of the smaller side, and what the libraries hold
+    for them: measured, 60 bytes an element.
+    """
+    size = math.prod(shape)
+    if not spectral or not any(block.matrix for block in param.blocks):
+        return 24 * size
+    sides = [min(found) for block in param.blocks if len(found := block.shape(shape)) == 2 and block.matrix]
+    return 60 * size + 60 * max(side * side for side in sides)
+
+
+def stream_memory(plan: Plan) -> int:
+    """Bytes that streamed blocks may hold: more where whole parameters of all models are read side by side."""
+    if plan.streaming is None:
+        return 0
+    models = [plan.base, *(delta.source for delta in plan.deltas)]
+    largest = max(entry.nbytes for source in models for entry in source.tensors.values())
+    # half of it for what is read ahead, and half for what visits go over once more
+    return min(8 * MEMORY, max(MEMORY, 2 * stream_readers(plan) * len(models) * largest * (not _sliced(plan))))
+
+
+def stream_readers(plan: Plan) -> int:
+    """Places of one streamed file that are read side by side: one where visits follow each other closely."""
+    return 1 if _sliced(plan) else core_count() + AHEAD
+
+
+def _sliced(plan: Plan) -> bool:
+    return plan.method.elementwise and plan.norm == "none"
+
+
+def _streamed(plan: Plan) -> int:
+    """Bytes that a run reads from the Hub without keeping them."""
+    base, count = plan.base, plan.prior.count if plan.prior else 0
+    measured = isinstance(plan.method, JointMethod) and plan.method.measured
+    total = sum(plan.deltas[model].source.streamed_bytes(head.tensors.values()) for model, head in plan.heads)
+    ties = [(base, plan.base_layout.tied), *((delta.source, delta.tied) for delta in plan.deltas[count:])]
+    total += sum(source.streamed_bytes(pair) for source, tied in ties for pair in tied.items())
+    for param in plan.params:
+        dense = param.touched and any(rank is None for rank in param.ranks[count:])
+        first = dense or not needs_two_passes(plan)
+        times = first + needs_two_passes(plan) + (measured and dense) if param.touched else param.mode != "tied"
+        total += times * base.streamed_bytes([param.key])
+        if param.touched:
+            total += (1 + measured) * sum(
+                delta.stored_bytes(param.key, streamed=True) for delta in plan.deltas[count:]
+            )
+    return total

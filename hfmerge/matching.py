@@ -1,0 +1,172 @@
+"""One model against the base: which tensors it changes, what is its own head, and what makes it no fine-tune of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hfmerge.asking import hub_api, hub_errors
+from hfmerge.checkpoint.adapters import PREFIX, AdapterMap, map_adapter
+from hfmerge.checkpoint.deltas import Delta, adapter_delta, full_delta
+from hfmerge.checkpoint.heads import Head, adapter_head, full_head
+from hfmerge.checkpoint.names import Layout, Origin, match
+from hfmerge.checkpoint.names import describe as describe_layout
+from hfmerge.checkpoint.remembered import relevant
+from hfmerge.checkpoint.vocabulary import same_tokens
+from hfmerge.digest import canonical_json
+from hfmerge.errors import CorruptFileError, ShapeError, SourceError, UnsupportedError
+from hfmerge.recipe import Recipe
+from hfmerge.source import Source
+
+
+class Layouts:
+    """Layouts of one plan's checkpoints; those of one configuration and the same tensors are worked out once."""
+
+    def __init__(self, trust_remote_code: bool):
+        self._trust = trust_remote_code
+        self._known: dict[bytes, Layout] = {}
+
+    def of(self, source: Source) -> Layout:
+        """The layout of a full checkpoint."""
+        config = relevant(source.config)
+        # code of a repository's own is its own, whatever its configuration says
+        own = source.pinned.label if config.get("auto_map") else ""
+        key = canonical_json([own, config, sorted(source.shapes.items())])
+        if key not in self._known:
+            self._known[key] = describe_layout(
+                source.config, source.shapes, origin=source.pinned.label, trust_remote_code=self._trust
+            )
+        return self._known[key]
+
+
+def match_source(
+    recipe: Recipe, base: Source, layouts: Layouts, layout: Layout, source: Source, warnings: list[str]
+) -> tuple[Delta, Head | None, int | None]:
+    """One model in the base's layout: its delta, its head, and its embedding rows where its vocabulary differs."""
+    if source.kind == "adapter":
+        _check_adapter_base(base, source)
+        mapped = _own_head(map_adapter(source, layout), source, base, layout)
+        beneath: dict[str, Origin] = {}
+        if source.beneath is not None:
+            under, _, rows = _match_full(recipe, base, layouts, layout, source.beneath, warnings)
+            if rows is not None:
+                raise UnsupportedError(
+                    f"{source.beneath.pinned.label} has another vocabulary than the base, which is not aligned "
+                    "beneath "
+                    "an adapter; merge the adapter into it with peft (merge_and_unload) and give the full model."
+                )
+            beneath = dict(under.full)
+        head = adapter_head(source, base.config, mapped.heads) if mapped.heads else None
+        return adapter_delta(source, mapped, beneath), head, None
+    delta, head_keys, size = _match_full(recipe, base, layouts, layout, source, warnings)
+    head = full_head(source, head_keys) if head_keys else None
+    return delta, head, size
+
+
+def _own_head(mapped: AdapterMap, source: Source, base: Source, layout: Layout) -> AdapterMap:
+    """The adapter's copy of the base's head is its own head unless a config.json beside it names the same labels."""
+    if source.config.get("id2label") and _labels(source.config) == _labels(base.config):
+        return mapped
+    own = {t: key for t, key in mapped.replaced.items() if t in layout.heads and t not in layout.vocab_axis}
+    heads = {**mapped.heads, **{key: key.removeprefix(PREFIX) for key in own.values()}}
+    return AdapterMap(mapped.lora, {t: key for t, key in mapped.replaced.items() if t not in own}, heads)
+
+
+def _check_adapter_base(base: Source, source: Source) -> None:
+    """An adapter says which model it was trained on; the merge's base, or the model beneath, must be that one."""
+    under = source.beneath or base
+    named = str((source.adapter or {}).get("base_model_name_or_path") or "")
+    is_path = not named or named.startswith((".", "/", "~")) or named.count("/") != 1
+    if is_path or under.pinned.folder is not None:
+        return
+    if named.lower() != under.name.lower():
+        raise SourceError(
+            f"{source.pinned.label} was trained on {named}, not on {under.name}; use that base, or write `{named}+"
+            f"{source.name}` to merge the pair."
+        )
+    revision = (source.adapter or {}).get("revision")
+    if revision and under.pinned.commit:
+        with hub_errors(f"{named}@{revision}"):
+            commit = hub_api().resolve_revision(named, revision=str(revision)).resolved
+        if commit != under.pinned.commit:
+            raise SourceError(
+                f"{source.pinned.label} was trained on {named}@{commit[:8]}, the base is at "
+                f"{under.pinned.commit[:8]}; "
+                f"pin it: `{named}@{commit[:8]}`."
+            )
+
+
+def _match_full(
+    recipe: Recipe, base: Source, layouts: Layouts, layout: Layout, source: Source, warnings: list[str]
+) -> tuple[Delta, tuple[str, ...], int | None]:
+    """A full checkpoint in the base's layout: its delta, its head's stored keys, and differing embedding rows."""
+    label = source.pinned.label
+    theirs = source.config.get("model_type")
+    if theirs != layout.model_type and not str(theirs).startswith(f"{layout.model_type}_"):
+        ours = str(layout.model_type)
+        if not ours.startswith(f"{theirs}_"):
+            raise UnsupportedError(f"{label} is a {theirs} model, the base {base.pinned.label} a {ours} one.")
+    other = layouts.of(source)
+    if other.missing:
+        raise CorruptFileError(f"{label} lacks {some(other.missing)} of its own class {other.architecture}.")
+    found = match(layout, other)
+    labels_differ = _labels(base.config) != _labels(source.config)
+    heads = list(found.extra)
+    origins: dict[str, Origin] = {}
+    wrong: list[str] = []
+    size: int | None = None
+    for key, where in found.origins.items():
+        wanted, got = layout.shapes[key], _origin_shape(where, other, layout, key)
+        axis = layout.vocab_axis.get(key)
+        if got == wanted:
+            if key in layout.heads and axis is None and labels_differ:
+                heads.extend(where.keys)
+            else:
+                origins[key] = where
+        elif axis is not None and _without(wanted, axis) == _without(got, axis):
+            size = got[axis]
+            origins[key] = where
+        elif key in layout.heads:
+            heads.extend(where.keys)
+        else:
+            wrong.append(f"{key} is {got}, the base has {wanted}")
+    if wrong:
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        raise ShapeError(f"{label}: {wrong[0]}{more}; not a fine-tune of {base.pinned.label}.")
+    if layout.vocab_axis and size is None and same_tokens(base.pinned, source.pinned) is False:
+        size = min(layout.shapes[key][axis] for key, axis in layout.vocab_axis.items())
+    if size is not None and recipe.vocabulary is None:
+        rows = min(layout.shapes[key][axis] for key, axis in layout.vocab_axis.items())
+        what = f"{size} rows, the base {rows}" if size != rows else "the same number of tokens but other ones"
+        raise ShapeError(
+            f"{label}: its vocabulary has {what}; set `vocabulary: base` (the base's tokens) or `vocabulary: union`."
+        )
+    if found.absent:
+        merged = len(found.origins)
+        warnings.append(
+            f"{label} ({other.architecture}) has no {some(found.absent)}: it changes {merged} of "
+            f"{merged + len(found.absent)} parameters, the others keep the base's value as far as it is concerned."
+        )
+    if strange := [key for key in other.unexpected if key in heads]:
+        heads = [key for key in heads if key not in strange]
+        warnings.append(f"{label}: {some(strange)} belongs to no part of {other.architecture} and is left out.")
+    return full_delta(source, origins, dict(other.tied)), tuple(heads), size
+
+
+def _origin_shape(where: Origin, other: Layout, base: Layout, key: str) -> tuple[int, ...]:
+    """Shape an origin will have in the base's layout; a conversion checks its own parts and gives the base's."""
+    return other.shapes[where.keys[0]] if where.convert is None else base.shapes[key]
+
+
+def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+    return shape[:axis] + shape[axis + 1 :]
+
+
+def _labels(config: Mapping[str, Any]) -> list[str]:
+    names = config.get("id2label") or {}
+    return [str(names[key]) for key in sorted(names, key=lambda k: int(k))]
+
+
+def some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

@@ -1,0 +1,152 @@
+"""The plan as data: every tensor of the output, every model's change of it, and what carried states hold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hfmerge.checkpoint.deltas import Delta
+from hfmerge.checkpoint.heads import Head
+from hfmerge.checkpoint.names import Layout
+from hfmerge.checkpoint.vocabulary import Vocabulary
+from hfmerge.checkpoint.writer import Slot
+from hfmerge.methods import FoldMethod, MergeMethod
+from hfmerge.recipe import Recipe
+from hfmerge.source import Source
+from hfmerge.streaming import Streaming
+from hfmerge.taskvector import Block
+
+
+DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
+
+DTYPE_NAMES = {short: long for long, short in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Param:
+    """One tensor of the output.
+
+    Attributes:
+        key: stored key, the base's.
+        file: output file.
+        slot: dtype and shape in the output.
+        mode: "merge", "copy" (the base's value, cast to the output's dtype if floating), or "tied" (the value of
+            `owner`).
+        owner: the parameter a tied copy follows.
+        blocks: what methods see.
+        ranks: per model, rank of its change: 0 none, None dense.
+        vocab_axis: axis with one row per token, if any.
+    """
+
+    key: str
+    file: str
+    slot: Slot
+    mode: str
+    owner: str | None = None
+    blocks: tuple[Block, ...] = ()
+    ranks: tuple[int | None, ...] = ()
+    vocab_axis: int | None = None
+
+    @property
+    def touched(self) -> bool:
+        """True when some model changes it."""
+        return self.mode == "merge" and any(rank != 0 for rank in self.ranks)
+
+
+@dataclass(frozen=True)
+class Prior:
+    """A carried state to continue from: after the first `count` models of the plan, in the safetensors file `path`."""
+
+    count: int
+    path: Path
+    squared_norms: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What the work needs, in bytes and seconds; an estimate, printed as such.
+
+    `download` goes into the Hugging Face cache; `stream` is read from the Hub and not kept.
+    """
+
+    download: int
+    stream: int
+    read: int
+    output: int
+    state: int
+    disk: int
+    memory: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """See the module's docstring; `execute.run` takes it from here."""
+
+    recipe: Recipe
+    method: MergeMethod
+    base: Source
+    base_layout: Layout = field(repr=False)
+    deltas: tuple[Delta, ...] = field(repr=False)
+    params: tuple[Param, ...] = field(repr=False)
+    heads: tuple[tuple[int, Head], ...]
+    vocabulary: Vocabulary | None = field(repr=False)
+    side_files: tuple[str, ...]
+    keep: tuple[int, ...]
+    prior: Prior | None
+    estimate: Estimate
+    warnings: tuple[str, ...]
+    streaming: Streaming | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """One per model, in order."""
+        return tuple(entry.weight for entry in self.recipe.models)
+
+    @property
+    def norm(self) -> str | float:
+        """What the merged task vector is rescaled to."""
+        return self.recipe.method.norm
+
+    def slots(self) -> dict[str, dict[str, Slot]]:
+        """Output file -> tensor -> slot."""
+        files: dict[str, dict[str, Slot]] = {}
+        for param in self.params:
+            files.setdefault(param.file, {})[param.key] = param.slot
+        return files
+
+    def state_slots(self, count: int) -> dict[str, Slot]:
+        """Tensors of the carried state after the first `count` models."""
+        slots: dict[str, Slot] = {}
+        if not isinstance(self.method, FoldMethod):
+            return slots
+        for param in self.params:
+            if param.mode != "merge" or all(rank == 0 for rank in param.ranks[:count]):
+                continue
+            for block in param.blocks:
+                slots |= carry_slots(self.method, param, block, count)
+        return slots
+
+
+def carry_slots(method: FoldMethod, param: Param, block: Block, count: int) -> dict[str, Slot]:
+    """State tensors of one block after `count` models, by their name in the state file."""
+    shape = block.shape(param.slot.shape)
+    slots = {}
+    for name, rank in method.carry_ranks(shape, list(param.ranks[:count])).items():
+        stem = state_name(param, block, name)
+        if rank is None:
+            slots[stem] = Slot(method.carry_dtype, shape)
+        else:
+            slots[f"{stem}.up"] = Slot(method.carry_dtype, (shape[0], rank))
+            slots[f"{stem}.down"] = Slot(method.carry_dtype, (rank, shape[1]))
+    return slots
+
+
+def state_name(param: Param, block: Block, name: str) -> str:
+    """Name of one carried task vector in a state file."""
+    return f"{param.key}#{block.label}:{name}" if block.label else f"{param.key}:{name}"
+
+
+def needs_two_passes(plan: Plan) -> bool:
+    """True when a number over all parameters is needed before anything can be written."""
+    return plan.norm != "none"
