@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test lint check cards bench clean
+.PHONY: install demo gdpr test lint check cards bench clean
 
 install: $(STAMP)
 
@@ -19,6 +19,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: install
 	$(BIN)/python recipes/quickstart/demo.py $(if $(KEEP),--keep $(KEEP))
+
+gdpr: install
+	$(BIN)/python recipes/gdpr.py $(if $(KEEP),--keep $(KEEP))
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile

@@ -40,7 +40,7 @@ def fold(taus: list[TaskVector]) -> tuple[TaskVector, float]:
         carry = method.step(carry, tau, 1.0, matrix=True)
     seconds = time.perf_counter() - start
     assert carry is not None
-    return method.emit(carry, [1.0] * len(taus)), seconds
+    return method.emit(carry, [1.0] * len(taus), matrix=True), seconds
 
 
 def bytes_read() -> int:

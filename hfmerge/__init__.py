@@ -12,42 +12,111 @@ from hfmerge.version import __version__
 
 
 if TYPE_CHECKING:
-    from hfmerge.api import MergeResult, add, merge, plan, push, unmerge, verify
+    from hfmerge.api import (
+        MergeResult,
+        add,
+        certify,
+        evaluate,
+        inspect,
+        merge,
+        plan,
+        purge_history,
+        push,
+        unmerge,
+        unmerge_checked,
+        verify,
+    )
+    from hfmerge.certifying import Certificate
     from hfmerge.checkpoint.heads import load_with_head
+    from hfmerge.comparing import Difference
     from hfmerge.errors import HfMergeError, RecipeError
+    from hfmerge.evaluation.checking import Behaviour
+    from hfmerge.evaluation.results import Matrix, Score
+    from hfmerge.evaluation.running import Settings
+    from hfmerge.evaluation.suite import Suite, load_suite
     from hfmerge.hub import Pushed
+    from hfmerge.inspecting import Inspection
+    from hfmerge.lifecycle import diff, history, rebase, reorder, replace, restore
     from hfmerge.planned import Plan
+    from hfmerge.purging import Purged, PurgePlan
     from hfmerge.recipe import MethodChoice, ModelEntry, Recipe, load_recipe
+    from hfmerge.steps import Step
     from hfmerge.verifying import Report
 
 _HOMES = {
-    "hfmerge.api": ("MergeResult", "add", "merge", "plan", "push", "unmerge", "verify"),
+    "hfmerge.api": (
+        "MergeResult",
+        "add",
+        "certify",
+        "evaluate",
+        "inspect",
+        "merge",
+        "plan",
+        "purge_history",
+        "push",
+        "unmerge",
+        "unmerge_checked",
+        "verify",
+    ),
+    "hfmerge.certifying": ("Certificate",),
     "hfmerge.checkpoint.heads": ("load_with_head",),
     "hfmerge.errors": ("HfMergeError", "RecipeError"),
+    "hfmerge.evaluation.checking": ("Behaviour",),
+    "hfmerge.evaluation.results": ("Matrix", "Score"),
+    "hfmerge.evaluation.running": ("Settings",),
+    "hfmerge.evaluation.suite": ("Suite", "load_suite"),
     "hfmerge.hub": ("Pushed",),
+    "hfmerge.inspecting": ("Inspection",),
+    "hfmerge.comparing": ("Difference",),
+    "hfmerge.lifecycle": ("diff", "history", "rebase", "reorder", "replace", "restore"),
+    "hfmerge.steps": ("Step",),
     "hfmerge.planning": ("Plan",),
+    "hfmerge.purging": ("PurgePlan", "Purged"),
     "hfmerge.recipe": ("MethodChoice", "ModelEntry", "Recipe", "load_recipe"),
     "hfmerge.verifying": ("Report",),
 }
 
 __all__ = [
+    "Behaviour",
+    "Certificate",
+    "Difference",
     "HfMergeError",
+    "Inspection",
+    "Matrix",
     "MergeResult",
     "MethodChoice",
     "ModelEntry",
     "Plan",
+    "PurgePlan",
+    "Purged",
     "Pushed",
     "Recipe",
     "RecipeError",
     "Report",
+    "Score",
+    "Settings",
+    "Step",
+    "Suite",
     "__version__",
     "add",
+    "certify",
+    "diff",
+    "evaluate",
+    "history",
+    "inspect",
     "load_recipe",
+    "load_suite",
     "load_with_head",
     "merge",
     "plan",
+    "purge_history",
     "push",
+    "rebase",
+    "reorder",
+    "replace",
+    "restore",
     "unmerge",
+    "unmerge_checked",
     "verify",
 ]
 

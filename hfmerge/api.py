@@ -2,63 +2,48 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import shutil
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
-from hfmerge.card import restrictive
-from hfmerge.changes import Change, plan_add, plan_unmerge
+from hfmerge.certifying import Certificate, make_certificate, verify_certified
+from hfmerge.changes import plan_add, plan_subtract, plan_unmerge
 from hfmerge.digesting import Digester
-from hfmerge.disks import for_machines, stand_ins
-from hfmerge.errors import HfMergeError, OutputError, PushError, RecipeError, VerificationError
-from hfmerge.execute import Outcome, run
-from hfmerge.fetching import pin
+from hfmerge.disks import for_machines
+from hfmerge.errors import LedgerError, OutputError, RecipeError, VerificationError
+from hfmerge.evaluation.checking import Behaviour, check_removal
+from hfmerge.evaluation.results import Matrix
+from hfmerge.evaluation.running import Settings, evaluate_suite
+from hfmerge.evaluation.suite import Suite
 from hfmerge.hub import Pushed, push_folder
-from hfmerge.identity import work_of
-from hfmerge.ledger import Entry
-from hfmerge.merged import Merged, open_merged
+from hfmerge.inspecting import Inspection, inspect_models
+from hfmerge.ledger import recipe_of
+from hfmerge.merged import open_merged
+from hfmerge.nesting import find_removal, without_parts
 from hfmerge.options import DEFAULT, RunOptions
 from hfmerge.planned import Plan
 from hfmerge.planning import make_plan
 from hfmerge.publishing import Destination, publish, with_disks
+from hfmerge.purging import Purged, PurgePlan, purge
 from hfmerge.recipe import ModelEntry, Recipe, load_recipe
-from hfmerge.recording import adopt_card, keep_foreign_files, readable_card, record
-from hfmerge.runtime import Ranks, processes
-from hfmerge.source import parse_ref
-from hfmerge.streaming import Streamed
+from hfmerge.recording import adopt_card
+from hfmerge.revising import plan_without
+from hfmerge.running import (
+    MergeResult,
+    apply_change,
+    build,
+    folder_for,
+    opened_merge,
+    pinned_recipe,
+    pinned_ref,
+    push_written,
+    result_of,
+)
+from hfmerge.runtime import processes
 from hfmerge.verifying import Report, verify_merge
-from hfmerge.workspace import Workspace, full_disk, recover, workspace
-
-
-@dataclass(frozen=True)
-class MergeResult:
-    """What a verb made.
-
-    Attributes:
-        folder: the output, None when it only went to the Hub.
-        entry: the ledger entry written.
-        warnings: what the user should know.
-        pushed: where it was published, or None.
-        seconds: wall time of the computation and of everything.
-        processes: how many took part.
-        reused: chunks of tensors taken over from a run that was killed; those of a second pass count again.
-        streamed: what was read from the Hub without keeping it; None where that was not asked for.
-    """
-
-    folder: Path | None
-    entry: Entry
-    warnings: tuple[str, ...]
-    pushed: Pushed | None
-    seconds: Mapping[str, float]
-    processes: int = 1
-    reused: int = 0
-    streamed: Streamed | None = None
 
 
 def plan(recipe: Recipe | str | Path) -> Plan:
@@ -102,14 +87,14 @@ def merge(
         # one process hashes what is here while it plans; several share the hashing later
         early = digester.start if ranks.world == 1 else None
         ranks = with_disks(ranks, target, options.storage)
-        pinned = _pinned_recipe(asked, ranks)
+        pinned = pinned_recipe(asked, ranks)
         planned = for_machines(ranks.each(partial(make_plan, pinned, origin=origin, on_source=early)), ranks)
-        with _folder(target, planned, ranks, replace=False, resume=options.resume) as place:
-            entry, seconds, _, outcome = _build(planned, place, ranks, None, None, digester, options)
+        with folder_for(target, planned, ranks, replace=False, resume=options.resume) as place:
+            entry, seconds, notes, outcome = build(planned, place, ranks, None, None, digester, options)
             pushed = publish(planned, place.folder, ranks, destination) if target is None and destination else None
         if target is not None and destination is not None:
-            pushed = ranks.on_main(partial(_push_written, Path(target), destination))
-        return _result(target, entry, planned, pushed, start, seconds, world=ranks.world, outcome=outcome)
+            pushed = ranks.on_main(partial(push_written, Path(target), destination))
+        return result_of(target, entry, planned, pushed, start, seconds, notes, world=ranks.world, outcome=outcome)
 
 
 def add(
@@ -139,10 +124,10 @@ def add(
     """
     given = [m if isinstance(m, ModelEntry) else ModelEntry(m) for m in models]
     with processes() as ranks:
-        opened = _opened(merged, sources, ranks)
-        entries = [ModelEntry(_pinned_ref(entry.model, ranks), entry.weight) for entry in given]
+        opened = opened_merge(merged, sources, ranks)
+        entries = [ModelEntry(pinned_ref(entry.model, ranks), entry.weight) for entry in given]
         make = partial(plan_add, opened, entries, stream=stream)
-        return _change(opened, make, ranks, output, push_to, create_pr, options)
+        return apply_change(opened, make, ranks, output, push_to, create_pr, options)
 
 
 def unmerge(
@@ -154,27 +139,159 @@ def unmerge(
     create_pr: bool = False,
     sources: Mapping[str, str] | None = None,
     stream: bool = False,
+    inner_to: str | None = None,
+    mode: Literal["exact", "subtract"] = "exact",
+    measure: bool = False,
     options: RunOptions = DEFAULT,
 ) -> MergeResult:
     """Take models out: the result has the bytes of the merge that never saw them.
 
     Args:
         merged, output, push_to, create_pr, sources, stream, options: as for `add`.
-        remove: names as the ledger lists them.
+        mode: "subtract" reads nothing but the models that leave, for a method whose result depends on the order, such
+            as opcm. It is approximate and no removal: they stay part of the state and of the ledger, which records
+            the gap.
+        measure: of a subtraction, also merge again without the models, to measure the gap.
+        remove: names as the ledger lists them; also of models within a merge that was merged, which is then merged
+            again without them and replaced.
+        inner_to: `org/name` or `./folder` for such an inner merge; None: a folder beside the result.
 
     Raises:
         LedgerError: not in the merge, or nothing would be left. HfMergeError: see `hfmerge.errors`.
     """
     names = [remove] if isinstance(remove, str) else list(remove)
+    if measure and mode == "exact":
+        raise LedgerError("unmerge: there is no gap to measure unless models are subtracted (mode: subtract).")
     with processes() as ranks:
-        opened = _opened(merged, sources, ranks)
-        make = partial(plan_unmerge, opened, names, stream=stream)
-        return _change(opened, make, ranks, output, push_to, create_pr, options)
+        opened = opened_merge(merged, sources, ranks)
+        if mode == "subtract":
+            make = partial(plan_subtract, opened, names, measure=measure, stream=stream)
+            return apply_change(opened, make, ranks, output, push_to, create_pr, options)
+        removal = find_removal(opened.last, names)
+        if not removal.within:
+            make = partial(plan_unmerge, opened, names, stream=stream)
+            return apply_change(opened, make, ranks, output, push_to, create_pr, options)
+    inner = partial(unmerge, stream=stream, options=dataclasses.replace(options, resume=None))
+    folder = Path(output) if output is not None else opened.pinned.folder
+    gone, parts = without_parts(opened, removal, inner, inner_to=inner_to, folder=folder)
+    with processes() as ranks:
+        make = partial(plan_without, opened, gone, parts, removal.subjects, stream=stream)
+        return apply_change(opened, make, ranks, output, push_to, create_pr, options)
 
 
-def verify(merged: str | Path, *, replay: bool = False, sources: Mapping[str, str] | None = None) -> Report:
-    """Check ledger, files and card of a merge; with `replay`, merge again and compare bytes. See `Report.ok`."""
-    return verify_merge(str(merged), replay=replay, sources=sources)
+def unmerge_checked(
+    merged: str | Path,
+    remove: str | Sequence[str],
+    suite: Suite | str | Path,
+    *,
+    output: str | Path | None = None,
+    push_to: str | None = None,
+    create_pr: bool = False,
+    sources: Mapping[str, str] | None = None,
+    stream: bool = False,
+    mode: Literal["exact", "subtract"] = "exact",
+    measure: bool = False,
+    settings: Settings | None = None,
+    options: RunOptions = DEFAULT,
+) -> tuple[MergeResult, Behaviour]:
+    """`unmerge`, with a suite's scores before and after, beside the base and the merge that never saw the models.
+
+    Args:
+        suite: one of whose tasks says that its head is that of a removed model.
+        settings: of the evaluation.
+        merged, remove, output, push_to, create_pr, sources, stream, mode, measure, options: as for `unmerge`.
+
+    Raises:
+        HfMergeError: as `unmerge` and `evaluate`; or no task of the suite belongs to a removed model.
+    """
+    names = [remove] if isinstance(remove, str) else list(remove)
+    if create_pr and output is None:
+        raise OutputError("--check: a pull request cannot be scored; name an --output as well.")
+    change = partial(
+        unmerge, merged, names, output=output, push_to=push_to, create_pr=create_pr, sources=sources, stream=stream,
+        mode=mode, measure=measure, options=options,
+    )  # fmt: skip
+    return check_removal(open_merged(str(merged), sources), names, suite, change, settings)
+
+
+def verify(
+    merged: str | Path,
+    *,
+    replay: bool = False,
+    sources: Mapping[str, str] | None = None,
+    certificate: str | Path | None = None,
+    public_key: str | Path | None = None,
+    allowed_signers: str | Path | None = None,
+    allow_unsigned: bool = False,
+) -> Report:
+    """Check ledger, files and card of a merge; with `replay`, merge again and compare bytes. See `Report.ok`.
+
+    Args:
+        certificate: also check this certificate of removal, signed by one of the keys in `public_key` or
+            `allowed_signers`, unless `allow_unsigned`.
+
+    Raises:
+        SourceError: the merge cannot be reached. CertificateError: certificate or keys cannot be read.
+    """
+    if certificate is None:
+        return verify_merge(str(merged), replay=replay, sources=sources)
+    return verify_certified(
+        str(merged),
+        certificate,
+        public_key=public_key,
+        signers=allowed_signers,
+        unsigned=allow_unsigned,
+        replay=replay,
+        sources=sources,
+    )
+
+
+def certify(
+    merged: str | Path,
+    removed: str,
+    *,
+    key: str | Path | None = None,
+    output: str | Path | None = None,
+    days: float | None = None,
+    replay: bool = False,
+    sources: Mapping[str, str] | None = None,
+) -> Certificate:
+    """Certify that a merge no longer holds a model: an in-toto statement in a DSSE envelope (see `certificate`).
+
+    Args:
+        removed: the model, as the ledger names it.
+        key: ed25519 private key (OpenSSH or PEM); its passphrase is in `HFMERGE_KEY_PASSPHRASE`, or asked for.
+        output: file for the certificate.
+        days: validity; None: for ever.
+        replay: merge the materials again first, and state that.
+        sources: as for `add`.
+
+    Raises:
+        CertificateError: the model was never in the merge or still is, or the key cannot be used.
+        VerificationError: the merge is not what its ledger says.
+    """
+    made = make_certificate(str(merged), removed, key=key, days=days, replay=replay, sources=sources)
+    if output is not None:
+        try:
+            Path(output).write_bytes(made.envelope.to_bytes())
+        except OSError as error:
+            raise OutputError(f"{output}: cannot be written ({error.strerror}).") from error
+    return made
+
+
+def purge_history(
+    repo_id: str, *, delete_files: bool = False, confirm: Callable[[PurgePlan], bool] | None = None
+) -> Purged | None:
+    """Squash a published merge's history, which still holds earlier weights, for good; None if `confirm` refuses.
+
+    Args:
+        delete_files: also delete the weights of earlier steps from the Hub's storage.
+        confirm: shown what would be done, and what would be left, before anything changes.
+
+    Raises:
+        VerificationError: the merge is not what its ledger says. HfMergeError: see `hfmerge.errors`.
+    """
+    return purge(repo_id, delete_files=delete_files, confirm=confirm)
 
 
 def push(
@@ -197,175 +314,86 @@ def push(
     return pushed
 
 
+def inspect(
+    models: Recipe | str | Path,
+    *,
+    matrices: Sequence[str] | None = None,
+    spectral: bool = True,
+    sources: Mapping[str, str] | None = None,
+    options: RunOptions = DEFAULT,
+) -> Inspection:
+    """Compare models without merging them: similarity, norms, signs, spectra, predicted interference.
+
+    Args:
+        models: a `Recipe`, the path of a YAML file, or a merge by ID or folder, whose sources are then compared.
+        matrices: fnmatch patterns of tensors to take apart; None: all.
+        spectral: take matrices apart at all; without it only one pass over the elements is made.
+        sources: as for `add`.
+        options: `max_memory` and `notify` count.
+
+    Raises:
+        RecipeError: as for `plan`. HfMergeError: see `hfmerge.errors`.
+    """
+    if not isinstance(models, Recipe) and not str(models).endswith((".yaml", ".yml")):
+        opened = open_merged(str(models), sources)
+        asked, origin = recipe_of(opened.last, opened.refs), opened.pinned.label
+    else:
+        asked, origin = _recipe(models)
+    return inspect_models(asked, origin=origin, matrices=matrices, spectral=spectral, options=options)
+
+
+def evaluate(
+    models: Sequence[str | Path],
+    suite: Suite | str | Path,
+    *,
+    tasks: Sequence[str] | None = None,
+    heads: Mapping[str, str] | None = None,
+    settings: Settings | None = None,
+    progress: bool = False,
+) -> Matrix:
+    """Score models on the tasks of a suite: one matrix, with confidence intervals.
+
+    Args:
+        models: full models, adapters and merges, by ID or folder.
+        suite: a `Suite`, the path of a YAML file, or the name of a ready suite.
+        tasks: names; None: all of the suite.
+        heads: task -> whose head is used, before what the suite says; "*" stands for all tasks.
+        settings: limit, seed, batch size, device, cache (see `Settings`).
+        progress: show a bar with the time left.
+
+    Raises:
+        RecipeError: all problems of the suite. HeadError: a model has no head for a task.
+        SourceError: a model or data set cannot be reached or read.
+    """
+    with processes() as ranks:
+        return evaluate_suite(
+            models, suite, tasks=tasks, heads=heads, settings=settings, ranks=ranks, progress=progress
+        )
+
+
 def _recipe(recipe: Recipe | str | Path) -> tuple[Recipe, str]:
     if isinstance(recipe, Recipe):
         return recipe, "recipe"
     return load_recipe(recipe), str(recipe)
 
 
-def _opened(merged: str | Path, sources: Mapping[str, str] | None, ranks: Ranks) -> Merged:
-    """An existing merge, made whole if a killed run left it in two places."""
-    ranks.on_main(partial(recover, merged))
-    ref = _pinned_ref(str(merged), ranks)
-    return ranks.each(lambda: open_merged(ref, sources))
-
-
-def _pinned_ref(ref: str, ranks: Ranks) -> str:
-    """The reference as rank 0 sees it now, pinned to a commit, so that all processes read the same thing."""
-    if ranks.world == 1:
-        return ref
-    return ranks.on_main(lambda: _pin_text(ref))
-
-
-def _pin_text(ref: str) -> str:
-    try:
-        places = [pin(place) for place in parse_ref(ref)]
-    except HfMergeError:
-        # planning meets the same fault and reports it together with all others
-        return ref
-    return "+".join(f"{p.name}@{p.commit}" if p.commit else p.place.text for p in places)
-
-
-def _pinned_recipe(recipe: Recipe, ranks: Ranks) -> Recipe:
-    models = tuple(ModelEntry(_pinned_ref(entry.model, ranks), entry.weight) for entry in recipe.models)
-    return dataclasses.replace(recipe, base=_pinned_ref(recipe.base, ranks), models=models)
-
-
-@contextlib.contextmanager
-def _folder(
-    target: str | Path | None, planned: Plan, ranks: Ranks, *, replace: bool, resume: bool | None
-) -> Iterator[Workspace]:
-    """The folder to build in, held by one process a disk: a workspace that becomes `target`, or a temporary one."""
-    with contextlib.ExitStack() as stack:
-        places = ranks.together(
-            lambda: stack.enter_context(_place(target, planned, replace, resume)) if ranks.leads else None
-        )
-        place = places[ranks.on_disk(ranks.disk)[0]]
-        assert place is not None
-        yield place
-        ranks.each(stack.close)
-
-
-def _place(
-    target: str | Path | None, planned: Plan, replace: bool, resume: bool | None
-) -> contextlib.AbstractContextManager[Workspace]:
-    if target is None and resume:
-        raise OutputError("--resume: what only goes to the Hub is not kept here; name an --output, or leave it out.")
-    if target is None:
-        return _temporary(planned)
-    work = work_of(planned)
-    return workspace(Path(target), needed=planned.estimate.disk, replace=replace, work=work, resume=resume)
-
-
-@contextlib.contextmanager
-def _temporary(planned: Plan) -> Iterator[Workspace]:
-    """A folder for a result that only goes to the Hub."""
-    with tempfile.TemporaryDirectory(prefix="hfmerge-") as name:
-        free = shutil.disk_usage(name).free
-        if free < planned.estimate.disk:
-            raise OutputError(
-                f"{name}: {planned.estimate.disk / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free; set TMPDIR."
-            )
-        with full_disk(Path(name)):
-            yield Workspace(Path(name).absolute(), None)
-
-
-def _change(
-    opened: Merged,
-    make: Callable[[], Change],
-    ranks: Ranks,
-    output: str | Path | None,
-    push_to: str | None,
-    create_pr: bool,
-    options: RunOptions,
-) -> MergeResult:
-    target: str | Path | None = output
-    if target is None and opened.pinned.folder is not None:
-        target = opened.pinned.folder
-    if target is None and push_to is None:
-        name = opened.pinned.name
-        raise PushError(f"{name}: lies on the Hub; say where the result goes: --push-to {name}, or --output FOLDER.")
-    start = time.monotonic()
-    ranks = with_disks(ranks, target, options.storage)
-    change = ranks.each(make)
-    change = dataclasses.replace(change, plan=for_machines(change.plan, ranks))
-    replace = (
-        opened.pinned.folder is not None and target is not None and Path(target).resolve() == opened.pinned.folder
-    )
-    own = push_to is not None and push_to.lower() == opened.pinned.name.lower()
-    parent = opened.pinned.commit if own else None
-    destination = Destination(push_to, None, create_pr, parent) if push_to is not None else None
-    with _folder(target, change.plan, ranks, replace=replace, resume=options.resume) as place:
-        entry, seconds, notes, outcome = _build(change.plan, place, ranks, opened, change, None, options)
-        if replace:
-            ranks.on_main(partial(keep_foreign_files, opened, place.folder))
-        pushed = publish(change.plan, place.folder, ranks, destination) if target is None and destination else None
-    if target is not None and destination is not None:
-        pushed = ranks.on_main(partial(_push_written, Path(target), destination))
-    return _result(target, entry, change.plan, pushed, start, seconds, notes, world=ranks.world, outcome=outcome)
-
-
-def _result(
-    target: str | Path | None,
-    entry: Entry,
-    planned: Plan,
-    pushed: Pushed | None,
-    start: float,
-    seconds: float,
-    notes: tuple[str, ...] = (),
-    *,
-    world: int,
-    outcome: Outcome,
-) -> MergeResult:
-    licences = restrictive([entry.base, *entry.models])
-    times = {"merging": seconds, "total": time.monotonic() - start}
-    folder = Path(target) if target is not None else None
-    unverified = outcome.streamed.unverified if outcome.streamed is not None else ()
-    unchecked = [f"{file.name}: not compared with the digest that the Hub lists: {file.why}" for file in unverified]
-    warnings = (*planned.warnings, *notes, *unchecked, *licences)
-    return MergeResult(folder, entry, warnings, pushed, times, world, outcome.reused, outcome.streamed)
-
-
-def _build(
-    planned: Plan,
-    place: Workspace,
-    ranks: Ranks,
-    opened: Merged | None,
-    change: Change | None,
-    digester: Digester | None,
-    options: RunOptions,
-) -> tuple[Entry, float, tuple[str, ...], Outcome]:
-    """Run a plan into a folder and add ledger and card; also seconds of the run, warnings, and what the run told."""
-    existing = readable_card(opened) if opened else None
-    start = time.monotonic()
-    outcome = run(planned, place.folder, ranks, digester, journal=place.journal, options=options)
-    seconds = time.monotonic() - start
-    with stand_ins(planned, place.folder, ranks):
-        entry, notes = ranks.on_main(partial(record, planned, place.folder, outcome, opened, change, existing))
-    return entry, seconds, notes, outcome
-
-
-def _push_written(folder: Path, destination: Destination) -> Pushed:
-    """Publish a folder that is complete already: a failure costs nothing but the push."""
-    try:
-        pushed = destination.push(folder)
-    except HfMergeError as error:
-        raise PushError(
-            f"{error} The merge itself is in {folder}; `hfmerge push {folder} {destination.repo_id}` tries again."
-        ) from error
-    adopt_card(folder, destination.repo_id)
-    return pushed
-
-
 __all__ = [
+    "Certificate",
+    "Inspection",
     "MergeResult",
+    "PurgePlan",
+    "Purged",
     "Pushed",
     "RecipeError",
     "Report",
     "RunOptions",
     "add",
+    "certify",
+    "evaluate",
+    "inspect",
     "merge",
     "plan",
+    "purge_history",
     "push",
     "unmerge",
     "verify",

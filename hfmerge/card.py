@@ -112,7 +112,8 @@ def block(entries: Sequence[Entry], facts: Mapping[str, Any]) -> str:
             {
                 "link": _link(m),
                 "pin": _pin(m),
-                "kind": "LoRA adapter" if m.kind == "adapter" else "full model",
+                "kind": ("LoRA adapter" if m.kind == "adapter" else "full model")
+                + (", approximately subtracted" if m.subtracted else ""),
                 "weight": f"{m.weight:g}",
                 "norm": f"{(m.squared_norm or 0.0) ** 0.5:.4g}",
                 "head": f"`{m.head}`" if m.head else "-",
@@ -127,7 +128,7 @@ def block(entries: Sequence[Entry], facts: Mapping[str, Any]) -> str:
             {
                 "step": e.step,
                 "action": e.action,
-                "models": ", ".join(e.subjects),
+                "models": ", ".join(e.subjects) or f"step {e.restored}",
                 "how": e.how,
                 "file": e.file,
                 "digest": sha256_bytes(e.to_bytes())[:12],

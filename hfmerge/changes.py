@@ -7,16 +7,20 @@ bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from hfmerge.errors import LedgerError
-from hfmerge.ledger import Entry, Material, recipe_of
-from hfmerge.merged import Merged, check_materials, nearest_state
+from hfmerge.errors import HfMergeError, LedgerError
+from hfmerge.ledger import Entry, Material, recipe_of, reference
+from hfmerge.merged import Merged
 from hfmerge.methods import FoldMethod, MergeMethod, registry
-from hfmerge.planned import Plan, Prior
+from hfmerge.planned import Plan
 from hfmerge.planning import make_plan
 from hfmerge.recipe import ModelEntry
+from hfmerge.recovering import planned_from
+from hfmerge.starting import Start, starts
+from hfmerge.vanished import check_unchanged
 
 
 @dataclass(frozen=True)
@@ -24,11 +28,11 @@ class Change:
     """A planned change of a merge.
 
     Attributes:
-        action: "add" or "unmerge".
-        subjects: names of the models it adds or removes.
+        action, subjects: as of a ledger entry.
         how: one line on how the result is computed and what is read.
-        kept: materials that stay, in order.
+        kept: materials that stay, in order, up to the first one that is new.
         plan: for the executor.
+        exact: of a subtraction whose gap is to be measured, the plan of the merge that never saw the models.
     """
 
     action: str
@@ -36,6 +40,7 @@ class Change:
     how: str
     kept: tuple[Material, ...]
     plan: Plan
+    exact: Plan | None = None
 
 
 def plan_add(merged: Merged, models: Sequence[ModelEntry], *, stream: bool = False) -> Change:
@@ -50,7 +55,7 @@ def plan_add(merged: Merged, models: Sequence[ModelEntry], *, stream: bool = Fal
     if not models:
         raise LedgerError("add: name at least one model.")
     last = merged.last
-    plan, how = _plan(merged, list(last.models), tuple(models), stream)
+    plan, how = plan_models(merged, [*last.models, *models], stream=stream)
     names = tuple(delta.source.name for delta in plan.deltas[len(last.models) :])
     return Change("add", names, how, last.models, plan)
 
@@ -71,43 +76,161 @@ def plan_unmerge(merged: Merged, names: Sequence[str], *, stream: bool = False) 
     kept = [model for i, model in enumerate(last.models) if i not in gone]
     if not kept:
         raise LedgerError(f"{merged.pinned.label}: holds no other model; the base {last.base.label} is what is left.")
-    plan, how = _plan(merged, kept, (), stream)
+    plan, how = plan_models(merged, kept, stream=stream)
     return Change("unmerge", tuple(last.models[i].name for i in sorted(set(gone))), how, tuple(kept), plan)
 
 
-def plan_replay(merged: Merged) -> Plan:
-    """Plan the last entry's merge again from its sources, without any kept state."""
+def plan_subtract(merged: Merged, names: Sequence[str], *, measure: bool = False, stream: bool = False) -> Change:
+    """Plan to subtract models from the read-out of a fold that depends on the order: cheap, and no removal.
+
+    The models stay part of the carried state and of the ledger, so that they can still be taken out exactly.
+
+    Args:
+        measure: also merge again without them, to measure the gap.
+        stream: see `Recipe.stream`.
+
+    Raises:
+        LedgerError: a name is not in the merge, was subtracted before, nothing would be left, or the method removes
+            models exactly at the same price, or knows no subtraction.
+    """
     last = merged.last
-    recipe = recipe_of(last, merged.refs)
+    name = last.method["name"]
+    method = registry().get(name, MergeMethod)
+    if not issubclass(method, FoldMethod):
+        raise LedgerError(f"{name} merges all models at once, so none can be subtracted; leave out --mode.")
+    if method.additive:
+        raise LedgerError(f"{name} keeps exact sums, which models leave by exact subtraction; leave out --mode.")
+    gone = [last.find(given) for given in dict.fromkeys(names)]
+    if again := [last.models[i].label for i in gone if last.models[i].subtracted]:
+        raise LedgerError(f"{again[0]} was subtracted before; take it out for good without --mode.")
+    wanted = [replace(model, subtracted=model.subtracted or i in gone) for i, model in enumerate(last.models)]
+    if all(model.subtracted for model in wanted):
+        raise LedgerError(f"{merged.pinned.label}: holds no other model; the base {last.base.label} is what is left.")
+    plan, how = plan_models(merged, wanted, stream=stream)
+    exact = None
+    if measure:
+        exact, _ = plan_models(merged, [model for model in wanted if not model.subtracted], stream=stream)
+    subjects = tuple(last.models[i].name for i in sorted(set(gone)))
+    return Change("subtract", subjects, how, tuple(wanted), plan, exact)
+
+
+def leading(wanted: Sequence[Material | ModelEntry]) -> tuple[Material, ...]:
+    """The models that a merge holds already and that come before the first new one: what a kept state may cover."""
+    return tuple(itertools.takewhile(lambda model: isinstance(model, Material), wanted))  # type: ignore[arg-type]
+
+
+def plan_replay(merged: Merged, *, never: bool = False) -> Plan:
+    """Plan the last entry's merge again from its sources, without any kept state.
+
+    Args:
+        never: without the models that were subtracted, as if they had never been there.
+    """
+    last = merged.last
+    if never:
+        last = replace(last, models=tuple(model for model in last.models if not model.subtracted))
     everything = [last.base, *last.models]
-    check_materials(last, merged.refs, everything, everything)
-    return make_plan(recipe, origin=merged.pinned.label)
+    plan = planned_from(
+        merged, everything, everything, lambda refs: make_plan(recipe_of(last, refs), origin=merged.pinned.label)
+    )
+    warnings = []
+    for material, source in zip(everything, [plan.base, *(delta.source for delta in plan.deltas)], strict=True):
+        warnings += check_unchanged(material, source)
+    return replace(plan, warnings=(*warnings, *plan.warnings))
 
 
-def _plan(merged: Merged, kept: list[Material], new: tuple[ModelEntry, ...], stream: bool) -> tuple[Plan, str]:
+def plan_models(
+    merged: Merged, wanted: Sequence[Material | ModelEntry], *, base: str | None = None, stream: bool = False
+) -> tuple[Plan, str]:
+    """Plan the merge of a list of models, as a merge would be that was asked for them in the first place.
+
+    Args:
+        wanted: models that the merge holds, with the weights they shall have, and new ones, in their order.
+        base: reference of another base; None: the merge's.
+        stream: see `Recipe.stream`.
+
+    Returns:
+        The plan, and one line on what it reads and why.
+
+    Raises:
+        LedgerError: a source has vanished or changed. RecipeError: faults of the new models.
+    """
     last = merged.last
+    common = leading(wanted) if base is None else ()
     warnings: list[str] = []
     method = registry().get(last.method["name"], MergeMethod)
-    prior: Prior | None = None
-    if issubclass(method, FoldMethod) and last.method["version"] == method.version:
-        prior = nearest_state(merged, kept, warnings)
-    start = prior.count if prior else 0
-    # heads are copied from their sources again, whatever stands in the state
-    read = [last.base, *(model for i, model in enumerate(kept) if i >= start or model.head)]
-    check_materials(last, merged.refs, [last.base, *kept], read)
-    recipe = recipe_of(replace(last, models=tuple(kept)), merged.refs)
-    recipe = replace(recipe, models=(*recipe.models, *new), stream=stream)
-    plan = make_plan(recipe, prior=prior, origin=merged.pinned.label)
+    for start in starts(merged, method, common, len(wanted), warnings):
+        try:
+            plan = _plan_from(merged, start, wanted, base, stream)
+        except HfMergeError as error:
+            if not start.leaving:
+                raise
+            # a model that leaves can neither be reached nor, for want of another state, be subtracted
+            names = ", ".join(model.label for model in start.leaving)
+            warnings.append(f"{names} cannot be subtracted, so the models that stay are read instead: {error}")
+            continue
+        break
+    else:
+        start, plan = None, _plan_from(merged, None, wanted, base, stream)
+    warnings += _unchanged(last, plan, wanted, base, start)
     plan = replace(plan, warnings=(*warnings, *plan.warnings))
-    return plan, _how(last, prior, len(plan.deltas), issubclass(method, FoldMethod))
+    return plan, _how(last, start, plan, method)
 
 
-def _how(last: Entry, prior: Prior | None, total: int, fold: bool) -> str:
-    name = last.method["name"]
-    if prior is None:
-        why = "no kept state fits" if fold else f"{name} needs all models at once"
+def _plan_from(
+    merged: Merged, start: Start | None, wanted: Sequence[Material | ModelEntry], base: str | None, stream: bool
+) -> Plan:
+    """The plan that goes on from one state, or from none."""
+    last = merged.last
+    count, leaving = (start.prior.count, start.leaving) if start else (0, ())
+    kept = [model for model in wanted if isinstance(model, Material)]
+    # heads are copied from their sources again, whatever stands in the state
+    read = [model for i, model in enumerate(kept) if i >= count or model.head or model.subtracted]
+    bases = [last.base] if base is None else []
+
+    def make(refs: Mapping[str, str]) -> Plan:
+        recipe = recipe_of(replace(last, models=()), refs, base=base)
+        models = tuple(_entry(model, refs) if isinstance(model, Material) else model for model in wanted)
+        return make_plan(
+            replace(recipe, models=models, stream=stream),
+            prior=start.prior if start else None,
+            leaving=[_entry(model, refs) for model in leaving],
+            origin=merged.pinned.label,
+        )
+
+    return planned_from(merged, [*bases, *kept, *leaving], [*bases, *read, *leaving], make)
+
+
+def _entry(model: Material, refs: Mapping[str, str]) -> ModelEntry:
+    return ModelEntry(reference(model, refs), model.weight, model.subtracted)
+
+
+def _unchanged(
+    last: Entry, plan: Plan, wanted: Sequence[Material | ModelEntry], base: str | None, start: Start | None
+) -> list[str]:
+    """Compare what is listed of all sources with what was merged (see `check_unchanged`)."""
+    known = [(last.base, plan.base)] if base is None else []
+    both = zip(wanted, plan.deltas, strict=True)
+    known += [(one, delta.source) for one, delta in both if isinstance(one, Material)]
+    leaving = start.leaving if start else ()
+    known += [(one, delta.source) for one, delta in zip(leaving, plan.leaving, strict=True)]
+    return [warning for material, source in known for warning in check_unchanged(material, source)]
+
+
+def _how(last: Entry, start: Start | None, plan: Plan, method: type[MergeMethod]) -> str:
+    name, total = last.method["name"], len(plan.deltas)
+    if plan.subtracted:
+        names = ", ".join(plan.deltas[i].source.name for i in plan.subtracted)
+        where = f"the kept state after model {start.prior.count}" if start else f"the merge of all {total} models"
+        return f"approximately without {names}, subtracted from {where}; this removes nothing for good"
+    if start is None:
+        why = "no kept state fits" if issubclass(method, FoldMethod) else f"{name} needs all models at once"
         return f"merged again from all {total} pinned sources ({why})"
-    if prior.count == total:
-        return f"taken from the kept state after model {total}; no model is read"
-    later = total - prior.count
-    return f"continued from the kept state after model {prior.count}; {later} of {total} models read"
+    count, held = start.prior.count, len(start.prior.held) or start.prior.count
+    later, gone = total - count, [model.label for model in start.leaving]
+    if gone:
+        read = f"; {later} of {total} models read" if later else ""
+        how = "subtracted from" if any(delta in plan.read for delta in plan.leaving) else "left out of the factors in"
+        return f"{', '.join(gone)} {how} the exact sums of the kept state after model {held}{read}"
+    if not later:
+        return f"taken from the kept state after model {held}; no model is read"
+    return f"continued from the kept state after model {held}; {later} of {total} models read"

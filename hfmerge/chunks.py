@@ -67,7 +67,7 @@ def chunks(plan: Plan, params: Iterable[Param]) -> list[Chunk]:
             and len(shape) > 1
             and size > TILE
         ):
-            if all(delta.sliceable(param.key) for delta in plan.deltas):
+            if all(delta.sliceable(param.key) for delta in (*plan.deltas, *plan.leaving)):
                 # a survey needs all rows
                 step = shape[0] if surveyed else max(1, CHUNK // (size // shape[0]))
                 result.extend(Chunk(param, (at, min(at + step, shape[0]))) for at in range(0, shape[0], step))

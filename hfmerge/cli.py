@@ -16,7 +16,17 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from hfmerge.commands import changing, merging, publishing, reading
+from hfmerge.commands import (
+    changing,
+    continual,
+    evaluating,
+    inspecting,
+    merging,
+    proving,
+    publishing,
+    reading,
+    revising,
+)
 from hfmerge.commands.shared import first_process, print_json
 from hfmerge.errors import HfMergeError, LostProcessError
 from hfmerge.version import __version__
@@ -91,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--quiet", "-q", action="store_true", help="no progress bars")
         return sub
 
-    for family in (merging, changing, reading, publishing):
+    for family in (merging, changing, revising, reading, inspecting, evaluating, continual, publishing, proving):
         family.register(command)
     hub = commands.add_parser("hub", help="A Hub on loopback: `hfmerge hub serve`, `hfmerge hub run -- COMMAND`.")
     hub.add_argument("rest", nargs=argparse.REMAINDER)

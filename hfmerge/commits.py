@@ -72,14 +72,19 @@ def commit_once(
                 if landed is not None:
                     return landed
             if stale:
-                raise PushError(
-                    f"{repo_id}: main moved since {parent[:8]}; somebody pushed meanwhile. Nothing was changed there: "
-                    "run the command again on the new state."
-                ) from error
+                raise moved(repo_id, parent) from error
             failures += 1
             if wait is None or failures >= patience.tries:
                 raise
         time.sleep(wait)
+
+
+def moved(repo_id: str, parent: str) -> PushError:
+    """What to say when `main` is no longer where the work began."""
+    return PushError(
+        f"{repo_id}: main moved since {parent[:8]}; somebody pushed meanwhile. Nothing was changed there: run the "
+        "command again on the new state."
+    )
 
 
 def _landed(api: Any, repo_id: str, parent: str, proof: Mapping[str, bytes]) -> Commit | None:

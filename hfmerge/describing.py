@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from hfmerge.errors import CorruptFileError, OfflineError, SourceError, UnsupportedError
+from hfmerge.errors import CorruptFileError, NotFoundError, OfflineError, SourceError, UnsupportedError
 from hfmerge.fetching import cached, fetch, pin, read_json
 from hfmerge.headers import pickle_entries, read_header
 from hfmerge.ranged import Traffic
@@ -130,8 +130,12 @@ def _check_online(pinned: Pinned, file: str) -> None:
     """What the cache does not hold may well be on the Hub.
 
     Raises:
-        OfflineError: the Hub could not be asked.
+        OfflineError: the Hub could not be asked. NotFoundError: it no longer has the commit.
     """
+    if pinned.gone:
+        raise NotFoundError(
+            f"{pinned.label}: no such repository or commit on the Hub any more, and {file} is not in the local cache."
+        )
     if pinned.offline:
         raise OfflineError(
             f"{pinned.label}: {file} is not in the local cache and the Hub cannot be reached; run once online, or "

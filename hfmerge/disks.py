@@ -142,9 +142,10 @@ def for_machines(plan: Plan, ranks: Ranks) -> Plan:
         )
     others = sum(p.slot.nbytes for p in plan.params) - sum(p.slot.nbytes for p in own_params(plan, ranks))
     need = plan.estimate
-    estimate = dataclasses.replace(
-        need, output=need.output - others, state=0, disk=max(0, need.disk - need.state - others)
-    )
+    # copies of sources are made on rank 0's disk
+    here = need.sources if ranks.disk == 0 else 0
+    disk = max(0, need.disk - need.state - others - need.sources + here)
+    estimate = dataclasses.replace(need, output=need.output - others, state=0, disk=disk, sources=here)
     return dataclasses.replace(plan, keep=(), estimate=estimate, warnings=tuple(warnings))
 
 

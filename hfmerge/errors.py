@@ -8,10 +8,13 @@ HfMergeError                  the CLI prints it as one line and exits with 1
 |  |- OfflineError            not in the cache, and the Hub may not or cannot be reached
 |  |- CorruptFileError        truncated, a Git-LFS pointer, not what its digest says
 |  `- UnsupportedError        quantised, pickled, or of a kind hfmerge does not merge
+|- HeadError                  a model has no head for a task, or none whose labels are the task's
 |- ShapeError                 tensors that should match do not
 |- NonFiniteError             NaN or Inf where numbers are needed
+|- GridOverflowError          a sum too large to be exact
 |- LedgerError                a merge history that is broken, missing or from another merge
 |  `- VerificationError       the ledger does not describe the files beside it
+|- CertificateError           a certificate or a key that cannot be used, or a removal that did not take place
 |- OutputError                the result cannot be written: folder in use, disk full
 |- PushError                  the Hub refused the result, or somebody else pushed first
 `- LostProcessError           another process of the run is gone
@@ -79,6 +82,10 @@ class UnsupportedError(SourceError):
     """A checkpoint of a kind hfmerge refuses: quantised, pickled, without weights."""
 
 
+class HeadError(HfMergeError):
+    """A model without a head for a task, or without one that has the task's labels."""
+
+
 class ShapeError(HfMergeError):
     """Tensors that must have equal shapes do not."""
 
@@ -87,12 +94,20 @@ class NonFiniteError(HfMergeError):
     """NaN or Inf in a source tensor or in a result."""
 
 
+class GridOverflowError(HfMergeError):
+    """A sum of an additive fold leaves the range in which it is exact."""
+
+
 class LedgerError(HfMergeError):
     """A merge history that is missing, broken, or belongs to another merge."""
 
 
 class VerificationError(LedgerError):
     """The ledger and the files beside it disagree."""
+
+
+class CertificateError(HfMergeError):
+    """A certificate or key that cannot be used, or a removal that cannot be certified."""
 
 
 class OutputError(HfMergeError):

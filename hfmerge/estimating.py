@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from hfmerge.archives import kept_files
 from hfmerge.blockstore import MEMORY
 from hfmerge.fetching import cached
 from hfmerge.methods import JointMethod
@@ -17,9 +18,9 @@ IMPORT_BYTES = 450_000_000
 
 
 def with_estimate(plan: Plan) -> Plan:
-    done = plan.prior.count if plan.prior else 0
+    done = plan.start
     wanted: dict[tuple[str, str | None, str], int] = {}
-    for source in [plan.base, *(d.source for d in plan.deltas[done:])]:
+    for source in [plan.base, *(d.source for d in plan.read)]:
         for place in (source, source.beneath):
             for entry in place.tensors.values() if place is not None else ():
                 assert place is not None
@@ -28,7 +29,7 @@ def with_estimate(plan: Plan) -> Plan:
     output = sum(param.slot.nbytes for param in plan.params)
     state = sum(slot.nbytes for count in plan.keep for slot in plan.state_slots(count).values())
     read = sum(e.nbytes for e in plan.base.tensors.values())
-    read += sum(d.stored_bytes(p.key) for d in plan.deltas[done:] for p in plan.params if p.mode == "merge")
+    read += sum(d.stored_bytes(p.key) for d in plan.read for p in plan.params if p.mode == "merge")
     scratch = (
         0
         if plan.keep or not needs_two_passes(plan)
@@ -53,8 +54,23 @@ def with_estimate(plan: Plan) -> Plan:
     )
     memory = IMPORT_BYTES + sum(needs[: workers + AHEAD]) + stream_memory(plan)
     disk = output + state + scratch + sum(plan.base.pinned.files[n].size for n in plan.side_files)
-    estimate = Estimate(sum(wanted.values()), stream, read, output, state, disk, memory, seconds)
+    sources = _copies(plan) if plan.recipe.keep_sources else 0
+    estimate = Estimate(
+        sum(wanted.values()), stream, read, output, state, disk + sources, memory, seconds + sources / 60e6, sources
+    )
     return dataclasses.replace(plan, estimate=estimate)
+
+
+def _copies(plan: Plan) -> int:
+    """What copies of all sources take at most: what cannot be compressed stays as long as it is."""
+    total = 0
+    for source in (plan.base, *(delta.source for delta in plan.deltas)):
+        for place in (source, source.beneath):
+            if place is not None:
+                names = kept_files(place, remote_code=plan.recipe.trust_remote_code)
+                # a directory of the archive and headers in it, and a byte here and there of deflate's own
+                total += sum(place.pinned.files[name].size * 1001 // 1000 + 1000 for name in names) + 1000
+    return total
 
 
 def visit_bytes(param: Param, shape: tuple[int, ...], spectral: bool) -> int:
@@ -92,10 +108,10 @@ def _sliced(plan: Plan) -> bool:
 
 def _streamed(plan: Plan) -> int:
     """Bytes that a run reads from the Hub without keeping them."""
-    base, count = plan.base, plan.prior.count if plan.prior else 0
+    base, count = plan.base, plan.start
     measured = isinstance(plan.method, JointMethod) and plan.method.measured
     total = sum(plan.deltas[model].source.streamed_bytes(head.tensors.values()) for model, head in plan.heads)
-    ties = [(base, plan.base_layout.tied), *((delta.source, delta.tied) for delta in plan.deltas[count:])]
+    ties = [(base, plan.base_layout.tied), *((delta.source, delta.tied) for delta in plan.read)]
     total += sum(source.streamed_bytes(pair) for source, tied in ties for pair in tied.items())
     for param in plan.params:
         dense = param.touched and any(rank is None for rank in param.ranks[count:])
@@ -103,7 +119,5 @@ def _streamed(plan: Plan) -> int:
         times = first + needs_two_passes(plan) + (measured and dense) if param.touched else param.mode != "tied"
         total += times * base.streamed_bytes([param.key])
         if param.touched:
-            total += (1 + measured) * sum(
-                delta.stored_bytes(param.key, streamed=True) for delta in plan.deltas[count:]
-            )
+            total += (1 + measured) * sum(delta.stored_bytes(param.key, streamed=True) for delta in plan.read)
     return total

@@ -107,10 +107,10 @@ def _run(
     journal: Path | None,
     options: RunOptions,
 ) -> Outcome:
-    start = plan.prior.count if plan.prior else 0
-    ranks.each(lambda: _fetch_all(plan, start) if ranks.leads else None)
-    ranks.each(lambda: _fetch_all(plan, start))
-    ranks.on_main(lambda: _check_ties(plan, start))
+    start = plan.start
+    ranks.each(lambda: _fetch_all(plan) if ranks.leads else None)
+    ranks.each(lambda: _fetch_all(plan))
+    ranks.on_main(lambda: _check_ties(plan))
     with _one_thread_each(), contextlib.ExitStack() as stack:
         hashing = digester or stack.enter_context(Digester())
         # results are asked for at the end; a source that differs from its digest then fails the whole run
@@ -160,9 +160,9 @@ def _weight_digests(plan: Plan, folder: Path, ranks: Ranks) -> dict[str, str]:
     return {file: sha256_file(folder / file) for file in files}
 
 
-def _fetch_all(plan: Plan, start: int) -> None:
+def _fetch_all(plan: Plan) -> None:
     """Download every file the run reads, but those it streams; the Hub client shows its own progress."""
-    for source in [plan.base, *(delta.source for delta in plan.deltas[start:])]:
+    for source in [plan.base, *(delta.source for delta in plan.read)]:
         for place in (source, source.beneath):
             if place is not None:
                 for name in weight_files(place):
@@ -172,13 +172,13 @@ def _fetch_all(plan: Plan, start: int) -> None:
         fetch(plan.base.pinned, name)
 
 
-def _check_ties(plan: Plan, start: int) -> None:
+def _check_ties(plan: Plan) -> None:
     """A stored copy of a tied tensor must be a copy: transformers unties those that differ; a merge would lose one.
 
     Raises:
         UnsupportedError: names the model and both tensors.
     """
-    checked = [(plan.base, plan.base_layout.tied), *((d.source, d.tied) for d in plan.deltas[start:])]
+    checked = [(plan.base, plan.base_layout.tied), *((d.source, d.tied) for d in plan.read)]
     for source, tied in checked:
         with Reader(source) as reader:
             for copy, owner in tied.items():

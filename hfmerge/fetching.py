@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from hfmerge.asking import hub_api, hub_errors, patiently
 from hfmerge.errors import CorruptFileError, NotFoundError
 from hfmerge.source import FileInfo, Pinned, Place
+
+
+_COMMIT = re.compile("[0-9a-f]{40}")
 
 
 def pin(place: Place) -> Pinned:
@@ -33,16 +37,29 @@ def pin(place: Place) -> Pinned:
 
 
 def _asked(place: Place, repo_id: str) -> Pinned:
-    """A place on the Hub as the Hub says now, or, where it cannot be reached, as the cache remembers."""
+    """A place on the Hub as the Hub says now, or, where it cannot be reached, as the cache remembers.
+
+    A commit by its full name is the same in the cache, even if its repository was deleted or its history rewritten.
+    """
     import httpx2
     from huggingface_hub import constants
-    from huggingface_hub.errors import HfHubHTTPError, RevisionResolutionError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+        RevisionResolutionError,
+    )
 
     api, revision, seconds = hub_api(), place.revision, constants.HF_HUB_DOWNLOAD_TIMEOUT
     try:
         info = patiently(
             lambda: api.model_info(repo_id, revision=revision, files_metadata=True, timeout=float(seconds))
         )
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        files = _cached_files(repo_id, revision) if revision and _COMMIT.fullmatch(revision) else {}
+        if not revision or not files:
+            raise
+        return Pinned(place, repo_id, revision, None, files, gone=True)
     except (ConnectionError, httpx2.TransportError, HfHubHTTPError) as error:
         if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
             raise

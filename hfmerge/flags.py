@@ -32,6 +32,7 @@ def recipe_from_flags(
     allow_pickle: bool | None = None,
     trust_remote_code: bool | None = None,
     stream: bool | None = None,
+    keep_sources: bool | None = None,
 ) -> Recipe:
     """The recipe that command-line flags alone describe; see `apply_overrides` for what they mean.
 
@@ -58,6 +59,7 @@ def recipe_from_flags(
         allow_pickle=allow_pickle,
         trust_remote_code=trust_remote_code,
         stream=stream,
+        keep_sources=keep_sources,
     )
 
 
@@ -82,6 +84,7 @@ def apply_overrides(
     allow_pickle: bool | None = None,
     trust_remote_code: bool | None = None,
     stream: bool | None = None,
+    keep_sources: bool | None = None,
 ) -> Recipe:
     """A recipe with command-line flags over it; a flag that is None leaves the recipe's value.
 
@@ -111,6 +114,7 @@ def apply_overrides(
         "allow_pickle": allow_pickle,
         "trust_remote_code": trust_remote_code,
         "stream": stream,
+        "keep_sources": keep_sources,
     }
     problems: list[Problem] = []
     data = recipe.to_dict() if recipe else {}

@@ -13,15 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 from hfmerge.asking import hub_api, hub_errors, patiently
 from hfmerge.card import FILE, card_facts, combine_cards, render_card
-from hfmerge.commits import commit_once, download, listed, upload
+from hfmerge.commits import commit_once, download, listed, moved, upload
 from hfmerge.errors import HfMergeError, PushError
 from hfmerge.ledger import FOLDER, Entry, check_chain
+from hfmerge.marked import part, with_part
 from hfmerge.merged import STATE_BRANCH
+from hfmerge.pictures.embedding import FIGURES, drawn
+from hfmerge.scorecard import PREFIX, carried_scores
 from hfmerge.statebranch import drop_states, push_states
 
 
 if TYPE_CHECKING:
-    from huggingface_hub import CommitOperationAdd
+    from huggingface_hub import CommitOperationAdd, CommitOperationCopy
 
 WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
 PRIVATE_FILES = ("merge_state/",)
@@ -47,7 +50,7 @@ def push_folder(
     private: bool | None = None,
     create_pr: bool = False,
     parent_commit: str | None = None,
-    uploaded: Sequence[CommitOperationAdd] = (),
+    uploaded: Sequence[CommitOperationAdd | CommitOperationCopy] = (),
 ) -> Pushed:
     """Publish the merge in `folder`.
 
@@ -57,7 +60,8 @@ def push_folder(
         private: visibility of a new repository; None: the Hub's default.
         create_pr: open a pull request instead of committing to `main`.
         parent_commit: what `main` must be at; None: what it is at when the push begins.
-        uploaded: files of the merge that are not, or need not be, in `folder` (see `upload_weights`).
+        uploaded: files of the merge that are not, or need not be, in `folder` (see `upload_weights`), or that are
+            copied from an earlier commit.
 
     Raises:
         PushError: the branch moved, or the repository holds another merge. SourceError: no right, no connection.
@@ -68,28 +72,33 @@ def push_folder(
     history = {f"{FOLDER}/{p.name}": p.read_bytes() for p in sorted((folder / FOLDER).glob("*.json"))}
     entries = check_chain(history, str(folder))
     head = ensure_repo(repo_id, private=private, create_pr=create_pr)
+    if parent_commit is not None and head != parent_commit:
+        raise moved(repo_id, parent_commit)
     with hub_errors(repo_id):
         remote = listed(api, repo_id, head)
         _check_lineage(api, repo_id, head, remote, history)
         existing = download(api, repo_id, FILE, head).decode("utf-8") if FILE in remote else None
     card = combine_cards(existing, render_card(entries, card_facts(entries[-1], repo_id)))
     files = _public_files(folder)
+    # pictures and scores are those of the folder, or none
+    mine = files[FILE].read_text(encoding="utf-8") if FILE in files else ""
+    card = carried_scores(mine, with_part(card, FIGURES, part(mine, FIGURES)))
     given = {operation.path_in_repo: operation for operation in uploaded}
-    adds = [CommitOperationAdd(name, str(path)) for name, path in files.items() if name != FILE and name not in given]
-    adds += [*given.values(), CommitOperationAdd(FILE, card.encode())]
-    gone = [CommitOperationDelete(name) for name in _stale(remote, entries, [*files, *given])]
+    new = [CommitOperationAdd(name, str(path)) for name, path in files.items() if name != FILE and name not in given]
+    adds = [*new, *given.values(), CommitOperationAdd(FILE, card.encode())]
+    gone = [CommitOperationDelete(name) for name in _stale(remote, entries, [*files, *given], drawn(existing))]
     notes = []
     parent = parent_commit or head
     with hub_errors(repo_id):
-        states = sorted((folder / "merge_state").glob("*.safetensors"))
+        states = {name: folder / name for name in sorted(entries[-1].beside) if (folder / name).is_file()}
         if create_pr:
             if states:
                 notes.append("the kept state stays here: a pull request cannot carry the branch merge-state")
         else:
             push_states(api, repo_id, states)
         # shard by shard, so that an interrupted upload goes on where it stopped
-        for operation in adds:
-            if operation.path_in_repo.endswith(".safetensors") and operation.path_in_repo not in given:
+        for operation in new:
+            if operation.path_in_repo.endswith(".safetensors"):
                 upload(api, repo_id, operation, create_pr=create_pr)
         last = entries[-1]
         made = commit_once(
@@ -98,7 +107,7 @@ def push_folder(
         )  # fmt: skip
     tag = None if create_pr else f"step-{last.step:04d}"
     if tag is not None:
-        notes.extend(_follow_up(api, repo_id, made.oid, tag, _message(last), [path.name for path in states]))
+        notes.extend(_follow_up(api, repo_id, made.oid, tag, _message(last), list(last.beside)))
     return Pushed(repo_id, made.oid, made.url, made.pull_request, tag, tuple(notes))
 
 
@@ -176,8 +185,18 @@ def _public_files(folder: Path) -> dict[str, Path]:
 
 
 def _message(entry: Entry) -> str:
-    verb = {"merge": "Merge", "add": "Add", "unmerge": "Take out"}[entry.action]
-    return f"{verb} {', '.join(entry.subjects)} with hfmerge ({entry.method['name']}, step {entry.step})"
+    names = ", ".join(entry.subjects)
+    done = {
+        "merge": f"Merge {names}",
+        "add": f"Add {names}",
+        "unmerge": f"Take out {names}",
+        "subtract": f"Subtract {names}",
+        "replace": f"Replace {' by '.join(entry.subjects)}",
+        "reorder": f"Reorder {names}",
+        "rebase": f"Rebase onto {names}",
+        "restore": f"Restore step {entry.restored}",
+    }[entry.action]
+    return f"{done} with hfmerge ({entry.method['name']}, step {entry.step})"
 
 
 def _check_lineage(api: Any, repo_id: str, head: str, remote: Mapping[str, Any], history: Mapping[str, bytes]) -> None:
@@ -192,12 +211,19 @@ def _check_lineage(api: Any, repo_id: str, head: str, remote: Mapping[str, Any],
             )
 
 
-def _stale(remote: Mapping[str, Any], entries: Sequence[Entry], files: Sequence[str]) -> list[str]:
-    """Files of the repository that would be wrong beside the new ones: former products, and foreign root weights."""
-    former = {name for entry in entries for name in entry.products}
+def _stale(
+    remote: Mapping[str, Any], entries: Sequence[Entry], files: Sequence[str], pictures: Sequence[str]
+) -> list[str]:
+    """Files of the repository that are wrong beside the new: former products, pictures, scores, foreign weights."""
+    former = {*pictures, *(name for entry in entries for name in entry.products)}
     return [
         name
         for name in sorted(remote)
         if name not in files
-        and (name in former or name == "LICENSE.md" or ("/" not in name and name.endswith(WEIGHT_SUFFIXES)))
+        and (
+            name in former
+            or name == "LICENSE.md"
+            or name.startswith(PREFIX)
+            or ("/" not in name and name.endswith(WEIGHT_SUFFIXES))
+        )
     ]

@@ -33,7 +33,8 @@ def work_of(plan: Plan) -> dict[str, str]:
         "streaming": recipe.stream,
         "kept states": plan.keep,
         # a state's file is called by its digest
-        "state it continues from": prior and [prior.count, prior.path.name, prior.squared_norms],
+        "state it continues from": prior and [prior.count, prior.path.name, prior.squared_norms, prior.held],
+        "models that leave": [[_identity(d.source) for d in plan.leaving], plan.leaving_weights, plan.subtracted],
         "tensors": repr((plan.params, plan.vocabulary)),
     }  # fmt: skip
     return {name: sha256_bytes(canonical_json(value)) for name, value in facts.items()}

@@ -9,8 +9,8 @@ A merge is a function of its last entry alone: replaying it gives the same bytes
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,10 @@ from hfmerge.recipe import MethodChoice, ModelEntry, Recipe
 
 
 FOLDER = "merge_history"
+ARCHIVES = "merge_state/sources"
+"""Where copies of sources are kept (see `archives`)."""
 SCHEMA = "hfmerge/ledger/1"
-ACTIONS = ("merge", "add", "unmerge")
+ACTIONS = ("merge", "add", "unmerge", "subtract", "replace", "reorder", "rebase", "restore")
 NEEDED = {
     "method": ("name", "version", "options", "norm"),
     "settings": ("dtype", "include", "exclude", "vocabulary", "state", "allow_nonfinite", "allow_pickle",
@@ -49,6 +51,10 @@ class Material:
         license: as its card or configuration says, or None.
         unverified: those of `files` that were streamed and could not be compared with their digest, which is then only
             what the Hub lists.
+        ledger: of a model that is a merge by hfmerge itself: SHA-256 of its last ledger entry.
+        contains: identities of everything that is in such a model, or in such a one beneath it, as `contained` has it.
+        subtracted: it is still part of the carried state, and was approximately subtracted from what was read out.
+        kept: SHA-256 of the copy of it that lies beside the carried states.
     """
 
     name: str
@@ -63,6 +69,10 @@ class Material:
     labels: tuple[str, ...] = ()
     license: str | None = None
     unverified: tuple[str, ...] = ()
+    ledger: str | None = None
+    contains: tuple[str, ...] = ()
+    subtracted: bool = False
+    kept: str | None = None
 
     @property
     def identity(self) -> str:
@@ -72,22 +82,32 @@ class Material:
     @property
     def label(self) -> str:
         """Short form of the identity for tables and messages."""
-        return f"{self.name}@{(self.commit or str(self.digest))[:8]}"
+        return short(self.identity)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able; `unverified` only where there is something in it."""
+        """JSON-able; what most materials have not, from `unverified` on, only where it is."""
         data = {
             "name": self.name, "commit": self.commit, "digest": self.digest, "kind": self.kind, "weight": self.weight,
             "files": dict(self.files), "beneath": self.beneath, "squared_norm": self.squared_norm, "head": self.head,
             "labels": list(self.labels), "license": self.license,
         }  # fmt: skip
-        return data | ({"unverified": list(self.unverified)} if self.unverified else {})
+        if self.unverified:
+            data["unverified"] = list(self.unverified)
+        if self.ledger is not None:
+            data["ledger"] = self.ledger
+        if self.contains:
+            data["contains"] = list(self.contains)
+        if self.subtracted:
+            data["subtracted"] = True
+        if self.kept is not None:
+            data["kept"] = self.kept
+        return data
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Material:
         """Inverse of `to_dict`."""
-        lists = {"labels": tuple(data["labels"]), "unverified": tuple(data.get("unverified", ()))}
-        return cls(**{**data, **lists})
+        lists = {key: tuple(data.get(key, ())) for key in ("unverified", "contains")}
+        return cls(**{**data, **lists, "labels": tuple(data["labels"])})
 
 
 @dataclass(frozen=True)
@@ -111,16 +131,21 @@ class Entry:
     Attributes:
         step: 1 for the first.
         parent: SHA-256 of the previous file's bytes, None for the first.
-        action: "merge", "add" or "unmerge".
-        subjects: names of the models the action added or removed.
+        action: one of `ACTIONS`.
+        subjects: names of the models the action added, removed or ordered; of "replace" the old and the new one; of
+            "rebase" the new base.
         how: one line on how the result was computed.
         base, models: materials, the models in order of arrival.
         method: name, version, options, norm.
-        settings: dtype, include, exclude, vocabulary, state, allow_nonfinite, allow_pickle, trust_remote_code.
-        scalars: scale, merged_norm; of a randomized run its greatest measured deviation.
+        settings: dtype, include, exclude, vocabulary, state, allow_nonfinite, allow_pickle, trust_remote_code;
+            keep_sources where it is true.
+        scalars: scale, merged_norm; of a randomized run its greatest measured deviation; the step of exact sums
+            (`grid`); of a subtraction its gap to the exact removal, relative to the merged change (`gap_bound`, and
+            `gap` where it was measured).
         states: kept states.
         products: path -> SHA-256 of every file of the output but card, ledger and states.
         environment: versions and device the bytes depend on.
+        restored: of "restore" the step it went back to; else None.
     """
 
     step: int
@@ -136,20 +161,39 @@ class Entry:
     states: tuple[KeptState, ...]
     products: Mapping[str, str]
     environment: Mapping[str, Any]
+    restored: int | None = None
 
     @property
     def file(self) -> str:
         """Its path in the repository."""
         return f"{FOLDER}/{self.step:04d}.json"
 
+    @property
+    def beside(self) -> dict[str, str]:
+        """Path -> SHA-256 of what lies beside the weights: carried states, and copies of sources."""
+        copies = {archive_file(one.kept): one.kept for one in (self.base, *self.models) if one.kept is not None}
+        return {state.file: state.sha256 for state in self.states} | copies
+
+    def holding(self, paths: Collection[str]) -> Entry:
+        """The entry with only those of its states and copies of sources that are there."""
+
+        def held(one: Material) -> Material:
+            return one if one.kept is None or archive_file(one.kept) in paths else replace(one, kept=None)
+
+        states = tuple(state for state in self.states if state.file in paths)
+        return replace(self, states=states, base=held(self.base), models=tuple(map(held, self.models)))
+
     def to_bytes(self) -> bytes:
         """The file's bytes; their SHA-256 is what the next entry names."""
+        action: dict[str, Any] = {"type": self.action, "models": list(self.subjects), "how": self.how}
+        if self.restored is not None:
+            action["restored"] = self.restored
         return canonical_json(
             {
                 "schema": SCHEMA,
                 "step": self.step,
                 "parent": self.parent,
-                "action": {"type": self.action, "models": list(self.subjects), "how": self.how},
+                "action": action,
                 "materials": {"base": self.base.to_dict(), "models": [model.to_dict() for model in self.models]},
                 "method": dict(self.method),
                 "settings": dict(self.settings),
@@ -187,6 +231,7 @@ class Entry:
                 states=tuple(KeptState(**state) for state in raw["byproducts"]["states"]),
                 products=raw["products"],
                 environment=raw["environment"],
+                restored=raw["action"].get("restored"),
             )
             canonical = entry.to_bytes()
             lost = [key for key, held in NEEDED.items() for name in held if name not in getattr(entry, key)]
@@ -202,24 +247,60 @@ class Entry:
         """Index of the model called `name` (`org/name`, with or without `@revision`, or a folder's name or path).
 
         Raises:
-            LedgerError: not in the merge (nearest names suggested) or named twice.
+            LedgerError: not in the merge (nearest names suggested), named twice, or a part of another model.
         """
         import difflib
 
-        wanted, revision = name.rstrip("/"), ""
-        if not any(m.name in (wanted, Path(wanted).name) for m in self.models):  # folders may have an @ in their name
-            wanted, _, revision = name.partition("@")
-        hits = [i for i, m in enumerate(self.models) if m.name in (wanted, Path(wanted).name)]
-        if revision:
-            hits = [i for i in hits if (self.models[i].commit or self.models[i].digest or "").startswith(revision)]
+        hits = named(name, [model.identity for model in self.models])
         if len(hits) == 1:
             return hits[0]
-        names = [model.name for model in self.models]
         if hits:
-            raise LedgerError(f"{name}: in the merge {len(hits)} times; name its commit, `{wanted}@<commit>`.")
-        near = difflib.get_close_matches(wanted, names, n=1, cutoff=0.5)
-        hint = f" Did you mean {near[0]}?" if near else ""
+            marks = " or ".join(self.models[i].label for i in hits)
+            raise LedgerError(f"{name}: in the merge {len(hits)} times; name its commit: {marks}.")
+        for model in self.models:
+            if model.beneath and named(name, [model.beneath]):
+                raise LedgerError(f"{name}: lies beneath the adapter {model.label}; name that one.")
+            if named(name, model.contains):
+                raise LedgerError(f"{name}: is a part of the merge {model.label}, not a model of its own here.")
+        names = list(dict.fromkeys(model.name for model in self.models))
+        wanted = name.rstrip("/").partition("@")[0]
+        near = difflib.get_close_matches(wanted, names, n=3, cutoff=0.5)
+        hint = f" Did you mean {' or '.join(near)}?" if near else ""
         raise LedgerError(f"{name}: not in this merge, which holds {', '.join(names)}.{hint}")
+
+
+def named(name: str, identities: Sequence[str]) -> list[int]:
+    """Indices of those identities that a name means: `org/name`, `org/name@revision`, a folder's name or path."""
+    parts = [identity.rpartition("@") for identity in identities]
+    wanted, revision = name.rstrip("/"), ""
+    if not any(part[0] in (wanted, Path(wanted).name) for part in parts):  # folders may have an @ in their name
+        wanted, _, revision = wanted.partition("@")
+        revision = revision.removeprefix("sha256:")
+    names = (wanted, Path(wanted).name)
+    hits = [i for i, (own, _, _) in enumerate(parts) if own in names]
+    return [i for i in hits if parts[i][2].removeprefix("sha256:").startswith(revision)]
+
+
+def archive_file(digest: str) -> str:
+    """Path in the repository of a kept copy of a source."""
+    return f"{ARCHIVES}/{digest}.zip"
+
+
+def short(identity: str) -> str:
+    """An identity with the first eight digits of its commit or digest."""
+    name, _, pin = identity.rpartition("@")
+    return f"{name}@{pin.removeprefix('sha256:')[:8]}"
+
+
+def contained(entry: Entry) -> tuple[str, ...]:
+    """Identities of everything in a merge: base, models, models beneath adapters, and all that merges among them hold.
+
+    Each once, in the order of the ledger, a merge before its contents.
+    """
+    found: list[str] = []
+    for material in (entry.base, *entry.models):
+        found += [material.identity, *([material.beneath] if material.beneath else ()), *material.contains]
+    return tuple(dict.fromkeys(found))
 
 
 def check_chain(files: Mapping[str, bytes], where: str) -> tuple[Entry, ...]:
@@ -249,6 +330,11 @@ def check_chain(files: Mapping[str, bytes], where: str) -> tuple[Entry, ...]:
             )
         if entry.action not in ACTIONS:
             raise LedgerError(f"{where}: {name}: unknown action {entry.action!r}.")
+        if (entry.action == "restore") != (entry.restored is not None) or entry.restored not in (
+            None,
+            *range(1, step),
+        ):
+            raise LedgerError(f"{where}: {name}: restores step {entry.restored}, which is none before it.")
         entries.append(entry)
         parent = sha256_bytes(files[name])
     return tuple(entries)
@@ -266,19 +352,21 @@ def settings_of(recipe: Recipe, card: Mapping[str, Any]) -> dict[str, Any]:
         "allow_pickle": recipe.allow_pickle,
         "trust_remote_code": recipe.trust_remote_code,
         "card": dict(card),
+        **({"keep_sources": True} if recipe.keep_sources else {}),
     }
 
 
-def recipe_of(entry: Entry, refs: Mapping[str, str]) -> Recipe:
+def recipe_of(entry: Entry, refs: Mapping[str, str], *, base: str | None = None) -> Recipe:
     """The recipe that replays an entry.
 
     Args:
         refs: identity of a material -> reference to read it from (a folder's path); Hub materials need none.
+        base: reference of another base to take instead.
     """
     settings = entry.settings
     return Recipe(
-        base=reference(entry.base, refs),
-        models=tuple(ModelEntry(reference(model, refs), model.weight) for model in entry.models),
+        base=reference(entry.base, refs) if base is None else base,
+        models=tuple(ModelEntry(reference(model, refs), model.weight, model.subtracted) for model in entry.models),
         method=MethodChoice(entry.method["name"], dict(entry.method["options"]), entry.method["norm"]),
         dtype=settings["dtype"],
         include=tuple(settings["include"]),
@@ -288,6 +376,7 @@ def recipe_of(entry: Entry, refs: Mapping[str, str]) -> Recipe:
         allow_nonfinite=settings["allow_nonfinite"],
         allow_pickle=settings["allow_pickle"],
         trust_remote_code=settings["trust_remote_code"],
+        keep_sources=bool(settings.get("keep_sources", False)),
     )
 
 
@@ -314,5 +403,9 @@ def same_prefix(entry: Entry, target: Sequence[Material], count: int) -> bool:
     """True when an entry's first `count` models, with their weights, are those of `target`."""
     if count > len(entry.models) or count > len(target):
         return False
-    pairs = zip(entry.models[:count], target[:count], strict=True)
-    return all((a.identity, a.beneath, a.weight) == (b.identity, b.beneath, b.weight) for a, b in pairs)
+    return all(map(same_model, entry.models[:count], target[:count]))
+
+
+def same_model(a: Material, b: Material) -> bool:
+    """True when two materials are one model with one weight: the same in a carried state."""
+    return (a.identity, a.beneath, a.weight) == (b.identity, b.beneath, b.weight)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from hfmerge.asking import hub_errors
 from hfmerge.describing import describe
-from hfmerge.digest import sha256_file
+from hfmerge.digest import sha256_bytes, sha256_file
 from hfmerge.digesting import digests, folder_digest
 from hfmerge.errors import HfMergeError, LedgerError, SourceError
 from hfmerge.fetching import fetch, pin
-from hfmerge.ledger import FOLDER, Entry, KeptState, Material, check_chain, same_prefix
-from hfmerge.planned import Prior
+from hfmerge.ledger import FOLDER, Entry, KeptState, Material, check_chain, contained
 from hfmerge.source import Pinned, parse_ref
 
 
@@ -49,6 +49,35 @@ class Merged:
         return fetch(self.pinned, name).read_bytes() if name in self.pinned.files else None
 
 
+def ledger_in(pinned: Pinned) -> tuple[tuple[Entry, ...], dict[str, bytes]]:
+    """The checked ledger of a place, oldest entry first, and its files' bytes.
+
+    Raises:
+        LedgerError: no ledger or a broken one. SourceError: not readable.
+    """
+    files = {
+        name: fetch(pinned, name).read_bytes()
+        for name in sorted(pinned.files)
+        if name.startswith(f"{FOLDER}/") and name.endswith(".json")
+    }
+    return check_chain(files, pinned.label), files
+
+
+def parts_of(pinned: Pinned, warnings: list[str]) -> tuple[str | None, tuple[str, ...]]:
+    """Of a model that is itself a merge: SHA-256 of its last ledger entry, and what it holds; of others None and ().
+
+    A ledger that is broken says nothing, which is told as a warning.
+    """
+    if not any(name.startswith(f"{FOLDER}/") for name in pinned.files):
+        return None, ()
+    try:
+        entries, _ = ledger_in(pinned)
+    except LedgerError as error:
+        warnings.append(f"{pinned.name}: taken as a model of its own, since its ledger says nothing: {error}")
+        return None, ()
+    return sha256_bytes(entries[-1].to_bytes()), contained(entries[-1])
+
+
 def open_merged(ref: str, sources: Mapping[str, str] | None = None) -> Merged:
     """Open a merge by Hub ID (with `@revision`) or folder and check its ledger's chain.
 
@@ -63,16 +92,16 @@ def open_merged(ref: str, sources: Mapping[str, str] | None = None) -> Merged:
     if len(places) != 1:
         raise SourceError(f"{ref}: name one merge.")
     pinned = pin(places[0])
-    history = {
-        name: fetch(pinned, name).read_bytes()
-        for name in sorted(pinned.files)
-        if name.startswith(f"{FOLDER}/") and name.endswith(".json")
-    }
-    entries = check_chain(history, pinned.label)
-    return Merged(pinned, entries, history, _refs(pinned, entries[-1], sources or {}))
+    entries, history = ledger_in(pinned)
+    return Merged(pinned, entries, history, known_places(pinned, entries[-1], sources or {}))
 
 
-def _refs(pinned: Pinned, entry: Entry, sources: Mapping[str, str]) -> dict[str, str]:
+def known_places(pinned: Pinned, entry: Entry, sources: Mapping[str, str]) -> dict[str, str]:
+    """Identity of a folder material -> where it lies, as noted beside the merge, or as `sources` says by name.
+
+    Raises:
+        LedgerError: the note cannot be read, or a name is not of a folder material of `entry`.
+    """
     refs: dict[str, str] = {}
     if pinned.folder is not None and (pinned.folder / LOCAL_SOURCES).is_file():
         try:
@@ -84,7 +113,7 @@ def _refs(pinned: Pinned, entry: Entry, sources: Mapping[str, str]) -> dict[str,
             ) from error
     for name, folder in sources.items():
         hits = [
-            one for m in (entry.base, *entry.models) for one in _folders(m) if one.rpartition("@sha256:")[0] == name
+            one for m in (entry.base, *entry.models) for one in folders_of(m) if one.rpartition("@sha256:")[0] == name
         ]
         if not hits:
             raise LedgerError(f"--source {name}: no model of that name was merged from a folder.")
@@ -92,7 +121,16 @@ def _refs(pinned: Pinned, entry: Entry, sources: Mapping[str, str]) -> dict[str,
     return refs
 
 
-def _folders(material: Material) -> list[str]:
+def note_places(folder: Path, places: Mapping[str, str]) -> None:
+    """Write down beside a merge, for this machine and its user only, where folders that were merged lie."""
+    if places:
+        path = folder / LOCAL_SOURCES
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(dict(places), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        os.chmod(path, 0o600)
+
+
+def folders_of(material: Material) -> list[str]:
     """Identities of the folders that a material was read from: its own, and that of the model beneath it."""
     return [one for one in (material.identity, material.beneath) if one is not None and "@sha256:" in one]
 
@@ -107,14 +145,14 @@ def check_materials(entry: Entry, refs: Mapping[str, str], present: list[Materia
     Raises:
         LedgerError: a folder has moved, or its files have changed since.
     """
-    for identity in (one for material in present for one in _folders(material)):
+    for identity in (one for material in present for one in folders_of(material)):
         name, path = identity.rpartition("@sha256:")[0], refs.get(identity)
         if path is not None and not Path(path).expanduser().is_dir():
             raise LedgerError(
                 f"{name}: was merged from the folder {path}, which is gone; say where it is now with --source "
                 f"{name}=FOLDER."
             )
-    for identity in (one for material in intact for one in _folders(material)):
+    for identity in (one for material in intact for one in folders_of(material)):
         name, _, digest = identity.rpartition("@sha256:")
         path = refs.get(identity)
         if path is None:
@@ -125,34 +163,6 @@ def check_materials(entry: Entry, refs: Mapping[str, str], present: list[Materia
                 f"{name}@{digest[:8]}: the files in {path} are not those that were merged; restore them, or point "
                 f"--source {name}=FOLDER to a copy."
             )
-
-
-def nearest_state(merged: Merged, target: list[Material], warnings: list[str]) -> Prior | None:
-    """The kept state that covers most of `target`'s first models, if it can be read and is intact.
-
-    A state that is listed but missing or corrupt is passed over with a warning; the sources are then read instead.
-    """
-    last = merged.last
-    if last.settings["vocabulary"] == "union":
-        # the output's rows depend on all models, so no earlier state fits
-        return None
-    found: dict[str, tuple[int, Entry, KeptState]] = {}
-    for entry in merged.entries:
-        same = entry.method == last.method and entry.base.identity == last.base.identity
-        if not same or any(entry.settings[k] != last.settings[k] for k in ("include", "exclude", "vocabulary")):
-            continue
-        for state in entry.states:
-            if same_prefix(entry, target, state.count):
-                found[state.sha256] = (state.count, entry, state)
-    still_kept = {state.sha256 for state in last.states}
-    for count, entry, state in sorted(found.values(), key=lambda item: -item[0]):
-        if state.sha256 not in still_kept:
-            continue
-        path = state_path(merged.pinned, state, warnings)
-        if path is not None:
-            norms = tuple(float(m.squared_norm or 0.0) for m in entry.models[:count])
-            return Prior(count, path, norms)
-    return None
 
 
 def state_path(pinned: Pinned, state: KeptState, warnings: list[str]) -> Path | None:

@@ -112,7 +112,8 @@ class Passes:
         deviations = [n.deviation for n in norms if n.deviation is not None]
         scale = 1.0
         if two:
-            mean = math.fsum(math.sqrt(s) for s in squared_norms) / len(squared_norms)
+            counted = [math.sqrt(s) for i, s in enumerate(squared_norms) if i not in plan.subtracted]
+            mean = math.fsum(counted) / len(counted)
             target = mean if plan.norm == "mean" else float(plan.norm)
             scale = target / read_out if read_out > 0.0 else 0.0
             self._over(writing, _or_copy(lambda visit: visit.rescale(scale)))

@@ -36,6 +36,7 @@ class Param:
         blocks: what methods see.
         ranks: per model, rank of its change: 0 none, None dense.
         vocab_axis: axis with one row per token, if any.
+        leaving: the same as `ranks` of each model that is subtracted from the prior state.
     """
 
     key: str
@@ -46,6 +47,7 @@ class Param:
     blocks: tuple[Block, ...] = ()
     ranks: tuple[int | None, ...] = ()
     vocab_axis: int | None = None
+    leaving: tuple[int | None, ...] = ()
 
     @property
     def touched(self) -> bool:
@@ -55,18 +57,35 @@ class Param:
 
 @dataclass(frozen=True)
 class Prior:
-    """A carried state to continue from: after the first `count` models of the plan, in the safetensors file `path`."""
+    """A carried state to continue from, in the safetensors file `path`.
+
+    Attributes:
+        count: it stands for the first `count` models of the plan.
+        path: the file.
+        squared_norms: of those models' task vectors.
+        held: of an additive fold's state that also holds models which leave, or holds them in another order: the
+            models in it, as indices into the plan's models, or `-1 - j` for `Plan.leaving[j]`. Empty: the first
+            `count` models, in order.
+    """
 
     count: int
     path: Path
     squared_norms: tuple[float, ...]
+    held: tuple[int, ...] = ()
+
+    def ranks(self, param: Param) -> list[int | None]:
+        """Ranks of a parameter's changes by the models in the state, in its order."""
+        if not self.held:
+            return list(param.ranks[: self.count])
+        return [param.ranks[i] if i >= 0 else param.leaving[-1 - i] for i in self.held]
 
 
 @dataclass(frozen=True)
 class Estimate:
     """What the work needs, in bytes and seconds; an estimate, printed as such.
 
-    `download` goes into the Hugging Face cache; `stream` is read from the Hub and not kept.
+    `download` goes into the Hugging Face cache; `stream` is read from the Hub and not kept; `sources` is what copies
+    of sources take at most, a part of `disk`.
     """
 
     download: int
@@ -77,11 +96,15 @@ class Estimate:
     disk: int
     memory: int
     seconds: float
+    sources: int = 0
 
 
 @dataclass(frozen=True)
 class Plan:
-    """See the module's docstring; `execute.run` takes it from here."""
+    """See the module's docstring; `execute.run` takes it from here.
+
+    `leaving` are models that the prior state holds and that are subtracted from it, with their weights.
+    """
 
     recipe: Recipe
     method: MergeMethod
@@ -97,6 +120,8 @@ class Plan:
     estimate: Estimate
     warnings: tuple[str, ...]
     streaming: Streaming | None = field(default=None, repr=False, compare=False)
+    leaving: tuple[Delta, ...] = field(default=(), repr=False)
+    leaving_weights: tuple[float, ...] = ()
 
     @property
     def weights(self) -> tuple[float, ...]:
@@ -104,9 +129,42 @@ class Plan:
         return tuple(entry.weight for entry in self.recipe.models)
 
     @property
+    def subtracted(self) -> tuple[int, ...]:
+        """Models that are part of the carried state, and that the read-out approximately does without."""
+        return tuple(i for i, entry in enumerate(self.recipe.models) if entry.subtracted)
+
+    @property
+    def start(self) -> int:
+        """Models that the prior state stands for."""
+        return self.prior.count if self.prior else 0
+
+    @property
+    def read(self) -> tuple[Delta, ...]:
+        """Models whose weights are read, in order, those that leave last; of adapters that leave nothing is read."""
+        some = [delta for i, delta in enumerate(self.deltas) if i >= self.start or i in self.subtracted]
+        dense = [
+            delta
+            for j, delta in enumerate(self.leaving)
+            if any(p.leaving and p.leaving[j] is None for p in self.params)
+        ]
+        return (*some, *dense)
+
+    @property
     def norm(self) -> str | float:
         """What the merged task vector is rescaled to."""
         return self.recipe.method.norm
+
+    @property
+    def choices(self) -> list[str]:
+        """Lines on options of the method that the sources decided."""
+        found = [
+            all(rank is not None for rank in param.ranks)
+            for param in self.params
+            if param.touched
+            for block in param.blocks
+            if block.matrix
+        ]
+        return self.method.choices(found.count(True), found.count(False))
 
     def slots(self) -> dict[str, dict[str, Slot]]:
         """Output file -> tensor -> slot."""
@@ -130,15 +188,15 @@ class Plan:
 
 def carry_slots(method: FoldMethod, param: Param, block: Block, count: int) -> dict[str, Slot]:
     """State tensors of one block after `count` models, by their name in the state file."""
-    shape = block.shape(param.slot.shape)
     slots = {}
-    for name, rank in method.carry_ranks(shape, list(param.ranks[:count])).items():
+    forms = method.carry_form(block.shape(param.slot.shape), param.ranks[:count], matrix=block.matrix)
+    for name, form in forms.items():
         stem = state_name(param, block, name)
-        if rank is None:
-            slots[stem] = Slot(method.carry_dtype, shape)
-        else:
-            slots[f"{stem}.up"] = Slot(method.carry_dtype, (shape[0], rank))
-            slots[f"{stem}.down"] = Slot(method.carry_dtype, (rank, shape[1]))
+        if form.rank is None:
+            slots[stem] = Slot(form.dtype, form.shape)
+        elif form.rank:
+            slots[f"{stem}.up"] = Slot(form.dtype, (form.shape[0], form.rank))
+            slots[f"{stem}.down"] = Slot(form.dtype, (form.rank, form.shape[1]))
     return slots
 
 

@@ -23,7 +23,7 @@ from hfmerge.estimating import with_estimate
 from hfmerge.matching import Layouts, match_source, some
 from hfmerge.methods import FoldMethod, MergeMethod, registry
 from hfmerge.planned import DTYPES, Estimate, Param, Plan, Prior
-from hfmerge.recipe import Recipe
+from hfmerge.recipe import ModelEntry, Recipe
 from hfmerge.recipe_values import count_problem, weights_problem
 from hfmerge.source import FLOATS, Source
 from hfmerge.streaming import Streaming
@@ -39,6 +39,7 @@ def make_plan(
     recipe: Recipe,
     *,
     prior: Prior | None = None,
+    leaving: Sequence[ModelEntry] = (),
     origin: str = "recipe",
     on_source: Callable[[Source], object] | None = None,
 ) -> Plan:
@@ -47,6 +48,7 @@ def make_plan(
     Args:
         recipe: already checked for form.
         prior: a state to continue from; its models are not read.
+        leaving: models that are subtracted from it, with the weights they came in with.
         origin: names the recipe in errors.
         on_source: called with base and models once all are described, before the slow part of planning.
 
@@ -66,11 +68,12 @@ def make_plan(
             )
     except HfMergeError as error:
         problems.append(Problem("base", str(error)))
-    for i, entry in enumerate(recipe.models):
+    places = [*(f"models[{i}]" for i in range(len(recipe.models))), *(f"leaving[{j}]" for j in range(len(leaving)))]
+    for place, entry in zip(places, (*recipe.models, *leaving), strict=True):
         try:
             sources.append(describe(entry.model, allow_pickle=recipe.allow_pickle, base=base, streaming=streaming))
         except HfMergeError as error:
-            problems.append(Problem(f"models[{i}]", str(error)))
+            problems.append(Problem(place, str(error)))
             sources.append(None)
     if base is None or base.kind != "full":
         raise RecipeError(problems, origin)
@@ -89,7 +92,7 @@ def make_plan(
         problems.append(Problem("base", str(error)))
     if layout is None:
         raise RecipeError(problems, origin)
-    _check_duplicates(sources, problems)
+    _check_duplicates(sources[: len(recipe.models)], problems)
     deltas: list[Delta | None] = []
     heads: list[tuple[int, Head]] = []
     sizes: list[int | None] = []
@@ -101,21 +104,25 @@ def make_plan(
         try:
             delta, head, size = match_source(recipe, base, layouts, layout, source, warnings)
             deltas[i], sizes[i] = delta, size
-            if head is not None:
+            if head is not None and i < len(recipe.models) and not recipe.models[i].subtracted:
                 heads.append((i, head))
         except HfMergeError as error:
-            problems.append(Problem(f"models[{i}]", str(error)))
+            problems.append(Problem(places[i], str(error)))
     for source in (base, *sources):
         if source is not None and source.pickled:
             warnings.append(
                 f"{source.pinned.label}: pickled weights have no header, so the file was fetched to read it."
             )
     if not problems:
-        _check_slugs(sources, problems)
+        _check_slugs(sources[: len(recipe.models)], problems)
     if problems:
         raise RecipeError(problems, origin)
-    whole = [delta for delta in deltas if delta is not None]
+    everyone = [delta for delta in deltas if delta is not None]
+    whole, gone = everyone[: len(recipe.models)], everyone[len(recipe.models) :]
     vocabulary = None
+    if gone and any(size is not None for size in sizes):
+        # rows are found by the tokens of the models that are in the merge
+        raise RecipeError([Problem("leaving", "models of differing vocabularies are merged again instead")], origin)
     if recipe.vocabulary is not None and any(size is not None for size in sizes):
         rows = {layout.shapes[key][axis] for key, axis in layout.vocab_axis.items()}
         try:
@@ -123,14 +130,15 @@ def make_plan(
         except HfMergeError as error:
             raise RecipeError([Problem("vocabulary", str(error))], origin) from error
     method = build_method(recipe)
-    params = _params(recipe, base, layout, whole, vocabulary, warnings)
+    params = _params(recipe, base, layout, whole, gone, vocabulary, warnings)
     if not any(param.touched for param in params):
         raise RecipeError([Problem("models", "no model changes any parameter that is merged")], origin)
     keep = _kept_states(recipe, method, len(whole), prior.count if prior else 0)
     sides = tuple(side_files(base.pinned, remote_code=recipe.trust_remote_code))
     plan = Plan(
         recipe, method, base, layout, tuple(whole), params, tuple(heads), vocabulary, sides, keep, prior,
-        Estimate(0, 0, 0, 0, 0, 0, 0, 0.0), tuple(warnings), streaming,
+        Estimate(0, 0, 0, 0, 0, 0, 0, 0.0), tuple(warnings), streaming, tuple(gone),
+        tuple(entry.weight for entry in leaving),
     )  # fmt: skip
     return with_estimate(plan)
 
@@ -146,7 +154,11 @@ def _form(recipe: Recipe) -> list[Problem]:
     if wrong := [i for i, weight in enumerate(weights) if not math.isfinite(weight)]:
         return [Problem(f"models[{i}].weight", f"must be a finite number, not {weights[i]}") for i in wrong]
     found = [count_problem(len(weights), method), weights_problem(weights, method) if weights else None]
-    return [Problem("models", text) for text in found if text is not None]
+    problems = [Problem("models", text) for text in found if text is not None]
+    if recipe.stream and recipe.keep_sources:
+        text = "copies of the sources are kept, which are read whole for it; leave stream out"
+        problems.append(Problem("stream", text))
+    return problems
 
 
 def _check_duplicates(sources: Sequence[Source | None], problems: list[Problem]) -> None:
@@ -179,6 +191,7 @@ def _params(
     base: Source,
     layout: Layout,
     deltas: Sequence[Delta],
+    leaving: Sequence[Delta],
     vocabulary: Vocabulary | None,
     warnings: list[str],
 ) -> tuple[Param, ...]:
@@ -214,18 +227,22 @@ def _params(
             params.append(Param(key, file, slot, "copy", vocab_axis=axis))
         else:
             ranks = tuple(delta.rank(key) for delta in deltas)
+            gone = tuple(delta.rank(key) for delta in leaving)
             # element by element, the matrices inside a tensor do not matter
             blocks = (WHOLE,) if elementwise else layout.blocks[key]
-            params.append(Param(key, file, slot, "merge", None, blocks, ranks, axis))
+            params.append(Param(key, file, slot, "merge", None, blocks, ranks, axis, gone))
     warnings.extend(f"pattern {pattern!r} matches no parameter." for pattern, hit in used.items() if not hit)
     return tuple(params)
 
 
 def _kept_states(recipe: Recipe, method: MergeMethod, count: int, start: int) -> tuple[int, ...]:
-    """After how many models a state is written; a run that continues after `start` models has only the later ones."""
+    """After how many models a state is written; a run that continues after `start` models has only the later ones.
+
+    Of an additive fold the last one is as good as all: any model leaves it.
+    """
     if recipe.state == "none" or not isinstance(method, FoldMethod):
         return ()
-    if recipe.state == "last":
+    if recipe.state == "last" or method.additive:
         return (count,)
     every = 1 if recipe.state == "all" else int(recipe.state)
     return tuple(sorted({*(kept for kept in range(every, count + 1, every) if kept > start), count}))

@@ -35,10 +35,14 @@ FOREIGN_KEYS = {
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """One model to merge: a reference (`org/name[@revision]`, a folder, an `hf://` URI) and its weight."""
+    """One model to merge: a reference (`org/name[@revision]`, a folder, an `hf://` URI) and its weight.
+
+    `subtracted` is for a merge that went on without it approximately (see `Material`); no recipe file says it.
+    """
 
     model: str
     weight: float = 1.0
+    subtracted: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able, as a recipe writes it."""
@@ -84,6 +88,8 @@ class Recipe:
         allow_pickle: read pickled checkpoints.
         trust_remote_code: run code from model repositories.
         stream: read weights from the Hub as they are needed instead of downloading them; the result is the same.
+        keep_sources: keep a compressed copy of base and models beside the states, and publish it with them, so that
+            the merge can be changed after they have vanished.
         notes: remarks of a conversion from another format, for the user; no part of the recipe.
     """
 
@@ -102,6 +108,7 @@ class Recipe:
     allow_pickle: bool = False
     trust_remote_code: bool = False
     stream: bool = False
+    keep_sources: bool = False
     notes: tuple[str, ...] = dataclasses.field(default=(), compare=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -210,6 +217,7 @@ def _recipe(top: Section, methods: Mapping[str, type[MergeMethod]]) -> Recipe:
         allow_pickle=top.read("allow_pickle", flag, False),
         trust_remote_code=top.read("trust_remote_code", flag, False),
         stream=top.read("stream", flag, False),
+        keep_sources=top.read("keep_sources", flag, False),
     )
 
 

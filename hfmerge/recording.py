@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +17,25 @@ from hfmerge.errors import HfMergeError, LedgerError
 from hfmerge.execute import Outcome
 from hfmerge.fetching import fetch
 from hfmerge.ledger import FOLDER, Entry, Material, check_chain, same_prefix, settings_of
-from hfmerge.merged import LOCAL_SOURCES, Merged, state_path
+from hfmerge.marked import with_part
+from hfmerge.merged import Merged, note_places, parts_of, state_path
+from hfmerge.methods import AdditiveFold
+from hfmerge.pictures.embedding import FIGURES, drawn
 from hfmerge.planned import Plan
 from hfmerge.runfiles import STATE_FOLDER
+from hfmerge.scorecard import PREFIX, without_scores
 from hfmerge.source import Source
 
 
 def record(
-    planned: Plan, folder: Path, outcome: Outcome, opened: Merged | None, change: Change | None, existing: str | None
+    planned: Plan,
+    folder: Path,
+    outcome: Outcome,
+    opened: Merged | None,
+    change: Change | None,
+    existing: str | None,
+    gap: Mapping[str, float] | None = None,
+    copies: Sequence[str | None] = (),
 ) -> tuple[Entry, tuple[str, ...]]:
     """Check that the result loads, and write ledger, card and licences beside it.
 
@@ -34,6 +43,8 @@ def record(
         folder: holds what the run wrote.
         opened, change: the merge it goes on from and how; None for a first merge.
         existing: card of that merge (see `readable_card`).
+        gap: more scalars for the entry.
+        copies: of base and models, SHA-256 of the copies that are kept of them; empty: none are to be kept.
 
     Returns:
         The new entry, and warnings.
@@ -42,9 +53,21 @@ def record(
         HfMergeError: transformers would not load the result whole.
     """
     _check_loads(planned, folder)
-    entry = _entry(planned, outcome, opened, change)
     notes: list[str] = []
-    entry = _carry_states_over(entry, opened, folder, notes)
+    entry = _entry(planned, outcome, opened, change, notes, gap or {})
+    entry = _carry_states_over(entry, opened, folder, notes, only_last=_is_additive(planned))
+    if copies:
+        base, *models = (
+            dataclasses.replace(one, kept=kept) for one, kept in zip((entry.base, *entry.models), copies, strict=True)
+        )
+        entry = dataclasses.replace(entry, base=base, models=tuple(models))
+    write_record(folder, entry, opened, existing)
+    _note_local_sources(planned, entry, opened, folder)
+    return entry, tuple(notes)
+
+
+def write_record(folder: Path, entry: Entry, opened: Merged | None, existing: str | None) -> None:
+    """Write the ledger with a new entry, and the card and the list of licences that follow from it."""
     history = dict(opened.history) if opened else {}
     history[entry.file] = entry.to_bytes()
     for name, data in history.items():
@@ -54,12 +77,12 @@ def record(
     entries = (*(opened.entries if opened else ()), entry)
     repo_id = card_pointer(existing).get("repo") if existing is not None else None
     card = render_card(entries, card_facts(entry, repo_id))
-    (folder / FILE).write_text(combine_cards(existing, card), encoding="utf-8")
+    # pictures and scores are about the models that were merged before
+    former = None if existing is None else without_scores(with_part(existing, FIGURES, None))
+    (folder / FILE).write_text(combine_cards(former, card), encoding="utf-8")
     note = licence_note([entry.base, *entry.models])
     if note is not None:
         (folder / "LICENSE.md").write_text(note, encoding="utf-8")
-    _note_local_sources(planned, entry, opened, folder)
-    return entry, tuple(notes)
 
 
 def readable_card(opened: Merged) -> str | None:
@@ -90,10 +113,17 @@ def _check_loads(planned: Plan, folder: Path) -> None:
         )
 
 
-def _entry(planned: Plan, outcome: Outcome, opened: Merged | None, change: Change | None) -> Entry:
+def _entry(
+    planned: Plan,
+    outcome: Outcome,
+    opened: Merged | None,
+    change: Change | None,
+    notes: list[str],
+    gap: Mapping[str, float],
+) -> Entry:
     previous = opened.last if opened else None
     kept = change.kept if change else ()
-    start = planned.prior.count if planned.prior else 0
+    start = planned.start
     heads = {model: head for model, head in planned.heads}
     models = []
     for i, delta in enumerate(planned.deltas):
@@ -102,11 +132,13 @@ def _entry(planned: Plan, outcome: Outcome, opened: Merged | None, change: Chang
             models.append(kept[i])
             continue
         assert files is not None
-        material = _material(delta.source, files, planned.weights[i], outcome.squared_norms[i])
+        material = _material(delta.source, files, planned.weights[i], outcome.squared_norms[i], notes)
         head = heads.get(i)
-        fields = {"head": f"heads/{head.slug}", "labels": tuple(head.labels)} if head else {}
+        fields: dict[str, Any] = {"head": f"heads/{head.slug}", "labels": tuple(head.labels)} if head else {}
+        if i in planned.subtracted:
+            fields["subtracted"] = True
         models.append(Material.from_dict({**material.to_dict(), **fields}))
-    base = _material(planned.base, outcome.source_digests[0] or {}, 1.0, None)
+    base = _material(planned.base, outcome.source_digests[0] or {}, 1.0, None, notes)
     recipe, method = planned.recipe, planned.method
     settings = settings_of(recipe, {**_card_settings(planned.base), "architecture": planned.base_layout.architecture})
     return Entry(
@@ -129,6 +161,8 @@ def _entry(planned: Plan, outcome: Outcome, opened: Merged | None, change: Chang
             "scale": outcome.scale,
             "merged_norm": outcome.merged_norm,
             **({} if outcome.deviation is None else {"deviation": outcome.deviation}),
+            **({"grid": method.step_size} if isinstance(method, AdditiveFold) else {}),
+            **gap,
         },
         states=outcome.states,
         products=outcome.products,
@@ -136,7 +170,9 @@ def _entry(planned: Plan, outcome: Outcome, opened: Merged | None, change: Chang
     )
 
 
-def _material(source: Source, files: Mapping[str, str], weight: float, squared_norm: float | None) -> Material:
+def _material(
+    source: Source, files: Mapping[str, str], weight: float, squared_norm: float | None, notes: list[str]
+) -> Material:
     commit = source.pinned.commit
     under = source.beneath
     beneath = None
@@ -147,9 +183,12 @@ def _material(source: Source, files: Mapping[str, str], weight: float, squared_n
     unchecked = [file for file, stream in source.streams.items() if stream.in_doubt]
     if under is not None:
         unchecked += [f"+{file}" for file, stream in under.streams.items() if stream.in_doubt]
+    ledger, parts = parts_of(source.pinned, notes)
+    if under is not None:
+        parts = tuple(dict.fromkeys((*parts, *parts_of(under.pinned, notes)[1])))
     return Material(
         source.name, commit, digest, source.kind, weight, dict(files), beneath, squared_norm,
-        license=_license(source), unverified=tuple(sorted(unchecked)),
+        license=_license(source), unverified=tuple(sorted(unchecked)), ledger=ledger, contains=parts,
     )  # fmt: skip
 
 
@@ -173,13 +212,17 @@ def _card_settings(base: Source) -> dict[str, Any]:
     return {"library_name": front.get("library_name") or library, "pipeline_tag": front.get("pipeline_tag")}
 
 
-def _carry_states_over(entry: Entry, opened: Merged | None, folder: Path, notes: list[str]) -> Entry:
+def _carry_states_over(
+    entry: Entry, opened: Merged | None, folder: Path, notes: list[str], *, only_last: bool
+) -> Entry:
     """Earlier kept states that still are the beginning of the merge stay, if the recipe keeps states of every step.
 
     Where it keeps the last one alone, an earlier one stays if this run could not keep its own.
     """
     setting = entry.settings["state"]
-    if opened is None or setting == "none" or (setting == "last" and entry.states):
+    if opened is None or setting == "none" or ((setting == "last" or only_last) and entry.states):
+        return entry
+    if opened.last.base.identity != entry.base.identity:
         return entry
     have = {state.count for state in entry.states}
     states = list(entry.states)
@@ -196,6 +239,10 @@ def _carry_states_over(entry: Entry, opened: Merged | None, folder: Path, notes:
     return dataclasses.replace(entry, states=tuple(sorted(states, key=lambda s: s.count)))
 
 
+def _is_additive(planned: Plan) -> bool:
+    return isinstance(planned.method, AdditiveFold)
+
+
 def _note_local_sources(planned: Plan, entry: Entry, opened: Merged | None, folder: Path) -> None:
     """Remember, beside the state and never pushed, where folders that were merged lie on this machine."""
     places: dict[str, str] = {}
@@ -206,11 +253,7 @@ def _note_local_sources(planned: Plan, entry: Entry, opened: Merged | None, fold
         for place, identity in ((source, material.identity), (source.beneath, material.beneath)):
             if place is not None and place.pinned.folder is not None and identity is not None:
                 places[identity] = known.get(identity, str(place.pinned.folder))
-    if places:
-        path = folder / LOCAL_SOURCES
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(places, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        os.chmod(path, 0o600)
+    note_places(folder, places)
 
 
 def adopt_card(folder: Path, repo_id: str) -> None:
@@ -226,9 +269,9 @@ def adopt_card(folder: Path, repo_id: str) -> None:
 def keep_foreign_files(opened: Merged, folder: Path) -> None:
     """What people put into a merge's folder, such as notes or `.git`, outlives the replacement of the folder."""
     assert opened.pinned.folder is not None
-    former = {name for entry in opened.entries for name in entry.products}
+    former = {name for entry in opened.entries for name in entry.products} | {*drawn(readable_card(opened))}
     for name in opened.pinned.files:
-        own = name in former or name in (FILE, "LICENSE.md") or name.startswith(f"{STATE_FOLDER}/")
+        own = name in former or name in (FILE, "LICENSE.md") or name.startswith((f"{STATE_FOLDER}/", PREFIX))
         target = folder / name
         if not own and not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hfmerge.checkpoint.deltas import DeltaReader
 from hfmerge.checkpoint.reader import Reader, Rows
@@ -22,6 +23,9 @@ from hfmerge.source import Pinned, Place, Source
 from hfmerge.taskvector import TaskVector, from_tensors
 
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 STATE_FOLDER = "merge_state"
 
 
@@ -31,6 +35,7 @@ class RunFiles:
     Attributes:
         base: reads the base.
         models: read one model's task vectors each.
+        leaving: the same of models that are subtracted from the prior state.
         prior: reads the state the run continues from, if any.
         outputs: weight file -> its writer.
         states: number of models -> writer of the state kept after them.
@@ -41,9 +46,10 @@ class RunFiles:
 
     def __init__(self, plan: Plan, folder: Path, ranks: Ranks, journal: Journal | None = None):
         self.plan, self.folder, self.ranks, self.journal = plan, folder, ranks, journal
-        self.start = plan.prior.count if plan.prior else 0
+        self.start = plan.start
         self.base = Reader(plan.base)
         self.models = [DeltaReader(delta) for delta in plan.deltas]
+        self.leaving = [DeltaReader(delta) for delta in plan.leaving]
         self.prior = StateReader(plan.prior.path) if plan.prior else None
         self.outputs: dict[str, SafetensorsWriter] = {}
         self.states: dict[int, SafetensorsWriter] = {}
@@ -66,7 +72,8 @@ class RunFiles:
     def expect(self, keys: Sequence[str]) -> None:
         """Announce which parameters are visited next, in their order, so that what is streamed comes in time."""
         self.base.expect(keys)
-        for model in self.models[self.start :]:
+        subtracted = [self.models[i] for i in self.plan.subtracted if i < self.start]
+        for model in (*self.models[self.start :], *subtracted, *self.leaving):
             model.expect(keys)
 
     def _open(self) -> None:
@@ -108,7 +115,7 @@ class RunFiles:
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         self.base.close()
-        for reader in self.models:
+        for reader in (*self.models, *self.leaving):
             reader.close()
         if self.prior is not None:
             self.prior.close()
@@ -163,6 +170,14 @@ class RunFiles:
         return state
 
 
+def carried(
+    names: Collection[str], read: Callable[[str, Rows | None], Tensor], stem: str, rows: Rows | None
+) -> TaskVector:
+    """One carried task vector, dense or as factors, from a file that holds tensors of `names`."""
+    suffixes = [suffix for suffix in ("", ".up", ".down") if f"{stem}{suffix}" in names]
+    return from_tensors({suffix: read(f"{stem}{suffix}", rows) for suffix in suffixes})
+
+
 class StateReader:
     """Reads carried task vectors from a state file into fresh, aligned memory."""
 
@@ -172,9 +187,7 @@ class StateReader:
 
     def read(self, stem: str, rows: Rows | None) -> TaskVector:
         """One carried task vector, or some rows of a dense one."""
-        names = self._reader.source.tensors
-        suffixes = [suffix for suffix in ("", ".up", ".down") if f"{stem}{suffix}" in names]
-        return from_tensors({suffix: self._reader.stored(f"{stem}{suffix}", rows) for suffix in suffixes})
+        return carried(self._reader.source.tensors, self._reader.stored, stem, rows)
 
     def close(self) -> None:
         """Close the file."""

@@ -65,6 +65,7 @@ class Pinned:
         folder: the folder, None on the Hub.
         files: path in the repository -> what is known of the file.
         offline: the Hub could not be asked, and `files` are those that the cache holds.
+        gone: the Hub was asked and no longer has, or shows, this commit; `files` are those that the cache holds.
     """
 
     place: Place
@@ -73,6 +74,7 @@ class Pinned:
     folder: Path | None
     files: Mapping[str, FileInfo] = field(repr=False)
     offline: bool = False
+    gone: bool = False
 
     @property
     def label(self) -> str:

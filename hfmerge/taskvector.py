@@ -6,7 +6,8 @@ handles one by one: the real matrices of a fused or stacked tensor, or the whole
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 
@@ -139,6 +140,7 @@ class Dense(TaskVector):
     """A change given element by element: `value` is floating, of any shape."""
 
     value: Tensor
+    _square: float | None = field(default=None, init=False, repr=False)
 
     @property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
@@ -148,7 +150,11 @@ class Dense(TaskVector):
         return self.value
 
     def squared_norm(self) -> float:
-        return squared_norm(self.value)
+        if self._square is None:
+            # asked for more than once; nobody changes a value that is part of a task vector
+            object.__setattr__(self, "_square", squared_norm(self.value))
+        assert self._square is not None
+        return self._square
 
     def inner(self, other: TaskVector) -> float:
         import torch
@@ -243,6 +249,8 @@ def from_tensors(tensors: dict[str, Tensor]) -> TaskVector:
 
 def cut(tau: TaskVector, block: Block) -> TaskVector:
     """The part of a stored tensor's change that lies in `block`, as methods see it."""
+    if block.is_whole and (isinstance(tau, LowRank) or tau.to_dense().is_contiguous()):
+        return tau
     if not isinstance(tau, LowRank):
         return Dense(block.take(tau.to_dense()).contiguous())
     if block.expert is not None:
@@ -255,7 +263,7 @@ def cut(tau: TaskVector, block: Block) -> TaskVector:
     return LowRank(down.T.contiguous(), up.T.contiguous()) if block.transposed else LowRank(up, down)
 
 
-def summed_rank(shape: tuple[int, ...], ranks: list[int | None]) -> int | None:
+def summed_rank(shape: tuple[int, ...], ranks: Sequence[int | None]) -> int | None:
     """Rank of the factors that a sum of changes is kept in, or None when it is kept dense.
 
     Args:

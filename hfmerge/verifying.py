@@ -6,19 +6,30 @@ On the Hub the digests of weights are the LFS object IDs, so nothing large is do
 from __future__ import annotations
 
 import math
+import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hfmerge.card import FILE, card_differs, card_pointer, licence_note
+from hfmerge.card import BEGIN, FILE, card_differs, card_pointer, licence_note
+from hfmerge.checkpoint.sidefiles import is_side_file
 from hfmerge.digest import sha256_bytes, sha256_file
 from hfmerge.environment import differences, environment, far_apart
 from hfmerge.errors import HfMergeError, LedgerError, NotFoundError
 from hfmerge.fetching import fetch, pin
-from hfmerge.merged import STATE_BRANCH, Merged, open_merged, state_path
+from hfmerge.ledger import ARCHIVES, FOLDER, Entry
+from hfmerge.merged import STATE_BRANCH, Merged, open_merged
 from hfmerge.source import Place
 from hfmerge.workspace import recover
+
+
+LICENCES = "LICENSE.md"
+WEIGHTS = (
+    *(".safetensors", ".bin", ".index.json", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".ggml", ".onnx"),
+    *(".onnx_data", ".tflite", ".pkl", ".npz"),
+)
+"""How names of files end that may hold weights, or say where they are."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +59,20 @@ class Report:
         return [f"{check.what}: {check.detail}" for check in self.checks if not check.ok]
 
 
-def verify_merge(ref: str, *, replay: bool = False, sources: Mapping[str, str] | None = None) -> Report:
+def verify_merge(
+    ref: str,
+    *,
+    replay: bool = False,
+    sources: Mapping[str, str] | None = None,
+    also: Callable[[Merged], Sequence[Check]] | None = None,
+) -> Report:
     """Check a merge.
 
     Args:
         ref: `org/name[@revision]` or a folder.
         replay: also merge again from the pinned sources and compare bytes.
         sources: name of a folder material -> where it lies now.
+        also: further checks of the merge, once it is open.
 
     Raises:
         SourceError: the merge cannot be reached. A broken ledger is a failed check, not an error.
@@ -64,87 +82,139 @@ def verify_merge(ref: str, *, replay: bool = False, sources: Mapping[str, str] |
         merged = open_merged(ref, sources)
     except LedgerError as error:
         return Report(ref, (Check("ledger", False, str(error)),))
+    return check_merged(merged, replay=replay, also=also)
+
+
+def check_merged(
+    merged: Merged, *, replay: bool = False, also: Callable[[Merged], Sequence[Check]] | None = None
+) -> Report:
+    """Check a merge that is open already; see `verify_merge`."""
     checks = [Check("ledger", True, f"{len(merged.entries)} entries, each names its parent's digest")]
-    checks.extend(_files(merged))
-    checks.append(_card(merged))
-    checks.extend(_states(merged))
+    files, read = _digests(merged)
+    checks.extend(check_contents(merged.entries, files, merged.read(FILE), merged.read(LICENCES), read=read))
+    checks.extend(_published_states(merged) if merged.pinned.folder is None else [])
+    checks.extend(also(merged) if also is not None else ())
     if replay:
         checks.append(_replay(merged))
     return Report(merged.pinned.label, tuple(checks))
 
 
-def _files(merged: Merged) -> list[Check]:
-    """Every product has its digest, and no weights lie about that the ledger does not know."""
-    wrong, read = [], 0
-    for name, digest in merged.last.products.items():
-        info = merged.pinned.files.get(name)
-        if info is None:
-            wrong.append(Check(name, False, "missing"))
-            continue
-        found = info.sha256
-        if found is None:
-            found, read = sha256_file(fetch(merged.pinned, name)), read + 1
+def check_contents(
+    entries: Sequence[Entry],
+    files: Mapping[str, str | None],
+    card: bytes | None,
+    licences: bytes | None,
+    *,
+    read: int = 0,
+) -> Iterator[Check]:
+    """What can be said of a merge from its files alone; reads nothing.
+
+    Args:
+        entries: the ledger, its chain checked.
+        files: path -> SHA-256 of every file there; None where it does not matter.
+        card, licences: bytes of README.md and LICENSE.md, None if missing.
+        read: how many files were read to know their SHA-256, for the report.
+    """
+    last = entries[-1]
+    wanted = dict(last.products)
+    # kept states are not on `main`, and so not in a folder that was downloaded from there
+    if any(name.startswith("merge_state/") for name in files):
+        wanted |= last.beside
+    good = True
+    for name, digest in wanted.items():
+        found = files.get(name)
         if found != digest:
-            wrong.append(Check(name, False, f"sha256 is {found[:12]}..., the ledger says {digest[:12]}..."))
-    for name in merged.pinned.files:
-        if name.endswith((".safetensors", ".bin", ".safetensors.index.json")) and name not in merged.last.products:
-            if not name.startswith("merge_state/"):
-                wrong.append(Check(name, False, "weights that the ledger does not know"))
-    if wrong:
-        return wrong
-    total = len(merged.last.products)
-    return [Check("files", True, f"{total} files have their digests ({total - read} by LFS id, {read} read)")]
+            good = False
+            what = f"sha256 is {found[:12]}..., the ledger says {digest[:12]}..." if found else "missing"
+            yield Check(name, False, what)
+    for name in files:
+        if name not in wanted and (reason := _foreign(name, entries)) is not None:
+            good = False
+            yield Check(name, False, reason)
+    if good:
+        count = len(wanted)
+        yield Check("files", True, f"{count} files have their digests ({count - read} by LFS id, {read} read)")
+    yield _card(entries, card, licences)
 
 
-def _card(merged: Merged) -> Check:
-    text = merged.read(FILE)
+def _foreign(name: str, entries: Sequence[Entry]) -> str | None:
+    """Why a file that the last entry does not name must not be there; None for what people may add."""
+    if name.startswith(f"{FOLDER}/"):
+        return None if name in [entry.file for entry in entries] else "is no entry of the ledger"
+    if name.startswith((".git/", ".cache/")):  # what git and the Hub's client keep in a folder; nothing loads it
+        return None
+    if name.startswith(f"{ARCHIVES}/"):
+        return "a copy of a source that the ledger does not know"
+    if name.endswith(WEIGHTS):
+        state = name.startswith("merge_state/")
+        return "a state that the ledger does not know" if state else "weights that the ledger does not know"
+    if name == "adapter_config.json" or is_side_file(name):
+        return "is loaded with the model, and the ledger does not know it"
+    return None
+
+
+def _digests(merged: Merged) -> tuple[dict[str, str | None], int]:
+    """Path -> SHA-256 of what the ledger names, by LFS id or else read, None of all else; and how many were read."""
+    last, found, read = merged.last, {name: info.sha256 for name, info in merged.pinned.files.items()}, 0
+    for name in (*last.products, *last.beside):
+        if name in found and found[name] is None:
+            found[name], read = sha256_file(fetch(merged.pinned, name)), read + 1
+    return found, read
+
+
+def _card(entries: Sequence[Entry], text: bytes | None, licences: bytes | None) -> Check:
     if text is None:
         return Check("card", False, f"{FILE} is missing")
+    last = entries[-1]
     try:
         card = text.decode("utf-8", "replace")
         # the ledger's last entry has no successor to name its digest; the card does
-        named, found = card_pointer(card).get("sha256"), sha256_bytes(merged.last.to_bytes())
-        if named != found:
-            problem: str | None = (
-                f"{merged.last.file} has the digest {found[:12]}..., {FILE} names {str(named)[:12]}...; one was "
-                "changed"
-            )
+        named, found = card_pointer(card).get("sha256"), sha256_bytes(last.to_bytes())
+        if re.search(r"\r(?!\n)", card.partition(BEGIN)[0]):
+            # to YAML a line break like any other, so that the byte would not count
+            problem: str | None = f"{FILE} has a carriage return in its front matter"
+        elif named != found:
+            problem = f"{last.file} has the digest {found[:12]}..., {FILE} names {str(named)[:12]}...; one was changed"
         else:
-            problem = card_differs(card, merged.entries)
+            problem = card_differs(card, entries)
     except LedgerError as error:
         problem = str(error)
-    note = licence_note([merged.last.base, *merged.last.models])
-    if problem is None and note is not None and merged.read("LICENSE.md") != note.encode():
-        problem = "LICENSE.md is not what the ledger gives"
+    note = licence_note([last.base, *last.models])
+    if problem is None and note is not None and licences != note.encode():
+        problem = f"{LICENCES} is not what the ledger gives"
     return Check("card", problem is None, problem or "says what the ledger says")
 
 
-def _states(merged: Merged) -> list[Check]:
-    """Kept states: of a folder read and hashed, on the Hub by LFS id on their branch."""
-    if merged.pinned.folder is None:
-        return _published_states(merged)
-    checks = []
-    for state in merged.last.states:
-        notes: list[str] = []
-        path = state_path(merged.pinned, state, notes)
-        checks.append(Check(state.file, path is not None, "has its digest" if path else notes[0]))
-    return checks
+def stray_states(merged: Merged) -> list[str]:
+    """States and copies of sources on the Hub that the ledger's last entry does not list, maybe of a removed model."""
+    if merged.pinned.folder is not None:
+        return []
+    try:
+        branch = pin(Place(merged.pinned.place.text, merged.pinned.name, STATE_BRANCH, None))
+    except NotFoundError:
+        return []
+    return [name for name in branch.files if name.endswith((*WEIGHTS, ".zip")) and name not in merged.last.beside]
 
 
 def _published_states(merged: Merged) -> list[Check]:
     """A state that is not published (a pull request carries none) is no fault: the sources are read instead."""
-    if not merged.last.states:
+    if not any(entry.beside for entry in merged.entries):
         return []
     try:
         branch = pin(Place(merged.pinned.place.text, merged.pinned.name, STATE_BRANCH, None))
     except NotFoundError:
         return [Check("state", True, f"no branch {STATE_BRANCH}; add and unmerge read the sources")]
     checks = []
-    for state in merged.last.states:
-        held = branch.files.get(state.file)
-        right = held is None or held.sha256 in (None, state.sha256)
+    for file, digest in merged.last.beside.items():
+        held = branch.files.get(file)
+        right = held is None or held.sha256 in (None, digest)
         detail = "not published; the sources are read instead" if held is None else "has its digest (by LFS id)"
-        checks.append(Check(state.file, right, detail if right else f"the branch {STATE_BRANCH} holds other bytes"))
+        checks.append(Check(file, right, detail if right else f"the branch {STATE_BRANCH} holds other bytes"))
+    # an earlier commit is not what the branch goes with
+    if merged.pinned.place.revision in (None, "main"):
+        stray = [name for name in branch.files if name.startswith(f"{ARCHIVES}/") and name not in merged.last.beside]
+        what = f"on the branch {STATE_BRANCH}: a copy of a source that the ledger does not know; push the merge again"
+        checks += [Check(name, False, what) for name in stray]
     return checks
 
 

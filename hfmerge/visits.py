@@ -9,16 +9,18 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from hfmerge.checkpoint.reader import Rows
 from hfmerge.checkpoint.vocabulary import extended_base
 from hfmerge.checkpoint.writer import TORCH_NAMES, SafetensorsWriter
 from hfmerge.chunks import Chunk
-from hfmerge.errors import NonFiniteError
+from hfmerge.errors import GridOverflowError, NonFiniteError
 from hfmerge.journal import checksum
 from hfmerge.methods import Carry, FoldMethod, JointMethod
+from hfmerge.methods.additive import staying
 from hfmerge.methods.base import SAMPLED
-from hfmerge.planned import DTYPE_NAMES, Param, carry_slots, state_name
-from hfmerge.runfiles import RunFiles
-from hfmerge.taskvector import Block, Dense, LowRank, TaskVector, cut, from_tensors, squared_norm, zero
+from hfmerge.planned import DTYPE_NAMES, Param, state_name
+from hfmerge.runfiles import RunFiles, carried
+from hfmerge.taskvector import Block, Dense, LowRank, TaskVector, cut, squared_norm, zero
 
 
 if TYPE_CHECKING:
@@ -131,7 +133,7 @@ class Visit:
         method = self.plan.method
         if isinstance(method, FoldMethod):
             squares, carries, deviation = self._fold(method)
-            changes = [method.emit(carry, self.plan.weights) for carry in carries]
+            changes = self._read_out(method, carries)
         else:
             assert isinstance(method, JointMethod)
             squares, changes = self._combine(method, thresholds)
@@ -151,15 +153,9 @@ class Visit:
         method, count, param = self.plan.method, len(self.files.models), self.chunk.param
         if isinstance(method, FoldMethod):
             kept = self.files.scratch or self.files.states[count]
-            changes = []
-            for block in param.blocks:
-                carry: Carry = {}
-                slots = carry_slots(method, param, block, count)
-                for name in method.carry_ranks(block.shape(param.slot.shape), list(param.ranks)):
-                    stem = state_name(param, block, name)
-                    suffixes = [s for s in ("", ".up", ".down") if f"{stem}{s}" in slots]
-                    carry[name] = from_tensors({s: kept.read(f"{stem}{s}", self.chunk.rows) for s in suffixes})
-                changes.append(method.emit(carry, self.plan.weights))
+            read = partial(carried, kept.slots, kept.read)
+            carries = [self._carry_in(read, method, block, param.ranks) for block in param.blocks]
+            changes = self._read_out(method, carries)
         else:
             assert self.files.scratch is not None
             whole = self.files.scratch.read(param.key, self.chunk.rows)
@@ -190,7 +186,10 @@ class Visit:
                 part = zero(block.shape(self.chunk.shape)) if tau is None else cut(tau, block)
                 if watched and i + 1 == count:
                     deviations.append(method.deviation(carries[b], part, self.plan.weights[i], matrix=block.matrix))
-                carry = method.step(carries[b], part, self.plan.weights[i], matrix=block.matrix)
+                try:
+                    carry = method.step(carries[b], part, self.plan.weights[i], matrix=block.matrix)
+                except GridOverflowError as error:
+                    raise GridOverflowError(f"{param.key}: {error}") from error
                 carries[b] = _settled(method, param, block, i + 1, carry)
             if i + 1 in self.files.states:
                 self._store(self.files.states[i + 1], carries, i + 1)
@@ -243,14 +242,56 @@ class Visit:
         return _finite_square(tau)
 
     def _prior_carry(self, method: FoldMethod, block: Block) -> Carry | None:
-        prior, start = self.files.prior, self.files.start
-        if prior is None or start == 0:
+        """What the prior state holds of a block, without the models that leave; None where there is none."""
+        prior, state = self.plan.prior, self.files.prior
+        if prior is None or state is None or not (prior.count or prior.held):
             return None
         param = self.chunk.param
-        names = method.carry_ranks(block.shape(param.slot.shape), list(param.ranks[:start]))
-        if all(rank == 0 for rank in param.ranks[:start]):
-            return {name: zero(block.shape(self.chunk.shape)) for name in names}
-        return {name: prior.read(state_name(param, block, name), self.chunk.rows) for name in names}
+        ranks = prior.ranks(param)
+        carry = self._carry_in(state.read, method, block, ranks)
+        if not prior.held:
+            return carry
+        for j, reader in enumerate(self.files.leaving):
+            if param.leaving[j] is None:
+                tau = reader.task_vector(param.key, self.base, None, self.chunk.rows)
+                part = _cut(tau, block, self.chunk)
+                carry = method.unstep(carry, part, self.plan.leaving_weights[j], matrix=block.matrix)
+        order = sorted((i for i, model in enumerate(prior.held) if model >= 0), key=lambda i: prior.held[i])
+        carry = staying(carry, ranks, order)
+        if not prior.count:
+            return None
+        return _settled(method, param, block, prior.count, carry)
+
+    def _carry_in(
+        self,
+        read: Callable[[str, Rows | None], TaskVector],
+        method: FoldMethod,
+        block: Block,
+        ranks: Sequence[int | None],
+    ) -> Carry:
+        """A block's carry from a state of models whose changes have these ranks."""
+        param = self.chunk.param
+        forms = method.carry_form(block.shape(param.slot.shape), ranks, matrix=block.matrix)
+        stored = any(rank != 0 for rank in ranks)
+        return {
+            name: read(state_name(param, block, name), self.chunk.rows)
+            if stored and form.rank != 0
+            else zero(block.shape(self.chunk.shape))
+            for name, form in forms.items()
+        }
+
+    def _read_out(self, method: FoldMethod, carries: Sequence[Carry]) -> list[TaskVector]:
+        """The merged change of every block; approximately without what the recipe subtracts."""
+        param, weights = self.chunk.param, self.plan.weights
+        counted = [weight for i, weight in enumerate(weights) if i not in self.plan.subtracted]
+        taus = [(weights[i], self.task_vector(i)) for i in self.plan.subtracted]
+        changes = []
+        for block, carry in zip(param.blocks, carries, strict=True):
+            for weight, tau in taus:
+                if tau is not None:
+                    carry = method.unstep(carry, cut(tau, block), weight, matrix=block.matrix)
+            changes.append(method.emit(carry, counted, matrix=block.matrix))
+        return changes
 
     def _store(self, writer: SafetensorsWriter, carries: Sequence[Carry | None], count: int) -> None:
         param = self.chunk.param
@@ -259,20 +300,27 @@ class Visit:
         for block, carry in zip(param.blocks, carries, strict=True):
             assert carry is not None
             for name, value in carry.items():
+                if value.is_zero:
+                    continue
                 for suffix, tensor in value.tensors().items():
                     self._put(writer, f"{state_name(param, block, name)}{suffix}", tensor)
 
     def _write(self, changes: Sequence[TaskVector], scale: float) -> None:
-        """`base + scale * change` into the output; the visit's base is used up."""
-        base = self.base()
+        """`base + scale * change` into the output, rounded once; the visit's base is used up."""
+        import torch
+
+        value = self.base()
         for block, change in zip(self.chunk.param.blocks, changes, strict=True):
             if change.is_zero:
                 continue
+            dense = change.to_dense()
+            if dense.dtype == torch.float64 and value.dtype != torch.float64:
+                value = value.double()
             if block.is_whole:
-                base.add_(change.to_dense(), alpha=scale)
+                value.add_(dense, alpha=scale)
             else:
-                block.put(base, block.take(base).add(change.to_dense(), alpha=scale))
-        self._emit(base)
+                block.put(value, block.take(value).add(dense, alpha=scale))
+        self._emit(value)
 
     def _emit(self, value: Tensor) -> None:
         import torch
@@ -320,11 +368,11 @@ def _settled(method: FoldMethod, param: Param, block: Block, count: int, carry: 
     """A carry in exactly the form its state file would give back: dtype, contiguous, factored or dense as planned."""
     import torch
 
-    shape = block.shape(param.slot.shape)
+    forms = method.carry_form(block.shape(param.slot.shape), param.ranks[:count], matrix=block.matrix)
     result: Carry = {}
-    for name, rank in method.carry_ranks(shape, list(param.ranks[:count])).items():
-        value = carry[name].to(getattr(torch, TORCH_NAMES[method.carry_dtype]))
-        if rank is None or not isinstance(value, LowRank):
+    for name, form in forms.items():
+        value = carry[name].to(getattr(torch, TORCH_NAMES[form.dtype]))
+        if form.rank is None or not isinstance(value, LowRank):
             result[name] = Dense(value.to_dense().contiguous())
         else:
             result[name] = LowRank(value.up.contiguous(), value.down.contiguous())

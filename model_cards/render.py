@@ -1,5 +1,7 @@
 """Render the golden cards: for every recipe the card its merge would get, with commits and norms made from the names.
 
+The results in the quickstart's card are measured ones, by `python -m evaluation.tables quickstart`.
+
 `make cards` writes them; a test renders them again and compares.
 """
 
@@ -10,6 +12,8 @@ from pathlib import Path
 
 from hfmerge.card import card_facts, render_card
 from hfmerge.digest import sha256_bytes
+from hfmerge.evaluation.report import card_with_results
+from hfmerge.evaluation.results import load_results
 from hfmerge.ledger import Entry, KeptState, Material, settings_of
 from hfmerge.recipe import Recipe, load_recipe
 from hfmerge.source import parse_ref
@@ -17,15 +21,18 @@ from hfmerge.source import parse_ref
 
 HERE = Path(__file__).resolve().parent
 RECIPES = HERE.parent / "recipes"
+MEASURED = HERE.parent / "evaluation" / "results" / "quickstart-recipe.json"
+MERGED = "quickstart/minilm-merged"
+"""What was measured: the merge of the quickstart's recipe. No other recipe's models can be had without a network."""
 
 
 def golden_cards() -> dict[str, str]:
     """File name -> text, one for each recipe."""
     paths = sorted([*RECIPES.glob("*.yaml"), *RECIPES.glob("quickstart/*.yaml")])
     names = [path.stem if path.parent == RECIPES else path.parent.name for path in paths]
-    return {
-        f"{name}.md": golden_card(load_recipe(path), f"org/{name}") for name, path in zip(names, paths, strict=True)
-    }
+    cards = {name: golden_card(load_recipe(path), f"org/{name}") for name, path in zip(names, paths, strict=True)}
+    cards["quickstart"] = card_with_results(cards["quickstart"], load_results(MEASURED), MERGED, "quickstart")
+    return {f"{name}.md": text for name, text in cards.items()}
 
 
 def golden_card(recipe: Recipe, repo_id: str) -> str:

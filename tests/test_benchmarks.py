@@ -22,6 +22,8 @@ SCRIPTS = {
     "opcm": (("--kinds", "bert", "--models", "2"), "of it eigenvectors in float64"),
     "spectral": ((), "randomized projection of 320 x 300: deviation, `code`"),
     "lora": (("--adapters", "2"), "difference to the dense path"),
+    "reversal": ((), "2 adapters, opcm: unmerge number 1, subtract"),
+    "evaluation": (("--rows", "64"), "from files to the score"),
     "scaling": (("--parts", "copying"), "linear, 4 models, whole command; `cat` beside"),
 }
 

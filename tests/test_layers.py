@@ -16,27 +16,32 @@ LAYERS = [
     [
         *("taskvector", "environment", "options", "pool", "watch", "runtime", "fields", "yamlio"),
         *("source", "headers", "asking", "commits", "fetching", "ordered", "ranged", "blockstore", "remote"),
-        *("spans", "streaming", "describing", "digesting"),
+        *("spans", "streaming", "describing", "digesting", "dsse", "signers"),
     ],
     ["methods.base", "methods.spectral", "methods.trimming"],
-    ["methods.linear", "methods.opcm", "methods.slerp", "methods.ties"],
+    ["methods.additive"],
+    ["methods.gram", "methods.linear", "methods.opcm", "methods.slerp", "methods.ties"],
     ["methods"],
     ["checkpoint"],
     ["recipe_values", "mergekit_syntax", "mergekit"],
     ["recipe", "flags"],
     ["ledger"],
-    ["planned", "card", "templates", "journal"],
-    ["estimating", "matching"],
-    ["planning"],
+    ["archives", "planned", "card", "templates", "journal", "removal", "comparing"],
+    ["estimating", "matching", "marked", "spectra"],
+    ["planning", "scorecard"],
     ["merged", "workspace", "chunks", "identity"],
-    ["disks"],
-    ["runfiles"],
-    ["visits", "finishing", "changes", "statebranch"],
-    ["passes"],
-    ["execute"],
-    ["recording", "hub", "verifying", "hubserver"],
-    ["publishing"],
-    ["api"],
+    ["disks", "vanished", "starting", "steps", "pictures"],
+    ["recovering", "runfiles", "treeview"],
+    ["visits", "finishing", "changes", "statebranch", "measuring"],
+    ["passes", "revising"],
+    ["execute", "inspecting"],
+    ["keeping", "recording", "hub", "verifying", "hubserver", "gap"],
+    ["publishing", "certificate", "purging"],
+    ["certifying", "evaluation"],
+    ["running"],
+    ["nesting", "restoring", "evaluation.checking"],
+    ["api", "lifecycle"],
+    ["evaluation.continual"],
     ["commands"],
     ["cli"],
     ["__main__", "__init__"],
@@ -79,7 +84,7 @@ def test_a_module_imports_only_lower_layers(module: str, path: Path) -> None:
     for other in imported(path):
         there = layer_of(other)
         same_package = module.partition(".")[0] == other.partition(".")[0]
-        assert there < here or (there == here and (same_package or here <= 8)), f"{module} imports {other}"
+        assert there < here or (there == here and (same_package or here <= 9)), f"{module} imports {other}"
 
 
 def test_every_file_says_its_job_in_its_first_line() -> None:

@@ -68,7 +68,7 @@ def merged(recipe: Recipe, weights: dict[str, Tensor]) -> Tensor:
         for tau, factor in zip(taus, factors, strict=True):
             carry = method.step(carry, tau, factor, matrix=True)
         assert carry is not None
-        return base + method.emit(carry, factors).to_dense()
+        return base + method.emit(carry, factors, matrix=True).to_dense().float()
     assert isinstance(method, JointMethod)
     return base + method.combine(taus, factors, base.clone, None).to_dense()
 
@@ -194,7 +194,9 @@ def test_defaults_are_written_out() -> None:
     assert parse_recipe(config("ties"), "test").method == MethodChoice(
         "ties", {"density": 1.0, "scale": 1.0, "scope": "tensor"}, "none"
     )
-    assert parse_recipe(config(), "test").method == MethodChoice("task_arithmetic", {"scale": 1.0}, "none")
+    assert parse_recipe(config(), "test").method == MethodChoice(
+        "task_arithmetic", {"sums": "float64", "scale": 1.0}, "none"
+    )
 
 
 def test_slices_with_a_base_that_is_no_source_leave_it_out_of_linear() -> None:
@@ -210,7 +212,7 @@ def test_parameters_of_a_slice_win_over_those_of_the_file() -> None:
     sources = [{"layer_range": [0, 4], **entry("a", weight=1)}, {"model": "z", "layer_range": [0, 4]}]
     part = {"sources": sources, "parameters": {"lambda": 0.25}}
     data = {"merge_method": "task_arithmetic", "base_model": "z", "slices": [part], "parameters": {"lambda": 0.5}}
-    assert parse_recipe(data, "test").method.options == {"scale": 0.25}
+    assert parse_recipe(data, "test").method.options["scale"] == 0.25
 
 
 # --- the rest of the file -----------------------------------------------------------------------------------------

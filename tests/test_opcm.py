@@ -42,7 +42,7 @@ def fold(method: OPCM, taus: Sequence[TaskVector], matrix: bool = True) -> TaskV
     for tau in taus:
         carry = method.step(carry, tau, 1.0, matrix=matrix)
     assert carry is not None
-    return method.emit(carry, [1.0] * len(taus))
+    return method.emit(carry, [1.0] * len(taus), matrix=True)
 
 
 def added(total: Tensor, tau: Tensor, alpha: float, variant: str) -> Tensor:

@@ -48,7 +48,7 @@ def _load(folder: Path, config: dict[str, Any], trust_remote_code: bool) -> tupl
     model_class, model_config = found
     shapes = _header_shapes(folder)
     stored = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
-    with _quiet():
+    with quiet():
         try:
             model, report = model_class.from_pretrained(
                 None,
@@ -100,7 +100,7 @@ def _header_shapes(folder: Path) -> dict[str, Shape]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keeps transformers' own report and progress bar off the terminal: the caller gets both as values."""
     from transformers.utils import logging
 

@@ -26,13 +26,14 @@ IGNORED = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 """Keys of config.json that say nothing about names and shapes."""
 
 
-def recall(kind: str, question: Any, ask: Callable[[], Any]) -> Any:
+def recall(kind: str, question: Any, ask: Callable[[], Any], *, most: int = CACHED_FILES) -> Any:
     """The answer to a question, from the disk or from `ask`, whose answer is then kept; errors are not.
 
     Args:
         kind: the folder, one for each form of answer.
         question: everything the answer depends on, as JSON values.
         ask: gives the answer as JSON values, or None for one that cannot be kept.
+        most: answers of this kind that are kept.
     """
     path = _folder() / kind / f"{sha256_bytes(canonical_json([_makers(), question]))}.json"
     try:
@@ -43,7 +44,7 @@ def recall(kind: str, question: Any, ask: Callable[[], Any]) -> Any:
         logging.getLogger(__name__).warning("%s: cannot be read (%s); worked out again.", path, error)
     answer = ask()
     if answer is not None:
-        _keep(path, answer)
+        _keep(path, answer, most)
     return answer
 
 
@@ -67,7 +68,7 @@ def _makers() -> list[str]:
     return [importlib.metadata.version("transformers"), code]
 
 
-def _keep(path: Path, answer: Any) -> None:
+def _keep(path: Path, answer: Any, most: int) -> None:
     """Write the answer whole or not at all; a home that cannot be written costs time only."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -80,7 +81,7 @@ def _keep(path: Path, answer: Any) -> None:
             Path(name).unlink(missing_ok=True)
             raise
         kept = sorted(path.parent.glob("*.json"), key=lambda file: file.stat().st_mtime)
-        for old in kept[:-CACHED_FILES]:
+        for old in kept[:-most]:
             old.unlink(missing_ok=True)
     except OSError as error:
         logging.getLogger(__name__).info("%s: cannot be kept: %s", path, error)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +42,16 @@ PATTERNS = (
 def side_files(base: Pinned, *, remote_code: bool) -> list[str]:
     """The base's files that belong beside a merge, in order."""
     patterns = (*PATTERNS, "*.py") if remote_code else PATTERNS
-    return [
-        name for name in sorted(base.files) if any(fnmatch.fnmatchcase(name, p) and _level(name, p) for p in patterns)
-    ]
+    return [name for name in sorted(base.files) if _fits(name, patterns)]
+
+
+def is_side_file(name: str) -> bool:
+    """Whether a file of that name takes part in loading a model, though it holds no weights and no code."""
+    return _fits(name, PATTERNS)
+
+
+def _fits(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) and _level(name, pattern) for pattern in patterns)
 
 
 def _level(name: str, pattern: str) -> bool:

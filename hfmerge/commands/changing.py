@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
-from hfmerge.commands.shared import Command, change_arguments, change_flags, print_result
+from hfmerge.commands.shared import (
+    Command,
+    change_arguments,
+    change_flags,
+    first_process,
+    print_result,
+)
 from hfmerge.errors import HfMergeError
+
+
+if TYPE_CHECKING:
+    from hfmerge.evaluation.checking import Behaviour
 
 
 def register(command: Command) -> None:
@@ -18,6 +29,21 @@ def register(command: Command) -> None:
     sub = command("unmerge", "Take models out: the bytes become those of the merge that never saw them.", _unmerge)
     sub.add_argument("merged", metavar="MERGED")
     sub.add_argument("--remove", action="append", required=True, metavar="MODEL", help="may be given several times")
+    sub.add_argument(
+        "--inner-to",
+        metavar="PLACE",
+        help="org/name or ./folder for a merge within the merge, made again without MODEL (default: beside MERGED)",
+    )
+    sub.add_argument(
+        "--mode",
+        choices=("exact", "subtract"),
+        default="exact",
+        help="subtract: read no other model; approximate, and not a removal (default: exact)",
+    )
+    sub.add_argument("--measure", action="store_true", help="of a subtraction: measure how far off it is")
+    sub.add_argument(
+        "--check", metavar="SUITE", help="score this suite before and after, beside base and never merged"
+    )
     change_flags(sub)
 
 
@@ -35,4 +61,30 @@ def _add(args: argparse.Namespace) -> int:
 def _unmerge(args: argparse.Namespace) -> int:
     from hfmerge import api
 
-    return print_result(args, api.unmerge(args.merged, args.remove, **change_arguments(args)))
+    if args.check is not None:
+        if args.inner_to is not None:
+            raise HfMergeError("--check: give it without --inner-to.")
+        result, behaviour = api.unmerge_checked(
+            args.merged, args.remove, args.check, mode=args.mode, measure=args.measure, **change_arguments(args)
+        )
+        return print_result(args, result, {"check": behaviour.to_dict()}) or _print_behaviour(args, behaviour)
+    result = api.unmerge(
+        args.merged,
+        args.remove,
+        inner_to=args.inner_to,
+        mode=args.mode,
+        measure=args.measure,
+        **change_arguments(args),
+    )
+    return print_result(args, result)
+
+
+def _print_behaviour(args: argparse.Namespace, behaviour: Behaviour) -> int:
+    if args.json or not first_process():
+        return 0
+    print(f"\n{behaviour.matrix.to_markdown()}")
+    same = "the same bytes" if behaviour.identical else "NOT the same bytes"
+    print(f"{same} as a merge that never saw it; on the other tasks off by {100 * behaviour.retained_gap:.1f} points")
+    for task, residual in behaviour.residual.items():
+        print(f"{task}: {100 * residual:+.1f} points against never merged")
+    return 0

@@ -54,6 +54,12 @@ def _recipe_flags(sub: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--allow-pickle", action="store_true", default=None, help="read pickled .bin weights")
     group.add_argument("--trust-remote-code", action="store_true", default=None, help="run code from repositories")
+    group.add_argument(
+        "--keep-sources",
+        action="store_true",
+        default=None,
+        help="keep compressed copies of base and models beside the states, readable by all who may read the merge",
+    )
     stream_flag(group, None)
 
 
@@ -85,6 +91,7 @@ def _asked(args: argparse.Namespace) -> Recipe:
         allow_pickle=args.allow_pickle,
         trust_remote_code=args.trust_remote_code,
         stream=args.stream,
+        keep_sources=args.keep_sources,
     )
 
 
@@ -112,6 +119,8 @@ def _plan(args: argparse.Namespace) -> int:
         print(f"model  {source.pinned.label}  {source.kind}, weight {weight:g}, changes {changed} parameters")
     for model, head in planned.heads:
         print(f"head   {planned.deltas[model].source.name}  {', '.join(head.tensors)}  ({len(head.labels)} labels)")
+    for line in planned.choices:
+        print(f"choice {line}")
     modes = [param.mode if param.touched or param.mode != "merge" else "copy" for param in planned.params]
     print(f"method {planned.method.name} {planned.recipe.method.options} norm {planned.norm}")
     print(
@@ -120,6 +129,8 @@ def _plan(args: argparse.Namespace) -> int:
     )
     rows = (("download", need.download), ("read", need.read), ("output", need.output), ("state", need.state))
     print("bytes    " + ", ".join(f"{name} {size(value)}" for name, value in rows))
+    if planned.recipe.keep_sources:
+        print(f"sources  copies are kept beside the state and published with it: at most {size(need.sources)}")
     if planned.recipe.stream:
         print(f"stream   {size(need.stream)} from the Hub as they are needed; nothing is stored but the result")
     print(f"needs    disk {size(need.disk)}, memory about {size(need.memory)}, time about {need.seconds:.0f} s")
@@ -145,6 +156,7 @@ def _plan_data(planned: Plan) -> dict[str, Any]:
             }
             for param in planned.params
         ],
+        "choices": planned.choices,
         "estimate": vars(planned.estimate),
         "warnings": list(planned.warnings),
     }

@@ -1,58 +1,154 @@
-"""Commands that look at a merge and change nothing: history, verify."""
+"""Commands that look at a merge and change nothing: history, diff, verify."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from hfmerge.commands.shared import Command, given_sources, print_json, source_flag
+from hfmerge.errors import CertificateError, HfMergeError
+
+
+if TYPE_CHECKING:
+    from hfmerge.comparing import Difference
+    from hfmerge.steps import Step
 
 
 def register(command: Command) -> None:
     """Add the commands of this file."""
-    sub = command("history", "Print a merge's ledger as a table.", _history)
+    sub = command("history", "Print a merge's steps as a table, or as a tree; on the Hub with who and when.", _history)
     sub.add_argument("merged", metavar="MERGED")
+    sub.add_argument("--graph", action="store_true", help="draw a tree: what joined and left at each step, and why")
+    sub = command("diff", "Print what differs between two steps of a merge, or between two merges.", _diff)
+    sub.add_argument("merged", metavar="MERGED")
+    sub.add_argument(
+        "steps", nargs="*", metavar="A B | OTHER",
+        help="numbers of two steps, negative ones from the end (default: the last two), or another merge",
+    )  # fmt: skip
     sub = command(
         "verify", "Check a merge against its ledger; exit code 1 and the culprit's name if anything differs.", _verify
     )
     sub.add_argument("merged", metavar="MERGED")
     sub.add_argument("--replay", action="store_true", help="merge again from the sources and compare every byte")
+    sub.add_argument("--certificate", metavar="FILE", help="also check a certificate of removal")
+    sub.add_argument("--public-key", metavar="FILE", help="the key, or keys, whose signature counts")
+    sub.add_argument("--allowed-signers", metavar="FILE", help="the same as a file of OpenSSH")
+    sub.add_argument("--allow-unsigned", action="store_true", help="check the certificate's content alone")
     source_flag(sub)
 
 
 def _history(args: argparse.Namespace) -> int:
-    from hfmerge.digest import sha256_bytes
     from hfmerge.merged import open_merged
+    from hfmerge.steps import steps_of
+    from hfmerge.treeview import method, tree
     from hfmerge.workspace import recover
 
     recover(args.merged)
     merged = open_merged(args.merged)
+    steps, notes = steps_of(merged)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
     if args.json:
-        print_json(
-            {"merged": merged.pinned.label, "entries": [json.loads(entry.to_bytes()) for entry in merged.entries]}
-        )
-        return 0
-    width = max(len(", ".join(entry.subjects)) for entry in merged.entries) + 2
-    print(f"{'step':<6}{'action':<9}{'digest':<14}{'models':<{width}}how")
-    for entry in merged.entries:
-        digest = sha256_bytes(entry.to_bytes())[:12]
-        print(f"{entry.step:<6}{entry.action:<9}{digest:<14}{', '.join(entry.subjects):<{width}}{entry.how}")
-    print(f"\nnow: {merged.last.base.label} with {merged.last.method['name']} of")
-    for model in merged.last.models:
-        print(
-            f"  {model.label:<48} {model.kind}, weight {model.weight:g}, norm {(model.squared_norm or 0.0) ** 0.5:.4g}"
-        )
+        entries = [json.loads(step.entry.to_bytes()) for step in steps]
+        steps_data = [step.to_dict() for step in steps]
+        print_json({"merged": merged.pinned.label, "entries": entries, "steps": steps_data})
+    elif args.graph:
+        print("\n".join(tree(steps)))
+    else:
+        print("\n".join(_table(steps)))
+        print(f"\nnow: {merged.last.base.label} with {method(merged.last)} of")
+        for label, norm in steps[-1].norms.items():
+            model = next(one for one in merged.last.models if one.label == label)
+            print(f"  {label:<48} {model.kind}, weight {model.weight:g}, norm {norm:.4g}")
     return 0
+
+
+def _table(steps: Sequence[Step]) -> list[str]:
+    """One line a step; a model's norm stands behind its name where it joins."""
+    from hfmerge.treeview import method
+
+    rows = [["step", "action", "digest", "method", "norm", "when", "who", "models (norm)"]]
+    for step in steps:
+        entry, commit = step.entry, step.commit
+        norms = {model.name: step.norms[model.label] for model in entry.models}
+        names = [f"{name} ({norms[name]:.4g})" if name in norms else name for name in entry.subjects]
+        when = f"{commit.date:%Y-%m-%d %H:%M}" if commit else "-"
+        who = ", ".join(commit.authors) if commit else "-"
+        did = ", ".join(names) or f"as step {entry.restored}"
+        rows.append(
+            [str(entry.step), entry.action, step.digest[:12], method(entry), f"{step.merged_norm:.4g}", when, who, did]
+        )
+    if all(step.commit is None for step in steps):
+        rows = [[*row[:5], row[7]] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _diff(args: argparse.Namespace) -> int:
+    from hfmerge import lifecycle
+
+    given: list[int | str] = [int(text) if re.fullmatch("-?[0-9]+", text) else text for text in args.steps]
+    if len(given) > 2 or (len(given) == 2 and not all(isinstance(step, int) for step in given)):
+        raise HfMergeError("diff: give two steps by number, or a second merge.")
+    difference = lifecycle.diff(args.merged, *given)  # type: ignore[arg-type]  # a second one is a number, see above
+    if args.json:
+        print_json(difference.to_dict())
+        return 0
+    print("\n".join(_differences(difference)))
+    return 0
+
+
+def _differences(found: Difference) -> Iterator[str]:
+    """One line a difference: `-` of A alone, `+` of B alone, `~` of both."""
+    from hfmerge.digest import sha256_bytes
+
+    yield f"A: step {found.before.step}, {sha256_bytes(found.before.to_bytes())[:12]}"
+    yield f"B: step {found.after.step}, {sha256_bytes(found.after.to_bytes())[:12]}"
+    if found.base is not None:
+        yield f"~ base      {found.base[0].label} -> {found.base[1].label}"
+    for sign, models in (("-", found.removed), ("+", found.added)):
+        yield from (f"{sign} model     {model.label}" for model in models)
+    for model in found.subtracted:
+        yield f"~ model     {model.label}: approximately subtracted"
+    for old, new in found.replaced:
+        yield f"~ model     {old.label} -> {new.label}"
+    if found.order is not None:
+        yield f"~ order     {', '.join(found.order[0])} -> {', '.join(found.order[1])}"
+    for model, weight in found.weights:
+        yield f"~ weight    {model.label}: {weight:g} -> {model.weight:g}"
+    for kind, values in (("method", found.method), ("setting", found.settings), ("with", found.environment)):
+        yield from (f"~ {kind:<9} {name}: {a} -> {b}" for name, (a, b) in values.items())
+    for name, (a, b) in found.norms.items():
+        yield f"~ norm      {name}: {a:.6g} -> {b:.6g}"
+    signs = {"added": "+", "removed": "-", "changed": "~"}
+    yield from (f"{signs[how]} file      {name}" for name, how in found.products.items())
+    if found.same:
+        yield "= all files have the same bytes"
 
 
 def _verify(args: argparse.Namespace) -> int:
     from hfmerge import api
 
-    report = api.verify(args.merged, replay=args.replay, sources=given_sources(args))
+    if args.certificate is None and (args.public_key or args.allowed_signers or args.allow_unsigned):
+        raise CertificateError("--public-key, --allowed-signers and --allow-unsigned go with --certificate FILE.")
+    report = api.verify(
+        args.merged,
+        replay=args.replay,
+        sources=given_sources(args),
+        certificate=args.certificate,
+        public_key=args.public_key,
+        allowed_signers=args.allowed_signers,
+        allow_unsigned=args.allow_unsigned,
+    )
     if args.json:
         print_json({"merged": report.merged, "ok": report.ok, "checks": [vars(check) for check in report.checks]})
     else:
         for check in report.checks:
             print(f"{'ok  ' if check.ok else 'FAIL'} {check.what}: {check.detail}")
-        print(f"{report.merged}: {'verified' if report.ok else 'NOT what its ledger says'}")
+        broken = "NOT what its ledger says" if args.certificate is None else "NOT verified"
+        print(f"{report.merged}: {'verified' if report.ok else broken}")
     return 0 if report.ok else 1

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from hfmerge.errors import HfMergeError
@@ -38,14 +38,16 @@ def run_flags(sub: argparse.ArgumentParser) -> None:
     )
 
 
-def change_flags(sub: argparse.ArgumentParser) -> None:
+def change_flags(sub: argparse.ArgumentParser, *, reads: bool = True) -> None:
+    """Where a changed merge goes, and how the run uses the machine; `reads`: sources are read, maybe streamed."""
     sub.add_argument(
         "--output", metavar="FOLDER", help="a new folder; default: a MERGED folder is replaced in one rename"
     )
     sub.add_argument("--push-to", metavar="REPO_ID", help="publish the result")
     sub.add_argument("--create-pr", action="store_true", help="push as a pull request")
     run_flags(sub)
-    stream_flag(sub, False)
+    if reads:
+        stream_flag(sub, False)
     source_flag(sub)
 
 
@@ -56,7 +58,7 @@ def change_arguments(args: argparse.Namespace) -> dict[str, Any]:
         "push_to": args.push_to,
         "create_pr": args.create_pr,
         "sources": given_sources(args),
-        "stream": args.stream,
+        **({"stream": args.stream} if "stream" in args else {}),
         "options": run_options(args),
     }
 
@@ -99,7 +101,8 @@ def first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def print_result(args: argparse.Namespace, result: Any) -> int:
+def print_result(args: argparse.Namespace, result: Any, more: Mapping[str, Any] | None = None) -> int:
+    """What a verb made; with `--json` as one object, `more` in it."""
     entry = result.entry
     if not first_process():
         return 0
@@ -118,6 +121,8 @@ def print_result(args: argparse.Namespace, result: Any) -> int:
                 "scale": entry.scalars["scale"],
                 "merged_norm": entry.scalars["merged_norm"],
                 "deviation": entry.scalars.get("deviation"),
+                "gap": entry.scalars.get("gap"),
+                "gap_bound": entry.scalars.get("gap_bound"),
                 "norms": [(model.squared_norm or 0.0) ** 0.5 for model in entry.models],
                 "seconds": dict(result.seconds),
                 "processes": result.processes,
@@ -125,6 +130,7 @@ def print_result(args: argparse.Namespace, result: Any) -> int:
                 "streamed": None if result.streamed is None else dataclasses.asdict(result.streamed),
                 "warnings": list(result.warnings),
                 "pushed": None if pushed is None else {**vars(pushed), "notes": list(pushed.notes)},
+                **(more or {}),
             }
         )
         return 0
@@ -135,6 +141,12 @@ def print_result(args: argparse.Namespace, result: Any) -> int:
     print(f"  norm of the merged change: {entry.scalars['merged_norm']:.4g}")
     if "deviation" in entry.scalars:
         print(f"  off the exact last step by up to {entry.scalars['deviation']:.1e} of a change, by sample")
+    if "gap_bound" in entry.scalars:
+        measured = f"measured {entry.scalars['gap']:.3g}" if "gap" in entry.scalars else "not measured"
+        print(
+            f"  NOT a removal: off the merge that never saw them by up to {entry.scalars['gap_bound']:.3g} of the "
+            f"merged change ({measured})"
+        )
     if (streamed := result.streamed) is not None:
         checked, files = len(streamed.verified), len(streamed.verified) + len(streamed.unverified)
         print(

@@ -11,6 +11,7 @@ Inside the scope, for `models` and `datasets`:
 - create, delete, move (with redirects), settings, info, lists, authorisation checks, access requests granted by hand;
 - revisions by branch, tag, commit, `refs/pr/N`; trees, paths, refs, commits, branches, tags, super-squash;
 - downloads with Range, entity tags and the `X-Repo-Commit` family, optionally redirected to a second port as to a CDN;
+- the list of a repository's large files, and their deletion for good (without a rewrite of history);
 - uploads: regular files, Git-LFS basic and multipart, Xet (checked: every xorb against its hash, every file against
   its sha256); commits with parent checks; pull requests and discussions, also by people without write access;
 - model cards: front matter checked by `validate-yaml` and at each commit, tags (`base_model:merge:...` included).

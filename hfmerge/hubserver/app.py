@@ -16,7 +16,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from hfmerge.hubserver import discussions, download, lfs, listing, repos, upload, xet
+from hfmerge.hubserver import discussions, download, lfs, lfsfiles, listing, repos, upload, xet
 from hfmerge.hubserver.hub import Hub
 from hfmerge.hubserver.routing import Match, find
 from hfmerge.hubserver.wire import Call, HubFault, not_implemented
@@ -39,6 +39,7 @@ _ROUTES = [
     *upload.ROUTES,
     *xet.ROUTES,
     *lfs.ROUTES,
+    *lfsfiles.ROUTES,
     *download.ROUTES,
 ]
 

@@ -179,6 +179,14 @@ class Database:
         """Whether a repository may refer to an object: it was uploaded to it, not only known by its hash."""
         return bool(self._rows("SELECT 1 FROM objects WHERE rid = ? AND oid = ?", rid, oid))
 
+    def unlink(self, rid: str, oid: str) -> None:
+        """Take an object from a repository."""
+        self._write("DELETE FROM objects WHERE rid = ? AND oid = ?", rid, oid)
+
+    def objects(self, rid: str) -> list[str]:
+        """All objects a repository may refer to, in order."""
+        return [row["oid"] for row in self._rows("SELECT oid FROM objects WHERE rid = ? ORDER BY oid", rid)]
+
     def linked_anywhere(self) -> frozenset[str]:
         """All objects some repository may refer to."""
         return frozenset(row["oid"] for row in self._rows("SELECT DISTINCT oid FROM objects"))

@@ -14,7 +14,7 @@ from starlette.responses import Response, StreamingResponse
 from hfmerge.hubserver.gitstore import Entry
 from hfmerge.hubserver.hub import Hub
 from hfmerge.hubserver.routing import route
-from hfmerge.hubserver.wire import Call, HubFault, reply
+from hfmerge.hubserver.wire import Call, HubFault, entry_missing, reply
 
 
 _CHUNK = 1 << 20
@@ -28,6 +28,8 @@ def resolve(hub: Hub, call: Call) -> Response:
     headers = {"X-Repo-Commit": commit, "ETag": etag, "Accept-Ranges": "bytes"}
     if entry.lfs is None:
         return _send(call, headers, len(data), data, "text/plain; charset=utf-8")
+    if not hub.database.linked(hub.repo(call).rid, entry.lfs.oid) or hub.blobs.size(entry.lfs.oid) is None:
+        raise entry_missing(f"{entry.path}: this large file was deleted", commit)
     headers |= {"X-Linked-Etag": etag, "X-Linked-Size": str(entry.size)}
     if hub.cdn_port is not None:
         claims: dict[str, object] = {"oid": entry.lfs.oid, "name": entry.path.rpartition("/")[2]}

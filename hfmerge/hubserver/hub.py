@@ -285,9 +285,12 @@ class Hub:
         if entry.lfs is None:
             data = git.read(entry.oid)
             return data[start:] if length < 0 else data[start : start + length]
-        with self.blobs.path(entry.lfs.oid).open("rb") as file:
-            file.seek(start)
-            return file.read(length)
+        try:
+            with self.blobs.path(entry.lfs.oid).open("rb") as file:
+                file.seek(start)
+                return file.read(length)
+        except FileNotFoundError as error:
+            raise HubFault(404, f"{entry.path}: this large file was deleted", "EntryNotFound") from error
 
     def link(self, rid: str, oid: str) -> None:
         """Let a repository refer to an object it has been sent; `RepoNotFound` if it was deleted meanwhile."""

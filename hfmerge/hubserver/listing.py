@@ -166,6 +166,8 @@ def super_squash(hub: Hub, call: Call) -> Response:
     message = text_field(call.json(), "message", required=False) or f"Super-squash branch '{branch}'"
     with hub.git_writing(row) as git:
         commit = git.ref(ref)
+        if commit is None and (branch.startswith("refs/tags/") or git.ref(f"refs/tags/{branch}") is not None):
+            raise HubFault(400, f"Invalid reference for a branch: {branch}")
         if commit is None:
             raise revision_missing(branch)
         git.set_ref(ref, git.commit(git.tree_id(commit), None, hub.require_user(call), f"{message}\n"))

@@ -276,7 +276,7 @@ ROUTES = [
     *(
         route(method, f"/api/{{kind}}/{{repo}}/{name}", absent)
         for method, name in (
-            *(("GET", "lfs-files"), ("POST", "lfs-files/batch"), ("POST", "lfs-files/duplicate")),
+            ("POST", "lfs-files/duplicate"),
             *(("POST", "like"), ("DELETE", "like"), ("GET", "likers"), ("GET", "leaderboard"), ("POST", "duplicate")),
         )
     ),

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from importlib.metadata import entry_points
 
-from hfmerge.methods.base import Carry, Citation, FoldMethod, JointMethod, MergeMethod
+from hfmerge.methods.additive import AdditiveFold
+from hfmerge.methods.base import Carry, Citation, FoldMethod, Form, JointMethod, MergeMethod
+from hfmerge.methods.gram import Gram, IsoC
 from hfmerge.methods.linear import Linear, TaskArithmetic
 from hfmerge.methods.opcm import OPCM
 from hfmerge.methods.slerp import Slerp
 from hfmerge.methods.ties import Ties
 
 
-__all__ = ["Carry", "Citation", "FoldMethod", "JointMethod", "MergeMethod", "registry"]
+__all__ = ["AdditiveFold", "Carry", "Citation", "FoldMethod", "Form", "JointMethod", "MergeMethod", "registry"]
 
-BUILT_IN: tuple[type[MergeMethod], ...] = (OPCM, Linear, TaskArithmetic, Ties, Slerp)
+BUILT_IN: tuple[type[MergeMethod], ...] = (OPCM, Linear, TaskArithmetic, Gram, IsoC, Ties, Slerp)
 
 
 def registry() -> dict[str, type[MergeMethod]]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from hfmerge.errors import UnsupportedError
 from hfmerge.taskvector import TaskVector, summed_rank
 
 
@@ -55,15 +56,36 @@ class MergeMethod:
     version: ClassVar[int] = 1
     citations: ClassVar[tuple[Citation, ...]] = ()
 
+    def choices(self, low: int, dense: int) -> list[str]:
+        """Lines for the plan on options that the sources decided.
+
+        Args:
+            low, dense: number of matrices that adapters alone change, and of the others.
+        """
+        return []
+
+
+@dataclass(frozen=True)
+class Form:
+    """How one carried tensor is stored: its shape, the rank of its factors (None: dense), its safetensors dtype.
+
+    Factors are `up` (m, rank) and `down` (rank, n); of rank 0 nothing is stored.
+    """
+
+    shape: tuple[int, ...]
+    rank: int | None
+    dtype: str
+
 
 @dataclass(frozen=True)
 class FoldMethod(MergeMethod):
     """A continual method: `step` takes one model into the carried state, `emit` reads the merged change out.
 
-    `carry_dtype` is the safetensors dtype that carried tensors are rounded to after every step and stored in.
+    Class attributes:
+        additive: the state is a sum of terms of one model each, so that a model leaves exactly (see `AdditiveFold`).
     """
 
-    carry_dtype: ClassVar[str] = "F32"
+    additive: ClassVar[bool] = False
 
     def step(self, carry: Carry | None, tau: TaskVector, weight: float, *, matrix: bool) -> Carry:
         """Take one model into the state of one block.
@@ -76,12 +98,25 @@ class FoldMethod(MergeMethod):
         """
         raise NotImplementedError
 
-    def emit(self, carry: Carry, weights: Sequence[float]) -> TaskVector:
+    def unstep(self, carry: Carry, tau: TaskVector, weight: float, *, matrix: bool) -> Carry:
+        """What `subtract` makes of the state: without `weight * tau`, which is exact only where the fold is additive.
+
+        Args:
+            carry: the state after the last model, as its form says.
+            tau, weight, matrix: as the model came in.
+
+        Raises:
+            UnsupportedError: nothing of the state belongs to one model alone.
+        """
+        raise UnsupportedError(f"{self.name}: no model can be subtracted; unmerge it exactly.")
+
+    def emit(self, carry: Carry, weights: Sequence[float], *, matrix: bool) -> TaskVector:
         """The merged task vector of one block, before `norm` is applied.
 
         Args:
             carry: the state after the last model.
             weights: of all models in it, in order.
+            matrix: the block is a real matrix (out, in).
         """
         raise NotImplementedError
 
@@ -93,14 +128,15 @@ class FoldMethod(MergeMethod):
         """
         return None
 
-    def carry_ranks(self, shape: tuple[int, ...], ranks: list[int | None]) -> dict[str, int | None]:
-        """Which tensors the state holds, known before the work: name -> rank of its factors, or None for dense.
+    def carry_form(self, shape: tuple[int, ...], ranks: Sequence[int | None], *, matrix: bool) -> dict[str, Form]:
+        """Which tensors the state holds, known before the work; carried values are rounded to these dtypes.
 
         Args:
             shape: of the block.
             ranks: per model, rank of its factors, 0 for a zero change, None for a dense one.
+            matrix: the block is a real matrix.
         """
-        return {"S": summed_rank(shape, ranks)}
+        return {"S": Form(shape, summed_rank(shape, ranks), "F64")}
 
 
 SAMPLED = 16

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from hfmerge.methods.base import Carry, Citation, FoldMethod
-from hfmerge.taskvector import TaskVector
+from hfmerge.methods.additive import AdditiveFold
+from hfmerge.methods.base import Citation
 
 
-def _add(carry: Carry | None, tau: TaskVector, weight: float) -> Carry:
-    return {"S": tau.scaled(weight) if carry is None else carry["S"].plus(tau, weight)}
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Linear(FoldMethod):
+class Linear(AdditiveFold):
     """Weighted average of the models: `theta_0 + sum w_t tau_t / sum w_t`, which is `sum w_t theta_t / sum w_t`.
 
     Source: "Model soups", arXiv 2203.05482 (uniform soup for equal weights).
     """
 
     name: ClassVar[str] = "linear"
+    version: ClassVar[int] = 2
     normalises_weights: ClassVar[bool] = True
     elementwise: ClassVar[bool] = True
     citations: ClassVar[tuple[Citation, ...]] = (
@@ -37,23 +38,20 @@ class Linear(FoldMethod):
         ),
     )
 
-    def step(self, carry: Carry | None, tau: TaskVector, weight: float, *, matrix: bool) -> Carry:
-        """`S + weight * tau`."""
-        return _add(carry, tau, weight)
-
-    def emit(self, carry: Carry, weights: Sequence[float]) -> TaskVector:
+    def read_out(self, sums: Mapping[str, Tensor], weights: Sequence[float], *, matrix: bool) -> Tensor:
         """`S / sum of weights`."""
-        return carry["S"].scaled(1.0 / math.fsum(weights))
+        return sums["S"] * (1.0 / math.fsum(weights))
 
 
 @dataclass(frozen=True)
-class TaskArithmetic(FoldMethod):
+class TaskArithmetic(AdditiveFold):
     """Sum of task vectors: `theta_0 + scale * sum w_t tau_t`; a negative weight negates a task.
 
     Source: "Editing Models with Task Arithmetic", arXiv 2212.04089, section 2.
     """
 
     name: ClassVar[str] = "task_arithmetic"
+    version: ClassVar[int] = 2
     elementwise: ClassVar[bool] = True
     citations: ClassVar[tuple[Citation, ...]] = (
         Citation(
@@ -66,10 +64,6 @@ class TaskArithmetic(FoldMethod):
 
     scale: float = field(default=1.0, metadata={"help": "factor of the summed task vectors"})
 
-    def step(self, carry: Carry | None, tau: TaskVector, weight: float, *, matrix: bool) -> Carry:
-        """`S + weight * tau`."""
-        return _add(carry, tau, weight)
-
-    def emit(self, carry: Carry, weights: Sequence[float]) -> TaskVector:
+    def read_out(self, sums: Mapping[str, Tensor], weights: Sequence[float], *, matrix: bool) -> Tensor:
         """`scale * S`."""
-        return carry["S"].scaled(self.scale)
+        return sums["S"] if self.scale == 1.0 else sums["S"] * self.scale

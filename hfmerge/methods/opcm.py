@@ -50,7 +50,6 @@ class OPCM(FoldMethod):
     name: ClassVar[str] = "opcm"
     default_norm: ClassVar[str] = "mean"
     matrixwise: ClassVar[bool] = True
-    carry_dtype: ClassVar[str] = "F64"
     citations: ClassVar[tuple[Citation, ...]] = (
         Citation(
             "Merging Models on the Fly Without Retraining: A Sequential Approach to Scalable Continual Model Merging",
@@ -90,7 +89,11 @@ class OPCM(FoldMethod):
         # memory of its own, which is reused
         return {"S": core.lift(projected.add_(core.first) if projected.is_contiguous() else core.first + projected)}
 
-    def emit(self, carry: Carry, weights: Sequence[float]) -> TaskVector:
+    def unstep(self, carry: Carry, tau: TaskVector, weight: float, *, matrix: bool) -> Carry:
+        """`S - weight * tau`: what later models were projected off is not given back, hence approximate."""
+        return {"S": carry["S"].plus(tau, -weight)}
+
+    def emit(self, carry: Carry, weights: Sequence[float], *, matrix: bool) -> TaskVector:
         """The accumulator itself; `norm: mean` makes it the published model."""
         return carry["S"]
 

@@ -1,0 +1,1 @@
+"""Experiments on continual merging: recipes, and the commands that run them."""

@@ -1,0 +1,118 @@
+"""Runs an experiment on continual merging with the commands a user types, against a Hub on loopback.
+
+    python -m evaluation.experiments quickstart        # four adapters and the project's own sentences; for everybody
+    python -m evaluation.experiments orders BENCH      # OPCM against task arithmetic, six encoders, ten orders
+    python -m evaluation.experiments alpha BENCH       # OPCM's alpha from 0.1 to 0.9: score, norm, interference
+    python -m evaluation.experiments similarity BENCH  # task vectors of the six encoders, nothing merged
+
+BENCH is described in `import_bench`. Results go to evaluation/results/<experiment>/. With `--keep FOLDER` the Hub, the
+caches and what was measured stay there, and the same command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+ALPHAS = ",".join(f"0.{i}" for i in range(1, 10))
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One experiment.
+
+    Attributes:
+        recipes: files beside this one.
+        flags: of `hfmerge continual`; empty: the recipe's models are inspected instead.
+        bench: needs the models of BENCH.
+    """
+
+    recipes: tuple[str, ...]
+    flags: tuple[str, ...]
+    bench: bool = True
+
+
+BOTH = ("opcm.yaml", "task_arithmetic.yaml")
+EXPERIMENTS = {
+    "quickstart": Experiment(
+        tuple(f"quickstart/{name}" for name in BOTH),
+        ("--suite", "quickstart", "--orders", "10"),
+        bench=False,
+    ),
+    "orders": Experiment(BOTH, ("--suite", "text-encoders", "--orders", "10", "--limit", "100")),
+    "alpha": Experiment(
+        BOTH[:1],
+        ("--suite", "text-encoders", "--orders", "1", "--limit", "100", "--removals", "none")
+        + ("--sweep", f"method.options.alpha={ALPHAS}"),
+    ),
+    "similarity": Experiment(BOTH[:1], ()),
+}
+
+
+def main() -> int:
+    """Import, run, copy the results; 0 unless a command fails."""
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("experiment", choices=EXPERIMENTS)
+    parser.add_argument("bench", type=Path, nargs="?", help="see import_bench; not for quickstart")
+    parser.add_argument("--keep", type=Path, help="folder for everything on the way; default: a temporary one")
+    parser.add_argument("--output", type=Path, default=ROOT / "evaluation" / "results", help="folder for the results")
+    args = parser.parse_args()
+    chosen = EXPERIMENTS[args.experiment]
+    if chosen.bench and (args.bench is None or not (args.bench / "data").is_dir()):
+        print(f"skipped: {args.bench} is not there")
+        return 0
+    from hfmerge.hubserver.serve import HubServer
+
+    with tempfile.TemporaryDirectory(prefix="hfmerge-experiment-") as temporary:
+        work = (args.keep or Path(temporary)).resolve()
+        work.mkdir(parents=True, exist_ok=True)
+        with HubServer(work / "hub") as server:
+            environment = {**os.environ, **server.env(work / "home"), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+            environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+
+            def run(*command: str) -> None:
+                subprocess.run([sys.executable, *command], env=environment, cwd=ROOT, check=True)
+
+            mark = work / f"imported-{'bench' if chosen.bench else 'quickstart'}"
+            if not mark.exists():
+                importer = ["-m", "evaluation.import_bench", str(args.bench)]
+                run(*(importer if chosen.bench else ["recipes/quickstart/demo.py", "--upload"]))
+                mark.touch()
+            measure(chosen, run, work / args.experiment)
+    publish(work / args.experiment, args.output / args.experiment)
+    return 0
+
+
+def measure(chosen: Experiment, run: Callable[..., None], folder: Path) -> None:
+    """The experiment's own command."""
+    recipes = [str((HERE / name).relative_to(ROOT)) for name in chosen.recipes]
+    arguments = ["continual", *recipes, *chosen.flags, "--output", str(folder)]
+    if not chosen.flags:
+        arguments = ["inspect", *recipes, "--save", str(folder / "inspection.json"), "--plot", str(folder / "figures")]
+    print(f"\n$ hfmerge {' '.join(arguments)}", flush=True)
+    run("-m", "hfmerge", *arguments)
+
+
+def publish(folder: Path, target: Path) -> None:
+    """Copy what is kept: tables, JSON and pictures, not what a repeat goes on from."""
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".json", ".md", ".csv"):
+            shutil.copy2(path, target / path.name)
+    shutil.copytree(folder / "figures", target / "figures")
+    print(f"results are in {target}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,184 @@
+"""What training instead of merging gives: tasks one after another (lower bound), and all together (upper bound).
+
+    python -m evaluation.train_baselines BENCH [--rows 800] [--epochs 1] [--limit 100]
+
+One encoder (all-MiniLM-L6-v2) with a head a task, trained by transformers' Trainer on the rows of
+BENCH/data/<task>/train.parquet, as the fine-tunes of BENCH were (AdamW, encoder 5e-5, heads 1e-3, 64 tokens) but on
+fewer of them. Sequential: the encoder goes from task to task in an order of arrival of `hfmerge continual --seed 42`,
+without any memory of earlier rows; each head is trained with its task and then kept. Multi-task: all rows at once.
+Scores are on as many test rows as `hfmerge continual --limit` takes. Writes evaluation/results/baselines/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from evaluation.import_bench import base_folder, tasks_of
+from hfmerge.evaluation import continual_metrics as metrics
+from hfmerge.evaluation.continual_asked import orders
+from hfmerge.evaluation.results import table
+
+
+ROOT = Path(__file__).resolve().parents[1]
+TOKENS = 64
+
+
+class ManyHeads(nn.Module):
+    """An encoder with one classification head a task; a batch may hold rows of several tasks."""
+
+    def __init__(self, classes: Sequence[int]):
+        super().__init__()
+        from transformers import AutoModel
+
+        self.encoder = AutoModel.from_pretrained(base_folder())
+        width = self.encoder.config.hidden_size
+        self.heads = nn.ModuleList(nn.Linear(width, count) for count in classes)
+        self.dropout = nn.Dropout(0.1)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, task: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Mean loss over the rows, as Trainer takes it."""
+        pooled = self.dropout(self.encoder(input_ids=input_ids, attention_mask=attention_mask).pooler_output)
+        losses = []
+        for number in task.unique().tolist():
+            mine = task == number
+            losses.append(nn.functional.cross_entropy(self.heads[number](pooled[mine]), labels[mine], reduction="sum"))
+        return {"loss": torch.stack(losses).sum() / len(labels)}
+
+    @torch.inference_mode()
+    def accuracy(self, rows: Sequence[Mapping[str, Any]], number: int, collate: Any) -> float:
+        """Share of rows of one task that are right."""
+        self.eval()
+        right = 0
+        for at in range(0, len(rows), 64):
+            batch = collate(rows[at : at + 64])
+            pooled = self.encoder(batch["input_ids"], attention_mask=batch["attention_mask"]).pooler_output
+            right += int((self.heads[number](pooled).argmax(-1) == batch["labels"]).sum())
+        return right / len(rows)
+
+
+def main() -> int:
+    """Train both ways, score, write."""
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("bench", type=Path)
+    parser.add_argument("--rows", type=int, default=800, help="training rows of each task, a seeded sample")
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--limit", type=int, default=100, help="test rows of each task")
+    parser.add_argument("--orders", type=int, default=1, help="orders of arrival for sequential training")
+    parser.add_argument("--seed", type=int, default=42, help="of the orders, and of training")
+    parser.add_argument("--output", type=Path, default=ROOT / "evaluation" / "results" / "baselines")
+    args = parser.parse_args()
+    if not (args.bench / "data").is_dir():
+        print(f"skipped: {args.bench} is not there")
+        return 0
+    tasks = tasks_of(args.bench, "full")
+    train = [_rows(args.bench, task, "train", i, args.rows) for i, task in enumerate(tasks)]
+    test = [_rows(args.bench, task, "test", i, args.limit) for i, task in enumerate(tasks)]
+    classes = [_classes(args.bench, task) for task in tasks]
+    collate = _collator()
+    start = time.monotonic()
+    together = _trained(ManyHeads(classes), [row for rows in train for row in rows], collate, args)
+    multi = {i: together.accuracy(test[i], i, collate) for i in range(len(tasks))}
+    print(f"multi-task: mean {sum(multi.values()) / len(multi):.3f}, {time.monotonic() - start:.0f} s", flush=True)
+    found = []
+    for order in orders(len(tasks), args.orders, args.seed):
+        torch.manual_seed(args.seed)
+        model, scores = ManyHeads(classes), []
+        for t, i in enumerate(order):
+            model = _trained(model, train[i], collate, args)
+            scores.append({p: model.accuracy(test[order[p]], order[p], collate) for p in range(t + 1)})
+            print(f"sequential: {tasks[i]}, ACC {metrics.accuracy(scores, t):.3f}", flush=True)
+        found.append(
+            {
+                "order": list(order),
+                "scores": [{str(order[p]): value for p, value in row.items()} for row in scores],
+                "accuracy": [metrics.accuracy(scores, t) for t in range(len(order))],
+                "backward_transfer": metrics.backward_transfer(scores),
+                "forgetting": metrics.forgetting(scores),
+            }
+        )
+    settings = {key: getattr(args, key) for key in ("rows", "epochs", "limit", "orders", "seed")}
+    data = {
+        "kind": "baselines", "schema": 1, "base": base_folder().parent.name, "tasks": tasks, "settings": settings,
+        "multi_task": {str(i): value for i, value in multi.items()}, "sequential": found,
+        "seconds": round(time.monotonic() - start, 1),
+    }  # fmt: skip
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / "baselines.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    text = _markdown(data)
+    (args.output / "baselines.md").write_text(text, encoding="utf-8")
+    print(text)
+    return 0
+
+
+def _rows(bench: Path, task: str, split: str, number: int, limit: int) -> list[dict[str, Any]]:
+    """Tokenised rows of one task, a seeded sample."""
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base_folder())
+    with tempfile.TemporaryDirectory() as cache:
+        data = Dataset.from_parquet(str(bench / "data" / task / f"{split}.parquet"), cache_dir=cache)
+        if limit < len(data):
+            data = data.shuffle(seed=0).select(range(limit))
+        texts, labels = list(data["text"]), list(data["label"])
+    ids = tokenizer(texts, truncation=True, max_length=TOKENS)["input_ids"]
+    return [{"input_ids": row, "task": number, "labels": label} for row, label in zip(ids, labels, strict=True)]
+
+
+def _classes(bench: Path, task: str) -> int:
+    return len(json.loads((bench / "full" / task / "config.json").read_text(encoding="utf-8"))["id2label"])
+
+
+def _collator() -> Any:
+    from transformers import AutoTokenizer, DataCollatorWithPadding
+
+    return DataCollatorWithPadding(AutoTokenizer.from_pretrained(base_folder()))
+
+
+def _trained(model: ManyHeads, rows: Sequence[Mapping[str, Any]], collate: Any, args: argparse.Namespace) -> ManyHeads:
+    """Train on rows of one or of all tasks."""
+    from transformers import Trainer, TrainingArguments
+
+    groups = [
+        {"params": list(model.encoder.parameters()), "lr": 5e-5},
+        {"params": list(model.heads.parameters()), "lr": 1e-3},
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        settings = TrainingArguments(
+            output_dir=folder, num_train_epochs=args.epochs, per_device_train_batch_size=32, warmup_steps=0.06,
+            seed=args.seed, logging_strategy="no", save_strategy="no", report_to=[], disable_tqdm=True,
+            remove_unused_columns=False, use_cpu=not torch.cuda.is_available(), dataloader_pin_memory=False,
+        )  # fmt: skip
+        optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
+        trainer = Trainer(model, settings, collate, list(rows), optimizers=(optimizer, None))
+        trainer.train()
+    return model.cpu()
+
+
+def _markdown(data: Mapping[str, Any]) -> str:
+    tasks, first = data["tasks"], data["sequential"][0]
+    last = first["scores"][-1]
+    cells = [[f"{last[str(i)]:.3f}", f"{data['multi_task'][str(i)]:.3f}"] for i in range(len(tasks))]
+    means = [sum(last.values()) / len(tasks), sum(data["multi_task"].values()) / len(tasks)]
+    cells.append([f"{mean:.3f}" for mean in means])
+    settings = data["settings"]
+    order = ", ".join(tasks[i] for i in first["order"])
+    return (
+        f"{settings['rows']} training rows a task, {settings['epochs']} epochs, {settings['limit']} test rows a task. "
+        f"Sequential in the order {order}: BWT, /(T-1) {first['backward_transfer']:.3f}, forgetting "
+        f"{first['forgetting']:.3f}.\n\n" + table("task", ["sequential", "multi-task"], [*tasks, "**mean**"], cells)
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

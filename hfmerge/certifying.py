@@ -1,0 +1,139 @@
+"""Make a certificate of removal, and check one that somebody made; `certificate` says what is in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hfmerge.certificate import check_signature, check_statement, statement_of
+from hfmerge.digest import canonical_json
+from hfmerge.dsse import Envelope, Signature
+from hfmerge.errors import CertificateError, VerificationError
+from hfmerge.merged import STATE_BRANCH, Merged, open_merged
+from hfmerge.removal import Removal, find_removed
+from hfmerge.signers import allowed_signers, fingerprint, private_key, public_keys
+from hfmerge.verifying import Check, Report, check_merged, stray_states, verify_merge
+from hfmerge.workspace import recover
+
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """A certificate of removal as it was made.
+
+    Attributes:
+        envelope: the file's content.
+        statement: what it states; see the module's docstring.
+        removal: the model and its steps.
+        keyid: fingerprint of the key, None if nobody signed.
+        warnings: what the user should know.
+    """
+
+    envelope: Envelope = field(repr=False)
+    statement: Mapping[str, Any] = field(repr=False)
+    removal: Removal
+    keyid: str | None
+    warnings: tuple[str, ...]
+
+
+def make_certificate(
+    ref: str,
+    model: str,
+    *,
+    key: str | Path | None = None,
+    days: float | None = None,
+    replay: bool = False,
+    sources: Mapping[str, str] | None = None,
+    ask: Callable[[str], str | None] | None = None,
+) -> Certificate:
+    """Certify that a merge no longer holds a model, after checking it against its ledger.
+
+    Args:
+        ref: `org/name[@revision]` or a folder.
+        model: what was taken out (see `find_removed`).
+        key: file of an ed25519 private key; None: unsigned, with a warning.
+        days: validity from now on; None: for ever.
+        replay: also merge the materials again first, and state that.
+        sources: name of a folder material -> where it lies now.
+        ask: see `private_key`.
+
+    Raises:
+        CertificateError: the model was never in the merge or still is, or the key cannot be used.
+        VerificationError: the merge is not what its ledger says. SourceError: not found or not readable.
+    """
+    if days is not None and not 0 < days <= 36500:
+        raise CertificateError(f"--expires {days:g}: write a number of days, above 0 and up to 36500.")
+    signer = private_key(key, ask) if key is not None else None
+    recover(ref)
+    merged = open_merged(ref, sources)
+    removal = find_removed(merged.entries, model, merged.pinned.label)
+    report = check_merged(merged, replay=replay)
+    if not report.ok:
+        raise VerificationError(f"{merged.pinned.label}: not certified; {report.culprits[0]}")
+    statement = statement_of(merged, removal, recomputed=replay, days=days)
+    envelope, keyid = _signed(Envelope(canonical_json(statement)), signer)
+    warnings = []
+    if keyid is None:
+        warnings.append(
+            "the certificate is unsigned: nobody vouches for it. Sign with --key FILE (`ssh-keygen -t ed25519` makes "
+            "one), or vouch for the file by other means, such as `sigstore sign`."
+        )
+    if stray := stray_states(merged):
+        warnings.append(
+            f"the branch {STATE_BRANCH} holds {len(stray)} kept states that are not those of this step, and may hold "
+            f"{removal.part.name}; `hfmerge purge-history` drops them."
+        )
+    return Certificate(envelope, statement, removal, keyid, tuple(warnings))
+
+
+def verify_certified(
+    ref: str,
+    certificate: str | Path,
+    *,
+    public_key: str | Path | None = None,
+    signers: str | Path | None = None,
+    unsigned: bool = False,
+    replay: bool = False,
+    sources: Mapping[str, str] | None = None,
+) -> Report:
+    """Check a merge, and a certificate of removal against it.
+
+    Args:
+        ref, replay, sources: see `verify_merge`.
+        certificate: file that `make_certificate` gave.
+        public_key: file of the key, or keys, that are trusted.
+        signers: file of allowed signers, in OpenSSH's form.
+        unsigned: look into the certificate though no signature is checked.
+
+    Raises:
+        CertificateError: the certificate or a key cannot be read. SourceError: the merge cannot be reached.
+    """
+    try:
+        data = Path(certificate).expanduser().read_bytes()
+    except OSError as error:
+        raise CertificateError(f"{certificate}: cannot be read ({error.strerror}).") from error
+    envelope, now = Envelope.from_bytes(data, str(certificate)), datetime.now(timezone.utc)
+    trusted = [*(public_keys(public_key) if public_key else ()), *(allowed_signers(signers, now) if signers else ())]
+    if unsigned:
+        signature = Check("signature", True, "not looked at, as asked; nobody vouches for the certificate")
+    else:
+        signature = check_signature(envelope, trusted)
+
+    def also(merged: Merged) -> list[Check]:
+        return [signature, *(check_statement(envelope, merged, now) if signature.ok else ())]
+
+    return verify_merge(ref, replay=replay, sources=sources, also=also)
+
+
+def _signed(envelope: Envelope, key: Ed25519PrivateKey | None) -> tuple[Envelope, str | None]:
+    if key is None:
+        return envelope, None
+    keyid = fingerprint(key.public_key())
+    signature = Signature(keyid, key.sign(envelope.signed_bytes))
+    return Envelope(envelope.payload, envelope.payload_type, (signature,)), keyid

@@ -1,0 +1,84 @@
+"""The command that measures continual merging: orders, sweeps, removals."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from hfmerge.commands.shared import Command, notify, print_json
+from hfmerge.errors import HfMergeError
+
+
+def register(command: Command) -> None:
+    """Add the command of this file."""
+    sub = command(
+        "continual",
+        "Merge models one after another in several orders, score the tasks seen so far, take every model out again; "
+        "a killed run goes on when its command is repeated.",
+        _continual,
+    )
+    sub.add_argument("recipes", nargs="+", metavar="RECIPE.yaml", help="several are compared; same base and models")
+    sub.add_argument("--suite", required=True, metavar="SUITE", help="a ready suite or a YAML file, a task a model")
+    sub.add_argument("--orders", type=int, default=10, metavar="N", help="of arrival (default: 10)")
+    sub.add_argument("--seed", type=int, default=42, metavar="N", help="of the orders (default: 42)")
+    sub.add_argument(
+        "--sweep", action="append", default=[], metavar="PATH=V1,V2", help="such as method.options.alpha=0.1,0.5"
+    )
+    sub.add_argument("--task", action="append", default=[], metavar="TASK=MODEL", help="whose task it is")
+    sub.add_argument("--limit", type=int, metavar="ROWS", help="rows of each task, a seeded sample (default: all)")
+    sub.add_argument("--batch-size", type=int, default=32, metavar="ROWS", help="default: 32")
+    sub.add_argument(
+        "--removals", choices=("first", "all", "none"), default="first",
+        help="orders after which every model is taken out again (default: the first)",
+    )  # fmt: skip
+    sub.add_argument(
+        "--output", required=True, metavar="FOLDER", help="for results, and for what a repeat goes on from"
+    )
+    sub.add_argument("--no-plots", action="store_true", help="no pictures")
+
+
+def _continual(args: argparse.Namespace) -> int:
+    from hfmerge.evaluation.continual import Experiment, run_continual
+    from hfmerge.evaluation.continual_asked import sweep
+    from hfmerge.evaluation.continual_report import save_continual, to_markdown
+    from hfmerge.evaluation.running import Settings
+    from hfmerge.evaluation.suite import load_suite
+    from hfmerge.pictures import draw_all
+    from hfmerge.pictures.style import styled
+    from hfmerge.recipe import load_recipe
+
+    if args.orders < 1:
+        raise HfMergeError(f"--orders {args.orders}: at least one order is needed.")
+    pairs = [item.partition("=") for item in args.task]
+    if bad := [item for item in args.task if "=" not in item]:
+        raise HfMergeError(f"--task {bad[0]}: write TASK=MODEL.")
+    several = len(args.recipes) > 1
+    variants = []
+    for path in args.recipes:
+        recipe = load_recipe(path)
+        label = Path(path).stem if several else "" if args.sweep else recipe.method.name
+        variants += sweep(recipe, label, args.sweep)
+    if not args.no_plots:
+        with styled():  # what is missing is told before any work
+            pass
+    asked = Experiment(
+        tuple(variants),
+        load_suite(args.suite),
+        args.orders,
+        args.seed,
+        Settings(limit=args.limit, batch_size=args.batch_size),
+        args.removals,
+        {task: model for task, _, model in pairs},
+    )
+    folder = Path(args.output)
+    data = run_continual(asked, folder, notify=None if args.quiet else notify)
+    written = save_continual(data, folder)
+    if not args.no_plots:
+        written += draw_all([data], folder / "figures")
+    if args.json:
+        print_json(data)
+        return 0
+    print(to_markdown(data))
+    for path in written:
+        print(f"written {path}")
+    return 0

@@ -1,0 +1,116 @@
+"""The command that scores models on suites of tasks, and puts the results into cards."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hfmerge.commands.shared import Command, first_process, print_json
+from hfmerge.errors import HfMergeError
+
+
+if TYPE_CHECKING:
+    from hfmerge.commits import Commit
+    from hfmerge.evaluation.results import Matrix
+
+
+def register(command: Command) -> None:
+    """Add the commands of this file."""
+    sub = command("evaluate", "Score models, adapters and merges on the tasks of a suite.", _evaluate)
+    sub.add_argument("models", nargs="+", metavar="MODEL", help="one row each")
+    sub.add_argument("--suite", required=True, metavar="NAME | FILE.yaml", help="see `hfmerge suites`")
+    sub.add_argument("--task", action="append", metavar="NAME", help="only this task; may be given several times")
+    sub.add_argument(
+        "--head", action="append", default=[], metavar="TASK=MODEL", help="whose head a task uses; `*=MODEL` for all"
+    )
+    sub.add_argument("--limit", type=int, metavar="N", help="rows of each task at most, a seeded sample")
+    sub.add_argument("--seed", type=int, default=0, help="of samples and intervals (default: 0)")
+    sub.add_argument("--batch-size", type=int, default=32, metavar="N", help="rows in a batch (default: 32)")
+    sub.add_argument("--device", help="cpu, cuda, cuda:1 (default: an accelerator if there is one)")
+    sub.add_argument("--dtype", help="of the weights (default: float32 on the CPU, as stored elsewhere)")
+    sub.add_argument("--no-cache", action="store_true", help="compute every score anew and keep none")
+    sub.add_argument("--skip-missing", action="store_true", help="leave a cell empty where a model has no head for it")
+    sub.add_argument("--by-task", action="store_true", help="print one row a task")
+    sub.add_argument("--output", metavar="STEM", help="write STEM.json, STEM.md and STEM.csv")
+    sub.add_argument("--write-card", action="store_true", help="put the results into the cards of MODEL folders")
+    sub.add_argument("--push", metavar="REPO_ID", help="put the results into the card of this one of the models")
+    sub.add_argument("--create-pr", action="store_true", help="push as a pull request")
+    command("suites", "List the suites that come with hfmerge.", _suites)
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    heads = _pairs(args.head)
+    folders = [Path(model) for model in args.models if Path(model).is_dir()]
+    if args.write_card and not folders:
+        raise HfMergeError("--write-card: none of the models is a folder; use --push for one on the Hub.")
+    if args.create_pr and not args.push:
+        raise HfMergeError("--create-pr: say where to: --push REPO_ID.")
+    for name in ("limit", "batch_size"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise HfMergeError(f"--{name.replace('_', '-')}: must be at least 1.")
+    if args.quiet:
+        os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+    from hfmerge import api
+    from hfmerge.evaluation.results import save_results
+    from hfmerge.evaluation.running import Settings
+
+    settings = Settings(
+        args.limit, args.seed, args.batch_size, args.device, args.dtype, not args.no_cache, args.skip_missing
+    )
+    matrix = api.evaluate(
+        args.models, args.suite, tasks=args.task, heads=heads, settings=settings, progress=not args.quiet
+    )
+    if not first_process():
+        return 0
+    written = save_results(matrix, Path(args.output)) if args.output else []
+    pushed = _report(matrix, args, folders, written)
+    for note in matrix.notes:
+        print(f"note: {note}", file=sys.stderr)
+    if args.json:
+        print_json(matrix.to_dict() | {"written": [str(path) for path in written], "pushed": pushed and vars(pushed)})
+        return 0
+    print(matrix.to_markdown(by_task=args.by_task), end="")
+    for path in written:
+        print(f"written to {path}")
+    if pushed is not None:
+        print(f"pushed to {pushed.pull_request or pushed.url}")
+    return 0
+
+
+def _report(matrix: Matrix, args: argparse.Namespace, folders: Sequence[Path], written: list[Path]) -> Commit | None:
+    """Put results into cards: of folders, and of one repository."""
+    from hfmerge.evaluation.report import push_results, write_results
+
+    if args.write_card:
+        rows = dict(zip(args.models, matrix.models, strict=True))
+        written += [write_results(matrix, Path(m), rows[m].label) for m in args.models if Path(m) in folders]
+    return push_results(matrix, args.push, create_pr=args.create_pr) if args.push else None
+
+
+def _pairs(items: Sequence[str]) -> dict[str, str]:
+    for item in items:
+        if not all(item.partition("=")[::2]):
+            raise HfMergeError(f"--head {item}: write TASK=MODEL.")
+    return {name: model for name, _, model in (item.partition("=") for item in items)}
+
+
+def _suites(args: argparse.Namespace) -> int:
+    from hfmerge.evaluation.suite import load_suite, ready_suites
+
+    suites = {name: load_suite(path) for name, path in ready_suites().items()}
+    if args.json:
+        print_json(
+            {
+                name: {"description": s.description, "tasks": [t.to_dict() for t in s.tasks]}
+                for name, s in suites.items()
+            }
+        )
+        return 0
+    for name, suite in suites.items():
+        print(f"{name}: {suite.description}")
+        print(f"    {', '.join(task.name for task in suite.tasks)}")
+    return 0

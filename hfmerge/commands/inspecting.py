@@ -1,0 +1,194 @@
+"""Commands that measure and draw without merging: inspect, plot."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hfmerge.commands.shared import Command, given_sources, notify, print_json, source_flag, stream_flag
+from hfmerge.errors import HfMergeError
+
+
+if TYPE_CHECKING:
+    from hfmerge.inspecting import Inspection, Part, Square
+    from hfmerge.recipe import Recipe
+
+
+def register(command: Command) -> None:
+    """Add the commands of this file."""
+    sub = command(
+        "inspect",
+        "Compare models without merging them: similarity, norms, sign conflicts, spectra, predicted interference.",
+        _inspect,
+    )
+    sub.add_argument(
+        "items", nargs="+", metavar="RECIPE.yaml | MERGED | MODEL", help="a recipe, a merge, or models with --base"
+    )
+    sub.add_argument("--base", metavar="MODEL", help="the model all others were tuned from")
+    sub.add_argument("--matrices", action="append", metavar="PATTERN", help="take only these apart (default: all)")
+    sub.add_argument("--no-spectra", action="store_true", help="no spectra and no interference: sums alone, fast")
+    sub.add_argument("--alpha", metavar="SHARE", help="of OPCM, for the interference (default: the recipe's, or 0.5)")
+    sub.add_argument(
+        "--variant", metavar="NAME", help="of OPCM, for the interference (default: the recipe's, or code)"
+    )
+    sub.add_argument("--save", metavar="FILE", help="write the result as JSON, for `hfmerge plot`")
+    sub.add_argument("--plot", metavar="FOLDER", help="draw PNG and SVG pictures into this folder")
+    sub.add_argument("--card", metavar="FOLDER", help="draw them into this merge's figures/ and its card")
+    sub.add_argument("--include", action="append", metavar="PATTERN", help="only parameters of these names")
+    sub.add_argument("--exclude", action="append", metavar="PATTERN", help="not these")
+    sub.add_argument("--vocabulary", metavar="base|union", help="how differing vocabularies are aligned, by token")
+    sub.add_argument("--allow-pickle", action="store_true", default=None, help="read pickled .bin weights")
+    sub.add_argument("--trust-remote-code", action="store_true", default=None, help="run code from repositories")
+    sub.add_argument("--max-memory", metavar="SIZE", help="what the process should stay below (default: no bound)")
+    stream_flag(sub, None)
+    source_flag(sub)
+    sub = command("plot", "Draw the result of inspect, evaluate or continual, saved as JSON.", _plot)
+    sub.add_argument("results", nargs="+", metavar="RESULT.json")
+    sub.add_argument("--output", metavar="FOLDER", help="for PNG and SVG files (default: beside the first result)")
+    sub.add_argument("--card", metavar="FOLDER", help="draw them into this merge's figures/ and its card")
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from hfmerge import api
+    from hfmerge.options import RunOptions, parse_size
+
+    memory = parse_size(args.max_memory) if args.max_memory is not None else None
+    found = api.inspect(
+        _asked(args),
+        matrices=args.matrices,
+        spectral=not args.no_spectra,
+        sources=given_sources(args),
+        options=RunOptions(max_memory=memory, notify=notify),
+    )
+    for warning in found.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    data = found.to_dict()
+    if args.save is not None:
+        _save(data, Path(args.save))
+    if args.json:
+        print_json(data)
+    else:
+        _print(found)
+    return _draw([data], args.plot, args.card, quiet=args.json)
+
+
+def _save(data: dict[str, Any], path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise HfMergeError(f"{path}: cannot be written ({error.strerror}).") from error
+
+
+def _asked(args: argparse.Namespace) -> Recipe | str:
+    """A recipe from a file or from flags, or the name of a merge."""
+    from hfmerge.flags import apply_overrides
+    from hfmerge.recipe import load_recipe
+
+    items = list(args.items)
+    changes = (args.alpha, args.variant, args.include, args.exclude, args.vocabulary, args.stream)
+    if len(items) == 1 and args.base is None and not items[0].endswith((".yaml", ".yml")):
+        if any(value is not None for value in changes):
+            raise HfMergeError(f"{items[0]}: a merge is inspected as it was made; give its models and --base instead.")
+        return items[0]
+    recipe = load_recipe(items.pop(0)) if items[0].endswith((".yaml", ".yml")) else None
+    given = (("alpha", args.alpha), ("variant", args.variant))
+    options = [f"{name}={value}" for name, value in given if value is not None]
+    return apply_overrides(
+        recipe,
+        base=args.base,
+        models=items or None,
+        method="opcm" if recipe is None or options else None,
+        options=options,
+        include=args.include,
+        exclude=args.exclude,
+        vocabulary=args.vocabulary,
+        allow_pickle=args.allow_pickle,
+        trust_remote_code=args.trust_remote_code,
+        stream=args.stream,
+    )
+
+
+def _plot(args: argparse.Namespace) -> int:
+    results = []
+    for path in map(Path, args.results):
+        try:
+            results.append(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            raise HfMergeError(f"{path}: cannot be read as JSON ({error}).") from error
+    output = args.output or (None if args.card else str(Path(args.results[0]).parent))
+    return _draw(results, output, args.card, quiet=args.json)
+
+
+def _draw(results: Sequence[dict[str, Any]], folder: str | None, card: str | None, *, quiet: bool) -> int:
+    from hfmerge.pictures import draw_all
+    from hfmerge.pictures.embedding import embed
+
+    written = [file for folder in [folder] if folder for file in draw_all(results, Path(folder))]
+    if card is not None:
+        written += embed(Path(card), results)
+    for file in written if not quiet else ():
+        print(f"drawn {file}")
+    return 0
+
+
+def _print(found: Inspection) -> None:
+    from hfmerge.pictures.style import short_names
+
+    names = [name[:16] for name in short_names(found.names)]
+    print(f"base   {found.base}")
+    for i, (name, model) in enumerate(zip(names, found.models, strict=True)):
+        share = found.whole.interference[i]
+        cleared = "" if share is None else f"  interference {share:.1%}"
+        print(f"model  {name:<16} {model}  norm {found.whole.norms[i]:.4g}{cleared}")
+    _print_square("cosine of task vectors", names, found.whole.cosine)
+    title = "share of commonly changed elements that are changed in opposite directions"
+    _print_square(title, names, found.whole.sign_conflict)
+    if found.whole.cancelled is not None:
+        print(f"\nlost in the sum by opposite signs: {found.whole.cancelled:.1%} of all change")
+    width = max(len(part.name) for part in found.layers)
+    head = "  ".join(f"{name:>12}" for name in names)
+    print(
+        f"\nnorm of the change per layer, and interference with the models before (OPCM alpha {found.alpha:g}, ",
+        end="",
+    )
+    print(f"{found.variant})\n{'layer':<{width}}  {'cosine':>7}  {head}")
+    for part in found.layers:
+        print(
+            f"{part.name:<{width}}  {_mean_cosine(part):>7}  " + "  ".join(_cell(part, i) for i in range(len(names)))
+        )
+    if found.spectra:
+        tops = list(found.spectra[0].energy)
+        print("\nspectra, means over matrices: stable rank, directions for 90 %, share of energy in the first")
+        print(f"{'':<16} {'stable':>7} {'90 %':>6}  " + " ".join(f"{top:>6}" for top in tops))
+        for i, name in enumerate(names):
+            own = [spectrum for spectrum in found.spectra if spectrum.model == i]
+            if own:
+                stable = sum(one.stable_rank for one in own) / len(own)
+                needed = sum(one.rank90 for one in own) / len(own)
+                shares = [sum(one.energy[top] for one in own) / len(own) for top in tops]
+                print(f"{name:<16} {stable:>7.1f} {needed:>6.1f}  " + " ".join(f"{share:>6.1%}" for share in shares))
+    print(f"\n{found.seconds:.1f} s")
+
+
+def _cell(part: Part, model: int) -> str:
+    share = part.interference[model]
+    return f"{part.norms[model]:>6.3g} {'' if share is None else format(share, '.0%'):>5}"
+
+
+def _mean_cosine(part: Part) -> str:
+    """Mean over pairs; the highest one is in the JSON."""
+    pairs = [value for i, row in enumerate(part.cosine) for value in row[:i] if value is not None]
+    return f"{sum(pairs) / len(pairs):.3f}" if pairs else "-"
+
+
+def _print_square(title: str, names: Sequence[str], square: Square) -> None:
+    if len(names) < 2:
+        return
+    print(f"\n{title}\n{'':<16} " + " ".join(f"{name[:12]:>12}" for name in names))
+    for name, row in zip(names, square, strict=True):
+        print(f"{name:<16} " + " ".join(f"{'-' if value is None else format(value, '.3f'):>12}" for value in row))

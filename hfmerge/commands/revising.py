@@ -1,0 +1,56 @@
+"""Commands that change what a merge is made of, or go back: replace, reorder, rebase, restore."""
+
+from __future__ import annotations
+
+import argparse
+
+from hfmerge.commands.shared import Command, change_arguments, change_flags, print_result
+
+
+def register(command: Command) -> None:
+    """Add the commands of this file."""
+    sub = command("replace", "Put another model or revision in the place of one of a merge.", _replace)
+    sub.add_argument("merged", metavar="MERGED")
+    sub.add_argument("old", metavar="OLD", help="name in the merge")
+    sub.add_argument("new", metavar="NEW", help="org/name[@revision] or folder")
+    sub.add_argument("--weight", type=float, metavar="W", help="of the new model (default: that of the old one)")
+    change_flags(sub)
+    sub = command("reorder", "Merge the same models in another order.", _reorder)
+    sub.add_argument("merged", metavar="MERGED")
+    sub.add_argument("models", nargs="+", metavar="MODEL", help="all of them, in the new order")
+    change_flags(sub)
+    sub = command("rebase", "Merge the same models on another base, or another revision of it.", _rebase)
+    sub.add_argument("merged", metavar="MERGED")
+    sub.add_argument("--base", required=True, metavar="BASE")
+    change_flags(sub)
+    sub = command(
+        "restore", "Go back to an earlier step from the Hub's history, without computing anything.", _restore
+    )
+    sub.add_argument("merged", metavar="MERGED")
+    sub.add_argument("--step", required=True, type=int, metavar="N")
+    change_flags(sub, reads=False)
+
+
+def _replace(args: argparse.Namespace) -> int:
+    from hfmerge import lifecycle
+
+    result = lifecycle.replace(args.merged, args.old, args.new, weight=args.weight, **change_arguments(args))
+    return print_result(args, result)
+
+
+def _reorder(args: argparse.Namespace) -> int:
+    from hfmerge import lifecycle
+
+    return print_result(args, lifecycle.reorder(args.merged, args.models, **change_arguments(args)))
+
+
+def _rebase(args: argparse.Namespace) -> int:
+    from hfmerge import lifecycle
+
+    return print_result(args, lifecycle.rebase(args.merged, args.base, **change_arguments(args)))
+
+
+def _restore(args: argparse.Namespace) -> int:
+    from hfmerge import lifecycle
+
+    return print_result(args, lifecycle.restore(args.merged, args.step, **change_arguments(args)))

@@ -1,0 +1,141 @@
+"""What a removal does to behaviour: scores before and after, beside the base and the merge without the model."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from hfmerge.changes import plan_replay
+from hfmerge.errors import HfMergeError
+from hfmerge.evaluation.models import Subject
+from hfmerge.evaluation.results import Matrix
+from hfmerge.evaluation.running import Evaluator, Settings
+from hfmerge.evaluation.suite import Suite, Task, load_suite
+from hfmerge.execute import run
+from hfmerge.ledger import Material, reference
+from hfmerge.merged import Merged, open_merged
+from hfmerge.running import MergeResult
+
+
+ROWS = ("base", "before", "after", "never merged")
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """Scores around a removal.
+
+    Attributes:
+        matrix: rows `ROWS`, the tasks of the suite as columns.
+        removed: tasks of the models that left: those whose head is theirs.
+        identical: weights after the removal have the bytes of a merge of the others from their sources.
+    """
+
+    matrix: Matrix
+    removed: tuple[str, ...]
+    identical: bool
+
+    @property
+    def retained_gap(self) -> float:
+        """Mean difference to the merge that never saw the models on the other tasks, in absolute value."""
+        others = [task.name for task in self.matrix.tasks if task.name not in self.removed]
+        gaps = [abs(self._value("after", task) - self._value("never merged", task)) for task in others]
+        return math.fsum(gaps) / len(gaps) if gaps else 0.0
+
+    @property
+    def residual(self) -> dict[str, float]:
+        """Task of a removed model -> how much better the result is at it than a merge that never saw the model."""
+        return {task: self._value("after", task) - self._value("never merged", task) for task in self.removed}
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {
+            "removed": list(self.removed),
+            "identical": self.identical,
+            "retained_gap": self.retained_gap,
+            "residual": self.residual,
+            "matrix": self.matrix.to_dict(),
+        }
+
+    def _value(self, row: str, task: str) -> float:
+        score = self.matrix.score(row, task)
+        return math.nan if score is None else score.value
+
+
+def check_removal(
+    opened: Merged,
+    names: Sequence[str],
+    suite: Suite | str | Path,
+    remove: Callable[[], MergeResult],
+    settings: Settings | None = None,
+) -> tuple[MergeResult, Behaviour]:
+    """Score a merge, take models out, score what is left, and merge the others from their sources beside it.
+
+    Args:
+        opened: the merge, before.
+        names: of the models that leave.
+        suite: its tasks need heads of their own (`head`), since the merge loses those of the removed models.
+        remove: does it.
+
+    Raises:
+        HfMergeError: no task of the suite is a removed model's; or what evaluating and merging raise.
+    """
+    asked = load_suite(suite) if not isinstance(suite, Suite) else suite
+    last = opened.last
+    gone = [last.models[last.find(name)] for name in names]
+    owners = {task.name: _owner(task, last.models) for task in asked.tasks}
+    removed = tuple(task for task, owner in owners.items() if owner in gone)
+    if not removed:
+        raise HfMergeError(
+            f"--check: no task of {asked.name} says `head: {gone[0].name}`, so it cannot tell what leaves with it."
+        )
+    heads = {task: reference(owner, opened.refs) for task, owner in owners.items() if owner is not None}
+    evaluator = Evaluator(asked, settings, heads=heads, progress=True)
+    rows = {"base": reference(last.base, opened.refs), "before": _where(opened)}
+    subjects = [_called(evaluator.open(ref), label) for label, ref in rows.items()]
+    # scored now: a folder is about to be replaced
+    first = evaluator.matrix(subjects)
+    result = remove()
+    after = result.folder or (f"{result.pushed.repo_id}@{result.pushed.commit}" if result.pushed else None)
+    if after is None:
+        raise HfMergeError("--check: a pull request cannot be scored; name an --output.")
+    with tempfile.TemporaryDirectory(prefix="hfmerge-never-") as folder:
+        never = plan_replay(open_merged(str(after), _folders(opened, result)), never=True)
+        products = run(never, Path(folder)).products
+        second = evaluator.matrix(
+            [_called(evaluator.open(after), "after"), _called(evaluator.open(folder), "never merged")]
+        )
+    weights = {name: digest for name, digest in products.items() if name.endswith(".safetensors") and "/" not in name}
+    identical = all(result.entry.products.get(name) == digest for name, digest in weights.items())
+    matrix = replace(
+        first,
+        models=(*first.models, *second.models),
+        scores=(*first.scores, *second.scores),
+        notes=(*first.notes, *second.notes),
+    )
+    return result, Behaviour(matrix, removed, identical)
+
+
+def _owner(task: Task, models: Sequence[Material]) -> Material | None:
+    """The model of the merge whose head a task uses, pinned as it was merged."""
+    head = (task.head or "").partition("@")[0]
+    return next((m for m in models if m.name == head or (m.digest and m.name == Path(head).name)), None)
+
+
+def _called(subject: Subject, label: str) -> Subject:
+    subject.info = replace(subject.info, label=label)
+    return subject
+
+
+def _where(opened: Merged) -> str:
+    pinned = opened.pinned
+    return str(pinned.folder) if pinned.folder is not None else f"{pinned.name}@{pinned.commit}"
+
+
+def _folders(opened: Merged, result: MergeResult) -> dict[str, str]:
+    """Name of every folder that is still merged -> where it lies, which a result on the Hub does not say."""
+    present = {identity for m in (result.entry.base, *result.entry.models) for identity in (m.identity, m.beneath)}
+    return {i.rpartition("@sha256:")[0]: path for i, path in opened.refs.items() if i in present}

@@ -1,0 +1,296 @@
+"""Continual merging, measured: models arrive one after another in several orders, and leave again one by one.
+
+Every merge is made by the public verbs: `merge` for the first model, `add` with the carried state for each further
+one, `unmerge` for each that leaves. What was measured is kept in one file a cell, under a digest of everything it
+depends on, so that a killed run goes on where it stopped, and a larger experiment takes over what a smaller one
+found.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import hfmerge
+from hfmerge.digest import canonical_json, sha256_bytes
+from hfmerge.environment import environment
+from hfmerge.errors import HeadError
+from hfmerge.evaluation import continual_metrics as metrics
+from hfmerge.evaluation.continual_asked import Variant, arranged, check_variants, pair
+from hfmerge.evaluation.continual_asked import orders as drawn_orders
+from hfmerge.evaluation.continual_measures import PeakMemory, distance, identity, same_weights, summed_up, values
+from hfmerge.evaluation.results import Score
+from hfmerge.evaluation.running import Evaluator, Settings
+from hfmerge.evaluation.suite import Suite
+from hfmerge.inspecting import public_name
+from hfmerge.merged import open_merged
+from hfmerge.methods import registry
+from hfmerge.methods.opcm import OPCM
+from hfmerge.planned import Plan
+from hfmerge.recipe import Recipe
+
+
+SCHEMA = 1
+"""Version of the JSON form, and of what a cell holds."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What is measured.
+
+    Attributes:
+        variants: settings that are compared; all of the same base and models.
+        suite: with a task for each model.
+        orders: how many orders of arrival.
+        seed: of the orders.
+        settings: how tasks are run.
+        removals: for which orders every model is also taken out again: "first", "all" or "none".
+        tasks: task -> model, where the suite and the names do not tell.
+    """
+
+    variants: tuple[Variant, ...]
+    suite: Suite
+    orders: int = 10
+    seed: int = 42
+    settings: Settings = field(default_factory=Settings)
+    removals: str = "first"
+    tasks: Mapping[str, str] | None = None
+
+
+def run_continual(asked: Experiment, folder: Path, *, notify: Callable[[str], object] | None = None) -> dict[str, Any]:
+    """Measure everything that is not measured yet; JSON-able, see `continual_report` for tables.
+
+    Args:
+        folder: for the cells, and for merges while they are needed.
+        notify: told in one line what was just measured.
+
+    Raises:
+        HfMergeError: whatever merging or evaluating refuses; what was measured before stays.
+    """
+    check_variants(asked.variants)
+    plan = hfmerge.plan(asked.variants[0].recipe)
+    sources = [delta.source for delta in plan.deltas]
+    refs = [entry.model for entry in asked.variants[0].recipe.models]
+    names = [source.name for source in sources]
+    tasks = pair(asked.suite, [source.slug for source in sources], refs, dict(asked.tasks or {}))
+    evaluator = Evaluator(asked.suite.select(tasks), asked.settings, heads=dict(zip(tasks, refs, strict=True)))
+    run = _Run(asked, folder, plan, tasks, evaluator, notify or (lambda line: None))
+    base = run.scores("the base", run.base, asked.variants[0].recipe.base, range(len(refs)))
+    alone: dict[int, Score] = {}
+    for i, name in enumerate(names):
+        alone |= run.scores(f"{name} alone", run.identities[i], refs[i], [i])
+    arrivals = drawn_orders(len(refs), asked.orders, asked.seed)
+    return {
+        "kind": "continual",
+        "schema": SCHEMA,
+        "suite": {"name": asked.suite.name, "digest": asked.suite.digest},
+        "settings": {
+            "orders": len(arrivals), "seed": asked.seed, "limit": asked.settings.limit,
+            "sample_seed": asked.settings.seed, "removals": asked.removals,
+        },
+        "base": public_name(plan.base),
+        "models": [
+            {
+                "name": names[i], "pinned": public_name(source), "kind": source.kind, "task": tasks[i],
+                "alone": alone[i].to_dict(), "base": base[i].to_dict(),
+            }
+            for i, source in enumerate(sources)
+        ],
+        "variants": [run.variant(variant, arrivals, base, alone) for variant in asked.variants],
+        "environment": environment(),
+    }  # fmt: skip
+
+
+class _Run:
+    """One experiment under way: its cells, and the merge that stands in the work folder."""
+
+    def __init__(
+        self,
+        asked: Experiment,
+        folder: Path,
+        plan: Plan,
+        tasks: Sequence[str],
+        evaluator: Evaluator,
+        notify: Callable[[str], object],
+    ):
+        self.asked, self.tasks, self.evaluator, self.notify = asked, tasks, evaluator, notify
+        self.cells, self.place = folder / "cells", folder / "merge"
+        self.cells.mkdir(parents=True, exist_ok=True)
+        self.identities = [identity(delta.source) for delta in plan.deltas]
+        self.base = identity(plan.base)
+        self.standing: list[Any] | None = None
+        self.left()
+
+    def left(self) -> None:
+        """Nothing of merges that were needed is left."""
+        self.standing = None
+        shutil.rmtree(self.place, ignore_errors=True)
+
+    def variant(
+        self,
+        variant: Variant,
+        arrivals: Sequence[tuple[int, ...]],
+        base: Mapping[int, Score],
+        alone: Mapping[int, Score],
+    ) -> dict[str, Any]:
+        """Everything about one setting."""
+        found = []
+        for k, order in enumerate(arrivals):
+            steps = [self.step(variant, order, t) for t in range(len(order))]
+            wanted = self.asked.removals == "all" or (self.asked.removals == "first" and k == 0)
+            removals = [self.removal(variant, order, i) for i in order] if wanted and len(order) > 1 else []
+            self.left()
+            found.append(
+                {"order": list(order), **summed_up(order, steps, values(base), values(alone)), "removals": removals}
+            )
+            acc = found[-1]["metrics"]["accuracy"]
+            self.notify(f"{variant.label}: order {k + 1} of {len(arrivals)} done, ACC {acc:.3f}")
+        numbers = found[0]["metrics"]
+        inspection = self.inspection(variant, arrivals[0])
+        rows = [[{int(i): s["value"] for i, s in step["scores"].items()} for step in one["steps"]] for one in found]
+        pairs = metrics.drops(inspection["cosine"], arrivals, rows)
+        points = [(pair.cosine, pair.drop) for pair in pairs]
+        return {
+            "label": variant.label,
+            "varied": dict(variant.varied),
+            "method": variant.recipe.method.to_dict(),
+            "summary": {name: metrics.mean_and_deviation([one["metrics"][name] for one in found]) for name in numbers},
+            "orders": found,
+            "inspection": inspection,
+            "similarity": {
+                "pairs": [asdict(pair) for pair in pairs],
+                "pearson": metrics.correlation(points),
+                "spearman": metrics.correlation(metrics.ranked(points)),
+            },
+        }
+
+    def scores(self, title: str, who: str, ref: str, tasks: Sequence[int]) -> dict[int, Score]:
+        """Scores of a model that is no merge, one cell."""
+
+        def work() -> dict[str, Any]:
+            return {str(i): score.to_dict() for i, score in self._evaluate(ref, tasks).items()}
+
+        key = ["scores", who, [[self.tasks[i], self.identities[i]] for i in tasks]]
+        return {int(i): Score.from_dict(score) for i, score in self._cell(title, key, work).items()}
+
+    def step(self, variant: Variant, order: Sequence[int], step: int) -> dict[str, Any]:
+        """The arrival of one model: merge or add, then the tasks seen so far and the next one."""
+        seen, upcoming = order[: step + 1], order[step + 1 : step + 2]
+
+        def work() -> dict[str, Any]:
+            if step == 0:
+                self.left()
+                peak = PeakMemory()
+                result = hfmerge.merge(arranged(variant.recipe, seen), output=self.place)
+            else:
+                self._stand_at(variant.recipe, order[:step])
+                self.standing, peak = None, PeakMemory()
+                result = hfmerge.add(self.place, [variant.recipe.models[order[step]]])
+            most = peak.read()
+            self.standing = self._merge_of(variant.recipe, seen)
+            norms = [math.sqrt(model.squared_norm or 0.0) for model in result.entry.models]
+            scores = self._evaluate(str(self.place), [*seen, *upcoming])
+            return {
+                "scores": {str(i): score.to_dict() for i, score in scores.items()},
+                "norm": float(result.entry.scalars["merged_norm"]),
+                "mean_norm": math.fsum(norms) / len(norms),
+                "how": result.entry.how,
+                "seconds": result.seconds["total"],
+                "peak_bytes": most,
+            }
+
+        key = ["step", self._merge_of(variant.recipe, seen), [[self.tasks[i], i] for i in (*seen, *upcoming)]]
+        return self._cell(f"{variant.label}: {len(seen)} models", key, work)
+
+    def removal(self, variant: Variant, order: Sequence[int], gone: int) -> dict[str, Any]:
+        """Take one model out of the whole merge, and compare with the merge that never saw it."""
+
+        def work() -> dict[str, Any]:
+            self._stand_at(variant.recipe, order)
+            name = open_merged(str(self.place)).last.models[order.index(gone)].name
+            with tempfile.TemporaryDirectory(dir=self.place.parent) as folder:
+                out, never = Path(folder) / "unmerged", Path(folder) / "never"
+                result = hfmerge.unmerge(self.place, name, output=out)
+                other = hfmerge.merge(arranged(variant.recipe, [i for i in order if i != gone]), output=never)
+                identical = same_weights(result.entry.products, other.entry.products)
+                first = self._evaluate(str(out), order)
+                second = first if identical else self._evaluate(str(never), order)
+                apart = 0.0 if identical else distance(out, never) / float(other.entry.scalars["merged_norm"])
+            found = metrics.fidelity(
+                name, gone, values(first), values(second),
+                identical=identical, distance=apart, seconds=result.seconds["total"],
+            )  # fmt: skip
+            return {**asdict(found), "how": result.entry.how}
+
+        key = ["removal", self._merge_of(variant.recipe, order), list(self.tasks), gone]
+        return self._cell(f"{variant.label}: without {self.tasks[gone]}", key, work)
+
+    def inspection(self, variant: Variant, order: Sequence[int]) -> dict[str, Any]:
+        """Cosine of task vectors, and what OPCM clears of each model in this order; listed as in the recipe."""
+        opcm = variant.recipe.method.name == OPCM.name
+
+        def work() -> dict[str, Any]:
+            whole = hfmerge.inspect(arranged(variant.recipe, order), spectral=opcm).to_dict()["whole"]
+            places = [list(order).index(i) for i in range(len(order))]
+            return {
+                "order": list(order),
+                "cosine": [[whole["cosine"][i][j] for j in places] for i in places],
+                "norms": [whole["norms"][i] for i in places],
+                "interference": [whole["interference"][i] for i in places] if opcm else None,
+            }
+
+        return self._cell(
+            f"{variant.label}: inspection", ["inspection", self._merge_of(variant.recipe, order), list(order)], work
+        )
+
+    def _evaluate(self, ref: str, models: Iterable[int]) -> dict[int, Score]:
+        """Scores on the tasks of some models, by the models' places in the recipe."""
+        wanted = {self.tasks[i]: i for i in models}
+        found = self.evaluator.score(ref, tasks=list(wanted))
+        scores = {}
+        for name, i in wanted.items():
+            score = found[name]
+            if score is None:
+                raise HeadError(f"{ref}: has no head for {name}.")
+            scores[i] = score
+        return scores
+
+    def _cell(self, title: str, key: Sequence[Any], work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """A cell from its file, or measured and put there in one rename."""
+        settings = self.asked.settings
+        rows = [self.evaluator.pin(task).digest for task in self.evaluator.suite.tasks]
+        about = [SCHEMA, hfmerge.__version__, self.asked.suite.digest, rows, settings.limit, settings.seed, *key]
+        path = self.cells / f"{key[0]}-{sha256_bytes(canonical_json(about))[:24]}.json"
+        if path.is_file():
+            found: dict[str, Any] = json.loads(path.read_bytes())
+            return found
+        start = time.monotonic()
+        data = work()
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+        self.notify(f"{title}, {time.monotonic() - start:.1f} s")
+        return data
+
+    def _merge_of(self, recipe: Recipe, order: Sequence[int]) -> list[Any]:
+        """Everything that the merge of some models in an order depends on."""
+        asked = recipe.to_dict()
+        given = {key: asked[key] for key in ("method", "dtype", "include", "exclude", "vocabulary")}
+        models = [[self.identities[i], recipe.models[i].weight] for i in order]
+        return [given, registry()[recipe.method.name].version, self.base, models]
+
+    def _stand_at(self, recipe: Recipe, order: Sequence[int]) -> None:
+        """Have the merge of these models in the work folder; made anew where the steps to it were measured before."""
+        wanted = self._merge_of(recipe, order)
+        if self.standing != wanted:
+            self.left()
+            hfmerge.merge(arranged(recipe, order), output=self.place)
+            self.standing = wanted

@@ -1,0 +1,83 @@
+"""Tasks of other harnesses by name: lm-evaluation-harness and MTEB, each an extra of its own."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from hfmerge.errors import HfMergeError
+from hfmerge.evaluation.metrics import Z
+from hfmerge.evaluation.models import Subject
+from hfmerge.evaluation.processors import TOKENIZER_FILES, find_place, load_tokenizer
+from hfmerge.evaluation.results import Score
+from hfmerge.evaluation.suite import Task
+
+
+def lm_eval_score(subject: Subject, task: Task, *, batch_size: int, seed: int) -> Score:
+    """A task of lm-evaluation-harness, by name.
+
+    Raises:
+        HfMergeError: the harness is not installed, or knows no such task or metric.
+    """
+    try:
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise HfMergeError(
+            f"{task.name}: tasks of lm-evaluation-harness need `pip install hfmerge[lm-eval]` ({error})."
+        ) from error
+    manager = TaskManager()
+    if task.benchmark not in manager.all_tasks:
+        raise HfMergeError(f"{task.name}: lm-evaluation-harness has no task {task.benchmark}; see `lm-eval ls tasks`.")
+    label = subject.info.label
+    tokenizer = load_tokenizer(find_place(subject.places, TOKENIZER_FILES, "tokenizer", label))
+    model = HFLM(pretrained=subject.whole("causal"), tokenizer=tokenizer, batch_size=batch_size, device=subject.device)
+    found = lm_eval.simple_evaluate(
+        model=model, tasks=[task.benchmark], num_fewshot=task.shots or None, limit=task.limit, random_seed=seed,
+        numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed, task_manager=manager,
+        log_samples=False, bootstrap_iters=1000,
+    )  # fmt: skip
+    values = found["results"][task.benchmark]
+    return _reported(task, values, int(found["n-samples"][task.benchmark]["effective"]))
+
+
+def _reported(task: Task, values: dict[str, Any], n: int) -> Score:
+    """The harness's value with an interval from its standard error."""
+    names = sorted({key.partition(",")[0] for key in values if "," in key and "_stderr" not in key})
+    key = next((key for key in values if key.partition(",")[0] == task.metric), None)
+    if key is None:
+        raise HfMergeError(f"{task.name}: {task.benchmark} has no metric {task.metric}; it has {', '.join(names)}.")
+    value, error = float(values[key]), values.get(key.replace(",", "_stderr,", 1))
+    if not isinstance(error, float) or math.isnan(error):
+        return Score(value, n, math.nan, math.nan, task.metric, "none")
+    return Score(value, n, value - Z * error, value + Z * error, task.metric, "reported")
+
+
+def mteb_score(subject: Subject, task: Task, *, batch_size: int) -> Score:
+    """The main score of a task of MTEB, by name, of a sentence-transformers model.
+
+    Raises:
+        HfMergeError: MTEB is not installed, knows no such task, or the model is an adapter.
+    """
+    try:
+        import mteb
+        from sentence_transformers import SentenceTransformer
+    except ImportError as error:
+        raise HfMergeError(f"{task.name}: tasks of MTEB need `pip install hfmerge[mteb]` ({error}).") from error
+    label = subject.info.label
+    if subject.source is None or subject.source.kind == "adapter":
+        raise HfMergeError(f"{label}: MTEB takes saved models only; merge the adapter into its base first.")
+    place = subject.source.pinned
+    if "modules.json" not in place.files:
+        raise HfMergeError(f"{label}: has no modules.json; a sentence-transformers model is needed.")
+    try:
+        wanted = mteb.get_task(str(task.benchmark), eval_splits=[task.split])
+    except KeyError as error:
+        raise HfMergeError(f"{task.name}: MTEB has no task {task.benchmark}.") from error
+    name = str(place.folder) if place.folder is not None else place.name
+    model = SentenceTransformer(name, revision=place.commit, device=subject.device)
+    found = mteb.evaluate(model, wanted, cache=None, encode_kwargs={"batch_size": batch_size}, show_progress_bar=False)
+    result = found.task_results[0]
+    rows = len(wanted.dataset[task.split]) if isinstance(wanted.dataset, dict) else 0
+    return Score(float(result.get_score()), rows, math.nan, math.nan, task.metric, "none")

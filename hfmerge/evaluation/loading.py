@@ -1,0 +1,105 @@
+"""What models are made of: digests, stored tensors, and adapters merged into their bases by peft."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hfmerge.checkpoint.adapters import PREFIX
+from hfmerge.checkpoint.heads import adapter_head
+from hfmerge.checkpoint.loadback import quiet
+from hfmerge.checkpoint.skeleton import find_class
+from hfmerge.describing import describe
+from hfmerge.digest import canonical_json, sha256_bytes, sha256_file
+from hfmerge.errors import SourceError
+from hfmerge.fetching import fetch
+from hfmerge.source import Source
+
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def digest_of(source: Source) -> str:
+    """One digest of everything in a repository that a score can depend on."""
+    kept = (".safetensors", ".json", ".txt", ".model", ".jinja")
+    outside = ("merge_history/", "merge_state/", ".eval_results/", "figures/", ".git/", ".cache/")
+    files = {}
+    for name, info in sorted(source.pinned.files.items()):
+        if name.endswith(kept) and not name.startswith(outside):
+            files[name] = info.sha256 or info.blob_id or sha256_file(fetch(source.pinned, name))
+    return sha256_bytes(canonical_json(files))
+
+
+def stored(source: Source) -> dict[str, Tensor]:
+    """Every tensor of a full model, mapped from its files."""
+    from safetensors.torch import load_file
+
+    state: dict[str, Tensor] = {}
+    for file in sorted({entry.file for entry in source.tensors.values()}):
+        state |= load_file(fetch(source.pinned, file))
+    return state
+
+
+def picked(source: Source, names: Iterable[str]) -> dict[str, Tensor] | None:
+    """Some tensors of a model by their names in it, without the others; None where a file does not have them so."""
+    from safetensors import safe_open
+
+    prefix = PREFIX if source.kind == "adapter" else ""
+    found: dict[str, Tensor] = {}
+    for name in names:
+        entry = source.tensors.get(f"{prefix}{name}")
+        if entry is None:
+            return None
+        with safe_open(fetch(source.pinned, entry.file), framework="pt") as file:
+            found[name] = file.get_tensor(f"{prefix}{name}")
+    return found
+
+
+def with_base(source: Source) -> Source:
+    """An adapter with the model that its own configuration names."""
+    adapter = source.adapter or {}
+    base = adapter.get("base_model_name_or_path")
+    if not base:
+        raise SourceError(f"{source.pinned.label}: names no base model; write `base+adapter`.")
+    revision = adapter.get("revision")
+    return dataclasses.replace(source, beneath=describe(f"{base}@{revision}" if revision else str(base)))
+
+
+def adapter_config(source: Source) -> dict[str, Any]:
+    """config.json of an adapter's model: its own class and labels if it has a head, else its base's."""
+    assert source.beneath is not None
+    stored = [key for key in source.tensors if ".lora_" not in key and ".base_layer." not in key]
+    known = set(source.beneath.tensors)
+    heads = {key: key.removeprefix(PREFIX) for key in stored if key.removeprefix(PREFIX) not in known}
+    if not heads:
+        return dict(source.beneath.config)
+    return dict(adapter_head(source, source.beneath.config, heads).config)
+
+
+def adapter_weights(source: Source, config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Every tensor of an adapter's model, as peft merges it.
+
+    Args:
+        config: see `adapter_config`.
+    """
+    from peft import PeftModel
+
+    assert source.beneath is not None
+    found = find_class(dict(config), source.pinned.label, False)
+    if found is None:
+        raise SourceError(f"{source.pinned.label}: its base has code of its own, which is not run.")
+    cls, settings = found
+    folder = Path(fetch(source.pinned, "adapter_config.json")).parent
+    for file in {entry.file for entry in source.tensors.values()}:
+        fetch(source.pinned, file)
+    with quiet(), warnings.catch_warnings():
+        # peft asks transformers for attributes that this version has renamed
+        warnings.simplefilter("ignore", FutureWarning)
+        model = cls.from_pretrained(None, config=settings, state_dict=stored(source.beneath))
+        merged = PeftModel.from_pretrained(model, str(folder)).merge_and_unload(safe_merge=True)
+    state: dict[str, Tensor] = merged.state_dict()
+    return state

@@ -1,0 +1,315 @@
+"""Models under evaluation: opened once, weights read once, and one task head after another put on them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from hfmerge.checkpoint.heads import FOLDER
+from hfmerge.checkpoint.loadback import quiet
+from hfmerge.checkpoint.skeleton import find_class
+from hfmerge.describing import describe
+from hfmerge.digest import sha256_bytes
+from hfmerge.errors import HeadError, SourceError
+from hfmerge.evaluation import loading
+from hfmerge.evaluation.results import ModelInfo
+from hfmerge.fetching import fetch, read_json
+from hfmerge.source import Pinned, Source, parse_ref
+
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+TABLES = {
+    "text-classification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    "image-classification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+    "causal": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+}
+"""transformers' tables of the classes that have a head for a kind of task."""
+
+
+@dataclass(frozen=True)
+class TaskHead:
+    """A classification head.
+
+    Attributes:
+        owner: whose it is.
+        config: config.json of the model it belongs to.
+        tensors: by name in that model.
+    """
+
+    owner: str
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Tensor] = field(repr=False)
+
+    @property
+    def labels(self) -> list[str]:
+        """Label names in the order of the head's rows; those transformers makes up where the config has none."""
+        names = self.config.get("id2label")
+        if names:
+            return [str(names[key]) for key in sorted(names, key=int)]
+        return [f"LABEL_{i}" for i in range(int(self.config.get("num_labels", 2)))]
+
+    @property
+    def title(self) -> str:
+        """Name of the model's class."""
+        return str((self.config.get("architectures") or [None])[0])
+
+
+@dataclass(eq=False)
+class Subject:
+    """A model under evaluation.
+
+    Attributes:
+        info: the row of a matrix it fills.
+        config: config.json.
+        places: where tokenizer and image processor are looked for, in order.
+        device, dtype: where and as what its weights are kept; dtype None: as stored.
+    """
+
+    info: ModelInfo
+    config: Mapping[str, Any]
+    places: tuple[Pinned, ...]
+    device: str = "cpu"
+    dtype: str | None = None
+    source: Source | None = field(default=None, repr=False)
+    given: PreTrainedModel | None = field(default=None, repr=False)
+    _kept: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """Every stored tensor, read once, cast and on the device; an adapter's are merged into its base by peft."""
+        found: dict[str, Tensor] = self.keep("weights", self._read)
+        return found
+
+    def tensors(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Some of the weights, without reading the others where that is possible; those that there are."""
+        if "weights" not in self._kept and self.source is not None:
+            if (found := loading.picked(self.source, names)) is not None:
+                return found
+        return {name: self.weights[name] for name in names if name in self.weights}
+
+    def keep(self, key: Any, make: Callable[[], Any]) -> Any:
+        """Something made of this model, kept until `forget`."""
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
+
+    def forget(self) -> None:
+        """Give the memory of the weights back."""
+        self._kept.clear()
+
+    def _read(self) -> dict[str, Tensor]:
+        import torch
+
+        if self.given is not None:
+            state = self.given.state_dict()
+        elif self.source is not None and self.source.kind == "adapter":
+            state = loading.adapter_weights(self.source, self.config)
+        else:
+            assert self.source is not None
+            state = loading.stored(self.source)
+        dtype = getattr(torch, self.dtype) if self.dtype else None
+        return {
+            name: value.to(self.device, dtype if value.is_floating_point() else None) for name, value in state.items()
+        }
+
+    @cached_property
+    def head_names(self) -> frozenset[str]:
+        """Names of this model's own head: what its class has and the bare encoder has not."""
+        return _head_names(self.config, self.info.label)
+
+    @property
+    def reads_texts(self) -> bool:
+        """Whether this is a model of images and texts."""
+        return "text_config" in self.config
+
+    @property
+    def held(self) -> list[str]:
+        """Whose heads a merge keeps."""
+        files = self.places[0].files if self.places else {}
+        folders = sorted({name.split("/")[1] for name in files if name.startswith(f"{FOLDER}/")})
+        return [slug.replace("--", "/") for slug in folders]
+
+    def holds(self, owner: str) -> bool:
+        """Whether a merge keeps the head of this model, named as in a recipe."""
+        return _plain_name(owner) in self.held
+
+    def head_of(self, owner: str) -> TaskHead:
+        """A head that a merge keeps."""
+        from safetensors.torch import load_file
+
+        folder = f"{FOLDER}/{_plain_name(owner).replace('/', '--')}"
+        config = read_json(self.places[0], f"{folder}/config.json")
+        return TaskHead(owner, config, load_file(fetch(self.places[0], f"{folder}/model.safetensors")))
+
+    def own_head(self) -> TaskHead | None:
+        """This model's own classification head, None if its class has none."""
+        title = str((self.config.get("architectures") or [None])[0])
+        if not any(title in _titles(kind) for kind in ("text-classification", "image-classification")):
+            return None
+        return TaskHead(self.info.label, self.config, self.tensors(sorted(self.head_names)))
+
+    def with_head(self, head: TaskHead, kind: str, spare: Subject | None = None) -> PreTrainedModel:
+        """The encoder with a head, in evaluation mode; its weights are shared, not copied.
+
+        Args:
+            kind: "text-classification" or "image-classification".
+            spare: the head's own model, for what neither the encoder nor the head has, such as a pooler.
+
+        Raises:
+            HeadError: no head for this kind of task. SourceError: encoder and head do not fit together.
+        """
+        if head.title not in _titles(kind):
+            raise HeadError(
+                f"{self.info.label}: {head.title} of {head.owner} has no head for {kind}; name a model that has one: "
+                "`head` in the suite, or --head TASK=MODEL."
+            )
+        encoder = {name: value for name, value in self.weights.items() if name not in self.head_names}
+        placed = {name: value.to(self.device, self._cast(value)) for name, value in head.tensors.items()}
+        config = dict(head.config)
+        if "vocab_size" in self.config and "vocab_size" in config:
+            config["vocab_size"] = self.config["vocab_size"]
+        return self._build(config, {**encoder, **placed}, f"with the head of {head.owner}", spare)
+
+    def whole(self, kind: str) -> PreTrainedModel:
+        """The model as it is, in evaluation mode, if its class does this kind of task ("causal").
+
+        Raises:
+            HeadError: it does not.
+        """
+        title = str((self.config.get("architectures") or [None])[0])
+        if title not in _titles(kind):
+            raise HeadError(f"{self.info.label}: {title} is no language model that continues a text.")
+        return self._build(self.config, self.weights, "", None)
+
+    def two_towers(self, text: Subject | None) -> PreTrainedModel:
+        """A model of images and texts: this one, or this one's images with the texts of another.
+
+        Raises:
+            HeadError: only images here, and no other model given.
+        """
+        if self.reads_texts:
+            return self._build(self.config, self.weights, "", None)
+        if text is None:
+            raise HeadError(
+                f"{self.info.label}: sees images only; name the model whose text tower is used: `head` in the suite, "
+                "or --head TASK=MODEL."
+            )
+        rest = {name: value for name, value in text.weights.items() if not name.startswith("vision_model.")}
+        tower = {
+            name if name.startswith(("vision_model.", "visual_projection.")) else f"vision_model.{name}": value
+            for name, value in self.weights.items()
+            if name not in self.head_names
+        }
+        return self._build(text.config, {**rest, **tower}, f"with the text tower of {text.info.label}", None)
+
+    def _cast(self, value: Tensor) -> Any:
+        import torch
+
+        if not value.is_floating_point():
+            return None
+        if self.dtype:
+            return getattr(torch, self.dtype)
+        return next((weight.dtype for weight in self.weights.values() if weight.is_floating_point()), None)
+
+    def _build(
+        self, config: Mapping[str, Any], state: Mapping[str, Tensor], how: str, spare: Subject | None
+    ) -> PreTrainedModel:
+        """An instance of the config's class over the given tensors, complete or an error."""
+        found = find_class(dict(config), self.info.label, False)
+        if found is None:
+            raise SourceError(f"{self.info.label}: has code of its own, which is not run.")
+        cls, settings = found
+        dtypes = [value.dtype for value in state.values() if value.is_floating_point()]
+        options = {"device_map": {"": self.device}} if self.device != "cpu" else {}
+        missing: list[str] = []
+        for _ in range(2):
+            if spare is not None and missing:
+                extra = spare.tensors(missing)
+                state = {**state, **{name: v.to(self.device, self._cast(v)) for name, v in extra.items()}}
+            with quiet():
+                try:
+                    model, told = cls.from_pretrained(
+                        None, config=settings, state_dict=dict(state), output_loading_info=True,
+                        dtype=dtypes[0] if dtypes else None, **options,
+                    )  # fmt: skip
+                except (RuntimeError, ValueError) as error:
+                    raise SourceError(
+                        f"{self.info.label} {how}: does not fit: {' '.join(str(error).split())[:200]}"
+                    ) from error
+            missing = sorted(told["missing_keys"])
+            if not missing or spare is None:
+                break
+        if missing:
+            raise SourceError(f"{self.info.label} {how}: {cls.__name__} lacks {', '.join(missing[:5])}.")
+        result: PreTrainedModel = model.eval()
+        return result
+
+
+def open_subject(ref: str, *, device: str = "cpu", dtype: str | None = None) -> Subject:
+    """A model by reference, as merging takes it; nothing but small files and headers is read yet.
+
+    Args:
+        ref: `org/name[@revision]`, a folder, or `base+adapter`.
+
+    Raises:
+        SourceError: it cannot be named, found, reached or read.
+    """
+    source = describe(ref)
+    config: Mapping[str, Any] = source.config
+    places: tuple[Pinned, ...] = (source.pinned,)
+    digest = loading.digest_of(source)
+    kind = "merge" if any(name.startswith("merge_history/") for name in source.pinned.files) else source.kind
+    if source.kind == "adapter":
+        source = source if source.beneath is not None else loading.with_base(source)
+        assert source.beneath is not None
+        digest = sha256_bytes(f"{digest}+{loading.digest_of(source.beneath)}".encode())
+        config, places = loading.adapter_config(source), (source.pinned, source.beneath.pinned)
+    name = source.pinned.name
+    return Subject(ModelInfo(name, kind, source.pinned.commit, digest), config, places, device, dtype, source)
+
+
+def subject_in_memory(model: PreTrainedModel, label: str, tokenizer_of: Subject, *, device: str = "cpu") -> Subject:
+    """A loaded model; its results are not cached, because nothing says cheaply what its weights are.
+
+    Args:
+        label: what results call it.
+        tokenizer_of: whose tokenizer, image processor and kept heads are used.
+    """
+    config = json.loads(model.config.to_json_string(use_diff=False)) | {"architectures": [type(model).__name__]}
+    return Subject(ModelInfo(label, "full", None, ""), config, tokenizer_of.places, device, None, None, model)
+
+
+def _plain_name(ref: str) -> str:
+    """What a ledger calls a model: repository ID, or a folder's own name."""
+    place = parse_ref(ref)[-1]
+    return place.folder.resolve().name if place.folder is not None else str(place.repo_id)
+
+
+def _head_names(config: Mapping[str, Any], label: str) -> frozenset[str]:
+    import torch
+    from transformers import AutoModel
+
+    found = find_class(dict(config), label, False)
+    if found is None:
+        return frozenset()
+    cls, settings = found
+    with torch.device("meta"), quiet():
+        names = list(cls(settings).state_dict())
+        bare = set(AutoModel.from_config(settings).state_dict())
+    prefix = f"{cls.base_model_prefix}."
+    return frozenset(name for name in names if name not in bare and name.removeprefix(prefix) not in bare)
+
+
+def _titles(kind: str) -> list[str]:
+    from transformers.models.auto import modeling_auto
+
+    titles: list[str] = []
+    for value in getattr(modeling_auto, TABLES[kind]).values():
+        titles += [value] if isinstance(value, str) else list(value)
+    return titles

@@ -1,0 +1,259 @@
+"""How models relate before they are merged: similarity, norms, signs, spectra and predicted interference.
+
+Nothing is merged and nothing written. The plan is that of an OPCM merge, whose headers are checked like any other;
+parameters are read one after another, and only sums over their elements are kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fnmatch
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hfmerge.errors import Problem, RecipeError
+from hfmerge.estimating import stream_memory, stream_readers, visit_bytes
+from hfmerge.measuring import HELD, Changes, Measured, measure
+from hfmerge.methods.opcm import OPCM
+from hfmerge.options import RunOptions
+from hfmerge.planned import Param, Plan
+from hfmerge.planning import make_plan
+from hfmerge.pool import AHEAD, core_count, overlapped, resident_memory
+from hfmerge.recipe import MethodChoice, Recipe
+from hfmerge.source import Source
+from hfmerge.spectra import Asked, Spectrum
+
+
+SCHEMA = 1
+"""Version of the JSON form."""
+TOPS = (1, 4, 16, 64)
+"""Numbers of leading directions whose share of a change's energy is reported."""
+
+Square = tuple[tuple[float | None, ...], ...]
+
+
+@dataclass(frozen=True)
+class Part:
+    """The whole model, or one layer of it; per model in order, or T x T.
+
+    Attributes:
+        name: "model", or what the names of its tensors have in common.
+        elements: that at least one model changes.
+        norms: Frobenius norm of every task vector.
+        cosine: `<tau_i, tau_j> / (||tau_i|| ||tau_j||)`; None where one is zero. Source: "Editing Models with Task
+            Arithmetic", arXiv 2212.04089 (task vectors of different tasks are almost orthogonal).
+        sign_conflict: of the elements that models i and j both change, the share they change in opposite directions:
+            0.5 for unrelated changes. Source: TIES, arXiv 2306.01708, section 3; nothing is trimmed here.
+        cancelled: share of the models' summed magnitude that is lost in their (weighted) sum:
+            `1 - sum_p |sum_t w_t tau_t,p| / sum_p sum_t |w_t tau_t,p|`.
+        interference: share of the energy of every model's matrices that OPCM would clear because it lies in what the
+            models before it occupy: `1 - ||P(tau_t)||^2 / ||tau_t||^2` over all real matrices, P of arXiv 2501.09522,
+            section 4, against the accumulator of the models before, in the recipe's order and with its weights. 0 for
+            the first. None where a model changes no matrix, or matrices were not asked for.
+    """
+
+    name: str
+    elements: int
+    norms: tuple[float, ...]
+    cosine: Square
+    sign_conflict: Square
+    cancelled: float | None
+    interference: tuple[float | None, ...]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What was found.
+
+    Attributes:
+        base, models: see `public_name`, the models in order; `names` are unique.
+        alpha, variant: of OPCM, for `Part.interference`.
+        whole, layers: sums over all parameters, and over each layer's, in stored order.
+        spectra: of every matrix that was asked for, and every model that changes it.
+        seconds: wall time.
+        warnings: of the plan.
+    """
+
+    base: str
+    models: tuple[str, ...]
+    names: tuple[str, ...]
+    alpha: float
+    variant: str
+    whole: Part
+    layers: tuple[Part, ...]
+    spectra: tuple[Spectrum, ...]
+    seconds: float
+    warnings: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able, numbers to six digits; what `pictures` draws."""
+        data = dataclasses.asdict(self)
+        rounded: dict[str, Any] = {"kind": "inspection", "schema": SCHEMA, **_rounded(data)}
+        return rounded
+
+
+def inspect_models(
+    recipe: Recipe,
+    *,
+    origin: str = "recipe",
+    matrices: Sequence[str] | None = None,
+    spectral: bool = True,
+    options: RunOptions,
+) -> Inspection:
+    """Compare a recipe's models; see `Inspection`.
+
+    Args:
+        recipe: its `method` matters for alpha and variant if it is OPCM (else 0.5 and `code`), and not otherwise.
+        origin: names the recipe in errors.
+        matrices: fnmatch patterns of tensors to take apart; None: all. Spectra and interference are about these.
+        spectral: take matrices apart at all; without it only sums over elements are made.
+        options: `max_memory` and `notify` count.
+
+    Raises:
+        RecipeError: as for a merge, or a pattern that matches no matrix. NonFiniteError: names model and tensor.
+    """
+    start = time.monotonic()
+    alpha, variant = 0.5, "code"
+    if recipe.method.name == OPCM.name:
+        alpha, variant = float(str(recipe.method.options["alpha"])), str(recipe.method.options["variant"])
+    choice = MethodChoice(OPCM.name, {"alpha": alpha, "variant": variant}, "none")
+    wanted = dataclasses.replace(recipe, method=choice, state="none", dtype=None, keep_sources=False)
+    plan = make_plan(wanted, origin=origin)
+    assert isinstance(plan.method, OPCM)
+    touched = [param for param in plan.params if param.touched]
+    chosen = {p.key for p in touched if matrices is None or any(fnmatch.fnmatchcase(p.key, m) for m in matrices)}
+    if not any(block.matrix for param in touched if param.key in chosen for block in param.blocks) and matrices:
+        raise RecipeError(
+            [Problem("--matrices", f"{', '.join(matrices)} match no matrix that a model changes")], origin
+        )
+    asked = Asked(True, TOPS, plan.method.alpha, plan.method.variant)
+    plain = dataclasses.replace(asked, spectral=False)
+    found: list[Measured] = []
+    with _streamed(plan), Changes(plan) as changes:
+        changes.expect(touched)
+        found.extend(
+            _over(
+                plan, touched, lambda p: measure(changes, p, asked if spectral and p.key in chosen else plain), options
+            )
+        )
+    names = tuple(delta.source.slug for delta in plan.deltas)
+    return Inspection(
+        base=public_name(plan.base),
+        models=tuple(public_name(delta.source) for delta in plan.deltas),
+        names=names,
+        alpha=plan.method.alpha,
+        variant=plan.method.variant,
+        whole=_part("model", found),
+        layers=tuple(_part(name, parts) for name, parts in by_layer(found).items()),
+        spectra=tuple(spectrum for one in found for spectrum in one.spectra),
+        seconds=time.monotonic() - start,
+        warnings=plan.warnings,
+    )
+
+
+def public_name(source: Source) -> str:
+    """A model as results name it: pinned to its commit, or a folder by its last part, since paths are nobody's."""
+    commit = source.pinned.commit
+    return f"{source.name}@{commit}" if commit else source.name
+
+
+def _over(plan: Plan, params: Sequence[Param], work: Any, options: RunOptions) -> Iterator[Measured]:
+    """`work` over all parameters on a pool of threads, in their order, below the bound on memory."""
+    from huggingface_hub.utils import tqdm
+
+    needs = [
+        visit_bytes(param, param.slot.shape, True) + 4 * min(HELD, len(plan.deltas) * math.prod(param.slot.shape))
+        for param in params
+    ]
+    budget = None
+    if options.max_memory is not None:
+        budget = max(0, options.max_memory - resident_memory() - stream_memory(plan))
+        if budget < max(needs) and options.notify is not None:
+            options.notify(f"--max-memory cannot be kept: one parameter needs about {max(needs) / 1e9:.2f} GB.")
+    bar = tqdm(total=len(params), desc="Inspecting", unit=" tensors", name="hfmerge")
+    visits = overlapped(work, params, needs, threads=core_count() + AHEAD, memory=budget)
+    with contextlib.closing(bar), contextlib.closing(visits):
+        for result in visits:
+            bar.update(1)
+            yield result
+
+
+@contextlib.contextmanager
+def _streamed(plan: Plan) -> Iterator[None]:
+    if plan.streaming is None:
+        yield
+        return
+    with contextlib.closing(plan.streaming) as streaming:
+        # files are not read whole: heads, and what no model changes, stay where they are
+        streaming.begin(
+            stream_memory(plan), stream_readers(plan), plan.estimate.stream, unchecked="it is read in part"
+        )
+        yield
+
+
+def by_layer(found: Sequence[Measured]) -> Mapping[str, list[Measured]]:
+    """Parameters by layer, in stored order.
+
+    A layer's name ends with the first number in a tensor's name ("encoder.layer.3"); other tensors go by their first
+    word ("embeddings"), or two where the first stands before layers as well ("model.norm").
+    """
+    numbered = {one.key: _numbered(one.key) for one in found}
+    stems = {name.partition(".")[0] for name in numbered.values() if name is not None}
+    layers: dict[str, list[Measured]] = {}
+    for one in found:
+        name = numbered[one.key]
+        if name is None:
+            words = one.key.split(".")
+            name = ".".join(words[: 2 if words[0] in stems and len(words) > 1 else 1])
+        layers.setdefault(name, []).append(one)
+    return layers
+
+
+def _numbered(key: str) -> str | None:
+    words = key.split(".")
+    places = [i for i, word in enumerate(words) if word.isdigit()]
+    return ".".join(words[: places[0] + 1]) if places else None
+
+
+def _part(name: str, found: Sequence[Measured]) -> Part:
+    models = range(len(found[0].gram))
+
+    def total(field: str, i: int, j: int) -> float:
+        return math.fsum(getattr(one, field)[i][j] for one in found)
+
+    norms = tuple(math.sqrt(total("gram", i, i)) for i in models)
+
+    def cosine(i: int, j: int) -> float | None:
+        scale = norms[i] * norms[j]
+        return None if scale == 0.0 else 1.0 if i == j else max(-1.0, min(1.0, total("gram", i, j) / scale))
+
+    def conflict(i: int, j: int) -> float | None:
+        both = total("both", i, j)
+        return total("opposed", i, j) / both if both else None
+
+    def cleared(i: int) -> float | None:
+        whole = total("matrices", i, 0)
+        return total("matrices", i, 1) / whole if whole else None
+
+    magnitude = math.fsum(one.magnitude[0] for one in found)
+    return Part(
+        name,
+        sum(one.elements for one in found),
+        norms,
+        tuple(tuple(cosine(i, j) for j in models) for i in models),
+        tuple(tuple(conflict(i, j) for j in models) for i in models),
+        1.0 - math.fsum(one.magnitude[1] for one in found) / magnitude if magnitude else None,
+        tuple(cleared(i) for i in models),
+    )
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, Mapping):
+        return {str(key): _rounded(item) for key, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,177 @@
+"""Copies of all sources beside the carried states, so that a merge can be changed after they have vanished.
+
+Each is made once: a later step takes over those of the models that stay. A model that leaves takes its copy along.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from hfmerge.archives import write_archive
+from hfmerge.changes import Change
+from hfmerge.checkpoint.deltas import Delta
+from hfmerge.checkpoint.reader import Reader
+from hfmerge.digest import sha256_file
+from hfmerge.digesting import folder_digest
+from hfmerge.errors import CorruptFileError, HfMergeError, SourceError
+from hfmerge.execute import Outcome
+from hfmerge.fetching import pin
+from hfmerge.ledger import ARCHIVES, Material, archive_file
+from hfmerge.merged import STATE_BRANCH, Merged
+from hfmerge.planned import Plan
+from hfmerge.pool import core_count
+from hfmerge.recovering import archive_path
+from hfmerge.runtime import Ranks
+from hfmerge.source import Place, Source
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A copy to keep.
+
+    Attributes:
+        source: what of.
+        files: what was merged: path -> SHA-256.
+        delta: how it changes the base; None for the base itself.
+        earlier: digest of the copy that an earlier step made, or None.
+        read: this run has read the source's weights.
+    """
+
+    source: Source
+    files: Mapping[str, str]
+    delta: Delta | None
+    earlier: str | None
+    read: bool
+
+
+def keep_sources(
+    planned: Plan,
+    folder: Path,
+    ranks: Ranks,
+    outcome: Outcome,
+    opened: Merged | None,
+    change: Change | None,
+    *,
+    stays: bool,
+) -> tuple[tuple[str | None, ...], tuple[str, ...]]:
+    """Write the copies of base and models into the output, divided among the processes that write to rank 0's disk.
+
+    Args:
+        folder: the output, on this process's disk.
+        opened, change: the merge it goes on from and how; None for a first merge.
+        stays: the result goes only to the repository that `opened` is, whose branch keeps the copies that it has.
+
+    Returns:
+        Digests of the copies of the base and then each model, the same on all ranks; None for one that was lost and
+        cannot be made again. And warnings.
+
+    Raises:
+        SourceError, OutputError: see `write_archive`.
+    """
+    wanted = _wanted(planned, outcome, opened, change)
+    crew = ranks.on_disk(0)
+    mine = [i for i in range(len(wanted)) if crew[i % len(crew)] == ranks.rank]
+    parts = ranks.together(lambda: _keep(planned, folder, wanted, mine, opened if stays else None, opened))
+    found = {i: one for part in parts for i, one in part.items()}
+    return tuple(found[i][0] for i in range(len(wanted))), tuple(note for _, note in found.values() if note)
+
+
+def _wanted(planned: Plan, outcome: Outcome, opened: Merged | None, change: Change | None) -> list[Wanted]:
+    deltas: list[Delta | None] = [None, *planned.deltas]
+    held = [opened.last.base, *opened.last.models] if opened is not None else []
+    stay = (None, *(change.kept if change is not None else ()))
+    result: list[Wanted] = []
+    for i, (delta, digests) in enumerate(zip(deltas, outcome.source_digests, strict=True)):
+        source = planned.base if delta is None else delta.source
+        material = stay[i] if i < len(stay) else None
+        assert digests is not None or material is not None  # a state stands for models that stay
+        files = digests if digests is not None else material.files  # type: ignore[union-attr]
+        # copies are packed with the base's tensors
+        same_base = not held or i == 0 or _is(held[0], result[0].source, result[0].files)
+        same = next((one for one in held if same_base and _is(one, source, files)), None)
+        earlier = same.kept if same is not None else None
+        result.append(Wanted(source, files, delta, earlier, digests is not None))
+    return result
+
+
+def _is(material: Material, source: Source, files: Mapping[str, str]) -> bool:
+    return (material.name, material.commit) == (source.name, source.pinned.commit) and material.files == files
+
+
+def _keep(
+    planned: Plan, folder: Path, wanted: list[Wanted], mine: list[int], home: Merged | None, opened: Merged | None
+) -> dict[int, tuple[str | None, str | None]]:
+    """Digest of each copy of `mine`, and a warning if there is something to say."""
+    if not mine:
+        return {}
+    (folder / ARCHIVES).mkdir(parents=True, exist_ok=True)
+    there = _published(home) if home is not None else {}
+    base = wanted[0]
+    commit = base.source.pinned.commit
+    identity = f"{base.source.name}@{commit or 'sha256:' + folder_digest(base.files)}"
+    with Reader(base.source) as reader, ThreadPoolExecutor(core_count(), "hfmerge-keep") as pool:
+
+        def one(i: int) -> tuple[str | None, str | None]:
+            earlier = wanted[i].earlier
+            if earlier is not None and opened is not None:
+                if there.get(archive_file(earlier)) == earlier:
+                    return earlier, None
+                try:
+                    shutil.copyfile(archive_path(opened, earlier), folder / archive_file(earlier))
+                    return earlier, None
+                except HfMergeError:
+                    pass  # it is made anew, from the source itself
+            try:
+                return _made(planned, folder / ARCHIVES / f"new-{i}", wanted[i], reader, identity), None
+            except SourceError as error:
+                if wanted[i].read:
+                    raise
+                label = wanted[i].source.pinned.label
+                return None, f"the copy that was kept of {label} is lost, and cannot be made again: {error}"
+
+        return dict(zip(mine, pool.map(one, mine), strict=True))
+
+
+def _published(home: Merged) -> dict[str, str | None]:
+    """What the repository's branch of states holds: path -> SHA-256."""
+    try:
+        branch = pin(Place(home.pinned.place.text, home.pinned.name, STATE_BRANCH, None))
+    except SourceError:
+        return {}  # the copies are then made anew, or their absence is told
+    return {name: info.sha256 for name, info in branch.files.items()}
+
+
+def _made(planned: Plan, path: Path, wanted: Wanted, base: Reader, identity: str) -> str:
+    """Write one copy; its digest, which is its name in the end."""
+    remote_code = planned.recipe.trust_remote_code
+    pairs = pairs_of(wanted.delta, planned.base) if wanted.delta is not None else {}
+    try:
+        manifest = write_archive(path, wanted.source, pairs, base, identity, remote_code=remote_code)
+        for name, digest in wanted.files.items():
+            if manifest.files[name][1] != digest:
+                raise CorruptFileError(f"{wanted.source.pinned.label}: {name} has changed during the merge.")
+        digest = sha256_file(path)
+        path.rename(path.with_name(f"{digest}.zip"))
+        return digest
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def pairs_of(delta: Delta, base: Source) -> dict[str, dict[str, str]]:
+    """Weight file -> its tensor -> the base's stored key, for tensors that change one of the same dtype and shape."""
+    result: dict[str, dict[str, str]] = {}
+    for mark, place, origins in (("", delta.source, delta.full), ("+", delta.source.beneath, delta.beneath)):
+        if place is None:
+            continue
+        found = {origin.keys[0]: key for key, origin in origins.items() if origin.convert is None}
+        if not mark:
+            found |= {copy: found[owner] for copy, owner in delta.tied.items() if owner in found}
+        for tensor, key in sorted(found.items()):
+            own, other = place.tensors[tensor], base.tensors[key]
+            if (own.dtype, own.shape) == (other.dtype, other.shape):
+                result.setdefault(mark + own.file, {})[tensor] = key
+    return result

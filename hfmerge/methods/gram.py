@@ -1,0 +1,156 @@
+"""Additive spectral folds: `gram`, interference-free in closed form, and `iso_c`, all directions made equally strong.
+
+Both keep sums over models only, so a model joins at the cost of one and leaves exactly (see `additive.py`); joint
+merging and merging one by one are the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from hfmerge.methods.additive import AdditiveFold
+from hfmerge.methods.base import Citation
+from hfmerge.methods.spectral import polar
+from hfmerge.taskvector import TaskVector
+
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Side = Literal["auto", "right", "left"]
+
+FULL_BETA, LOW_BETA = 0.1, 100.0
+"""Priors for fine-tunes and for adapters, where `beta` is not given."""
+
+
+@dataclass(frozen=True)
+class Gram(AdditiveFold):
+    """The change closest to every model's own on the inputs that its task vector speaks of, in closed form.
+
+    For a matrix (out, in), with `tau_t` scaled by its weight,
+    `A = sum tau_t C_t`, `G = sum C_t`, `C_t = tau_t^T tau_t / ||tau_t||^2 + (beta / n) I`, the merged change is
+    `A G^-1`: the minimum of `sum ||(X - tau_t) C_t^(1/2)||^2`. The rows of a task vector lie in the space of the
+    inputs it was trained on, which is why `C_t` may stand for their covariance. `beta` leads from that (0) to the
+    plain average (infinity), and takes the place of its missing rank; n is the side that `C_t` is square of. `side:
+    left` is the same on `tau^T`. What is no matrix is averaged.
+
+    Adapters are different: the row space of a LoRA change is mostly that of its random `A`, which says little about
+    inputs, while `B`, which starts at zero, is all learned. Hence the defaults: of a matrix that some model changes
+    densely, `side: right` and beta 0.1; of one that only adapters change, `side: left` and beta 100.
+
+    Source: the objective of WUDI-Merging, arXiv 2503.08099, which it minimises by gradient descent; its closed form is
+    that of regression mean, "Dataless Knowledge Fusion", arXiv 2212.09849, with `C_t` in the place of the inputs'
+    covariance. The prior is ours.
+    """
+
+    name: ClassVar[str] = "gram"
+    matrixwise: ClassVar[bool] = True
+    citations: ClassVar[tuple[Citation, ...]] = (
+        Citation(
+            "Whoever Started the Interference Should End It: Guiding Data-Free Model Merging via Task Vectors",
+            "https://arxiv.org/abs/2503.08099",
+            "@inproceedings{cheng2025whoever,\n  title     = {Whoever Started the Interference Should End It: Guiding "
+            "Data-Free Model Merging via Task Vectors},\n  author    = {Runxi Cheng and others},\n"
+            "  booktitle = {ICML},\n  year      = {2025}\n}",
+        ),
+    )
+
+    beta: float | None = field(
+        default=None,
+        metadata={"minimum": 1e-6, "help": "towards the plain average (default: 0.1, of adapters alone 100)"},
+    )
+    side: Side = field(
+        default="auto", metadata={"help": "which Gram matrix; auto: right, where only adapters change a matrix left"}
+    )
+
+    def fitted(self, *, low: bool) -> Gram:
+        beta = self.beta if self.beta is not None else LOW_BETA if low else FULL_BETA
+        side: Side = self.side if self.side != "auto" else "left" if low else "right"
+        return replace(self, beta=beta, side=side)
+
+    def choices(self, low: int, dense: int) -> list[str]:
+        if self.beta is not None and self.side != "auto":
+            return []
+        lines = []
+        for count, adapters, which in ((dense, False, ""), (low, True, " that adapters alone change")):
+            if count:
+                taken = self.fitted(low=adapters)
+                lines.append(f"gram: {count} matrices{which}: side {taken.side}, beta {taken.beta:g}")
+        return lines
+
+    def terms(self, tau: TaskVector, *, matrix: bool) -> dict[str, Tensor]:
+        """`A` and `G` of a matrix, without the prior's part of `G`, which depends on the number of models alone."""
+        dense = tau.to_dense()
+        if not matrix:
+            return {"S": dense}
+        change = self._turned(dense.double())
+        square = float((change * change).sum())
+        if square == 0.0:
+            return {"A": self._turned(change), "G": change.new_zeros(change.shape[1], change.shape[1])}
+        c = (change.T @ change) / square
+        prior = self._prior(change.shape[1])
+        return {"A": self._turned(change @ c + prior * change), "G": c}
+
+    def sum_shapes(self, shape: tuple[int, ...], *, matrix: bool) -> dict[str, tuple[int, ...]]:
+        if not matrix:
+            return {"S": shape}
+        size = shape[0] if self.fitted(low=False).side == "left" else shape[1]
+        return {"A": shape, "G": (size, size)}
+
+    def read_out(self, sums: Mapping[str, Tensor], weights: Sequence[float], *, matrix: bool) -> Tensor:
+        """`A G^-1` by Cholesky factors; the average of what is no matrix."""
+        import torch
+
+        if not matrix:
+            return sums["S"] / len(weights)
+        gram = sums["G"].clone()
+        gram.diagonal().add_(len(weights) * self._prior(len(gram)))
+        return self._turned(torch.cholesky_solve(self._turned(sums["A"]).T, torch.linalg.cholesky(gram)).T)
+
+    def _turned(self, value: Tensor) -> Tensor:
+        return value.T.contiguous() if self.side == "left" else value
+
+    def _prior(self, size: int) -> float:
+        assert self.beta is not None
+        return self.beta / size
+
+
+@dataclass(frozen=True)
+class IsoC(AdditiveFold):
+    """The sum of task vectors with all its singular values replaced by their mean.
+
+    `scale * mean(s) * U V^T` of `sum w_t tau_t = U diag(s) V^T` for a matrix, over the numerical rank
+    (`s_i > s_1 * eps * max(m, n)`, eps of float32), as directions beyond it are nobody's; else
+    `scale * sum w_t tau_t / T`. Weights are scaled to a mean of 1.
+
+    Source: "No Task Left Behind: Isotropic Model Merging with Common and Task-Specific Subspaces", arXiv 2502.04959.
+    Departure: directions and mean are those of the numerical rank, so that adapters can be merged; there the rank is
+    full.
+    """
+
+    name: ClassVar[str] = "iso_c"
+    matrixwise: ClassVar[bool] = True
+    normalises_weights: ClassVar[bool] = True
+    citations: ClassVar[tuple[Citation, ...]] = (
+        Citation(
+            "No Task Left Behind: Isotropic Model Merging with Common and Task-Specific Subspaces",
+            "https://arxiv.org/abs/2502.04959",
+            "@inproceedings{marczak2025no,\n  title     = {No Task Left Behind: Isotropic Model Merging with Common "
+            "and Task-Specific Subspaces},\n  author    = {Daniel Marczak and others},\n  booktitle = {ICML},\n"
+            "  year      = {2025}\n}",
+        ),
+    )
+
+    scale: float = field(default=1.0, metadata={"help": "factor of the merged task vector"})
+
+    def read_out(self, sums: Mapping[str, Tensor], weights: Sequence[float], *, matrix: bool) -> Tensor:
+        """See the class."""
+        total = sums["S"] * (len(weights) / math.fsum(weights))
+        if not matrix:
+            return total * (self.scale / len(weights))
+        isotropic, singular = polar(total)
+        mean = float(singular.mean()) if len(singular) else 0.0
+        return isotropic * (self.scale * mean)

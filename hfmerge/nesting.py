@@ -1,0 +1,186 @@
+"""Merges of merges: a model that is inside a merge that was merged is taken out of that one first.
+
+The inner merge is unmerged as any other, into a folder or repository of its own, so that the outer merge's new source
+is again a merge with a ledger, pinned and readable by everybody who may replay the outer one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from hfmerge.digest import sha256_bytes
+from hfmerge.errors import HfMergeError, LedgerError, NotFoundError
+from hfmerge.ledger import Entry, Material, named, reference, same_model
+from hfmerge.merged import Merged, open_merged
+from hfmerge.running import MergeResult
+from hfmerge.source import parse_ref
+
+
+class Unmerge(Protocol):
+    """The public verb, as far as it is needed here."""
+
+    def __call__(
+        self, merged: str, remove: Sequence[str], *, output: str | None, push_to: str | None, inner_to: str | None
+    ) -> MergeResult: ...
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What leaves a merge, and from where.
+
+    Attributes:
+        gone: indices of models that leave as a whole.
+        within: index of a model that is a merge itself -> identities that leave that one.
+        subjects: names of all that leaves.
+    """
+
+    gone: tuple[int, ...]
+    within: dict[int, tuple[str, ...]]
+    subjects: tuple[str, ...]
+
+
+def find_removal(entry: Entry, names: Sequence[str]) -> Removal:
+    """Where the models of these names are: a model that is in a merge and in a merge that was merged leaves both.
+
+    Raises:
+        LedgerError: nowhere (nearest names suggested), beneath an adapter, or the name means several models.
+    """
+    gone: list[int] = []
+    within: dict[int, list[str]] = {}
+    subjects: list[str] = []
+    for name in dict.fromkeys(names):
+        inner = {i: [model.contains[k] for k in named(name, model.contains)] for i, model in enumerate(entry.models)}
+        found = list(dict.fromkeys(identity for hits in inner.values() for identity in hits))
+        direct = named(name, [model.identity for model in entry.models])
+        if direct or not found:
+            direct = [entry.find(name)]
+        several = list(dict.fromkeys([*found, *(entry.models[i].identity for i in direct)]))
+        if len(several) > 1:
+            raise LedgerError(f"{name}: means {len(several)} models in this merge: {' and '.join(several)}; name one.")
+        gone += direct
+        for i, hits in inner.items():
+            if hits:
+                within.setdefault(i, []).extend(hits)
+        subjects.append(several[0].rpartition("@")[0])
+    for i in gone:
+        within.pop(i, None)
+    return Removal(
+        tuple(sorted(set(gone))), {i: tuple(dict.fromkeys(within[i])) for i in sorted(within)}, tuple(subjects)
+    )
+
+
+def without_parts(
+    opened: Merged, removal: Removal, unmerge: Unmerge, *, inner_to: str | None, folder: Path | None
+) -> tuple[list[int], dict[int, str]]:
+    """Derive the inner merges again without what leaves them.
+
+    Args:
+        opened: the outer merge.
+        unmerge: takes models out of one merge.
+        inner_to: `org/name` or `./folder` for the inner merge; None: a folder beside `folder`.
+        folder: where the outer merge's result goes; None: to the Hub only.
+
+    Returns:
+        Indices of models that leave as a whole, merges of which nothing would be left among them; and index of a merge
+        -> reference of the one to take instead.
+
+    Raises:
+        LedgerError: the inner merge, or what it was made of, cannot be read; says what is missing.
+    """
+    gone, parts = list(removal.gone), {}
+    if inner_to is not None and len(removal.within) > 1:
+        names = ", ".join(opened.last.models[i].name for i in removal.within)
+        raise LedgerError(f"--inner-to names one place, and {names} have to be merged again; take them one by one.")
+    for i, identities in removal.within.items():
+        ref = _without(opened, opened.last.models[i], identities, unmerge, inner_to, folder)
+        if ref is None:
+            gone.append(i)
+        else:
+            parts[i] = ref
+    return sorted(gone), parts
+
+
+def _without(
+    opened: Merged,
+    model: Material,
+    identities: Sequence[str],
+    unmerge: Unmerge,
+    inner_to: str | None,
+    folder: Path | None,
+) -> str | None:
+    what = " and ".join(identity.rpartition("@")[0] for identity in identities)
+    if model.ledger is None:
+        raise LedgerError(
+            f"{what}: lies in a merge beneath the adapter {model.label}; unmerge {model.name} as a whole."
+        )
+    try:
+        inner = open_merged(reference(model, opened.refs))
+    except HfMergeError as error:
+        raise LedgerError(
+            f"{what}: is a part of the merge {model.label}, which cannot be read to take it out there: {error}"
+        ) from error
+    _check_is_its_ledger(inner, model, what)
+    direct = find_removal(inner.last, identities)
+    rest = [one for i, one in enumerate(inner.last.models) if i not in direct.gone]
+    if not rest:
+        return None
+    place = inner_to or _beside(folder, model, identities)
+    if place is None:
+        raise LedgerError(
+            f"{what}: is a part of the merge {model.label}, which has to be merged again without it; say where that "
+            "goes with --inner-to org/name, so that others can replay the result."
+        )
+    if not direct.within:
+        for candidate in dict.fromkeys((place, inner.pinned.name if inner.pinned.commit else place)):
+            if (ref := _already(candidate, inner, rest)) is not None:
+                return ref
+    to_hub = parse_ref(place)[0].folder is None
+    try:
+        made = unmerge(
+            reference(model, opened.refs), identities, output=None if to_hub else place,
+            push_to=place if to_hub else None, inner_to=f"{place}-inner" if direct.within else None,
+        )  # fmt: skip
+    except HfMergeError as error:
+        raise LedgerError(f"{what}: cannot be taken out of {model.label}, in which it was merged: {error}") from error
+    return f"{made.pushed.repo_id}@{made.pushed.commit}" if made.pushed is not None else place
+
+
+def _check_is_its_ledger(inner: Merged, model: Material, what: str) -> None:
+    """The ledger has to be the one that was recorded, and to describe the weights that were merged."""
+    changed = sha256_bytes(inner.last.to_bytes()) != model.ledger
+    products = inner.last.products
+    foreign = [name for name, digest in model.files.items() if products.get(name) != digest]
+    if changed or foreign:
+        why = (
+            "its ledger has changed since" if changed else f"{foreign[0]} is not what its ledger gives (tuned since?)"
+        )
+        raise LedgerError(
+            f"{what}: is a part of {model.label}, which cannot be merged again without it: {why}; unmerge "
+            f"{model.name} as a whole, or replace it."
+        )
+
+
+def _beside(folder: Path | None, model: Material, identities: Sequence[str]) -> str | None:
+    if folder is None:
+        return None
+    slugs = [identity.rpartition("@")[0].replace("/", "--") for identity in identities]
+    return str(folder.absolute().parent / f"{model.name.replace('/', '--')}-without-{'-'.join(slugs)}")
+
+
+def _already(place: str, inner: Merged, rest: Sequence[Material]) -> str | None:
+    """A reference to `place`, if it is a later step of the same ledger that holds exactly the models that stay."""
+    try:
+        later = open_merged(place)
+    except (LedgerError, NotFoundError):
+        return None  # nothing is there yet, or something else
+    ours, theirs = inner.last, later.last
+    grown = later.entries[: len(inner.entries)] == inner.entries and len(later.entries) > len(inner.entries)
+    alike = len(theirs.models) == len(rest) and all(map(same_model, theirs.models, rest))
+    for part in ("method", "settings"):
+        alike = alike and getattr(theirs, part) == getattr(ours, part)
+    if not (grown and alike and theirs.base.identity == ours.base.identity):
+        return None
+    return f"{later.pinned.name}@{later.pinned.commit}" if later.pinned.commit else place

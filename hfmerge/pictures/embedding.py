@@ -1,0 +1,67 @@
+"""Pictures in a merge's card: drawn into `figures/` and shown in a marked part of their own.
+
+The part is about the models in the merge, so the next `add` or `unmerge` leaves it out (see `recording`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hfmerge.card import FILE
+from hfmerge.errors import OutputError
+from hfmerge.marked import files_in, part, with_part
+from hfmerge.merged import open_merged
+from hfmerge.pictures import draw_all
+
+
+FIGURES = "figures"
+"""Folder of the merge, and name of the card's part."""
+CAPTIONS: Mapping[str, str] = {
+    "task_vector_cosine": "Cosine of the merged models' changes; unrelated changes have 0.",
+    "norm_per_layer": "Norm of every model's change, layer by layer.",
+    "kept_energy_per_layer": "What OPCM keeps of every model's matrices against those merged before it.",
+    "spectra": "How much of a change lies in its leading singular directions.",
+    "accuracy_matrix": "Scores of every model on every task.",
+    "accuracy_over_steps": "Mean score on the tasks merged so far, after every step.",
+    "sweep": "Mean final score against the option that was varied.",
+    "sweep_interference": "Interference, norm and forgetting against the option that was varied.",
+    "similarity_against_drop": "Cosine of two models' changes against what the later one costs the earlier.",
+    "norm_drift": "Norm of the merged change after every step.",
+    "kept_energy": "What OPCM keeps of every model, over all matrices.",
+}
+
+
+def embed(folder: Path, results: Sequence[Mapping[str, Any]]) -> list[Path]:
+    """Draw results into a merge's folder and show them in its card; what was drawn there before goes.
+
+    Returns:
+        The files written, the card among them.
+
+    Raises:
+        OutputError: not a folder. LedgerError: not a merge. HfMergeError: as `draw_all`.
+    """
+    if not folder.is_dir():
+        raise OutputError(f"{folder}: no such folder; pictures are put into a merge on this machine, then pushed.")
+    open_merged(str(folder))
+    card = folder / FILE
+    text = card.read_text(encoding="utf-8")
+    before = [folder / name for name in drawn(text)]
+    written = draw_all(results, folder / FIGURES)
+    for stale in before:
+        if stale not in written:
+            stale.unlink(missing_ok=True)
+    shown = [path.stem for path in written if path.suffix == ".png"]
+    body = "\n\n".join(
+        f"![{CAPTIONS.get(name, name)}]({FIGURES}/{name}.png)\n\n{CAPTIONS.get(name, name)} "
+        f"([SVG]({FIGURES}/{name}.svg))"
+        for name in dict.fromkeys(shown)
+    )
+    card.write_text(with_part(text, FIGURES, f"## Figures\n\n{body}"), encoding="utf-8")
+    return [*written, card]
+
+
+def drawn(text: str | None) -> list[str]:
+    """Files that the pictures of a card lie in."""
+    return files_in(part(text, FIGURES), FIGURES) if text is not None else []

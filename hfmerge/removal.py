@@ -1,0 +1,120 @@
+"""Which model has left a merge, and that nothing of it is still there under another name or inside another model."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from hfmerge.errors import CertificateError
+from hfmerge.ledger import Entry, named, short
+
+
+SUBTRACTED = "only approximately subtracted"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A model in a merge.
+
+    Attributes:
+        identity: name and commit, or name and digest, as the ledger writes them.
+        role: how it is in: "base", "model", "only approximately subtracted" (as the ledger's `subtracted`), "beneath
+            ORG/ADAPTER" or "part of ORG/MERGE".
+        files: path -> SHA-256 of what was read of it; nothing was read of a part of another merge.
+    """
+
+    identity: str
+    role: str
+    files: Mapping[str, str] = field(repr=False)
+
+    @property
+    def name(self) -> str:
+        """Repository ID or folder name."""
+        return self.identity.rpartition("@")[0]
+
+    @property
+    def label(self) -> str:
+        """Short form of the identity for messages."""
+        return short(self.identity)
+
+    @property
+    def weights(self) -> frozenset[str]:
+        """Digests of its weight files."""
+        return frozenset(digest for name, digest in self.files.items() if name.endswith((".safetensors", ".bin")))
+
+
+@dataclass(frozen=True)
+class Removal:
+    """A model that was in a merge and is no longer.
+
+    Attributes:
+        part: it, as it was in the merge last.
+        first, last: the steps that held it first and last.
+        removed: the step that took it out.
+    """
+
+    part: Part
+    first: int
+    last: int
+    removed: int
+
+
+def parts(entry: Entry) -> tuple[Part, ...]:
+    """Every model that is in the weights of a step, through all that it is made of; see `ledger.contained`."""
+    found = []
+    for role, material in (("base", entry.base), *(("model", model) for model in entry.models)):
+        own = {name: digest for name, digest in material.files.items() if not name.startswith("+")}
+        found.append(Part(material.identity, SUBTRACTED if material.subtracted else role, own))
+        if material.beneath is not None:
+            under = {name[1:]: digest for name, digest in material.files.items() if name.startswith("+")}
+            found.append(Part(material.beneath, f"beneath {material.name}", under))
+        found.extend(Part(identity, f"part of {material.name}", {}) for identity in material.contains)
+    return tuple(found)
+
+
+def find_removed(entries: Sequence[Entry], model: str, where: str) -> Removal:
+    """The model that a merge has lost.
+
+    Args:
+        entries: its ledger, oldest first.
+        model: name as the ledger has it, with or without `@` and the beginning of its commit or digest.
+        where: the merge's name, for errors.
+
+    Raises:
+        CertificateError: never in the merge (nearest names suggested), still in it under this name or another, or the
+            name means more than one.
+    """
+    steps = [parts(entry) for entry in entries]
+    known = {part.identity: part for step in steps for part in step}
+    now = {part.identity: part for part in reversed(steps[-1])}  # of several roles the first counts
+    identities = list(known)
+    hits = [model] if model in known else [identities[i] for i in named(model, identities)]
+    if not hits:
+        names = list(dict.fromkeys(part.name for part in known.values()))
+        near = difflib.get_close_matches(model.partition("@")[0], names, n=3, cutoff=0.5)
+        hint = f" Did you mean {' or '.join(near)}?" if near else ""
+        raise CertificateError(f"{model}: never was in {where}, whose ledger knows {', '.join(names)}.{hint}")
+    gone = [identity for identity in hits if identity not in now]
+    if not gone:
+        part = now[hits[0]]
+        todo = "only a merge on another base, or of other models, would be without it"
+        if part.role in ("model", SUBTRACTED):
+            todo = f"`hfmerge unmerge {where.partition('@')[0]} --remove {part.name}` takes it out"
+        raise CertificateError(f"{model}: still in {where} ({part.label}, {part.role}); {todo}.")
+    if len(hits) > 1:
+        states = ", ".join(f"{short(one)} ({'still there' if one in now else 'removed'})" for one in hits)
+        raise CertificateError(f"{model}: {where} has had it in {len(hits)} states: {states}; name the commit.")
+    part = known[gone[0]]
+    for other in now.values():
+        if part.weights & other.weights:
+            raise CertificateError(
+                f"{model}: left {where} under this name, but the same weights are still in it as {other.label} "
+                f"({other.role})."
+            )
+    held = [entry.step for entry, step in zip(entries, steps, strict=True) if part.identity in _identities(step)]
+    return Removal(part, held[0], held[-1], held[-1] + 1)
+
+
+def _identities(step: Sequence[Part]) -> list[str]:
+    return [part.identity for part in step]

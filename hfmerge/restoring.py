@@ -1,0 +1,214 @@
+"""Back to an earlier step of a merge, without arithmetic: the files of the commit that brought it, in a new commit.
+
+A folder keeps only its present weights; the repository that it was pushed to keeps all that its history holds.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from hfmerge.asking import hub_api, hub_errors
+from hfmerge.card import card_pointer
+from hfmerge.digest import sha256_bytes, sha256_file
+from hfmerge.errors import CorruptFileError, LedgerError, NotFoundError, PushError
+from hfmerge.fetching import fetch, pin
+from hfmerge.hub import Pushed, push_folder
+from hfmerge.ledger import Entry
+from hfmerge.merged import Merged, known_places, note_places, open_merged
+from hfmerge.options import RunOptions
+from hfmerge.publishing import Destination
+from hfmerge.recording import keep_foreign_files, readable_card, write_record
+from hfmerge.running import MergeResult, push_written
+from hfmerge.source import Pinned, Place
+from hfmerge.statebranch import bring_states_back, find_states
+from hfmerge.steps import commit_of
+from hfmerge.workspace import recover, workspace
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """An earlier step that can be brought back.
+
+    Attributes:
+        entry: the new ledger entry that says so.
+        pinned: the commit that holds its files.
+        states: kept state or copy of a source -> commit of the state branch that holds it.
+        notes: what cannot be brought back.
+    """
+
+    entry: Entry
+    pinned: Pinned
+    states: Mapping[str, str]
+    notes: tuple[str, ...]
+
+
+def restore_step(
+    merged: str,
+    step: int,
+    *,
+    output: str | Path | None,
+    push_to: str | None,
+    create_pr: bool,
+    sources: Mapping[str, str] | None,
+    options: RunOptions,
+) -> MergeResult:
+    """Bring back the files of an earlier step, as a new step.
+
+    Args:
+        merged, output, push_to, create_pr, sources, options: as for `api.add`.
+        step: its number.
+
+    Raises:
+        LedgerError: no such step, or its files are nowhere any more. HfMergeError: see `hfmerge.errors`.
+    """
+    start = time.monotonic()
+    recover(merged)
+    opened = open_merged(merged)
+    folder = opened.pinned.folder
+    target = Path(output) if output is not None else folder
+    if target is None and push_to is None:
+        name = opened.pinned.name
+        raise PushError(f"{name}: lies on the Hub; say where the result goes: --push-to {name}, or --output FOLDER.")
+    existing = readable_card(opened)
+    earlier = find_earlier(opened, step, existing)
+    places = _places(opened, earlier.entry, sources or {})
+    own = push_to is not None and push_to.lower() == opened.pinned.name.lower()
+    if target is None and own:
+        pushed: Pushed | None = _on_the_hub(opened, earlier, create_pr)
+    else:
+        pushed = None
+        whole = sum(info.size for name, info in earlier.pinned.files.items() if name in earlier.entry.products)
+        work = {"restore": sha256_bytes(earlier.entry.to_bytes())}
+        replacing = folder is not None and target is not None and target.resolve() == folder
+        with tempfile.TemporaryDirectory(prefix="hfmerge-") as spare:
+            place = target or Path(spare) / "merged"
+            with workspace(place, needed=whole, replace=replacing, work=work, resume=options.resume) as built:
+                _fill(built.folder, earlier, opened, existing, places)
+                if replacing:
+                    keep_foreign_files(opened, built.folder)
+            if push_to is not None:
+                parent = opened.pinned.commit if own else None
+                pushed = push_written(place, Destination(push_to, None, create_pr, parent))
+    seconds = time.monotonic() - start
+    return MergeResult(target, earlier.entry, earlier.notes, pushed, {"merging": 0.0, "total": seconds})
+
+
+def find_earlier(opened: Merged, step: int, card: str | None) -> Earlier:
+    """Find what is left of an earlier step, and check it against the ledger.
+
+    Args:
+        opened: the merge as it is.
+        card: its card, which names the repository that a folder was pushed to.
+
+    Raises:
+        LedgerError: no such step, no repository, or other files than the ledger says.
+    """
+    label, entries = opened.pinned.label, opened.entries
+    if not 1 <= step <= len(entries):
+        raise LedgerError(f"{label}: has no step {step}; its ledger has steps 1 to {len(entries)}.")
+    wanted = entries[step - 1]
+    if wanted.products == opened.last.products and wanted.models == opened.last.models:
+        raise LedgerError(f"{label}: is as it was at step {step} already.")
+    repository = _repository(opened, wanted, card)
+    pinned = _commit_with(repository, wanted)
+    with hub_errors(repository.name):
+        states = find_states(hub_api(), repository.name, list(wanted.beside))
+    counts = {state.file: f"after model {state.count}" for state in wanted.states}
+    lost = [file for file in wanted.beside if file not in states]
+    notes = [f"{file} ({counts.get(file, 'the copy of a source')}) is gone, and not kept." for file in lost]
+    how = f"brought back from the commit {str(pinned.commit)[:12]} of step {step}; nothing was computed"
+    entry = replace(
+        wanted.holding(states), step=len(entries) + 1, parent=sha256_bytes(opened.last.to_bytes()), action="restore",
+        subjects=(), how=how, restored=step,
+    )  # fmt: skip
+    return Earlier(entry, pinned, states, tuple(notes))
+
+
+def _commit_with(repository: Pinned, wanted: Entry) -> Pinned:
+    """The commit that brought a step, or, where a squash has made another one of it, what the step's tag still holds.
+
+    Raises:
+        LedgerError: neither has the files that the ledger says.
+    """
+    lost = ""
+    for revision in (commit_of(repository, wanted.file), f"step-{wanted.step:04d}"):
+        try:
+            pinned = pin(Place(f"{repository.name}@{revision}", repository.name, revision, None))
+        except NotFoundError:
+            continue  # no such tag
+        lost = next((name for name in wanted.products if not _has(pinned, name, wanted.products[name])), "")
+        if not lost:
+            return pinned
+    raise LedgerError(
+        f"{repository.name}: {lost} of step {wanted.step} is not in its history any more, which was squashed or "
+        "rewritten; merge, add and unmerge can make the step again from its sources."
+    )
+
+
+def _has(pinned: Pinned, name: str, digest: str) -> bool:
+    info = pinned.files.get(name)
+    return info is not None and digest == (info.sha256 or sha256_file(fetch(pinned, name)))
+
+
+def _repository(opened: Merged, wanted: Entry, card: str | None) -> Pinned:
+    """Where earlier weights may be: the merge's own repository, or the one a folder was pushed to."""
+    if opened.pinned.folder is None:
+        return opened.pinned
+    name = card_pointer(card or "").get("repo")
+    if not name:
+        raise LedgerError(
+            f"{opened.pinned.label}: a folder keeps only its present weights, and this one was never pushed; only on "
+            "the Hub are older ones kept; `hfmerge unmerge`, `add` and `replace` can make the step again from its "
+            "sources."
+        )
+    repository = pin(Place(str(name), str(name), None, None))
+    listed = wanted.file in repository.files
+    if not listed or fetch(repository, wanted.file).read_bytes() != opened.history[wanted.file]:
+        raise LedgerError(
+            f"{opened.pinned.label}: step {wanted.step} was never pushed to {name}, which its card names; older "
+            "weights are only on the Hub."
+        )
+    return repository
+
+
+def _places(opened: Merged, entry: Entry, sources: Mapping[str, str]) -> dict[str, str]:
+    """Where the folders lie, as far as known, that the restored step was merged from."""
+    identities = [one for m in (entry.base, *entry.models) for one in (m.identity, m.beneath)]
+    known = known_places(opened.pinned, entry, sources)
+    return {identity: known[identity] for identity in identities if identity is not None and identity in known}
+
+
+def _on_the_hub(opened: Merged, earlier: Earlier, create_pr: bool) -> Pushed:
+    """Copy the files within the repository; nothing but ledger and card is sent."""
+    from huggingface_hub import CommitOperationCopy
+
+    name, commit = opened.pinned.name, earlier.pinned.commit
+    copies = [CommitOperationCopy(file, file, src_revision=commit) for file in sorted(earlier.entry.products)]
+    with tempfile.TemporaryDirectory(prefix="hfmerge-") as folder:
+        write_record(Path(folder), earlier.entry, opened, None)
+        if not create_pr:
+            with hub_errors(name):
+                bring_states_back(hub_api(), name, earlier.states)
+        parent = opened.pinned.commit
+        return push_folder(Path(folder), name, create_pr=create_pr, parent_commit=parent, uploaded=copies)
+
+
+def _fill(folder: Path, earlier: Earlier, opened: Merged, existing: str | None, places: Mapping[str, str]) -> None:
+    """Everything of the step into a folder, compared with its digests on the way."""
+    files = {name: (fetch(earlier.pinned, name), digest) for name, digest in earlier.entry.products.items()}
+    for file, digest in earlier.entry.beside.items():
+        branch = Place(file, earlier.pinned.name, earlier.states[file], None)
+        files[file] = (fetch(pin(branch), file), digest)
+    for name, (path, digest) in files.items():
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+        if sha256_file(target) != digest:
+            raise CorruptFileError(f"{path}: is not what the Hub says it is; delete it and run again.")
+    write_record(folder, earlier.entry, opened, existing)
+    note_places(folder, places)

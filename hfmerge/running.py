@@ -1,0 +1,261 @@
+"""How a verb runs: references pinned, a plan built into a folder, ledger and card recorded, the result published."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from hfmerge.card import restrictive
+from hfmerge.changes import Change
+from hfmerge.digesting import Digester
+from hfmerge.disks import for_machines, stand_ins
+from hfmerge.errors import HfMergeError, OutputError, PushError
+from hfmerge.execute import Outcome, run
+from hfmerge.fetching import pin
+from hfmerge.gap import gap_bound, measured_gap
+from hfmerge.hub import Pushed
+from hfmerge.identity import work_of
+from hfmerge.keeping import keep_sources
+from hfmerge.ledger import Entry
+from hfmerge.merged import Merged, open_merged
+from hfmerge.options import RunOptions
+from hfmerge.planned import Plan
+from hfmerge.publishing import Destination, publish, with_disks
+from hfmerge.recipe import ModelEntry, Recipe
+from hfmerge.recording import adopt_card, keep_foreign_files, readable_card, record
+from hfmerge.runtime import Ranks
+from hfmerge.source import parse_ref
+from hfmerge.streaming import Streamed
+from hfmerge.workspace import Workspace, full_disk, recover, workspace
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """What a verb made.
+
+    Attributes:
+        folder: the output, None when it only went to the Hub.
+        entry: the ledger entry written.
+        warnings: what the user should know.
+        pushed: where it was published, or None.
+        seconds: wall time of the computation and of everything.
+        processes: how many took part.
+        reused: chunks of tensors taken over from a run that was killed; those of a second pass count again.
+        streamed: what was read from the Hub without keeping it; None where that was not asked for.
+    """
+
+    folder: Path | None
+    entry: Entry
+    warnings: tuple[str, ...]
+    pushed: Pushed | None
+    seconds: Mapping[str, float]
+    processes: int = 1
+    reused: int = 0
+    streamed: Streamed | None = None
+
+
+def opened_merge(merged: str | Path, sources: Mapping[str, str] | None, ranks: Ranks) -> Merged:
+    """An existing merge, made whole if a killed run left it in two places."""
+    ranks.on_main(partial(recover, merged))
+    ref = pinned_ref(str(merged), ranks)
+    return ranks.each(lambda: open_merged(ref, sources))
+
+
+def pinned_ref(ref: str, ranks: Ranks) -> str:
+    """The reference as rank 0 sees it now, pinned to a commit, so that all processes read the same thing."""
+    if ranks.world == 1:
+        return ref
+    return ranks.on_main(lambda: _pin_text(ref))
+
+
+def _pin_text(ref: str) -> str:
+    try:
+        places = [pin(place) for place in parse_ref(ref)]
+    except HfMergeError:
+        # planning meets the same fault and reports it together with all others
+        return ref
+    return "+".join(f"{p.name}@{p.commit}" if p.commit else p.place.text for p in places)
+
+
+def pinned_recipe(recipe: Recipe, ranks: Ranks) -> Recipe:
+    models = tuple(ModelEntry(pinned_ref(entry.model, ranks), entry.weight) for entry in recipe.models)
+    return dataclasses.replace(recipe, base=pinned_ref(recipe.base, ranks), models=models)
+
+
+@contextlib.contextmanager
+def folder_for(
+    target: str | Path | None, planned: Plan, ranks: Ranks, *, replace: bool, resume: bool | None
+) -> Iterator[Workspace]:
+    """The folder to build in, held by one process a disk: a workspace that becomes `target`, or a temporary one."""
+    with contextlib.ExitStack() as stack:
+        places = ranks.together(
+            lambda: stack.enter_context(_place(target, planned, replace, resume)) if ranks.leads else None
+        )
+        place = places[ranks.on_disk(ranks.disk)[0]]
+        assert place is not None
+        yield place
+        ranks.each(stack.close)
+
+
+def _place(
+    target: str | Path | None, planned: Plan, replace: bool, resume: bool | None
+) -> contextlib.AbstractContextManager[Workspace]:
+    if target is None and resume:
+        raise OutputError("--resume: what only goes to the Hub is not kept here; name an --output, or leave it out.")
+    if target is None:
+        return _temporary(planned)
+    work = work_of(planned)
+    return workspace(Path(target), needed=planned.estimate.disk, replace=replace, work=work, resume=resume)
+
+
+@contextlib.contextmanager
+def _temporary(planned: Plan) -> Iterator[Workspace]:
+    """A folder for a result that only goes to the Hub."""
+    with tempfile.TemporaryDirectory(prefix="hfmerge-") as name:
+        free = shutil.disk_usage(name).free
+        if free < planned.estimate.disk:
+            raise OutputError(
+                f"{name}: {planned.estimate.disk / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free; set TMPDIR."
+            )
+        with full_disk(Path(name)):
+            yield Workspace(Path(name).absolute(), None)
+
+
+def apply_change(
+    opened: Merged,
+    make: Callable[[], Change],
+    ranks: Ranks,
+    output: str | Path | None,
+    push_to: str | None,
+    create_pr: bool,
+    options: RunOptions,
+) -> MergeResult:
+    target: str | Path | None = output
+    if target is None and opened.pinned.folder is not None:
+        target = opened.pinned.folder
+    if target is None and push_to is None:
+        name = opened.pinned.name
+        raise PushError(f"{name}: lies on the Hub; say where the result goes: --push-to {name}, or --output FOLDER.")
+    start = time.monotonic()
+    ranks = with_disks(ranks, target, options.storage)
+    change = ranks.each(make)
+    change = dataclasses.replace(change, plan=for_machines(change.plan, ranks))
+    if change.action in ("unmerge", "subtract") and options.notify is not None and ranks.main:
+        need = change.plan.estimate
+        options.notify(
+            f"{change.action}: {change.how}; reads {need.read / 1e9:.2f} GB, {need.download / 1e9:.2f} to load"
+        )
+    replace = (
+        opened.pinned.folder is not None and target is not None and Path(target).resolve() == opened.pinned.folder
+    )
+    own = push_to is not None and push_to.lower() == opened.pinned.name.lower()
+    parent = opened.pinned.commit if own else None
+    destination = Destination(push_to, None, create_pr, parent) if push_to is not None else None
+    stays = own and target is None
+    with folder_for(target, change.plan, ranks, replace=replace, resume=options.resume) as place:
+        entry, seconds, notes, outcome = build(change.plan, place, ranks, opened, change, None, options, stays=stays)
+        if replace:
+            ranks.on_main(partial(keep_foreign_files, opened, place.folder))
+        pushed = publish(change.plan, place.folder, ranks, destination) if target is None and destination else None
+    if target is not None and destination is not None:
+        pushed = ranks.on_main(partial(push_written, Path(target), destination))
+    return result_of(target, entry, change.plan, pushed, start, seconds, notes, world=ranks.world, outcome=outcome)
+
+
+def result_of(
+    target: str | Path | None,
+    entry: Entry,
+    planned: Plan,
+    pushed: Pushed | None,
+    start: float,
+    seconds: float,
+    notes: tuple[str, ...] = (),
+    *,
+    world: int,
+    outcome: Outcome,
+) -> MergeResult:
+    licences = restrictive([entry.base, *entry.models])
+    times = {"merging": seconds, "total": time.monotonic() - start}
+    folder = Path(target) if target is not None else None
+    unverified = outcome.streamed.unverified if outcome.streamed is not None else ()
+    unchecked = [f"{file.name}: not compared with the digest that the Hub lists: {file.why}" for file in unverified]
+    warnings = (*planned.warnings, *notes, *unchecked, *licences)
+    return MergeResult(folder, entry, warnings, pushed, times, world, outcome.reused, outcome.streamed)
+
+
+def build(
+    planned: Plan,
+    place: Workspace,
+    ranks: Ranks,
+    opened: Merged | None,
+    change: Change | None,
+    digester: Digester | None,
+    options: RunOptions,
+    *,
+    stays: bool = False,
+) -> tuple[Entry, float, tuple[str, ...], Outcome]:
+    """Run a plan into a folder and add ledger and card; also seconds of the run, warnings, and what the run told.
+
+    Args:
+        stays: see `keep_sources`; the other arguments as elsewhere.
+    """
+    existing = readable_card(opened) if opened else None
+    start = time.monotonic()
+    outcome = run(planned, place.folder, ranks, digester, journal=place.journal, options=options)
+    seconds = time.monotonic() - start
+    copies, lost = _kept(planned, place.folder, ranks, outcome, opened, change, options, stays)
+    with stand_ins(planned, place.folder, ranks):
+        gap = ranks.on_main(partial(_gap, place.folder, outcome, change)) if planned.subtracted else None
+        entry, notes = ranks.on_main(
+            partial(record, planned, place.folder, outcome, opened, change, existing, gap, copies)
+        )
+    return entry, seconds, (*lost, *notes), outcome
+
+
+def _kept(
+    planned: Plan,
+    folder: Path,
+    ranks: Ranks,
+    outcome: Outcome,
+    opened: Merged | None,
+    change: Change | None,
+    options: RunOptions,
+    stays: bool,
+) -> tuple[tuple[str | None, ...], tuple[str, ...]]:
+    """Copies of the sources, if they are to be kept (see `keep_sources`)."""
+    if not planned.recipe.keep_sources:
+        return (), ()
+    if options.notify is not None and ranks.main:
+        options.notify(f"keeping copies of {1 + len(planned.deltas)} sources beside the state")
+    return keep_sources(planned, folder, ranks, outcome, opened, change, stays=stays)
+
+
+def _gap(folder: Path, outcome: Outcome, change: Change | None) -> dict[str, float]:
+    """How far the result may be from the merge that never saw what was subtracted, relative to the merged change."""
+    assert change is not None
+    found = {}
+    if outcome.merged_norm:
+        bound = gap_bound(change.kept, change.plan.subtracted) * outcome.scale
+        found["gap_bound"] = bound / outcome.merged_norm
+    if change.exact is not None:
+        found["gap"] = measured_gap(change.exact, folder)
+    return found
+
+
+def push_written(folder: Path, destination: Destination) -> Pushed:
+    """Publish a folder that is complete already: a failure costs nothing but the push."""
+    try:
+        pushed = destination.push(folder)
+    except HfMergeError as error:
+        raise PushError(
+            f"{error} The merge itself is in {folder}; `hfmerge push {folder} {destination.repo_id}` tries again."
+        ) from error
+    adopt_card(folder, destination.repo_id)
+    return pushed

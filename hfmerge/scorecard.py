@@ -1,0 +1,117 @@
+"""Scores in a card: a marked part of their own and our entries of `model-index`; what people write stays as it is."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from hfmerge.errors import HfMergeError
+from hfmerge.marked import part, with_part
+from hfmerge.yamlio import dump_yaml
+
+
+RESULTS = "results"
+"""Name of the card's part."""
+TOOL = "hfmerge"
+"""What `metrics[].args.tool` of our entries begins with."""
+PREFIX = ".eval_results/hfmerge-"
+"""The Hub reads results on registered benchmarks there; files of ours begin so."""
+FRONT = re.compile(r"\A---\r?\n(.*?)\r?\n?---\r?\n?", re.DOTALL)
+INDEX = re.compile(r"^model-index:.*\n(?:[ \t-].*\n|\n(?=[ \t-]))*", re.MULTILINE)
+
+
+def with_scores(text: str, body: str | None, entries: Sequence[Mapping[str, Any]], name: str) -> str:
+    """A card with other scores, every other character as it was.
+
+    Args:
+        text: the card so far; "" for none.
+        body: Markdown of the marked part; None takes the part out.
+        entries: results for `model-index`.
+        name: what a `model-index` that is not there yet calls the model.
+
+    Raises:
+        HfMergeError: front matter that is not YAML, or a `model-index` that is no list.
+    """
+    found = FRONT.match(text)
+    head = found.group(1).rstrip("\r\n") + "\n" if found else ""
+    rest = text[found.end() :] if found else text
+    front = _parse(head)
+    index = _merged(front.get("model-index"), name, entries)
+    wanted = {key: value for key, value in front.items() if key != "model-index"}
+    wanted |= {"model-index": index} if index else {}
+    if wanted != front:
+        entry = dump_yaml({"model-index": index}) if index else ""
+        edited = INDEX.sub(lambda _: entry, head, count=1) if INDEX.search(head) else head + entry
+        # where the key is written in an unusual way, what the text says is kept and how it was written is not
+        head = edited if _parse(edited) == wanted else dump_yaml(wanted)
+    return (f"---\n{head}---\n" if head.strip() else "") + with_part(rest, RESULTS, body)
+
+
+def without_scores(text: str) -> str:
+    """A card without our scores, which are about other weights."""
+    return text if part(text, RESULTS) is None else with_scores(text, None, (), "")
+
+
+def carried_scores(source: str, text: str) -> str:
+    """A card with our scores of another card of the same weights, or without any."""
+    body = part(source, RESULTS)
+    if body is None:
+        return without_scores(text)
+    entries, name = [], ""
+    for model in _models(_parse(_head(source)).get("model-index")):
+        ours = [result for result in model["results"] if _ours(result)]
+        entries += ours
+        name = str(model.get("name", "")) if ours else name
+    return with_scores(text, body, entries, name)
+
+
+def _merged(index: Any, name: str, entries: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """A `model-index` with our entries renewed and all others kept."""
+    if index is not None and not isinstance(index, list):
+        raise HfMergeError("the card's model-index is not a list; correct it by hand.")
+    kept: list[Any] = []
+    place = None
+    for model in index or ():
+        if model not in _models([model]):
+            kept.append(model)
+            continue
+        foreign = [result for result in model["results"] if not _ours(result)]
+        if foreign:
+            place = len(kept) if place is None else place
+            kept.append({**model, "results": foreign})
+    if not entries:
+        return kept
+    if place is None:
+        return [*kept, {"name": name, "results": list(entries)}]
+    kept[place] = {**kept[place], "results": [*kept[place]["results"], *entries]}
+    return kept
+
+
+def _models(index: Any) -> list[Any]:
+    """Those members of a `model-index` that hold results."""
+    listed = index if isinstance(index, list) else []
+    return [model for model in listed if isinstance(model, Mapping) and isinstance(model.get("results"), list)]
+
+
+def _ours(result: Any) -> bool:
+    metrics = result.get("metrics") if isinstance(result, Mapping) else None
+    args = [metric.get("args") for metric in metrics or () if isinstance(metric, Mapping)]
+    return any(isinstance(a, Mapping) and str(a.get("tool", "")).startswith(TOOL) for a in args)
+
+
+def _head(text: str) -> str:
+    found = FRONT.match(text)
+    return found.group(1) if found else ""
+
+
+def _parse(head: str) -> dict[str, Any]:
+    try:
+        front = yaml.safe_load(head) or {}
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
+        raise HfMergeError(f"the card's front matter is not YAML ({str(error).splitlines()[0]}).") from error
+    if not isinstance(front, dict):
+        raise HfMergeError("the card's front matter is not a mapping of keys to values.")
+    return front

@@ -1,0 +1,95 @@
+"""Which kept state a change of a merge starts from, and which models then leave it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from hfmerge.ledger import Entry, KeptState, Material, same_model
+from hfmerge.merged import Merged, state_path
+from hfmerge.methods import AdditiveFold, FoldMethod, MergeMethod
+from hfmerge.planned import Prior
+
+
+@dataclass(frozen=True)
+class Start:
+    """A state to continue from, and the models in it that are subtracted, as `Prior.held` counts them."""
+
+    prior: Prior
+    leaving: tuple[Material, ...] = ()
+
+
+def starts(
+    merged: Merged, method: type[MergeMethod], common: Sequence[Material], total: int, warnings: list[str]
+) -> Iterator[Start]:
+    """The states that a merge of `total` models may start from, those that leave least to read first.
+
+    For a fold that depends on the order, a state has to be one after the first models of `common`. An additive one's
+    may hold models that leave, in any order: one of the leaving costs as much as one that is read anew. A state that
+    is listed but missing or corrupt is passed over with a warning.
+
+    Args:
+        common: models that the merge holds already and that shall come first, with their weights.
+        total: models of the wanted merge.
+        warnings: takes what was passed over.
+    """
+    last = merged.last
+    if not issubclass(method, FoldMethod) or last.method["version"] != method.version:
+        return
+    if last.settings["vocabulary"] == "union":
+        # the output's rows depend on all models, so no earlier state fits
+        return
+    found: list[tuple[int, int, Entry, KeptState, int, list[int | None]]] = []
+    for entry, state in _kept(merged):
+        models = entry.models[: state.count]
+        if issubclass(method, AdditiveFold):
+            places = [_place(model, common) for model in models]
+            covered = next((i for i in range(len(common)) if i not in places), len(common))
+            held: list[int | None] = [i if i is not None and i < covered else None for i in places]
+        elif len(common) >= len(models) and all(map(same_model, models, common)):
+            covered, held = len(models), list(range(len(models)))
+        else:
+            continue
+        gone = held.count(None)
+        # NaN and Inf do not leave a sum
+        if gone and last.settings["allow_nonfinite"]:
+            continue
+        cost = gone + total - covered
+        if covered and cost < total:
+            found.append((cost, len(found), entry, state, covered, held))
+    for _, _, entry, state, covered, held in sorted(found, key=lambda each: each[:2]):
+        path = state_path(merged.pinned, state, warnings)
+        if path is None:
+            continue
+        models = entry.models[: state.count]
+        leaving = tuple(model for model, i in zip(models, held, strict=True) if i is None)
+        norms = {i: float(model.squared_norm or 0.0) for model, i in zip(models, held, strict=True) if i is not None}
+        numbers = iter(range(-1, -1 - len(leaving), -1))
+        order = tuple(next(numbers) if i is None else i for i in held)
+        prior = Prior(
+            covered,
+            path,
+            tuple(norms[i] for i in range(covered)),
+            () if order == tuple(range(covered)) else order,
+        )
+        yield Start(prior, leaving)
+
+
+def _kept(merged: Merged) -> list[tuple[Entry, KeptState]]:
+    """States that still lie beside the weights, with an entry that says what is in them; the newest first."""
+    last = merged.last
+    wanted = {state.sha256 for state in last.states}
+    result = []
+    for entry in reversed(merged.entries):
+        same = entry.method == last.method and entry.base.identity == last.base.identity
+        if not same or any(entry.settings[key] != last.settings[key] for key in ("include", "exclude", "vocabulary")):
+            continue
+        for state in sorted(entry.states, key=lambda state: -state.count):
+            if state.sha256 in wanted:
+                wanted.remove(state.sha256)
+                result.append((entry, state))
+    return result
+
+
+def _place(model: Material, models: Sequence[Material]) -> int | None:
+    return next((i for i, other in enumerate(models) if same_model(model, other)), None)

@@ -1,0 +1,150 @@
+"""Sources that are gone from the Hub, or are not what was merged: found out before any work, with what remains."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+
+from hfmerge.asking import hub_errors, patiently
+from hfmerge.digest import sha256_file
+from hfmerge.errors import AccessError, CorruptFileError, HfMergeError, NotFoundError, RecipeError
+from hfmerge.fetching import cached, fetch, pin
+from hfmerge.ledger import Material, archive_file, short
+from hfmerge.merged import STATE_BRANCH, Merged
+from hfmerge.source import Pinned, Place, Source
+
+
+SMALL = 1 << 20
+"""Bytes up to which a file that the Hub lists without a digest is read for it before any work."""
+
+
+@contextlib.contextmanager
+def naming_vanished(
+    merged: Merged, materials: Sequence[Material], useless: Mapping[str, str] | None = None
+) -> Iterator[None]:
+    """Where planning fails because materials are gone from the Hub, say so in one line, with the ways that remain.
+
+    Args:
+        useless: identity of a material -> why the copy that was kept of it cannot take its place.
+
+    Raises:
+        NotFoundError: one or more are gone. Whatever else planning raises is raised as it is.
+    """
+    try:
+        yield
+    except RecipeError as error:
+        lost = [(material, *found) for material in materials if (found := _lost(material)) is not None]
+        if not lost:
+            raise
+        why = {one: f", and its kept copy cannot take its place ({text})" for one, text in (useless or {}).items()}
+        reasons = "; ".join(reason + why.get(material.identity, "") for material, reason, _ in lost)
+        ways = list(dict.fromkeys(way for material, _, files in lost for way in _ways(merged, material, files)))
+        raise NotFoundError(f"{merged.pinned.label}: {reasons}. What remains: {'; '.join(ways)}.") from error
+
+
+def check_unchanged(material: Material, source: Source) -> list[str]:
+    """Compare what is listed of a source now with the digests of the files that were merged; reads no weights.
+
+    Returns:
+        A warning if the source is gone from the Hub and this machine's cache stands in for it.
+
+    Raises:
+        CorruptFileError: a file differs, though it has the name and the commit of the one that was merged.
+    """
+    warnings = []
+    places = [(source.pinned, _own(material))]
+    if source.beneath is not None:
+        places.append((source.beneath.pinned, _under(material)))
+    for pinned, files in places:
+        if pinned.commit is None:
+            continue
+        for name, digest in files.items():
+            found = _listed_digest(pinned, name)
+            if found is not None and found != digest:
+                raise CorruptFileError(
+                    f"{pinned.label}: {name} is not the file that was merged (sha256 {found[:12]}..., the ledger says "
+                    f"{digest[:12]}...); somebody has changed what this commit gives, so it cannot be used."
+                )
+        if pinned.gone:
+            warnings.append(f"{pinned.label} is gone from the Hub; the copy in this machine's cache is used.")
+    return warnings
+
+
+def _own(material: Material) -> dict[str, str]:
+    return {name: digest for name, digest in material.files.items() if not name.startswith("+")}
+
+
+def _under(material: Material) -> dict[str, str]:
+    return {name[1:]: digest for name, digest in material.files.items() if name.startswith("+")}
+
+
+def _listed_digest(pinned: Pinned, name: str) -> str | None:
+    """SHA-256 of a file, as the Hub lists it, or read where it is small, or where nothing but the cache is left."""
+    info = pinned.files.get(name)
+    if info is None:
+        return None
+    if info.sha256 is None and (pinned.gone or (info.size <= SMALL and not pinned.offline)):
+        return sha256_file(fetch(pinned, name))
+    return info.sha256
+
+
+def _lost(material: Material) -> tuple[str, Mapping[str, str]] | None:
+    """Why a material cannot be had, and the files of it that cannot; None if it can, or lies in a folder."""
+    return next(((reason, files) for _, reason, files in lost_places(material)), None)
+
+
+def lost_places(material: Material) -> Iterator[tuple[str, str, Mapping[str, str]]]:
+    """Of a material and the model beneath it, what cannot be had from the Hub: identity, why, and its files."""
+    for identity, files in ((material.identity, _own(material)), (material.beneath, _under(material))):
+        if identity is None or "@sha256:" in identity:
+            continue
+        name, _, commit = identity.rpartition("@")
+        try:
+            _reach(pin(Place(identity, name, commit, None)), files)
+        except (NotFoundError, AccessError) as error:
+            reason = str(error).removeprefix(f"{identity}: ").partition(";")[0].rstrip(".")
+            yield identity, f"{short(identity)} cannot be had from the Hub any more ({reason})", files
+
+
+def _reach(pinned: Pinned, files: Mapping[str, str]) -> None:
+    """Ask for the first file that is not on this machine; listing a gated repository is allowed, reading it is not."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    for name in files:
+        if cached(pinned, name) is not None:
+            continue
+        if pinned.gone:
+            raise NotFoundError(f"{pinned.label}: no such repository or commit, and {name} is not in the cache here")
+        url = hf_hub_url(pinned.name, name, revision=pinned.commit)
+        with hub_errors(pinned.label):
+            patiently(lambda url=url: get_hf_file_metadata(url))  # type: ignore[misc]
+        return
+
+
+def _ways(merged: Merged, material: Material, files: Mapping[str, str]) -> list[str]:
+    """What somebody who lacks a material can still do, the closest to what was asked first."""
+    ref, base = merged.pinned.name if merged.pinned.folder is None else str(merged.pinned.place.text), merged.last.base
+    ways = []
+    again = _elsewhere(material.name, _own(material)) if files == _own(material) else None
+    if again is not None:
+        verb = f"rebase {ref} --base" if material is base else f"replace {ref} {material.name}"
+        ways.append(f"`hfmerge {verb} {again}`, whose files are the same")
+    if material is not base:
+        if len(merged.last.models) > 1:
+            ways.append(f"`hfmerge unmerge {ref} --remove {material.name}`, which does not read it")
+        ways.append(f"`hfmerge replace {ref} {material.name} MODEL`")
+    if len(merged.entries) > 1:
+        ways.append(f"`hfmerge restore {ref} --step N`, which reads no model")
+    if material.kept is not None:
+        ways.append(f"an intact {archive_file(material.kept)}, its kept copy, in the folder or on {STATE_BRANCH}")
+    return [*ways, "a machine whose Hugging Face cache (HF_HOME) still holds it"]
+
+
+def _elsewhere(name: str, files: Mapping[str, str]) -> str | None:
+    """The repository's present commit, if it holds the same files: its history was rewritten, or it was made anew."""
+    try:
+        pinned = pin(Place(name, name, None, None))
+        same = all(_listed_digest(pinned, file) == digest for file, digest in files.items())
+    except HfMergeError:
+        return None  # it is only a hint; why the material itself cannot be had is told already
+    return f"{name}@{pinned.commit}" if same and not pinned.offline else None
