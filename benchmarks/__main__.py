@@ -6,7 +6,7 @@ import argparse
 from datetime import date
 from pathlib import Path
 
-from benchmarks import common, linear, lora, opcm, reversal, scaling, spectral, startup
+from benchmarks import common, evaluation, linear, lora, opcm, reversal, scaling, spectral, startup
 
 
 def main() -> None:
@@ -28,6 +28,7 @@ def main() -> None:
         lambda: spectral.run(spectral.parser().parse_args(shared)),
         lambda: lora.run(lora.parser().parse_args(shared)),
         lambda: reversal.run(reversal.parser().parse_args(shared)),
+        lambda: evaluation.run(evaluation.parser().parse_args(shared)),
         lambda: scaling.run(scaling.parser().parse_args(shared)),
     )
     for part in parts:

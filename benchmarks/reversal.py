@@ -176,7 +176,8 @@ def run(options: argparse.Namespace) -> str:
         "the base and what is new among the models twice (to merge, and to hash), states, the result (to hash)",
         "exact": "the weights have the bytes of the merge that never saw the model (checked in every row)",
     }
-    found = [row for case in cases(options) for method in METHODS for row in rows(case, method)]
+    methods = METHODS[-1:] if options.quick else METHODS
+    found = [row for case in cases(options) for method in methods for row in rows(case, method)]
     return common.report("Taking models out again", facts, found)
 
 
