@@ -9,7 +9,7 @@ import pytest
 
 from hfmerge.errors import HfMergeError, RecipeError
 from hfmerge.evaluation.metrics import METRICS, scored, wilson
-from hfmerge.evaluation.results import Matrix, ModelInfo, Score, TaskInfo
+from hfmerge.evaluation.results import Matrix, ModelInfo, Score, TaskInfo, load_results
 from hfmerge.evaluation.suite import KINDS, load_suite, parse_suite, ready_suites
 
 
@@ -135,3 +135,15 @@ def test_a_matrix_as_json_markdown_and_csv() -> None:
         Matrix.from_dict({**matrix.to_dict(), "schema": 2})
     with pytest.raises(HfMergeError, match="not in these results"):
         matrix.score("m", "r")
+
+
+@pytest.mark.parametrize("name", ["text-encoders", "text-encoders-adapters", "quickstart"])
+def test_the_tables_in_the_readme_are_those_that_were_measured(name: str) -> None:
+    folder = Path(__file__).resolve().parents[1] / "evaluation"
+    summary = (folder / "results" / f"{name}-summary.md").read_text(encoding="utf-8")
+    assert summary in (folder / "README.md").read_text(encoding="utf-8")
+    matrix = load_results(folder / "results" / f"{name}.json")
+    assert (folder / "results" / f"{name}.md").read_text(encoding="utf-8") == matrix.to_markdown()
+    merged = next(model.label for model in matrix.models if model.label.endswith("merged-opcm"))
+    for task in matrix.tasks:
+        assert f"{matrix.score(merged, task.name).value:.3f} |\n" in summary.partition(f"| {task.name} (")[2]
