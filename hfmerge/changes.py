@@ -7,7 +7,6 @@ bit for bit.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -116,7 +115,12 @@ def plan_subtract(merged: Merged, names: Sequence[str], *, measure: bool = False
 
 def leading(wanted: Sequence[Material | ModelEntry]) -> tuple[Material, ...]:
     """The models that a merge holds already and that come before the first new one: what a kept state may cover."""
-    return tuple(itertools.takewhile(lambda model: isinstance(model, Material), wanted))  # type: ignore[arg-type]
+    found: list[Material] = []
+    for model in wanted:
+        if not isinstance(model, Material):
+            break
+        found.append(model)
+    return tuple(found)
 
 
 def plan_replay(merged: Merged, *, never: bool = False) -> Plan:

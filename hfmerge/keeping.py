@@ -88,8 +88,12 @@ def _wanted(planned: Plan, outcome: Outcome, opened: Merged | None, change: Chan
     for i, (delta, digests) in enumerate(zip(deltas, outcome.source_digests, strict=True)):
         source = planned.base if delta is None else delta.source
         material = stay[i] if i < len(stay) else None
-        assert digests is not None or material is not None  # a state stands for models that stay
-        files = digests if digests is not None else material.files  # type: ignore[union-attr]
+        files: Mapping[str, str]
+        if digests is not None:
+            files = digests
+        else:
+            assert material is not None  # a state stands for models that stay
+            files = material.files
         # copies are packed with the base's tensors
         same_base = not held or i == 0 or _is(held[0], result[0].source, result[0].files)
         same = next((one for one in held if same_base and _is(one, source, files)), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -55,10 +56,8 @@ def load_images(place: Pinned) -> Any:
     Raises:
         SourceError: transformers cannot make one of its files, or Pillow is not installed.
     """
-    try:
-        import PIL  # noqa: F401
-    except ImportError as error:
-        raise HfMergeError("images need `pip install hfmerge[evaluate]` (Pillow is missing).") from error
+    if importlib.util.find_spec("PIL") is None:
+        raise HfMergeError("images need `pip install hfmerge[evaluate]` (Pillow is missing).")
     from transformers import AutoImageProcessor
 
     return _load(AutoImageProcessor, place, "image processor")

@@ -15,6 +15,7 @@ when the result is read out. Each model's factors stay its own.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -73,6 +74,7 @@ class AdditiveFold(FoldMethod):
         """Shapes of the sums of one block of `shape`."""
         return {"S": shape}
 
+    @abstractmethod
     def read_out(self, sums: Mapping[str, Tensor], weights: Sequence[float], *, matrix: bool) -> Tensor:
         """The merged task vector of one block from its sums.
 
@@ -81,7 +83,6 @@ class AdditiveFold(FoldMethod):
             weights: of all models.
             matrix: the block is a real matrix.
         """
-        raise NotImplementedError
 
     def fitted(self, *, low: bool) -> AdditiveFold:
         """The method with options that depend on the kind of changes filled in; `low`: all of them are low-rank."""

@@ -6,6 +6,7 @@ A **joint** method sees all models of a block at once. Neither reads files, know
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -78,7 +79,7 @@ class Form:
 
 
 @dataclass(frozen=True)
-class FoldMethod(MergeMethod):
+class FoldMethod(MergeMethod, ABC):
     """A continual method: `step` takes one model into the carried state, `emit` reads the merged change out.
 
     Class attributes:
@@ -87,6 +88,7 @@ class FoldMethod(MergeMethod):
 
     additive: ClassVar[bool] = False
 
+    @abstractmethod
     def step(self, carry: Carry | None, tau: TaskVector, weight: float, *, matrix: bool) -> Carry:
         """Take one model into the state of one block.
 
@@ -96,7 +98,6 @@ class FoldMethod(MergeMethod):
             weight: of the model.
             matrix: the block is a real matrix (out, in).
         """
-        raise NotImplementedError
 
     def unstep(self, carry: Carry, tau: TaskVector, weight: float, *, matrix: bool) -> Carry:
         """What `subtract` makes of the state: without `weight * tau`, which is exact only where the fold is additive.
@@ -110,6 +111,7 @@ class FoldMethod(MergeMethod):
         """
         raise UnsupportedError(f"{self.name}: no model can be subtracted; unmerge it exactly.")
 
+    @abstractmethod
     def emit(self, carry: Carry, weights: Sequence[float], *, matrix: bool) -> TaskVector:
         """The merged task vector of one block, before `norm` is applied.
 
@@ -118,7 +120,6 @@ class FoldMethod(MergeMethod):
             weights: of all models in it, in order.
             matrix: the block is a real matrix (out, in).
         """
-        raise NotImplementedError
 
     def deviation(self, carry: Carry | None, tau: TaskVector, weight: float, *, matrix: bool) -> float | None:
         """How far `step` with the same arguments is from what the method says, relative to `weight * tau`.
@@ -143,7 +144,7 @@ SAMPLED = 16
 """One in so many rows is given to a survey that samples."""
 
 
-class Survey:
+class Survey(ABC):
     """Numbers about all rows of a block, found as it is read some rows at a time.
 
     Call sequence: `sample`, if `samples`, with one in `SAMPLED` rows from everywhere; then `add` with all rows, in any
@@ -156,19 +157,20 @@ class Survey:
         """Look at a few rows: one tensor per model."""
         raise NotImplementedError
 
+    @abstractmethod
     def add(self, taus: Iterable[Tensor], base: Callable[[], Tensor]) -> None:
         """Take in some rows: one float32 tensor per model, and the base's values when called."""
-        raise NotImplementedError
 
+    @abstractmethod
     def settle(self) -> list[float] | None:
         """What was found, as `combine` takes it; None where all rows have to be added once more."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class JointMethod(MergeMethod):
+class JointMethod(MergeMethod, ABC):
     """A method that needs all models of one block at once; `add` and `unmerge` run it again from the sources."""
 
+    @abstractmethod
     def combine(
         self,
         taus: Sequence[TaskVector],
@@ -185,7 +187,6 @@ class JointMethod(MergeMethod):
             thresholds: per model, what `settle` made of the histograms (`measured`); or else what a `survey` found
                 about the block that `taus` are rows of; None where they are all of it.
         """
-        raise NotImplementedError
 
     def survey(self, models: int, count: int) -> Survey | None:
         """What has to be found out about all of a block before `combine` can be given some of its rows at a time.

@@ -1,4 +1,8 @@
-"""A server and the official client for each module of tests."""
+"""A server and the official client for each module of tests.
+
+Most tests give a script to `client.run`, which runs it in the client's own process and fails the test at the first of
+its assertions that does not hold.
+"""
 
 from __future__ import annotations
 
