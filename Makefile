@@ -24,7 +24,7 @@ gdpr: install
 	$(BIN)/python recipes/gdpr.py $(if $(KEEP),--keep $(KEEP))
 
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 20
 
 lint: install
 	$(BIN)/ruff check .

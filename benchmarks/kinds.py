@@ -234,6 +234,8 @@ def moe(layers: int, experts: int) -> Kind:
 
 KINDS = {
     "clip-vision": clip_vision(768, 3072, 12, 12, 224, 32),
+    # the same matrices, of which every one is merged by itself
+    "clip-vision-layer": clip_vision(768, 3072, 1, 12, 224, 32),
     "bert": bert(768, 3072, 12, 12, 30522),
     "llama": llama(1024, 2816, 16, 16, 16, 32000),
     # once, twice and four times the bytes, with the same largest tensor
@@ -246,6 +248,7 @@ KINDS = {
 }
 QUICK = {
     "clip-vision": clip_vision(48, 96, 2, 4, 32, 16),
+    "clip-vision-layer": clip_vision(48, 96, 1, 4, 32, 16),
     "bert": bert(48, 96, 2, 4, 200),
     "llama": llama(64, 96, 2, 4, 4, 3000),
     "llama-x1": llama(64, 96, 1, 4, 4, 3000),

@@ -193,7 +193,17 @@ def number_rows(base: Path, models: Sequence[Path], alpha: float, threads: int, 
 
 def run(options: argparse.Namespace) -> str:
     """All of it; the Markdown report."""
+    if options.check == "only-layer":
+        facts = {"machine": common.machine(options.threads), "hfmerge": common.our_versions()}
+        return common.report("OPCM against float64", facts, layer_rows(options))
     return "\n".join(report(kind, options) for kind in options.kinds)
+
+
+def layer_rows(options: argparse.Namespace) -> list[Row]:
+    """The differences on towers of one layer, whose matrices are as large and as many models'."""
+    base, models = common.generate_models("clip-vision-layer", options.models, quick=options.quick)
+    run_ours(base, models, options.alpha, "code", options.threads)
+    return number_rows(base, models, options.alpha, options.threads, peers=False)
 
 
 def report(kind: str, options: argparse.Namespace) -> str:
@@ -219,7 +229,9 @@ def report(kind: str, options: argparse.Namespace) -> str:
     rows = speed_rows(samples)
     shapes = (QUICK if options.quick else KINDS)[kind]
     rows += profile_rows(shapes, len(models), common.median(samples["hfmerge"], "inside"), options)
-    if not options.no_check and kind == "clip-vision":
+    if options.check == "layer" and kind == "clip-vision":
+        rows += layer_rows(options)
+    elif options.check == "all" and kind == "clip-vision":
         rows += number_rows(base, models, options.alpha, options.threads, peers)
     return common.report(f"OPCM on {TITLES[kind]}", facts, rows)
 
@@ -230,7 +242,11 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--kinds", nargs="+", choices=list(TITLES), default=list(TITLES), help="(default: all)")
     found.add_argument("--models", type=int, default=8, help="fine-tunes to merge (default: %(default)s)")
     found.add_argument("--alpha", type=float, default=0.5, help="OPCM's alpha (default: %(default)s)")
-    found.add_argument("--no-check", action="store_true", help="leave out the comparison with the transcription")
+    found.add_argument(
+        "--check", choices=["all", "layer", "only-layer", "none"], default="all",
+        help="compare whole towers with the transcription (about 20 minutes), towers of one layer, these alone and "
+        "no times, or nothing (default: %(default)s)",
+    )  # fmt: skip
     return found
 
 

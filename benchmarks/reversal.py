@@ -10,6 +10,8 @@ import argparse
 import importlib.util
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +84,7 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
     base = base_folder()
     for count in (2,) if options.quick else options.adapters:
         yield Case(f"{count} adapters", base, adapters(count))
-    if options.quick:
+    if options.quick or not options.full:
         return
     given = [Path(folder) for folder in options.models]
     folder = common.CACHE / "reversal"
@@ -91,15 +93,38 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
     yield Case(f"{options.full} fine-tunes ({min(len(given), options.full)} real)", base, models)
 
 
-def ask(scratch: Path, **asked: Any) -> dict[str, Any]:
-    """One step in a process of its own, into a new folder."""
-    shutil.rmtree(asked["output"], ignore_errors=True)
-    scratch.mkdir(parents=True, exist_ok=True)
-    return dict(common.ask("reversal_steps", json.dumps(asked)))
+class Steps:
+    """A process that does one step after another."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, "-m", "benchmarks.reversal_steps"]
+        self._process = subprocess.Popen(
+            command, cwd=Path(__file__).parent.parent, env=common.environment(1), stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def __enter__(self) -> Steps:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+    def __call__(self, scratch: Path, **asked: Any) -> dict[str, Any]:
+        """One step, into a new folder."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        shutil.rmtree(asked["output"], ignore_errors=True)
+        scratch.mkdir(parents=True, exist_ok=True)
+        print(json.dumps(asked), file=self._process.stdin, flush=True)
+        while line := self._process.stdout.readline():
+            if line.startswith("{"):
+                return dict(json.loads(line))
+        raise common.BenchmarkError(f"{asked['verb']}: failed, see above")
 
 
-def rows(case: Case, method: str) -> list[Row]:
-    """All ways for one method."""
+def rows(ask: Steps, case: Case, method: str, *, quick: bool) -> list[Row]:
+    """All ways for one method, for the first model, one in the middle and the last; if quick, for the first alone."""
     scratch = common.CACHE / "runs" / "reversal"
     shutil.rmtree(scratch, ignore_errors=True)
     common.warm([case.base, *case.models])
@@ -125,7 +150,7 @@ def rows(case: Case, method: str) -> list[Row]:
     kept = str(scratch / "kept")
     if method not in ADDITIVE:
         ask(scratch, verb="merge", recipe=recipe(list(case.models), "all"), output=kept)
-    for place in dict.fromkeys((0, total // 2, total - 1)):
+    for place in (0,) if quick else dict.fromkeys((0, total // 2, total - 1)):
         rest = [path for i, path in enumerate(case.models) if i != place]
         again = ask(scratch, verb="merge", recipe=recipe(rest, "last"), output=str(scratch / "never"))
         ways = {"exact": (everything if method in ADDITIVE else kept)}
@@ -177,7 +202,12 @@ def run(options: argparse.Namespace) -> str:
         "exact": "the weights have the bytes of the merge that never saw the model (checked in every row)",
     }
     methods = METHODS[-1:] if options.quick else METHODS
-    found = [row for case in cases(options) for method in methods for row in rows(case, method)]
+    found = []
+    with Steps() as ask:
+        for case in cases(options):
+            for method in methods:
+                print(f"{case.title}, {method}", file=sys.stderr, flush=True)
+                found += rows(ask, case, method, quick=options.quick)
     return common.report("Taking models out again", facts, found)
 
 

@@ -1,8 +1,7 @@
-"""One verb in a process of its own; prints what it cost as JSON for `reversal.py`.
+"""Does one verb after another for `reversal.py`, a line of JSON each, and answers each with what it cost.
 
-`python -m benchmarks.reversal_steps '{"verb": "unmerge", "merged": ..., "remove": ..., "output": ...}'`. Libraries are
-loaded before the clock starts. Bytes are what the process asked the kernel for, from whatever file: weights (once to
-merge, once to hash), states, headers, configurations.
+Libraries are loaded before the clock starts. Bytes are what the process asked the kernel for, from whatever file:
+weights (once to merge, once to hash), states, headers, configurations.
 """
 
 from __future__ import annotations
@@ -66,4 +65,5 @@ def step(asked: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(step(json.loads(sys.argv[1]))))
+    for line in sys.stdin:
+        print(json.dumps(step(json.loads(line))), flush=True)

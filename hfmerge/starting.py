@@ -25,8 +25,8 @@ def starts(
     """The states that a merge of `total` models may start from, those that leave least to read first.
 
     For a fold that depends on the order, a state has to be one after the first models of `common`. An additive one's
-    may hold models that leave, in any order: one of the leaving costs as much as one that is read anew. A state that
-    is listed but missing or corrupt is passed over with a warning.
+    may hold models that leave, in any order: one of the leaving costs as much as one that is read anew, unless its
+    factors are just left out. A state that is listed but missing or corrupt is passed over with a warning.
 
     Args:
         common: models that the merge holds already and that shall come first, with their weights.
@@ -50,11 +50,11 @@ def starts(
             covered, held = len(models), list(range(len(models)))
         else:
             continue
-        gone = held.count(None)
         # NaN and Inf do not leave a sum
-        if gone and last.settings["allow_nonfinite"]:
+        if None in held and last.settings["allow_nonfinite"]:
             continue
-        cost = gone + total - covered
+        gone = [model for model, i in zip(models, held, strict=True) if i is None]
+        cost = total - covered + sum(not _left_out(model) for model in gone)
         if covered and cost < total:
             found.append((cost, len(found), entry, state, covered, held))
     for _, _, entry, state, covered, held in sorted(found, key=lambda each: each[:2]):
@@ -89,6 +89,11 @@ def _kept(merged: Merged) -> list[tuple[Entry, KeptState]]:
                 wanted.remove(state.sha256)
                 result.append((entry, state))
     return result
+
+
+def _left_out(model: Material) -> bool:
+    """Whether a model leaves exact sums without being read; whole tensors of an adapter, if it has any, are few."""
+    return model.kind == "adapter" and model.beneath is None
 
 
 def _place(model: Material, models: Sequence[Material]) -> int | None:
