@@ -4,18 +4,22 @@
     python -m evaluation.tables text-encoders BENCH [--adapters]      # real fine-tunes, see import_bench
 
 Imports the models, merges all sources once a method, evaluates base, sources and merges on the suite of that name,
-puts the results into the card of one merge, and writes evaluation/results/<name>.json, .md and .csv; <name>-summary.md
-is the part of it that compares methods: each source on its own task, the base's encoder under their heads, the merges.
+puts the results into the card of one merge, and writes evaluation/results/<name>.json, .md and .csv, and a picture;
+<name>-summary.md is the part of it that compares methods: each source on its own task, the base's encoder under their
+heads, the merges, and what training gives where results/baselines/ has it for the same rows (see train_baselines).
+For the quickstart also what recipes/quickstart/recipe.yaml makes, whose card then has its results and pictures.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from evaluation.import_bench import BASE, LORA, model_id, tasks_of
@@ -28,7 +32,10 @@ METHODS: dict[str, list[str]] = {
     "task-arithmetic": ["--method", "task_arithmetic", "--option", "scale=0.3"],
     "ties": ["--method", "ties", "--option", "density=0.2", "--option", "scope=model"],
     "opcm": ["--method", "opcm", "--option", "alpha=0.5", "--option", "variant=code"],
+    "gram": ["--method", "gram"],
+    "iso_c": ["--method", "iso_c"],
 }
+"""Column -> flags of `hfmerge merge`; what is not said is the method's default."""
 QUICKSTART = ("clinc_domain", "snips", "sms_spam", "mr")
 RECIPE_TASKS = QUICKSTART[:3]
 MERGED = "quickstart/minilm-merged"
@@ -72,6 +79,7 @@ def make_table(args: argparse.Namespace, environment: dict[str, str], work: Path
         print(f"\n$ hfmerge {' '.join(arguments)}", flush=True)
         run("-m", "hfmerge", *arguments)
 
+    ending = ""
     if args.suite == "quickstart":
         run("recipes/quickstart/demo.py", "--upload")
         sources = {task: f"quickstart/minilm-{task}" for task in QUICKSTART}
@@ -80,7 +88,7 @@ def make_table(args: argparse.Namespace, environment: dict[str, str], work: Path
         kind, ending = ("adapters", LORA) if args.adapters else ("full", "")
         sources = {task: model_id(task) + ending for task in tasks_of(args.bench, kind)}
     group = "quickstart" if args.suite == "quickstart" else "bench"
-    merges = [f"{group}/merged-{name}" for name in METHODS]
+    merges = [f"{group}/merged-{name}{ending}" for name in METHODS]
     for repo_id, flags in zip(merges, METHODS.values(), strict=True):
         hfmerge("merge", "--base", BASE, *flags, "--state", "none", "-q", "--push-to", repo_id, *sources.values())
     name = args.suite + ("-adapters" if args.adapters else "")
@@ -89,33 +97,68 @@ def make_table(args: argparse.Namespace, environment: dict[str, str], work: Path
     asked += ["--limit", str(args.limit)] if args.limit else []
     hfmerge("evaluate", BASE, *sources.values(), *merges, *asked, "--push", merges[-1])
     hfmerge("verify", merges[-1])
-    text = summary(load_results(args.output / f"{name}.json"), sources, dict(zip(METHODS, merges, strict=True)))
+    results = args.output / f"{name}.json"
+    hfmerge("plot", str(results), "--output", str(args.output / f"{name}-figures"))
+    trained = load_baselines(args.output / "baselines" / "baselines.json") if name == "text-encoders" else {}
+    text = summary(load_results(results), sources, dict(zip(METHODS, merges, strict=True)), trained)
     (args.output / f"{name}-summary.md").write_text(text, encoding="utf-8")
     print(f"\n{text}")
     if args.suite == "quickstart":
-        # the recipe's own merge, whose golden card shows these results
-        hfmerge("merge", "recipes/quickstart/recipe.yaml", "--output", str(work / "merged"), "-q")
-        models = [MERGED, *(sources[task] for task in RECIPE_TASKS)]
-        asked = ["--suite", "quickstart", *(word for task in RECIPE_TASKS for word in ("--task", task))]
-        place = str(args.output / "quickstart-recipe")
-        hfmerge("evaluate", *models, *asked, "--output", place, "--push", MERGED, "-q")
+        merge_of_recipe(args.output / "quickstart-recipe", [sources[task] for task in RECIPE_TASKS], work, hfmerge)
 
 
-def summary(matrix: Matrix, sources: Mapping[str, str], merges: Mapping[str, str]) -> str:
+def merge_of_recipe(stem: Path, sources: list[str], work: Path, hfmerge: Callable[..., None]) -> None:
+    """The quickstart recipe's merge on the Hub, its results and pictures in its card; model_cards/ shows the same."""
+    merged, results, inspected = work / "merged", f"{stem}.json", f"{stem}-inspection.json"
+    shutil.rmtree(merged, ignore_errors=True)
+    hfmerge("merge", "recipes/quickstart/recipe.yaml", "--output", str(merged), "-q")
+    asked = ["--suite", "quickstart", *(word for task in RECIPE_TASKS for word in ("--task", task)), "-q"]
+    hfmerge("evaluate", MERGED, *sources, *asked, "--output", str(stem))
+    hfmerge("inspect", MERGED, "--save", inspected, "-q")
+    hfmerge("plot", inspected, results, "--card", str(merged))
+    hfmerge("push", str(merged), MERGED)
+    hfmerge("evaluate", MERGED, *sources, *asked, "--output", str(stem), "--push", MERGED)
+    hfmerge("verify", MERGED)
+
+
+def load_baselines(path: Path) -> dict[str, dict[str, tuple[float, int]]]:
+    """Column -> task -> score and rows of what was trained in place of merging; {} if it was not."""
+    if not path.is_file():
+        return {}
+    data = json.loads(path.read_text(encoding="utf-8"))
+    columns = {"sequential training": data["sequential"][0]["final"], "multi-task training": data["multi_task"]}
+    return {
+        column: {task: (found[str(i)], data["test_rows"][i]) for i, task in enumerate(data["tasks"])}
+        for column, found in columns.items()
+    }
+
+
+def summary(
+    matrix: Matrix,
+    sources: Mapping[str, str],
+    merges: Mapping[str, str],
+    trained: Mapping[str, Mapping[str, tuple[float, int]]],
+) -> str:
     """A Markdown table: one row a task; each task's own source alone, the base's encoder, and every merge.
 
     Args:
         sources: task -> model.
         merges: column -> model.
+        trained: see `load_baselines`; left out unless it was scored on the same number of rows.
     """
     rows: dict[str, list[float]] = {}
+    counts: dict[str, int] = {}
     for task in matrix.tasks:
         scores = [matrix.score(model, task.name) for model in (sources[task.name], BASE, *merges.values())]
         found = [score for score in scores if score is not None]
-        rows[f"{task.name} ({found[0].n} rows)"] = [score.value for score in found]
+        rows[task.name], counts[task.name] = [score.value for score in found], found[0].n
+    same = [name for name, column in trained.items() if {task: n for task, (_, n) in column.items()} == counts]
+    for task_name, values in rows.items():
+        values += [trained[name][task_name][0] for name in same]
+    rows = {f"{task_name} ({counts[task_name]} rows)": values for task_name, values in rows.items()}
     rows["**mean**"] = [sum(values) / len(values) for values in zip(*rows.values(), strict=True)]
     cells = [[f"{value:.3f}" for value in values] for values in rows.values()]
-    return table("task", ["alone", "base encoder", *merges], list(rows), cells)
+    return table("task", ["alone", "base encoder", *merges, *same], list(rows), cells)
 
 
 if __name__ == "__main__":

@@ -36,12 +36,14 @@ if TYPE_CHECKING:
     from hfmerge.evaluation.suite import Suite, load_suite
     from hfmerge.hub import Pushed
     from hfmerge.inspecting import Inspection
+    from hfmerge.learning.asked import Learning
     from hfmerge.lifecycle import diff, history, rebase, reorder, replace, restore
     from hfmerge.planned import Plan
     from hfmerge.purging import Purged, PurgePlan
     from hfmerge.recipe import MethodChoice, ModelEntry, Recipe, load_recipe
     from hfmerge.steps import Step
     from hfmerge.verifying import Report
+    from hfmerge.weights import PatternWeights
 
 _HOMES = {
     "hfmerge.api": (
@@ -68,12 +70,14 @@ _HOMES = {
     "hfmerge.hub": ("Pushed",),
     "hfmerge.inspecting": ("Inspection",),
     "hfmerge.comparing": ("Difference",),
+    "hfmerge.learning.asked": ("Learning",),
     "hfmerge.lifecycle": ("diff", "history", "rebase", "reorder", "replace", "restore"),
     "hfmerge.steps": ("Step",),
     "hfmerge.planning": ("Plan",),
     "hfmerge.purging": ("PurgePlan", "Purged"),
     "hfmerge.recipe": ("MethodChoice", "ModelEntry", "Recipe", "load_recipe"),
     "hfmerge.verifying": ("Report",),
+    "hfmerge.weights": ("PatternWeights",),
 }
 
 __all__ = [
@@ -82,10 +86,12 @@ __all__ = [
     "Difference",
     "HfMergeError",
     "Inspection",
+    "Learning",
     "Matrix",
     "MergeResult",
     "MethodChoice",
     "ModelEntry",
+    "PatternWeights",
     "Plan",
     "PurgePlan",
     "Purged",

@@ -41,6 +41,7 @@ from hfmerge.running import (
     pinned_ref,
     push_written,
     result_of,
+    weights_found,
 )
 from hfmerge.runtime import processes
 from hfmerge.verifying import Report, verify_merge
@@ -89,8 +90,11 @@ def merge(
         ranks = with_disks(ranks, target, options.storage)
         pinned = pinned_recipe(asked, ranks)
         planned = for_machines(ranks.each(partial(make_plan, pinned, origin=origin, on_source=early)), ranks)
+        planned, learned = weights_found(planned, ranks, options)
         with folder_for(target, planned, ranks, replace=False, resume=options.resume) as place:
-            entry, seconds, notes, outcome = build(planned, place, ranks, None, None, digester, options)
+            entry, seconds, notes, outcome = build(
+                planned, place, ranks, None, None, digester, options, learned=learned
+            )  # fmt: skip
             pushed = publish(planned, place.folder, ranks, destination) if target is None and destination else None
         if target is not None and destination is not None:
             pushed = ranks.on_main(partial(push_written, Path(target), destination))
@@ -148,9 +152,9 @@ def unmerge(
 
     Args:
         merged, output, push_to, create_pr, sources, stream, options: as for `add`.
-        mode: "subtract" reads nothing but the models that leave, for a method whose result depends on the order, such
-            as opcm. It is approximate and no removal: they stay part of the state and of the ledger, which records
-            the gap.
+        mode: "subtract" is for methods whose result depends on the order: opcm, of which nothing but the models that
+            leave is read, and mdm_oc. It is approximate and no removal: what later models were projected off stays,
+            and so do the models in the state and in the ledger, which records the gap.
         measure: of a subtraction, also merge again without the models, to measure the gap.
         remove: names as the ledger lists them; also of models within a merge that was merged, which is then merged
             again without them and replaced.
@@ -334,12 +338,15 @@ def inspect(
     Raises:
         RecipeError: as for `plan`. HfMergeError: see `hfmerge.errors`.
     """
-    if not isinstance(models, Recipe) and not str(models).endswith((".yaml", ".yml")):
-        opened = open_merged(str(models), sources)
-        asked, origin = recipe_of(opened.last, opened.refs), opened.pinned.label
-    else:
-        asked, origin = _recipe(models)
-    return inspect_models(asked, origin=origin, matrices=matrices, spectral=spectral, options=options)
+    with processes() as ranks:
+        if not isinstance(models, Recipe) and not str(models).endswith((".yaml", ".yml")):
+            ref = pinned_ref(str(models), ranks)
+            opened = ranks.each(lambda: open_merged(ref, sources))
+            asked, origin = recipe_of(opened.last, opened.refs), opened.pinned.label
+        else:
+            asked, origin = _recipe(models)
+            asked = pinned_recipe(asked, ranks)
+        return inspect_models(asked, origin=origin, matrices=matrices, spectral=spectral, options=options, ranks=ranks)
 
 
 def evaluate(

@@ -13,6 +13,7 @@ from hfmerge.digest import sha256_bytes
 from hfmerge.errors import LedgerError
 from hfmerge.ledger import Entry, Material
 from hfmerge.methods import registry
+from hfmerge.weights import PatternWeights, Weight, shown, written
 from hfmerge.yamlio import dump_yaml
 
 
@@ -114,7 +115,7 @@ def block(entries: Sequence[Entry], facts: Mapping[str, Any]) -> str:
                 "pin": _pin(m),
                 "kind": ("LoRA adapter" if m.kind == "adapter" else "full model")
                 + (", approximately subtracted" if m.subtracted else ""),
-                "weight": f"{m.weight:g}",
+                "weight": _weight(m.weight),
                 "norm": f"{(m.squared_norm or 0.0) ** 0.5:.4g}",
                 "head": f"`{m.head}`" if m.head else "-",
             }
@@ -135,6 +136,7 @@ def block(entries: Sequence[Entry], facts: Mapping[str, Any]) -> str:
             }
             for e in entries
         ],
+        learned=_learned(last),
         recipe=dump_yaml(public_recipe(last)),
         citations=method.citations if method else (),
     )
@@ -146,7 +148,7 @@ def public_recipe(entry: Entry) -> dict[str, Any]:
     models: list[Any] = []
     for m in entry.models:
         ref = _recipe_ref(m)
-        models.append(ref if m.weight == 1.0 else {"model": ref, "weight": m.weight})
+        models.append(ref if m.weight == 1.0 else {"model": ref, "weight": written(m.weight)})
     norm = entry.method["norm"]
     data: dict[str, Any] = {
         "base": _recipe_ref(entry.base),
@@ -159,6 +161,15 @@ def public_recipe(entry: Entry) -> dict[str, Any]:
     return data
 
 
+def _learned(entry: Entry) -> str:
+    """One sentence on how weights were learned, "" where they were given."""
+    if entry.learned is None:
+        return ""
+    asked = entry.settings["learn"]
+    rows = "rows that each model made itself" if asked["loss"] == "distill" else f"labelled rows of {asked['suite']}"
+    return f"The weights were learned by gradient from {rows} ({entry.learned['how']})."
+
+
 def _recipe_ref(material: Material) -> str:
     own = f"{material.name}@{material.commit}" if material.commit else f"./{material.name}"
     return f"{material.beneath}+{own}" if material.beneath else own
@@ -169,6 +180,13 @@ def _link(material: Material) -> str:
         return f"{material.name} (folder)"
     link = f"[{material.name}](https://huggingface.co/{material.name})"
     return f"{link} on {material.beneath.partition('@')[0]}" if material.beneath else link
+
+
+def _weight(weight: Weight) -> str:
+    """Patterns as code, since stars and bars mean something in a table."""
+    if not isinstance(weight, PatternWeights):
+        return shown(weight)
+    return "`{}`".format(shown(weight).replace("`", "'").replace("|", "\\|"))
 
 
 def _pin(material: Material) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from hfmerge.errors import HfMergeError, LedgerError
 from hfmerge.ledger import Entry, Material, recipe_of, reference
 from hfmerge.merged import Merged
-from hfmerge.methods import FoldMethod, MergeMethod, registry
+from hfmerge.methods import FoldMethod, JointMethod, MergeMethod, registry
 from hfmerge.planned import Plan
 from hfmerge.planning import make_plan
 from hfmerge.recipe import ModelEntry
@@ -80,9 +80,10 @@ def plan_unmerge(merged: Merged, names: Sequence[str], *, stream: bool = False) 
 
 
 def plan_subtract(merged: Merged, names: Sequence[str], *, measure: bool = False, stream: bool = False) -> Change:
-    """Plan to subtract models from the read-out of a fold that depends on the order: cheap, and no removal.
+    """Plan to subtract what models brought themselves, of a method whose later models depend on them: no removal.
 
-    The models stay part of the carried state and of the ledger, so that they can still be taken out exactly.
+    The models stay part of the ledger, and of the carried state or of what later models are made orthogonal to, so
+    that they can still be taken out exactly.
 
     Args:
         measure: also merge again without them, to measure the gap.
@@ -95,9 +96,9 @@ def plan_subtract(merged: Merged, names: Sequence[str], *, measure: bool = False
     last = merged.last
     name = last.method["name"]
     method = registry().get(name, MergeMethod)
-    if not issubclass(method, FoldMethod):
+    if not issubclass(method, FoldMethod) and not (issubclass(method, JointMethod) and method.subtractable):
         raise LedgerError(f"{name} merges all models at once, so none can be subtracted; leave out --mode.")
-    if method.additive:
+    if issubclass(method, FoldMethod) and method.additive:
         raise LedgerError(f"{name} keeps exact sums, which models leave by exact subtraction; leave out --mode.")
     gone = [last.find(given) for given in dict.fromkeys(names)]
     if again := [last.models[i].label for i in gone if last.models[i].subtracted]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hfmerge.ledger import Entry, Material
+from hfmerge.weights import Weight, stored
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Difference:
     replaced: tuple[tuple[Material, Material], ...]
     subtracted: tuple[Material, ...]
     order: tuple[tuple[str, ...], tuple[str, ...]] | None
-    weights: tuple[tuple[Material, float], ...]
+    weights: tuple[tuple[Material, Weight], ...]
     base: tuple[Material, Material] | None
     method: Mapping[str, tuple[Any, Any]]
     settings: Mapping[str, tuple[Any, Any]]
@@ -58,7 +59,7 @@ class Difference:
             "replaced": [[old.identity, new.identity] for old, new in self.replaced],
             "subtracted": [model.identity for model in self.subtracted],
             "order": None if self.order is None else [list(names) for names in self.order],
-            "weights": {model.identity: [old, model.weight] for model, old in self.weights},
+            "weights": {model.identity: [stored(old), stored(model.weight)] for model, old in self.weights},
             "base": None if self.base is None else [base.identity for base in self.base],
             "method": {name: list(pair) for name, pair in self.method.items()},
             "settings": {name: list(pair) for name, pair in self.settings.items()},

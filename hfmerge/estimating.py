@@ -109,7 +109,7 @@ def _sliced(plan: Plan) -> bool:
 def _streamed(plan: Plan) -> int:
     """Bytes that a run reads from the Hub without keeping them."""
     base, count = plan.base, plan.start
-    measured = isinstance(plan.method, JointMethod) and plan.method.measured
+    measured = isinstance(plan.method, JointMethod) and plan.method.measure(1) is not None
     total = sum(plan.deltas[model].source.streamed_bytes(head.tensors.values()) for model, head in plan.heads)
     ties = [(base, plan.base_layout.tied), *((delta.source, delta.tied) for delta in plan.read)]
     total += sum(source.streamed_bytes(pair) for source, tied in ties for pair in tied.items())

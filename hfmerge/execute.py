@@ -1,8 +1,8 @@
 """The one executor: visits each output parameter once, folds all models into it, and writes it.
 
-Call sequence of `run`: fetch the files; count magnitudes if the method asks (`settle`); first pass (`passes`): per
-parameter, read base and models, fold or combine, keep the carried state (`visits`); then, if the recipe's `norm` needs
-a number over all parameters, a second pass that scales what was kept and writes it; heads, side files, digests
+Call sequence of `run`: fetch the files; measure all parameters if the method asks (`Measure`); first pass (`passes`):
+per parameter, read base and models, fold or combine, keep the carried state (`visits`); then, if the recipe's `norm`
+needs a number over all parameters, a second pass that scales what was kept and writes it; heads, side files, digests
 (`finishing`).
 """
 
@@ -45,6 +45,7 @@ class Outcome:
         products: every file written, path -> SHA-256, states left out.
         deviation: greatest relative deviation of an approximating method's last step from the exact one, of those that
             were compared; None where nothing was.
+        dependent: per model, parameters in which its change was left out (see `JointMethod.dependent`).
         reused: chunks that an earlier, killed attempt had finished; one of two passes counts twice.
         streamed: what was read from the Hub without keeping it, by all processes; None where nothing was to be.
     """
@@ -56,6 +57,7 @@ class Outcome:
     states: tuple[KeptState, ...]
     products: dict[str, str]
     deviation: float | None = None
+    dependent: tuple[int, ...] = ()
     reused: int = 0
     streamed: Streamed | None = None
 

@@ -33,6 +33,7 @@ def recipe_from_flags(
     trust_remote_code: bool | None = None,
     stream: bool | None = None,
     keep_sources: bool | None = None,
+    learn: Sequence[str] | None = None,
 ) -> Recipe:
     """The recipe that command-line flags alone describe; see `apply_overrides` for what they mean.
 
@@ -60,6 +61,7 @@ def recipe_from_flags(
         trust_remote_code=trust_remote_code,
         stream=stream,
         keep_sources=keep_sources,
+        learn=learn,
     )
 
 
@@ -85,6 +87,7 @@ def apply_overrides(
     trust_remote_code: bool | None = None,
     stream: bool | None = None,
     keep_sources: bool | None = None,
+    learn: Sequence[str] | None = None,
 ) -> Recipe:
     """A recipe with command-line flags over it; a flag that is None leaves the recipe's value.
 
@@ -96,6 +99,7 @@ def apply_overrides(
         method: replaces name, options and norm of the recipe's method, unless it is the same method.
         options: `name=value`, each over the method's.
         weights: one a model, in their order.
+        learn: `name=value`, each over the recipe's `learn`, `replay.name=value` over its `replay`; none: its defaults.
 
     Raises:
         RecipeError: all problems of the result, under the origin "command line".
@@ -137,20 +141,28 @@ def apply_overrides(
         choice["norm"] = parse_scalar(norm) if isinstance(norm, str) else norm
     if choice:
         data["method"] = choice
+    if learn is not None:
+        asked: dict[str, Any] = {**(data.get("learn") or {})}
+        for name, value in _option_flags(learn, problems, "learn").items():
+            if name.startswith("replay."):
+                asked["replay"] = {**asked.get("replay", {}), name.removeprefix("replay."): value}
+            else:
+                asked[name] = value
+        data["learn"] = asked
     result = check_recipe(data, "command line", problems, None)
     return dataclasses.replace(result, notes=recipe.notes if recipe else ())
 
 
-def _option_flags(options: Sequence[str], problems: list[Problem]) -> dict[str, Any]:
+def _option_flags(options: Sequence[str], problems: list[Problem], place: str = "method") -> dict[str, Any]:
     result: dict[str, Any] = {}
     for option in options:
         name, equals, value = (part.strip() for part in option.partition("="))
         if not equals or not name:
-            problems.append(Problem("method", f"option {show(option)} is not of the form name=value"))
-        elif name in ("name", "norm"):
+            problems.append(Problem(place, f"option {show(option)} is not of the form name=value"))
+        elif place == "method" and name in ("name", "norm"):
             problems.append(Problem(f"method.{name}", "is not an option; it has a flag of its own"))
         elif name in result:
-            problems.append(Problem(f"method.{name}", "given twice; keep one"))
+            problems.append(Problem(f"{place}.{name}", "given twice; keep one"))
         else:
             result[name] = parse_scalar(value)
     return result

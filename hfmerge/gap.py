@@ -9,25 +9,21 @@ from pathlib import Path
 
 from hfmerge.execute import run
 from hfmerge.ledger import Material
+from hfmerge.methods import MergeMethod
 from hfmerge.planned import Plan
+from hfmerge.weights import values_of
 
 
-def gap_bound(models: Sequence[Material], subtracted: Sequence[int]) -> float:
-    """Greatest possible Frobenius norm of `S' - S`: accumulators of OPCM with models subtracted and never seen.
-
-    Model k came in as `P_k(tau_k)`, of which `tau_k` is subtracted: off by at most `||tau_k||`, as a projection leaves
-    no more than there was. Each later model t was projected off other directions than it would have been, and two
-    orthogonal projections of one vector differ by at most its norm: `||tau_t||`. Norms are those of the ledger, times
-    the weights.
+def gap_bound(method: MergeMethod, models: Sequence[Material], subtracted: Sequence[int]) -> float | None:
+    """`MergeMethod.gap_bound` from the norms in the ledger, times the weights (the greatest of those by pattern).
 
     Args:
+        method: of the merge.
         models: of the merge, in order of arrival, the subtracted ones among them.
         subtracted: their indices.
     """
-    norms = [abs(model.weight) * math.sqrt(model.squared_norm or 0.0) for model in models]
-    first = min(subtracted)
-    # the first one already makes every later projection another one
-    return math.fsum(norms[first:])
+    norms = [max(map(abs, values_of(model.weight))) * math.sqrt(model.squared_norm or 0.0) for model in models]
+    return method.gap_bound(norms, subtracted)
 
 
 def measured_gap(exact: Plan, folder: Path) -> float:

@@ -13,6 +13,7 @@ from hfmerge.digest import canonical_json, sha256_bytes
 from hfmerge.environment import environment
 from hfmerge.planned import Plan
 from hfmerge.source import Source, weight_files
+from hfmerge.weights import stored
 
 
 def work_of(plan: Plan) -> dict[str, str]:
@@ -22,7 +23,9 @@ def work_of(plan: Plan) -> dict[str, str]:
     cost more than most interrupted runs.
     """
     method, recipe, prior = plan.method, plan.recipe, plan.prior
-    models = [[_identity(delta.source), weight] for delta, weight in zip(plan.deltas, plan.weights, strict=True)]
+    entries = zip(plan.deltas, recipe.models, strict=True)
+    models = [[_identity(delta.source), stored(entry.weight)] for delta, entry in entries]
+    leaving = [[_identity(d.source) for d in plan.leaving], [stored(weight) for weight in plan.leaving_weights]]
     facts: dict[str, Any] = {
         "environment": environment(),
         "base": _identity(plan.base),
@@ -34,7 +37,7 @@ def work_of(plan: Plan) -> dict[str, str]:
         "kept states": plan.keep,
         # a state's file is called by its digest
         "state it continues from": prior and [prior.count, prior.path.name, prior.squared_norms, prior.held],
-        "models that leave": [[_identity(d.source) for d in plan.leaving], plan.leaving_weights, plan.subtracted],
+        "models that leave": [*leaving, plan.subtracted],
         "tensors": repr((plan.params, plan.vocabulary)),
     }  # fmt: skip
     return {name: sha256_bytes(canonical_json(value)) for name, value in facts.items()}

@@ -1,7 +1,8 @@
 """How models relate before they are merged: similarity, norms, signs, spectra and predicted interference.
 
 Nothing is merged and nothing written. The plan is that of an OPCM merge, whose headers are checked like any other;
-parameters are read one after another, and only sums over their elements are kept.
+parameters are read one after another, shared between the processes of a run, and only sums over their elements are
+kept.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import dataclasses
 import fnmatch
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ from hfmerge.planned import Param, Plan
 from hfmerge.planning import make_plan
 from hfmerge.pool import AHEAD, core_count, overlapped, resident_memory
 from hfmerge.recipe import MethodChoice, Recipe
+from hfmerge.runtime import Ranks, shares
 from hfmerge.source import Source
 from hfmerge.spectra import Asked, Spectrum
 
@@ -103,8 +105,9 @@ def inspect_models(
     matrices: Sequence[str] | None = None,
     spectral: bool = True,
     options: RunOptions,
+    ranks: Ranks | None = None,
 ) -> Inspection:
-    """Compare a recipe's models; see `Inspection`.
+    """Compare a recipe's models; see `Inspection`, which is the same on every process, whatever their number.
 
     Args:
         recipe: its `method` matters for alpha and variant if it is OPCM (else 0.5 and `code`), and not otherwise.
@@ -112,17 +115,19 @@ def inspect_models(
         matrices: fnmatch patterns of tensors to take apart; None: all. Spectra and interference are about these.
         spectral: take matrices apart at all; without it only sums over elements are made.
         options: `max_memory` and `notify` count.
+        ranks: the processes that share the parameters.
 
     Raises:
         RecipeError: as for a merge, or a pattern that matches no matrix. NonFiniteError: names model and tensor.
     """
     start = time.monotonic()
+    ranks = ranks or Ranks()
     alpha, variant = 0.5, "code"
     if recipe.method.name == OPCM.name:
         alpha, variant = float(str(recipe.method.options["alpha"])), str(recipe.method.options["variant"])
     choice = MethodChoice(OPCM.name, {"alpha": alpha, "variant": variant}, "none")
     wanted = dataclasses.replace(recipe, method=choice, state="none", dtype=None, keep_sources=False)
-    plan = make_plan(wanted, origin=origin)
+    plan = ranks.each(lambda: make_plan(wanted, origin=origin))
     assert isinstance(plan.method, OPCM)
     touched = [param for param in plan.params if param.touched]
     chosen = {p.key for p in touched if matrices is None or any(fnmatch.fnmatchcase(p.key, m) for m in matrices)}
@@ -132,14 +137,26 @@ def inspect_models(
         )
     asked = Asked(True, TOPS, plan.method.alpha, plan.method.variant)
     plain = dataclasses.replace(asked, spectral=False)
-    found: list[Measured] = []
-    with _streamed(plan), Changes(plan) as changes:
-        changes.expect(touched)
-        found.extend(
-            _over(
-                plan, touched, lambda p: measure(changes, p, asked if spectral and p.key in chosen else plain), options
-            )
-        )
+    apart = chosen if spectral else set[str]()
+    owners = shares([_cost(param, param.key in apart) for param in touched], ranks.world)
+
+    def mine() -> dict[str, Measured]:
+        own = [param for param, owner in zip(touched, owners, strict=True) if owner == ranks.rank]
+        if not own:
+            return {}
+        with _streamed(plan), Changes(plan) as changes:
+
+            def work(param: Param) -> Measured:
+                ranks.check()
+                return measure(changes, param, asked if param.key in apart else plain)
+
+            changes.expect(own)
+            return {one.key: one for one in _over(plan, own, work, options, bar=ranks.main)}
+
+    everyone: dict[str, Measured] = {}
+    for part in ranks.together(mine):
+        everyone |= part
+    found = [everyone[param.key] for param in touched]
     names = tuple(delta.source.slug for delta in plan.deltas)
     return Inspection(
         base=public_name(plan.base),
@@ -161,8 +178,16 @@ def public_name(source: Source) -> str:
     return f"{source.name}@{commit}" if commit else source.name
 
 
-def _over(plan: Plan, params: Sequence[Param], work: Any, options: RunOptions) -> Iterator[Measured]:
-    """`work` over all parameters on a pool of threads, in their order, below the bound on memory."""
+def _cost(param: Param, apart: bool) -> float:
+    """Of measuring a parameter, against that of others: reading it, or taking its matrices apart."""
+    elements = float(math.prod(param.slot.shape))
+    return elements * min(param.slot.shape) if apart and len(param.slot.shape) > 1 else elements
+
+
+def _over(
+    plan: Plan, params: Sequence[Param], work: Callable[[Param], Measured], options: RunOptions, *, bar: bool
+) -> Iterator[Measured]:
+    """`work` over parameters on a pool of threads, in their order, below the bound on memory; `bar`: show progress."""
     from huggingface_hub.utils import tqdm
 
     needs = [
@@ -174,11 +199,11 @@ def _over(plan: Plan, params: Sequence[Param], work: Any, options: RunOptions) -
         budget = max(0, options.max_memory - resident_memory() - stream_memory(plan))
         if budget < max(needs) and options.notify is not None:
             options.notify(f"--max-memory cannot be kept: one parameter needs about {max(needs) / 1e9:.2f} GB.")
-    bar = tqdm(total=len(params), desc="Inspecting", unit=" tensors", name="hfmerge")
+    shown = tqdm(total=len(params), desc="Inspecting", unit=" tensors", name="hfmerge", disable=not bar)
     visits = overlapped(work, params, needs, threads=core_count() + AHEAD, memory=budget)
-    with contextlib.closing(bar), contextlib.closing(visits):
+    with contextlib.closing(shown), contextlib.closing(visits):
         for result in visits:
-            bar.update(1)
+            shown.update(1)
             yield result
 
 

@@ -16,7 +16,9 @@ from typing import Any
 
 from hfmerge.digest import canonical_json, sha256_bytes
 from hfmerge.errors import LedgerError
+from hfmerge.learning.asked import Learning
 from hfmerge.recipe import MethodChoice, ModelEntry, Recipe
+from hfmerge.weights import Weight, restored, stored
 
 
 FOLDER = "merge_history"
@@ -42,7 +44,7 @@ class Material:
         commit: 40 hex digits, None for a folder.
         digest: of a folder: SHA-256 over its files' digests; None on the Hub.
         kind: "full" or "adapter".
-        weight: as given; 1.0 for the base.
+        weight: as given; 1.0 for the base. In the file one by pattern is a list of pairs.
         files: path -> SHA-256 of every file the merge read; a leading `+` marks those of the model beneath an adapter.
         beneath: for `base+adapter` on another model: identity of that model.
         squared_norm: of its task vector; None for the base.
@@ -61,7 +63,7 @@ class Material:
     commit: str | None
     digest: str | None
     kind: str
-    weight: float
+    weight: Weight
     files: Mapping[str, str]
     beneath: str | None = None
     squared_norm: float | None = None
@@ -87,9 +89,10 @@ class Material:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; what most materials have not, from `unverified` on, only where it is."""
         data = {
-            "name": self.name, "commit": self.commit, "digest": self.digest, "kind": self.kind, "weight": self.weight,
-            "files": dict(self.files), "beneath": self.beneath, "squared_norm": self.squared_norm, "head": self.head,
-            "labels": list(self.labels), "license": self.license,
+            "name": self.name, "commit": self.commit, "digest": self.digest, "kind": self.kind,
+            "weight": stored(self.weight), "files": dict(self.files), "beneath": self.beneath,
+            "squared_norm": self.squared_norm, "head": self.head, "labels": list(self.labels),
+            "license": self.license,
         }  # fmt: skip
         if self.unverified:
             data["unverified"] = list(self.unverified)
@@ -107,7 +110,7 @@ class Material:
     def from_dict(cls, data: Mapping[str, Any]) -> Material:
         """Inverse of `to_dict`."""
         lists = {key: tuple(data.get(key, ())) for key in ("unverified", "contains")}
-        return cls(**{**data, **lists, "labels": tuple(data["labels"])})
+        return cls(**{**data, **lists, "labels": tuple(data["labels"]), "weight": restored(data["weight"])})
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,7 @@ class KeptState:
     @property
     def file(self) -> str:
         """Its path in the repository."""
-        return f"merge_state/{self.sha256}.safetensors"
+        return state_file(self.sha256)
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,7 @@ class Entry:
         base, models: materials, the models in order of arrival.
         method: name, version, options, norm.
         settings: dtype, include, exclude, vocabulary, state, allow_nonfinite, allow_pickle, trust_remote_code;
-            keep_sources where it is true.
+            keep_sources where it is true; learn where weights are learned.
         scalars: scale, merged_norm; of a randomized run its greatest measured deviation; the step of exact sums
             (`grid`); of a subtraction its gap to the exact removal, relative to the merged change (`gap_bound`, and
             `gap` where it was measured).
@@ -146,6 +149,8 @@ class Entry:
         products: path -> SHA-256 of every file of the output but card, ledger and states.
         environment: versions and device the bytes depend on.
         restored: of "restore" the step it went back to; else None.
+        learned: of learned weights how they were found (`how`, `groups`, `steps`, `curve`), of each model what made
+            its `replay` rows and their SHA-256, and that of carried `fisher` information; else None.
     """
 
     step: int
@@ -162,6 +167,7 @@ class Entry:
     products: Mapping[str, str]
     environment: Mapping[str, Any]
     restored: int | None = None
+    learned: Mapping[str, Any] | None = None
 
     @property
     def file(self) -> str:
@@ -170,9 +176,9 @@ class Entry:
 
     @property
     def beside(self) -> dict[str, str]:
-        """Path -> SHA-256 of what lies beside the weights: carried states, and copies of sources."""
+        """Path -> SHA-256 of what lies beside the weights: carried states, copies of sources, rows to learn from."""
         copies = {archive_file(one.kept): one.kept for one in (self.base, *self.models) if one.kept is not None}
-        return {state.file: state.sha256 for state in self.states} | copies
+        return {state.file: state.sha256 for state in self.states} | copies | learned_files(self.learned)
 
     def holding(self, paths: Collection[str]) -> Entry:
         """The entry with only those of its states and copies of sources that are there."""
@@ -181,7 +187,12 @@ class Entry:
             return one if one.kept is None or archive_file(one.kept) in paths else replace(one, kept=None)
 
         states = tuple(state for state in self.states if state.file in paths)
-        return replace(self, states=states, base=held(self.base), models=tuple(map(held, self.models)))
+        learned = self.learned
+        if learned is not None and not all(path in paths for path in learned_files(learned)):
+            learned = {**learned, "replay": [None] * len(self.models), "fisher": None}
+        return replace(
+            self, states=states, base=held(self.base), models=tuple(map(held, self.models)), learned=learned
+        )
 
     def to_bytes(self) -> bytes:
         """The file's bytes; their SHA-256 is what the next entry names."""
@@ -200,6 +211,7 @@ class Entry:
                 "byproducts": {
                     "scalars": dict(self.scalars),
                     "states": [{"count": s.count, "sha256": s.sha256, "nbytes": s.nbytes} for s in self.states],
+                    **({} if self.learned is None else {"learned": dict(self.learned)}),
                 },
                 "products": dict(self.products),
                 "environment": dict(self.environment),
@@ -232,7 +244,9 @@ class Entry:
                 products=raw["products"],
                 environment=raw["environment"],
                 restored=raw["action"].get("restored"),
+                learned=raw["byproducts"].get("learned"),
             )
+            learned_files(entry.learned)
             canonical = entry.to_bytes()
             lost = [key for key, held in NEEDED.items() for name in held if name not in getattr(entry, key)]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -279,6 +293,19 @@ def named(name: str, identities: Sequence[str]) -> list[int]:
     names = (wanted, Path(wanted).name)
     hits = [i for i, (own, _, _) in enumerate(parts) if own in names]
     return [i for i in hits if parts[i][2].removeprefix("sha256:").startswith(revision)]
+
+
+def learned_files(learned: Mapping[str, Any] | None) -> dict[str, str]:
+    """Path in the repository -> SHA-256 of the files that learning left."""
+    if learned is None:
+        return {}
+    digests = [*(row["sha256"] for row in learned["replay"] if row is not None), learned["fisher"]]
+    return {state_file(digest): digest for digest in digests if digest is not None}
+
+
+def state_file(digest: str) -> str:
+    """Path in the repository of what is carried from step to step."""
+    return f"merge_state/{digest}.safetensors"
 
 
 def archive_file(digest: str) -> str:
@@ -353,6 +380,7 @@ def settings_of(recipe: Recipe, card: Mapping[str, Any]) -> dict[str, Any]:
         "trust_remote_code": recipe.trust_remote_code,
         "card": dict(card),
         **({"keep_sources": True} if recipe.keep_sources else {}),
+        **({"learn": recipe.learn.to_dict()} if recipe.learn is not None else {}),
     }
 
 
@@ -377,6 +405,7 @@ def recipe_of(entry: Entry, refs: Mapping[str, str], *, base: str | None = None)
         allow_pickle=settings["allow_pickle"],
         trust_remote_code=settings["trust_remote_code"],
         keep_sources=bool(settings.get("keep_sources", False)),
+        learn=Learning.from_dict(settings["learn"]) if "learn" in settings else None,
     )
 
 

@@ -121,7 +121,7 @@ def measure(changes: Changes, param: Param, asked: Asked) -> Measured:
     Raises:
         NonFiniteError: names the model and the tensor.
     """
-    weights = changes.plan.weights
+    weights = changes.plan.weights_of(param)
     count = len(weights)
     sums = _Sums(weights)
     whole: list[TaskVector | None] | None = None

@@ -7,13 +7,14 @@ file's; a base that is not among `models` is added to them; `linear` gives the b
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from hfmerge.errors import RecipeError
 from hfmerge.fields import Section, flag, number, show, suggestion, text
 from hfmerge.mergekit_syntax import Input, Layout, constant, read_dtype, read_layout, read_vocabulary, reference
+from hfmerge.mergekit_weights import model_weight, weight_sums
+from hfmerge.weights import PatternWeights, Weight, values_of, written
 
 
 SHARED = {
@@ -137,7 +138,8 @@ class _Conversion:
             self.notes.append(f"base_model: mergekit's linear merges the base too; {self.base} is added to the models")
         weights, normalize = self._weights(inputs), self._shared("normalize", flag, True)
         # 1e-9 is far below float32's rounding: such weights were meant to sum to 1
-        if normalize is False and weights is not None and abs(math.fsum(weights) - 1.0) > 1e-9:
+        sums = weight_sums(weights or (1.0,))
+        if normalize is False and (sums is None or any(abs(total - 1.0) > 1e-9 for total in sums)):
             self._blame("normalize", "false with weights that do not sum to 1 rescales the models, not expressible")
         return {"models": _entries(inputs, weights), "method": {"name": "linear", "norm": "none"}}
 
@@ -145,10 +147,12 @@ class _Conversion:
         """theta_0 + lambda sum w tau, divided by sum w if `normalize`."""
         weights = self._weights(self.others)
         normalize, scale = self._shared("normalize", flag, False), self._shared("lambda", number, 1.0)
-        total = math.fsum(weights or ())
+        sums = weight_sums(weights or ())
+        if normalize and (sums is None or any(total != sums[0] for total in sums)):
+            self._blame("normalize", "true divides by sums of weights, which differ by filter; not expressible")
         # mergekit does not divide by sums smaller than this
-        if normalize and scale is not None and abs(total) >= 1e-8:
-            scale /= total
+        elif normalize and sums is not None and scale is not None and abs(sums[0]) >= 1e-8:
+            scale /= sums[0]
             self.notes.append(f"normalize: expressed as scale, lambda / sum of weights = {scale!r}")
         method = {"name": "task_arithmetic", "scale": scale, "norm": "none"}
         return {"models": _entries(self.others, weights), "method": method}
@@ -160,8 +164,8 @@ class _Conversion:
         if normalize is False:
             self._blame("normalize", "false cannot be expressed with ties, which divides by the agreeing weights")
         for entry, weight in zip(self.others, weights or (), strict=False):
-            if weight < 0.0:
-                text = f"{weight!r} for {entry.model} is negative: mergekit divides by it, hfmerge by its magnitude"
+            if (least := min(values_of(weight))) < 0.0:
+                text = f"{least!r} for {entry.model} is negative: mergekit divides by it, hfmerge by its magnitude"
                 self._blame("weight", text, entry)
         if density is not None and density <= 0.0:
             self._blame(
@@ -206,15 +210,18 @@ class _Conversion:
     def _shared(self, name: str, kind: Callable[[Any], Any], default: Any) -> Any:
         return _lookup(name, kind, default, self.layout.shared)
 
-    def _weights(self, inputs: Sequence[Input]) -> list[float] | None:
+    def _weights(self, inputs: Sequence[Input]) -> list[Weight] | None:
         """One weight a model, None if one is faulty; a missing one is an error in mergekit too."""
-        weights = []
+        weights: list[Weight] = []
         for entry in inputs:
             scopes = (entry.parameters, *self.layout.shared)
             if not any("weight" in scope.data for scope in scopes):
                 entry.parameters.report("weight", "is missing; mergekit requires one for every model it merges")
-            weights.append(_lookup("weight", number, None, scopes))
-        return None if None in weights else weights
+            weight = model_weight(scopes)
+            weights += [] if weight is None else [weight]
+        if any(isinstance(weight, PatternWeights) for weight in weights):
+            self.notes.append("weight: a filter counts where it is part of the name of a tensor in the base's files")
+        return weights if len(weights) == len(inputs) else None
 
     def _density(self) -> float | None:
         """The one density of all models, None if there is none."""
@@ -232,5 +239,6 @@ def _lookup(name: str, kind: Callable[[Any], Any], default: Any, scopes: Sequenc
     return default
 
 
-def _entries(inputs: Sequence[Input], weights: Sequence[float] | None) -> list[dict[str, Any]]:
-    return [{"model": entry.model, "weight": weight} for entry, weight in zip(inputs, weights or (), strict=False)]
+def _entries(inputs: Sequence[Input], weights: Sequence[Weight] | None) -> list[dict[str, Any]]:
+    pairs = zip(inputs, weights or (), strict=False)
+    return [{"model": entry.model, "weight": written(weight)} for entry, weight in pairs]

@@ -18,6 +18,7 @@ from hfmerge.disks import disk_of_files
 from hfmerge.estimating import stream_memory
 from hfmerge.journal import Finished, Key, Region
 from hfmerge.methods import JointMethod
+from hfmerge.methods.base import Measure
 from hfmerge.options import RunOptions
 from hfmerge.planned import Plan, needs_two_passes
 from hfmerge.pool import AHEAD, core_count, overlapped, resident_memory
@@ -27,7 +28,7 @@ from hfmerge.visits import Norms, Visit
 
 
 MEASURED: Key = ("measured", "", None)
-"""The journal's key of the thresholds of a joint method."""
+"""The journal's key of what a joint method found out about all parameters."""
 CHECKING = 0.1
 """Time of comparing a finished chunk with its checksum, as a share of merging it element by element."""
 
@@ -103,8 +104,8 @@ class Passes:
         if plan.streaming is not None:
             merging, writing, copying = _in_one_walk(plan, merging, writing, copying)
         self._announce(merging, writing, copying)
-        thresholds = self._thresholds()
-        found = self._over(merging, _or_copy(lambda visit: visit.merge(thresholds, write=not two)))
+        known = self._known()
+        found = self._over(merging, _or_copy(lambda visit: visit.merge(known, write=not two)))
         norms = [n for n in found if n is not None]
         squares = tuple(math.fsum(n.models[i] for n in norms) for i in range(len(plan.deltas) - self.files.start))
         squared_norms = (*(plan.prior.squared_norms if plan.prior else ()), *squares)
@@ -126,6 +127,7 @@ class Passes:
             "scale": scale,
             "states": states,
             "deviation": max(deviations, default=None),
+            "dependent": tuple(sum(i in n.dependent for n in norms) for i in range(len(plan.deltas))),
             "reused": self.reused,
         }
 
@@ -141,38 +143,35 @@ class Passes:
                 parts.append(f"{len(keys) - len(left)} of {len(keys)} tensors {each.name}")
         self.notify(f"resuming: {', '.join(parts)}")
 
-    def _thresholds(self) -> list[float] | None:
+    def _known(self) -> list[float] | None:
         """What a joint method that measures needs to know before the first pass."""
         method, journal = self.plan.method, self.files.journal
-        if not isinstance(method, JointMethod) or not method.measured:
+        measure = method.measure(len(self.files.models)) if isinstance(method, JointMethod) else None
+        if measure is None:
             return None
         if MEASURED in self.past:
             return list(self.past[MEASURED].found)
-        thresholds = self._measure(method)
+        known = self._measured(measure)
         if journal is not None and self.ranks.main:
-            journal.note(MEASURED, Finished(thresholds))
-        return thresholds
+            journal.note(MEASURED, Finished(known))
+        return known
 
-    def _measure(self, method: JointMethod) -> list[float]:
-        """One threshold per model from its histogram over all merged parameters; exact integer sums."""
-        import torch
-
-        from hfmerge.methods.trimming import BITS
-
-        totals = [torch.zeros(1 << BITS, dtype=torch.int64) for _ in self.files.models]
+    def _measured(self, measure: Measure) -> list[float]:
+        """Have all processes measure their share of the merged parameters, and put together what they find."""
         lock = threading.Lock()
 
-        def count(visit: Visit) -> None:
-            for total, part in zip(totals, visit.histograms(), strict=True):
+        def look(visit: Visit) -> None:
+            for found in visit.measure(measure):
                 with lock:
-                    total.add_(part)
+                    measure.add(found)
 
-        whole = tuple(Chunk(param) for param in self.plan.params if param.mode == "merge")
-        self._over(_Pass(None, "Measuring", whole), count)
-        if self.ranks.world > 1:
-            parts = self.ranks.gather(totals)
-            totals = [torch.stack([part[i] for part in parts]).sum(0) for i in range(len(totals))]
-        return [method.settle(total) for total in totals]
+        params = [param for param in self.plan.params if param.mode == "merge"]
+        cut = chunks(self.plan, params) if measure.tiled else map(Chunk, params)
+        self._over(_Pass(None, "Measuring", tuple(cut)), look)
+        first, *others = self.ranks.gather(measure)
+        for other in others:
+            first.join(other)
+        return first.settle()
 
     def _over(self, each: _Pass, work: Callable[[Visit], Norms | None]) -> list[Norms | None]:
         """Run `work` over a pass's chunks, this rank's share on its pool; all results in the chunks' order."""
@@ -198,7 +197,7 @@ class Passes:
         key, journal = each.key(chunk), self.files.journal
         done = self.past.get(key)
         if done is not None and self.files.intact(chunk, done):
-            return None if done.found is None else Norms(tuple(done.found[0]), *done.found[1:]), True
+            return None if done.found is None else Norms.of(done.found), True
         visit = Visit(self.files, chunk)
         norms = work(visit)
         if journal is not None and each.name is not None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from hfmerge.checkpoint.deltas import Delta
@@ -10,11 +13,13 @@ from hfmerge.checkpoint.heads import Head
 from hfmerge.checkpoint.names import Layout
 from hfmerge.checkpoint.vocabulary import Vocabulary
 from hfmerge.checkpoint.writer import Slot
+from hfmerge.learning.asked import HELD
 from hfmerge.methods import FoldMethod, MergeMethod
 from hfmerge.recipe import Recipe
 from hfmerge.source import Source
 from hfmerge.streaming import Streaming
 from hfmerge.taskvector import Block
+from hfmerge.weights import Weight, weight_at
 
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
@@ -121,12 +126,18 @@ class Plan:
     warnings: tuple[str, ...]
     streaming: Streaming | None = field(default=None, repr=False, compare=False)
     leaving: tuple[Delta, ...] = field(default=(), repr=False)
-    leaving_weights: tuple[float, ...] = ()
+    leaving_weights: tuple[Weight, ...] = ()
 
-    @property
-    def weights(self) -> tuple[float, ...]:
-        """One per model, in order."""
-        return tuple(entry.weight for entry in self.recipe.models)
+    def weights_of(self, param: Param) -> tuple[float, ...]:
+        """The models' weights in one merged parameter, in order."""
+        return self._weights[param.key]
+
+    @cached_property
+    def _weights(self) -> Mapping[str, tuple[float, ...]]:
+        """By key; worked out once, since a visit may be a few rows."""
+        weights = [entry.weight for entry in self.recipe.models]
+        keys = [param.key for param in self.params if param.mode == "merge"]
+        return {key: tuple(weight_at(weight, key) for weight in weights) for key in keys}
 
     @property
     def subtracted(self) -> tuple[int, ...]:
@@ -164,7 +175,23 @@ class Plan:
             for block in param.blocks
             if block.matrix
         ]
-        return self.method.choices(found.count(True), found.count(False))
+        return [*self.method.choices(found.count(True), found.count(False)), *self._learning()]
+
+    def _learning(self) -> list[str]:
+        """What learning the weights needs, if they are learned."""
+        asked = self.recipe.learn
+        if asked is None:
+            return []
+        size = 4 * sum(math.prod(param.slot.shape) for param in self.params if param.touched)
+        held = min(HELD, size * len(self.deltas))
+        # the base under all heads, the merged values, their gradient; with consolidation also values and information
+        need = held + size * (5 if asked.ewc else 3)
+        rows = f"{asked.replay.rows} replay rows of each model" if asked.replays else "no replay rows"
+        return [
+            f"learn: {asked.loss}, one weight a model" + (" and layer" if asked.groups == "layer" else "")
+            + f", at most {asked.steps} steps of {asked.batch} rows a model; {rows}; about {need / 1e9:.2f} GB of "
+            "memory beside the activations"
+        ]  # fmt: skip
 
     def slots(self) -> dict[str, dict[str, Slot]]:
         """Output file -> tensor -> slot."""

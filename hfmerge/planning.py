@@ -7,8 +7,8 @@
 from __future__ import annotations
 
 import fnmatch
-import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from hfmerge.checkpoint.deltas import Delta
@@ -20,14 +20,16 @@ from hfmerge.checkpoint.writer import Slot, shard_names
 from hfmerge.describing import describe
 from hfmerge.errors import HfMergeError, Problem, RecipeError
 from hfmerge.estimating import with_estimate
+from hfmerge.fields import Section
 from hfmerge.matching import Layouts, match_source, some
 from hfmerge.methods import FoldMethod, MergeMethod, registry
 from hfmerge.planned import DTYPES, Estimate, Param, Plan, Prior
 from hfmerge.recipe import ModelEntry, Recipe
-from hfmerge.recipe_values import count_problem, weights_problem
+from hfmerge.recipe_values import count_problem, sum_problem, weights_problem
 from hfmerge.source import FLOATS, Source
 from hfmerge.streaming import Streaming
 from hfmerge.taskvector import WHOLE
+from hfmerge.weights import PatternWeights, read_weight, written
 
 
 def build_method(recipe: Recipe) -> MergeMethod:
@@ -140,7 +142,7 @@ def make_plan(
         Estimate(0, 0, 0, 0, 0, 0, 0, 0.0), tuple(warnings), streaming, tuple(gone),
         tuple(entry.weight for entry in leaving),
     )  # fmt: skip
-    return with_estimate(plan)
+    return with_estimate(replace(plan, warnings=(*plan.warnings, *_weights_that_meet(plan, origin))))
 
 
 def _form(recipe: Recipe) -> list[Problem]:
@@ -151,8 +153,11 @@ def _form(recipe: Recipe) -> list[Problem]:
         return [
             Problem("method.name", f"{recipe.method.name} is not a method here; install the package that brings it")
         ]
-    if wrong := [i for i, weight in enumerate(weights) if not math.isfinite(weight)]:
-        return [Problem(f"models[{i}].weight", f"must be a finite number, not {weights[i]}") for i in wrong]
+    faults: list[Problem] = []
+    for i, weight in enumerate(weights):
+        read_weight(Section({"weight": written(weight)}, f"models[{i}]", faults), "weight")
+    if faults:
+        return faults
     found = [count_problem(len(weights), method), weights_problem(weights, method) if weights else None]
     problems = [Problem("models", text) for text in found if text is not None]
     if recipe.stream and recipe.keep_sources:
@@ -233,6 +238,29 @@ def _params(
             params.append(Param(key, file, slot, "merge", None, blocks, ranks, axis, gone))
     warnings.extend(f"pattern {pattern!r} matches no parameter." for pattern, hit in used.items() if not hit)
     return tuple(params)
+
+
+def _weights_that_meet(plan: Plan, origin: str) -> list[str]:
+    """Warnings on weights by pattern; like errors in them, they need the names of the parameters.
+
+    Raises:
+        RecipeError: the method divides by the sum of the weights, and it is zero where some of them meet.
+    """
+    merged = [param for param in plan.params if param.touched]
+    problems: dict[tuple[float, ...], Problem] = {}
+    for param in merged:
+        weights = plan.weights_of(param)
+        text = sum_problem(weights, type(plan.method))
+        if text is not None:
+            problems.setdefault(weights, Problem("models", f"in {param.key} {text}"))
+    if problems:
+        raise RecipeError(list(problems.values()), origin)
+    warnings = []
+    for i, entry in enumerate(plan.recipe.models):
+        if isinstance(entry.weight, PatternWeights):
+            unused = entry.weight.unused(param.key for param in merged)
+            warnings += [f"pattern {one!r} of the weight of models[{i}] counts for no parameter." for one in unused]
+    return warnings
 
 
 def _kept_states(recipe: Recipe, method: MergeMethod, count: int, start: int) -> tuple[int, ...]:

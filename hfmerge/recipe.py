@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from hfmerge import recipe_values as values
 from hfmerge.errors import Problem, RecipeError
-from hfmerge.fields import Section, flag, number, one_of, show, suggestion, text, texts
+from hfmerge.fields import Section, flag, one_of, show, suggestion, text, texts
+from hfmerge.learning.asked import Learning, read_learning
+from hfmerge.weights import Weight, read_weight, written
 from hfmerge.yamlio import dump_yaml, read_yaml
 
 
@@ -37,16 +39,17 @@ FOREIGN_KEYS = {
 class ModelEntry:
     """One model to merge: a reference (`org/name[@revision]`, a folder, an `hf://` URI) and its weight.
 
+    The weight is a number, or `PatternWeights` for numbers by the names of parameters.
     `subtracted` is for a merge that went on without it approximately (see `Material`); no recipe file says it.
     """
 
     model: str
-    weight: float = 1.0
+    weight: Weight = 1.0
     subtracted: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able, as a recipe writes it."""
-        return {"model": self.model, "weight": self.weight}
+        return {"model": self.model, "weight": written(self.weight)}
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,7 @@ class Recipe:
         stream: read weights from the Hub as they are needed instead of downloading them; the result is the same.
         keep_sources: keep a compressed copy of base and models beside the states, and publish it with them, so that
             the merge can be changed after they have vanished.
+        learn: how the models' weights are learned before the merge is made; None: they are as given.
         notes: remarks of a conversion from another format, for the user; no part of the recipe.
     """
 
@@ -109,13 +113,15 @@ class Recipe:
     trust_remote_code: bool = False
     stream: bool = False
     keep_sources: bool = False
+    learn: Learning | None = None
     notes: tuple[str, ...] = dataclasses.field(default=(), compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able mapping of all keys, that `parse_recipe` reads back as an equal recipe."""
         result = {key: getattr(self, key) for key in KEYS}
         result |= {"models": [entry.to_dict() for entry in self.models], "method": self.method.to_dict()}
-        return result | {"include": list(self.include), "exclude": list(self.exclude)}
+        result |= {"include": list(self.include), "exclude": list(self.exclude)}
+        return result | {"learn": None if self.learn is None else self.learn.to_dict()}
 
     def to_yaml(self) -> str:
         """The recipe as a YAML file, without the keys at their default, that `load_recipe` reads as an equal one."""
@@ -198,6 +204,9 @@ def _recipe(top: Section, methods: Mapping[str, type[MergeMethod]]) -> Recipe:
     method = _method(top, chosen, methods)
     models = _models(top, base, chosen)
     push_to = top.read("push_to", values.repo_id, None, nullable=True)
+    learn = read_learning(top.data.get("learn"), top, method.name)
+    if learn is not None and any(entry.weight != 1.0 for entry in models):
+        top.report("learn", "finds the models' weights; remove those given (`start` says where learning begins)")
     private = top.read("private", flag, None, nullable=True)
     if private is not None and top.data.get("push_to") is None:
         top.report("private", "has no effect without push_to; add push_to or remove it")
@@ -218,6 +227,7 @@ def _recipe(top: Section, methods: Mapping[str, type[MergeMethod]]) -> Recipe:
         trust_remote_code=top.read("trust_remote_code", flag, False),
         stream=top.read("stream", flag, False),
         keep_sources=top.read("keep_sources", flag, False),
+        learn=learn,
     )
 
 
@@ -258,7 +268,7 @@ def _models(top: Section, base: str, chosen: type[MergeMethod] | None) -> tuple[
         section = Section(item if isinstance(item, Mapping) else {"model": item}, f"models[{i}]", top.problems)
         section.refuse_unknown(("model", "weight"), "key")
         model = section.read("model", text, "", required=True)
-        weight = section.read("weight", number, None) if "weight" in section.data else 1.0
+        weight = read_weight(section, "weight") if "weight" in section.data else 1.0
         faulty_weights |= weight is None
         entries.append(ModelEntry(model, 1.0 if weight is None else weight))
         if not model:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, get_type_hints
 
 from hfmerge.errors import HfMergeError
 from hfmerge.fields import Section, number, show, suggestion, text, typed
+from hfmerge.weights import PatternWeights, Weight, values_of
 
 
 if TYPE_CHECKING:
@@ -105,13 +106,23 @@ def count_problem(count: int, method: type[MergeMethod]) -> str | None:
     return f"{method.name} takes {span} model{'' if (high or low) == 1 else 's'}, {count} given"
 
 
-def weights_problem(weights: Sequence[float], method: type[MergeMethod] | None) -> str | None:
-    """What is wrong with the weights together, or None; sums below rounding level count as zero."""
-    largest = max(abs(weight) for weight in weights)
-    if largest == 0.0:
+def weights_problem(weights: Sequence[Weight], method: type[MergeMethod] | None) -> str | None:
+    """What is wrong with the weights together, or None.
+
+    Which weights by pattern meet in one parameter depends on its name, so their sums are the planner's to check.
+    """
+    if not any(value for weight in weights for value in values_of(weight)):
         return "all weights are zero, nothing would be merged"
+    numbers = [weight for weight in weights if not isinstance(weight, PatternWeights)]
+    return sum_problem(numbers, method) if method is not None and len(numbers) == len(weights) else None
+
+
+def sum_problem(weights: Sequence[float], method: type[MergeMethod]) -> str | None:
+    """What is wrong with the weights that meet in one parameter, or None; sums at rounding level count as zero."""
+    if not method.normalises_weights:
+        return None
     # relative to the largest, since sums of huge weights overflow
-    total = math.fsum(weight / largest for weight in weights)
-    if method is not None and method.normalises_weights and abs(total) <= 1e-12:
-        return f"the weights sum to zero and {method.name} divides by their sum; change one"
-    return None
+    largest = max(abs(weight) for weight in weights) or 1.0
+    if abs(math.fsum(weight / largest for weight in weights)) > 1e-12:
+        return None
+    return f"the weights sum to zero and {method.name} divides by their sum; change one"

@@ -20,11 +20,12 @@ from hfmerge.ledger import FOLDER, Entry, Material, check_chain, same_prefix, se
 from hfmerge.marked import with_part
 from hfmerge.merged import Merged, note_places, parts_of, state_path
 from hfmerge.methods import AdditiveFold
-from hfmerge.pictures.embedding import FIGURES, drawn
+from hfmerge.pictures.embedding import FIGURES, drawn, embed_learning
 from hfmerge.planned import Plan
 from hfmerge.runfiles import STATE_FOLDER
 from hfmerge.scorecard import PREFIX, without_scores
 from hfmerge.source import Source
+from hfmerge.weights import Weight
 
 
 def record(
@@ -36,6 +37,7 @@ def record(
     existing: str | None,
     gap: Mapping[str, float] | None = None,
     copies: Sequence[str | None] = (),
+    learned: Mapping[str, Any] | None = None,
 ) -> tuple[Entry, tuple[str, ...]]:
     """Check that the result loads, and write ledger, card and licences beside it.
 
@@ -44,6 +46,7 @@ def record(
         opened, change: the merge it goes on from and how; None for a first merge.
         existing: card of that merge (see `readable_card`).
         gap: more scalars for the entry.
+        learned: what the ledger records of learned weights, if they were.
         copies: of base and models, SHA-256 of the copies that are kept of them; empty: none are to be kept.
 
     Returns:
@@ -61,9 +64,11 @@ def record(
             dataclasses.replace(one, kept=kept) for one, kept in zip((entry.base, *entry.models), copies, strict=True)
         )
         entry = dataclasses.replace(entry, base=base, models=tuple(models))
+    entry = dataclasses.replace(entry, learned=learned)
     write_record(folder, entry, opened, existing)
     _note_local_sources(planned, entry, opened, folder)
-    return entry, tuple(notes)
+    undrawn = embed_learning(folder, entry)
+    return entry, (*notes, *([undrawn] if undrawn else ()))
 
 
 def write_record(folder: Path, entry: Entry, opened: Merged | None, existing: str | None) -> None:
@@ -123,7 +128,7 @@ def _entry(
 ) -> Entry:
     previous = opened.last if opened else None
     kept = change.kept if change else ()
-    start = planned.start
+    start, recipe = planned.start, planned.recipe
     heads = {model: head for model, head in planned.heads}
     models = []
     for i, delta in enumerate(planned.deltas):
@@ -132,14 +137,14 @@ def _entry(
             models.append(kept[i])
             continue
         assert files is not None
-        material = _material(delta.source, files, planned.weights[i], outcome.squared_norms[i], notes)
+        material = _material(delta.source, files, recipe.models[i].weight, outcome.squared_norms[i], notes)
         head = heads.get(i)
         fields: dict[str, Any] = {"head": f"heads/{head.slug}", "labels": tuple(head.labels)} if head else {}
         if i in planned.subtracted:
             fields["subtracted"] = True
         models.append(Material.from_dict({**material.to_dict(), **fields}))
     base = _material(planned.base, outcome.source_digests[0] or {}, 1.0, None, notes)
-    recipe, method = planned.recipe, planned.method
+    method = planned.method
     settings = settings_of(recipe, {**_card_settings(planned.base), "architecture": planned.base_layout.architecture})
     return Entry(
         step=previous.step + 1 if previous else 1,
@@ -171,7 +176,7 @@ def _entry(
 
 
 def _material(
-    source: Source, files: Mapping[str, str], weight: float, squared_norm: float | None, notes: list[str]
+    source: Source, files: Mapping[str, str], weight: Weight, squared_norm: float | None, notes: list[str]
 ) -> Material:
     commit = source.pinned.commit
     under = source.beneath

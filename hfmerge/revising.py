@@ -14,6 +14,7 @@ from hfmerge.ledger import Material, short
 from hfmerge.merged import Merged
 from hfmerge.recipe import ModelEntry
 from hfmerge.source import Source
+from hfmerge.weights import shown
 
 
 def plan_replace(merged: Merged, old: str, new: str, *, weight: float | None = None, stream: bool = False) -> Change:
@@ -39,7 +40,7 @@ def plan_replace(merged: Merged, old: str, new: str, *, weight: float | None = N
     came = plan.deltas[place].source
     if entry.weight == gone.weight and _same(came, gone):
         raise LedgerError(f"{merged.pinned.label}: holds {gone.label} already, with this weight; nothing to replace.")
-    weighs = "" if entry.weight == gone.weight else f", its weight {gone.weight:g} by {entry.weight:g}"
+    weighs = "" if entry.weight == gone.weight else f", its weight {shown(gone.weight)} by {shown(entry.weight)}"
     said = f"{gone.label} replaced by {_label(came)}{weighs}, at place {place + 1} of {len(wanted)}; {how}"
     return Change("replace", (gone.name, came.name), said, leading(wanted), plan)
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hfmerge.card import restrictive
 from hfmerge.changes import Change
@@ -34,6 +35,10 @@ from hfmerge.runtime import Ranks
 from hfmerge.source import parse_ref
 from hfmerge.streaming import Streamed
 from hfmerge.workspace import Workspace, full_disk, recover, workspace
+
+
+if TYPE_CHECKING:
+    from hfmerge.learning.learned import Learned
 
 
 @dataclass(frozen=True)
@@ -147,6 +152,8 @@ def apply_change(
     ranks = with_disks(ranks, target, options.storage)
     change = ranks.each(make)
     change = dataclasses.replace(change, plan=for_machines(change.plan, ranks))
+    plan, learned = weights_found(change.plan, ranks, options, opened, change.action)
+    change = dataclasses.replace(change, plan=plan)
     if change.action in ("unmerge", "subtract") and options.notify is not None and ranks.main:
         need = change.plan.estimate
         options.notify(
@@ -160,13 +167,26 @@ def apply_change(
     destination = Destination(push_to, None, create_pr, parent) if push_to is not None else None
     stays = own and target is None
     with folder_for(target, change.plan, ranks, replace=replace, resume=options.resume) as place:
-        entry, seconds, notes, outcome = build(change.plan, place, ranks, opened, change, None, options, stays=stays)
+        entry, seconds, notes, outcome = build(
+            change.plan, place, ranks, opened, change, None, options, learned=learned, stays=stays
+        )  # fmt: skip
         if replace:
             ranks.on_main(partial(keep_foreign_files, opened, place.folder))
         pushed = publish(change.plan, place.folder, ranks, destination) if target is None and destination else None
     if target is not None and destination is not None:
         pushed = ranks.on_main(partial(push_written, Path(target), destination))
     return result_of(target, entry, change.plan, pushed, start, seconds, notes, world=ranks.world, outcome=outcome)
+
+
+def weights_found(
+    planned: Plan, ranks: Ranks, options: RunOptions, opened: Merged | None = None, action: str = "merge"
+) -> tuple[Plan, Learned | None]:
+    """The plan with learned weights, if its recipe asks for them, and what is kept of learning."""
+    if planned.recipe.learn is None:
+        return planned, None
+    from hfmerge.learning.learned import learn
+
+    return learn(planned, ranks, opened=opened, action=action, notify=options.notify)
 
 
 def result_of(
@@ -199,11 +219,13 @@ def build(
     digester: Digester | None,
     options: RunOptions,
     *,
+    learned: Learned | None = None,
     stays: bool = False,
 ) -> tuple[Entry, float, tuple[str, ...], Outcome]:
     """Run a plan into a folder and add ledger and card; also seconds of the run, warnings, and what the run told.
 
     Args:
+        learned: how the plan's weights were found, where they were learned.
         stays: see `keep_sources`; the other arguments as elsewhere.
     """
     existing = readable_card(opened) if opened else None
@@ -213,10 +235,11 @@ def build(
     copies, lost = _kept(planned, place.folder, ranks, outcome, opened, change, options, stays)
     with stand_ins(planned, place.folder, ranks):
         gap = ranks.on_main(partial(_gap, place.folder, outcome, change)) if planned.subtracted else None
+        known = ranks.on_main(partial(learned.keep, place.folder)) if learned is not None else None
         entry, notes = ranks.on_main(
-            partial(record, planned, place.folder, outcome, opened, change, existing, gap, copies)
+            partial(record, planned, place.folder, outcome, opened, change, existing, gap, copies, known)
         )
-    return entry, seconds, (*lost, *notes), outcome
+    return entry, seconds, (*lost, *_left_out(planned, outcome), *notes), outcome
 
 
 def _kept(
@@ -237,13 +260,23 @@ def _kept(
     return keep_sources(planned, folder, ranks, outcome, opened, change, stays=stays)
 
 
+def _left_out(planned: Plan, outcome: Outcome) -> list[str]:
+    """A warning for each model whose change was left out somewhere."""
+    return [
+        f"{delta.source.pinned.label}: in {count} parameters its change is a combination of those of earlier models, "
+        f"so {planned.method.name} leaves it out there."
+        for delta, count in zip(planned.deltas, outcome.dependent, strict=True)
+        if count
+    ]
+
+
 def _gap(folder: Path, outcome: Outcome, change: Change | None) -> dict[str, float]:
     """How far the result may be from the merge that never saw what was subtracted, relative to the merged change."""
     assert change is not None
     found = {}
-    if outcome.merged_norm:
-        bound = gap_bound(change.kept, change.plan.subtracted) * outcome.scale
-        found["gap_bound"] = bound / outcome.merged_norm
+    bound = gap_bound(change.plan.method, change.kept, change.plan.subtracted)
+    if outcome.merged_norm and bound is not None:
+        found["gap_bound"] = bound * outcome.scale / outcome.merged_norm
     if change.exact is not None:
         found["gap"] = measured_gap(change.exact, folder)
     return found

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from hfmerge.comparing import compare
 from hfmerge.ledger import Entry, Material, short
 from hfmerge.steps import Step
+from hfmerge.weights import shown
 
 
 def tree(steps: Sequence[Step]) -> list[str]:
@@ -69,7 +70,7 @@ def _changes(before: Entry | None, after: Entry) -> Iterator[str]:
     for model in change.subtracted:
         yield f"|    ~ {model.label}  approximately subtracted, still in the state"
     for model, weight in change.weights:
-        yield f"|    ~ {model.label}  weight {weight:g} -> {model.weight:g}"
+        yield f"|    ~ {model.label}  weight {shown(weight)} -> {shown(model.weight)}"
     if change.order is not None:
         yield f"|    order {', '.join(model.label for model in after.models)}"
     for name, (old, new) in change.method.items():
@@ -77,7 +78,7 @@ def _changes(before: Entry | None, after: Entry) -> Iterator[str]:
 
 
 def _model(sign: str, model: Material) -> Iterator[str]:
-    weight = "" if model.weight == 1.0 else f", weight {model.weight:g}"
+    weight = "" if model.weight == 1.0 else f", weight {shown(model.weight)}"
     text = f"{sign} {model.label}  {(model.squared_norm or 0.0) ** 0.5:.4g}{weight}"
     if model.ledger is None or sign == "-":
         yield f"|    {text}"

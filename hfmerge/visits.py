@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 from hfmerge.checkpoint.reader import Rows
 from hfmerge.checkpoint.vocabulary import extended_base
-from hfmerge.checkpoint.writer import TORCH_NAMES, SafetensorsWriter
+from hfmerge.checkpoint.writer import SIZES, TORCH_NAMES, SafetensorsWriter
 from hfmerge.chunks import Chunk
 from hfmerge.errors import GridOverflowError, NonFiniteError
 from hfmerge.journal import checksum
 from hfmerge.methods import Carry, FoldMethod, JointMethod
 from hfmerge.methods.additive import staying
-from hfmerge.methods.base import SAMPLED
+from hfmerge.methods.base import SAMPLED, Measure
 from hfmerge.planned import DTYPE_NAMES, Param, state_name
 from hfmerge.runfiles import RunFiles, carried
-from hfmerge.taskvector import Block, Dense, LowRank, TaskVector, cut, squared_norm, zero
+from hfmerge.taskvector import WHOLE, Block, Dense, LowRank, TaskVector, cut, squared_norm, zero
+from hfmerge.weights import weight_at
 
 
 if TYPE_CHECKING:
@@ -40,11 +41,19 @@ class Norms:
         models: squared Frobenius norm of each new model's task vector.
         read_out: squared Frobenius norm of the merged task vector before any scaling.
         deviation: of an approximating method's last step, see `FoldMethod.deviation`; None where it was not measured.
+        dependent: models whose change was left out, see `JointMethod.dependent`.
     """
 
     models: tuple[float, ...]
     read_out: float
     deviation: float | None = None
+    dependent: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, noted: Sequence[Any]) -> Norms:
+        """From what a journal noted of it."""
+        models, read_out, deviation, dependent = noted
+        return cls(tuple(models), read_out, deviation, tuple(dependent))
 
 
 class Visit:
@@ -79,31 +88,27 @@ class Visit:
             aligned = (self.plan.vocabulary, model, param.vocab_axis)
         return self.files.models[model].task_vector(param.key, self.base, aligned, self.chunk.rows)
 
-    def histograms(self) -> Iterator[Tensor]:
-        """Counts of magnitudes of every model's change, in order."""
-        import torch
+    def measure(self, measure: Measure) -> Iterator[Any]:
+        """What `measure` finds here, piece by piece."""
+        for tile in self.chunk.tiles():
+            yield from measure.find(_LazyTaus(Visit(self.files, tile), WHOLE))
 
-        from hfmerge.methods.trimming import magnitude_histogram
-
-        for model in range(len(self.files.models)):
-            tau = self.task_vector(model)
-            yield magnitude_histogram(torch.zeros(self.chunk.shape) if tau is None else tau.to_dense())
-
-    def merge(self, thresholds: Sequence[float] | None, *, write: bool) -> Norms:
+    def merge(self, known: Sequence[float] | None, *, write: bool) -> Norms:
         """The first pass: fold or combine all models.
 
         Args:
-            thresholds: per model, of a joint method that measures over all parameters.
+            known: what a joint method that measures found out about all parameters.
             write: write the result now; otherwise keep what `rescale` needs.
         """
         method, tiles = self.plan.method, self.chunk.tiles()
         if len(tiles) == 1:
-            return self._merge(thresholds, write)
-        if isinstance(method, JointMethod) and thresholds is None:
-            thresholds = self._surveyed(method, tiles)
-        found = [Visit(self.files, tile, self.wrote)._merge(thresholds, write) for tile in tiles]
+            return self._merge(known, write)
+        if isinstance(method, JointMethod) and known is None:
+            known = self._surveyed(method, tiles)
+        found = [Visit(self.files, tile, self.wrote)._merge(known, write) for tile in tiles]
         models = tuple(math.fsum(norms) for norms in zip(*(norms.models for norms in found), strict=True))
-        return Norms(models, math.fsum(norms.read_out for norms in found))
+        dependent = tuple(sorted({model for norms in found for model in norms.dependent}))
+        return Norms(models, math.fsum(norms.read_out for norms in found), dependent=dependent)
 
     def _surveyed(self, method: JointMethod, tiles: Sequence[Chunk]) -> list[float]:
         """What a method that is given its rows tile by tile has to know about all of them."""
@@ -127,18 +132,19 @@ class Visit:
             if found is not None:
                 return found
 
-    def _merge(self, thresholds: Sequence[float] | None, write: bool) -> Norms:
+    def _merge(self, known: Sequence[float] | None, write: bool) -> Norms:
         import torch
 
         method = self.plan.method
         if isinstance(method, FoldMethod):
             squares, carries, deviation = self._fold(method)
+            dependent: tuple[int, ...] = ()
             changes = self._read_out(method, carries)
         else:
             assert isinstance(method, JointMethod)
-            squares, changes = self._combine(method, thresholds)
+            squares, changes, dependent = self._combine(method, known)
             deviation = None
-        norms = Norms(tuple(squares), math.fsum(_finite_square(change) for change in changes), deviation)
+        norms = Norms(tuple(squares), math.fsum(_finite_square(change) for change in changes), deviation, dependent)
         if write:
             self._write(changes, 1.0)
         elif self.files.scratch is not None and isinstance(method, JointMethod):
@@ -178,6 +184,7 @@ class Visit:
         param, start, count = self.chunk.param, self.files.start, len(self.files.models)
         carries: list[Carry | None] = [self._prior_carry(method, block) for block in param.blocks]
         squares, deviations = [], []
+        weights = self.plan.weights_of(param)
         watched = zlib.crc32(param.key.encode()) % WATCHED == 0
         for i in range(start, count):
             tau = self.task_vector(i)
@@ -185,9 +192,9 @@ class Visit:
             for b, block in enumerate(param.blocks):
                 part = zero(block.shape(self.chunk.shape)) if tau is None else cut(tau, block)
                 if watched and i + 1 == count:
-                    deviations.append(method.deviation(carries[b], part, self.plan.weights[i], matrix=block.matrix))
+                    deviations.append(method.deviation(carries[b], part, weights[i], matrix=block.matrix))
                 try:
-                    carry = method.step(carries[b], part, self.plan.weights[i], matrix=block.matrix)
+                    carry = method.step(carries[b], part, weights[i], matrix=block.matrix)
                 except GridOverflowError as error:
                     raise GridOverflowError(f"{param.key}: {error}") from error
                 carries[b] = _settled(method, param, block, i + 1, carry)
@@ -201,9 +208,13 @@ class Visit:
         return squares, [carry for carry in carries if carry is not None], deviation
 
     def _combine(
-        self, method: JointMethod, thresholds: Sequence[float] | None
-    ) -> tuple[list[float], list[TaskVector]]:
+        self, method: JointMethod, known: Sequence[float] | None
+    ) -> tuple[list[float], list[TaskVector], tuple[int, ...]]:
         models = len(self.files.models)
+        weights = list(self.plan.weights_of(self.chunk.param))
+        for i in self.plan.subtracted:
+            weights[i] = 0.0
+        dependent: set[int] = set()
         held: list[TaskVector | None] = []
         squares = []
         for i in range(models):
@@ -216,8 +227,10 @@ class Visit:
             taus: Sequence[TaskVector] = _LazyTaus(self, block)
             if held:
                 taus = [_cut(tau, block, self.chunk) for tau in held]
-            changes.append(method.combine(taus, self.plan.weights, partial(_taken, block, self.base), thresholds))
-        return squares, changes
+            found = method.examine(taus) if known is None else known
+            changes.append(method.combine(taus, weights, partial(_taken, block, self.base), found))
+            dependent.update(() if found is None else method.dependent(found))
+        return squares, changes, tuple(sorted(model for model in dependent if squares[model] > 0.0))
 
     def _squared_norm(self, model: int, tau: TaskVector | None) -> float:
         """Of one model's change; not a number means that the model or the base is not, which is refused by name.
@@ -255,7 +268,8 @@ class Visit:
             if param.leaving[j] is None:
                 tau = reader.task_vector(param.key, self.base, None, self.chunk.rows)
                 part = _cut(tau, block, self.chunk)
-                carry = method.unstep(carry, part, self.plan.leaving_weights[j], matrix=block.matrix)
+                weight = weight_at(self.plan.leaving_weights[j], param.key)
+                carry = method.unstep(carry, part, weight, matrix=block.matrix)
         order = sorted((i for i, model in enumerate(prior.held) if model >= 0), key=lambda i: prior.held[i])
         carry = staying(carry, ranks, order)
         if not prior.count:
@@ -282,7 +296,9 @@ class Visit:
 
     def _read_out(self, method: FoldMethod, carries: Sequence[Carry]) -> list[TaskVector]:
         """The merged change of every block; approximately without what the recipe subtracts."""
-        param, weights = self.chunk.param, self.plan.weights
+        import torch
+
+        param, weights = self.chunk.param, self.plan.weights_of(self.chunk.param)
         counted = [weight for i, weight in enumerate(weights) if i not in self.plan.subtracted]
         taus = [(weights[i], self.task_vector(i)) for i in self.plan.subtracted]
         changes = []
@@ -290,7 +306,9 @@ class Visit:
             for weight, tau in taus:
                 if tau is not None:
                     carry = method.unstep(carry, cut(tau, block), weight, matrix=block.matrix)
-            changes.append(method.emit(carry, counted, matrix=block.matrix))
+            change = method.emit(carry, counted, matrix=block.matrix)
+            # what is rounded to 16 bits does not need more, and twice the bytes take twice the time
+            changes.append(change.to(torch.float32) if SIZES[param.slot.dtype] < 4 else change)
         return changes
 
     def _store(self, writer: SafetensorsWriter, carries: Sequence[Carry | None], count: int) -> None:

@@ -1,6 +1,7 @@
 """Render the golden cards: for every recipe the card its merge would get, with commits and norms made from the names.
 
-The results in the quickstart's card are measured ones, by `python -m evaluation.tables quickstart`.
+The results and pictures in the quickstart's card are measured ones, by `python -m evaluation.tables quickstart`, which
+puts the same into the card on the Hub.
 
 `make cards` writes them; a test renders them again and compares.
 """
@@ -8,6 +9,7 @@ The results in the quickstart's card are measured ones, by `python -m evaluation
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 from hfmerge.card import card_facts, render_card
@@ -15,13 +17,18 @@ from hfmerge.digest import sha256_bytes
 from hfmerge.evaluation.report import card_with_results
 from hfmerge.evaluation.results import load_results
 from hfmerge.ledger import Entry, KeptState, Material, settings_of
+from hfmerge.marked import with_part
+from hfmerge.pictures import draw_all
+from hfmerge.pictures.embedding import CAPTIONS, FIGURES, figures_text
 from hfmerge.recipe import Recipe, load_recipe
 from hfmerge.source import parse_ref
+from hfmerge.weights import Weight
 
 
 HERE = Path(__file__).resolve().parent
 RECIPES = HERE.parent / "recipes"
 MEASURED = HERE.parent / "evaluation" / "results" / "quickstart-recipe.json"
+INSPECTED = MEASURED.with_name("quickstart-recipe-inspection.json")
 MERGED = "quickstart/minilm-merged"
 """What was measured: the merge of the quickstart's recipe. No other recipe's models can be had without a network."""
 
@@ -31,8 +38,15 @@ def golden_cards() -> dict[str, str]:
     paths = sorted([*RECIPES.glob("*.yaml"), *RECIPES.glob("quickstart/*.yaml")])
     names = [path.stem if path.parent == RECIPES else path.parent.name for path in paths]
     cards = {name: golden_card(load_recipe(path), f"org/{name}") for name, path in zip(names, paths, strict=True)}
-    cards["quickstart"] = card_with_results(cards["quickstart"], load_results(MEASURED), MERGED, "quickstart")
+    pictures = sorted((HERE / FIGURES).glob("*.png"), key=lambda path: list(CAPTIONS).index(path.stem))
+    card = with_part(cards["quickstart"], FIGURES, figures_text(pictures))
+    cards["quickstart"] = card_with_results(card, load_results(MEASURED), MERGED, "quickstart")
     return {f"{name}.md": text for name, text in cards.items()}
+
+
+def draw(folder: Path) -> list[Path]:
+    """The pictures of the quickstart's card."""
+    return draw_all([json.loads(path.read_text(encoding="utf-8")) for path in (INSPECTED, MEASURED)], folder)
 
 
 def golden_card(recipe: Recipe, repo_id: str) -> str:
@@ -64,7 +78,7 @@ def golden_card(recipe: Recipe, repo_id: str) -> str:
     return render_card((entry,), card_facts(entry, repo_id))
 
 
-def _material(ref: str, weight: float, squared_norm: float | None) -> Material:
+def _material(ref: str, weight: Weight, squared_norm: float | None) -> Material:
     name = str(parse_ref(ref)[0].repo_id)
     commit = hashlib.sha1(name.encode(), usedforsecurity=False).hexdigest()
     files = {"model.safetensors": sha256_bytes(name.encode())}
@@ -72,6 +86,7 @@ def _material(ref: str, weight: float, squared_norm: float | None) -> Material:
 
 
 if __name__ == "__main__":
+    draw(HERE / FIGURES)
     for file, text in golden_cards().items():
         (HERE / file).write_text(text, encoding="utf-8")
         print(HERE / file)

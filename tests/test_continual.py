@@ -111,6 +111,11 @@ def test_every_model_gets_its_task() -> None:
         pair(suite("mr", "sms_spam"), names, refs, {"mr": "org/else"})
     with pytest.raises(RecipeError, match="is not in s"):
         pair(suite("mr", "sms_spam"), names, refs, {"nli": "org/bert-mr"})
+    # a text tower is nobody's own, and a name within other names is the one that is whole
+    clip = ["mnist", "emnist_letters", "fashion_mnist", "kmnist", "stanford-cars"]
+    tasks = [Task(n, "zero-shot-image-classification", "accuracy", "o/d", head="o/clip") for n in reversed(clip)]
+    owners = [f"o/clip-vit-base-patch32_{name}" for name in clip]
+    assert pair(Suite("s", tuple(tasks)), [ref.replace("/", "--") for ref in owners], owners, {}) == clip
     worse = Suite("s", (*suite("mr", "sms_spam").tasks, Task("p", "perplexity", "perplexity", "./d", text=("text",))))
     with pytest.raises(RecipeError, match="better when lower"):
         pair(worse, names, refs, {})
@@ -243,7 +248,7 @@ def test_a_sweep_and_several_recipes_are_variants(world: Path, tmp_path: Path) -
     assert data["variants"][1]["inspection"]["interference"] is None
 
 
-def test_faults_are_named_before_any_work(world: Path, tmp_path: Path) -> None:
+def test_faults_are_named_before_any_work(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = load_recipe(world / "opcm.yaml")
     with pytest.raises(RecipeError, match="is not of the form"):
         sweep(recipe, "", ["alpha=0.1"])
@@ -262,6 +267,9 @@ def test_faults_are_named_before_any_work(world: Path, tmp_path: Path) -> None:
         "continual", world / "opcm.yaml", "--suite", world / "suite.yaml", "--output", tmp_path / "x", "--orders", 0
     )
     assert run.code == 1 and "at least one order" in run.err and not (tmp_path / "x").exists()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    run = tiny.cli("continual", world / "opcm.yaml", "--suite", world / "suite.yaml", "--output", tmp_path / "x")
+    assert run.code == 1 and "works in one process" in run.err and not (tmp_path / "x").exists()
 
 
 def slerp() -> hfmerge.MethodChoice:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
+import shutil
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import evaluating
 import launching
@@ -21,11 +27,15 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 import hfmerge
 from hfmerge.card import parse_card
 from hfmerge.errors import AccessError, HfMergeError, NotFoundError, PushError, UnsupportedError
+from hfmerge.evaluation.continual import Experiment, run_continual
+from hfmerge.evaluation.continual_asked import Variant
 from hfmerge.evaluation.report import push_results, write_results
 from hfmerge.evaluation.running import Settings
+from hfmerge.evaluation.suite import Suite, load_suite, ready_suites
 from hfmerge.hubserver.importer import import_folder
 from hfmerge.hubserver.serve import HubServer
 from hfmerge.marked import part
+from hfmerge.recipe import load_recipe
 from hfmerge.scorecard import carried_scores, with_scores, without_scores
 
 
@@ -99,6 +109,21 @@ def test_data_by_id_is_pinned_and_its_label_names_count(world: World, tmp_path: 
     older = world.suite(tmp_path / "suite.yaml", dataset=f"tests/heat@{commit}", stream=True, limit=7)
     streamed = hfmerge.evaluate(["tests/heat-one"], older, settings=FRESH).scores[0][0]
     assert streamed is not None and streamed.n == 7
+
+
+def test_a_stream_is_read_no_further_than_its_sample(
+    world: World, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "".join(json.dumps(row) + "\n" for row in world.rows)
+    world.data("heat-large", {f"test-{i}.jsonl": text for i in range(14)})
+    monkeypatch.setattr("hfmerge.evaluation.data.BUFFER", 20)
+    suite = world.suite(tmp_path / "suite.yaml", dataset="tests/heat-large", stream=True, limit=10)
+    first, again = (hfmerge.evaluate(["tests/heat-one"], suite, settings=FRESH).scores[0][0] for _ in range(2))
+    assert first is not None and first.n == 10 and first == again
+    logs = tmp_path_factory.getbasetemp().glob("hub-end-to-end*/requests.jsonl")
+    requests = [line for log in logs for line in log.read_text().splitlines()]
+    lines = [line for line in requests if "heat-large/resolve" in line and '"GET"' in line]
+    assert 0 < len({name for line in lines for name in re.findall(r"test-\d+\.jsonl", line)}) < 14
 
 
 @pytest.mark.parametrize("form", ["parquet", "jsonl"])
@@ -291,8 +316,6 @@ def test_the_clip_suites_run_on_stand_ins_under_their_own_ids(world: World, tmp_
     import numpy as np
     from PIL import Image
 
-    from hfmerge.evaluation.suite import load_suite
-
     rng = np.random.default_rng(0)
     suite = load_suite("clip-20").select(CLIP_TASKS)
     for task in suite.tasks:
@@ -311,27 +334,113 @@ def test_the_clip_suites_run_on_stand_ins_under_their_own_ids(world: World, tmp_
             files = [{"split": task.split, "path": f"{task.config}/{task.split}.parquet"}]
             front = yaml.safe_dump({"configs": [{"config_name": task.config, "data_files": files}]})
             (folder / "README.md").write_text(f"---\n{front}---\n")
-        world.api.create_repo(task.dataset, repo_type="dataset")
-        world.api.upload_folder(repo_id=task.dataset, repo_type="dataset", folder_path=folder)
+        repo_id, _, revision = task.dataset.partition("@")
+        assert revision == "main"
+        world.api.create_repo(repo_id, repo_type="dataset")
+        world.api.upload_folder(repo_id=repo_id, repo_type="dataset", folder_path=folder)
     clip = tiny.save(tiny.build("CLIPModel", tiny.config("clip")), tmp_path / "clip")
     tiny.tokenizer(clip, evaluating.TOKENS)
     tiny.edit_config(clip, file="tokenizer_config.json", model_max_length=16, pad_token="[PAD]")
     shape = {"size": {"shortest_edge": 8}, "crop_size": {"height": 8, "width": 8}}
     (clip / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": "CLIPImageProcessor", **shape}))
-    for repo_id in ("openai/clip-vit-base-patch32", "tanganke/clip-vit-base-patch32_mnist"):
-        world.api.create_repo(repo_id)
-    world.api.upload_folder(repo_id="openai/clip-vit-base-patch32", folder_path=clip)
+    world.api.create_repo("openai/clip-vit-base-patch32")
+    tower = world.api.upload_folder(repo_id="openai/clip-vit-base-patch32", folder_path=clip).oid
     import transformers
 
     vision = tiny.save(transformers.CLIPModel.from_pretrained(clip).vision_model, tmp_path / "vision")
-    world.api.upload_folder(repo_id="tanganke/clip-vit-base-patch32_mnist", folder_path=vision)
+    for name in CLIP_TASKS[:3]:
+        world.api.create_repo(f"tanganke/clip-vit-base-patch32_{name}")
+        world.api.upload_folder(repo_id=f"tanganke/clip-vit-base-patch32_{name}", folder_path=vision)
+        tiny.save(tiny.fine_tune(transformers.CLIPVisionModel.from_pretrained(vision), len(name), 0.2), vision)
     matrix = hfmerge.evaluate(["tanganke/clip-vit-base-patch32_mnist"], "clip-20", tasks=CLIP_TASKS, settings=FRESH)
     assert [score.n for score in matrix.scores[0] if score is not None] == [3] * len(CLIP_TASKS)
-    assert [task.dataset for task in matrix.tasks] == [task.dataset for task in suite.tasks]
+    assert [f"{task.dataset}@main" for task in matrix.tasks] == [task.dataset for task in suite.tasks]
+    # which commits `main` was is in the results, and pinned they ask for the same
+    assert {task.head_commit for task in matrix.tasks} == {tower}
+    tiny.done("suites", "--pin", _shorter(tmp_path / "short.yaml", suite), "--output", tmp_path / "pinned.yaml")
+    pinned = load_suite(tmp_path / "pinned.yaml")
+    assert [t.dataset for t in pinned.tasks] == [f"{task.dataset}@{task.commit}" for task in matrix.tasks]
+    assert {task.head for task in pinned.tasks} == {f"openai/clip-vit-base-patch32@{tower}"}
+    assert [replace(p, dataset="", head="") for p in pinned.tasks] == [
+        replace(t, dataset="", head="") for t in suite.tasks
+    ]
     full = hfmerge.evaluate(["openai/clip-vit-base-patch32"], "clip-8", tasks=["mnist", "dtd"], settings=FRESH)
     # the vision tower of the stand-in is the stand-in's own, so the scores agree
     tasks = [task.name for task in matrix.tasks]
     assert full.scores[0] == tuple(matrix.scores[0][tasks.index(name)] for name in ("mnist", "dtd"))
+    # the continual experiment of the paper, on three of its eight models
+    recipe = load_recipe(launching.ROOT / "evaluation" / "experiments" / "clip-8" / "opcm.yaml")
+    models = tuple(m for m in recipe.models if m.model.rpartition("_")[2] in CLIP_TASKS[:3])
+    asked = Experiment((Variant("opcm", replace(recipe, models=models), {}),), load_suite("clip-8"), orders=1)
+    data = run_continual(asked, tmp_path / "continual")
+    assert [model["task"] for model in data["models"]] == ["svhn", "mnist", "dtd"]
+    assert all(removal["identical"] for removal in data["variants"][0]["orders"][0]["removals"])
+    assert data["models"][1]["alone"]["value"] == full.scores[0][0].value  # type: ignore[union-attr]
+
+
+def _shorter(path: Path, suite: Suite) -> Path:
+    """A suite file with some tasks of clip-20."""
+    names = [task.name for task in suite.tasks]
+    shutil.copy(ready_suites()["clip-20"], path.with_name("clip-20.yaml"))
+    path.write_text(json.dumps({"name": "short", "extends": "clip-20.yaml", "tasks": names}))
+    return path
+
+
+class _Reader(HTMLParser):
+    """What somebody without a browser finds in a page: cells of tables, and pictures."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cells: list[str] = []
+        self.pictures: list[str] = []
+        self._cell = False
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag in ("td", "th"):
+            self._cell = True
+            self.cells.append("")
+        if tag == "img":
+            self.pictures.append(str(dict(attrs)["src"]))
+
+    def handle_endtag(self, tag: str) -> None:
+        self._cell = self._cell and tag not in ("td", "th")
+
+    def handle_data(self, data: str) -> None:
+        if self._cell:
+            self.cells[-1] += data
+
+
+def test_a_reader_without_a_browser_sees_table_and_pictures(world: World, tmp_path: Path) -> None:
+    """The card as anybody gets it over HTTP, rendered as Markdown, and every picture that it shows."""
+    from markdown_it import MarkdownIt
+    from PIL import Image
+
+    out = tmp_path / "merged"
+    models = ["tests/heat-one", "tests/heat-two"]
+    tiny.done("merge", *models, "--base", "tests/heat-base", "--method", "opcm", "--output", out)
+    suite = world.suite(tmp_path / "suite.yaml", head="tests/heat-one")
+    scores = tiny.done("evaluate", out, *models, "--suite", suite, "--output", tmp_path / "scores", "--write-card")
+    tiny.done("inspect", out, "--save", tmp_path / "inspection.json")
+    tiny.done("plot", tmp_path / "inspection.json", tmp_path / "scores.json", "--card", out)
+    hfmerge.push(out, "tests/heat-shown")
+    assert hfmerge.verify("tests/heat-shown").ok
+
+    def got(name: str) -> bytes:
+        with urllib.request.urlopen(f"{world.server.endpoint}/tests/heat-shown/resolve/main/{name}") as answer:
+            assert answer.status == 200
+            return bytes(answer.read())
+
+    text = got("README.md").decode("utf-8").partition("\n---\n")[2]
+    page = _Reader()
+    page.feed(MarkdownIt("commonmark").enable("table").render(text))
+    value = hfmerge.evaluation.results.load_results(tmp_path / "scores.json").score("merged", "heat")
+    assert value is not None and f"{value.value:.3f} [{value.low:.3f}, {value.high:.3f}]" in page.cells
+    assert {"merged", *models} <= set(page.cells) and "| merged |" in scores.out
+    assert {"task_vector_cosine", "kept_energy_per_layer", "accuracy_matrix"} <= {Path(p).stem for p in page.pictures}
+    for name in page.pictures:
+        with Image.open(io.BytesIO(got(name))) as picture:
+            assert picture.format == "PNG" and min(picture.size) > 200
+        ElementTree.fromstring(got(name.replace(".png", ".svg")))
 
 
 def test_the_import_of_real_models_says_when_it_skips(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """`inspect` against brute force on dense tensors: similarity, signs, spectra, interference; adapters as factors."""
 
+import json
 from pathlib import Path
 
+import launching
 import pytest
 import tiny
 import torch
@@ -132,6 +134,18 @@ def test_reading_in_pieces_changes_nothing(full: tuple[Path, list[Path]], monkey
     pieces = hfmerge.inspect(recipe(base, models)).to_dict()
     del whole["seconds"], pieces["seconds"]
     assert pieces == whole
+
+
+def test_two_processes_find_the_same(full: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    base, models = full
+    saved = tmp_path / "found.json"
+    command = ["-m", "hfmerge", "inspect", *map(str, models), "--base", str(base), "--save", str(saved)]
+    process = launching.torchrun(2, *command)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    assert output.count("cosine of task vectors") == 1
+    alone = hfmerge.inspect(recipe(base, models)).to_dict()
+    assert {**json.loads(saved.read_text()), "seconds": 0} == {**alone, "seconds": 0}
 
 
 def test_a_merge_is_inspected_by_its_ledger(full: tuple[Path, list[Path]], tmp_path: Path) -> None:

@@ -64,10 +64,13 @@ def count(method: MergeMethod, wanted: int = 3) -> int:
     return max(least, wanted if most is None else min(wanted, most))
 
 
-def thresholds(method: MergeMethod, taus: Sequence[TaskVector]) -> list[float] | None:
-    if not (isinstance(method, JointMethod) and method.measured):
+def known(method: MergeMethod, taus: Sequence[TaskVector]) -> list[float] | None:
+    measure = method.measure(len(taus)) if isinstance(method, JointMethod) else None
+    if measure is None:
         return None
-    return [method.settle(magnitude_histogram(tau.to_dense())) for tau in taus]
+    for found in measure.find(taus):
+        measure.add(found)
+    return measure.settle()
 
 
 def apply(
@@ -88,7 +91,7 @@ def apply(
         return method.emit(carry, weights, matrix=matrix).to_dense()
     assert isinstance(method, JointMethod)
     origin = normal(999, *taus[0].shape) if base is None else base
-    return method.combine(taus, weights, origin.clone, thresholds(method, taus)).to_dense()
+    return method.combine(taus, weights, origin.clone, known(method, taus)).to_dense()
 
 
 def gap(value: Tensor, expected: Tensor) -> float:

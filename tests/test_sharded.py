@@ -23,6 +23,7 @@ FLAGS: dict[str, tuple[str, ...]] = {
     name: ("--method", name, "--state", "all") for name, method in registry().items() if method.arity[1] is None
 }
 FLAGS["ties over the model"] = ("--method", "ties", "--option", "scope=model", "--norm", "mean")
+FLAGS["mdm_oc over the model"] = ("--method", "mdm_oc", "--option", "scope=model")
 FLAGS["slerp"] = ("--method", "slerp")
 
 WORKER = """

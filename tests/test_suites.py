@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from hfmerge.errors import HfMergeError, RecipeError
+from hfmerge.evaluation.continual_report import to_markdown
 from hfmerge.evaluation.metrics import METRICS, scored, wilson
 from hfmerge.evaluation.results import Matrix, ModelInfo, Score, TaskInfo, load_results
 from hfmerge.evaluation.suite import KINDS, load_suite, parse_suite, ready_suites
@@ -144,6 +148,34 @@ def test_the_tables_in_the_readme_are_those_that_were_measured(name: str) -> Non
     assert summary in (folder / "README.md").read_text(encoding="utf-8")
     matrix = load_results(folder / "results" / f"{name}.json")
     assert (folder / "results" / f"{name}.md").read_text(encoding="utf-8") == matrix.to_markdown()
-    merged = next(model.label for model in matrix.models if model.label.endswith("merged-opcm"))
-    for task in matrix.tasks:
-        assert f"{matrix.score(merged, task.name).value:.3f} |\n" in summary.partition(f"| {task.name} (")[2]
+    summary_rows = {line.split(" | ")[0].strip("| "): line for line in summary.splitlines()}
+    columns = [cell.strip() for cell in summary.splitlines()[0].strip("|").split("|")]
+    for method in ("task-arithmetic", "gram", "iso_c", "opcm"):
+        (merged,) = (m.label for m in matrix.models if re.fullmatch(rf".*/merged-{method}(-lora)?", m.label))
+        for task in matrix.tasks:
+            score = matrix.score(merged, task.name)
+            assert score is not None
+            cells = [cell.strip() for cell in summary_rows[f"{task.name} ({score.n} rows)"].strip("|").split("|")]
+            assert cells[columns.index(method)] == f"{score.value:.3f}"
+
+
+@pytest.mark.parametrize(("name", "parts"), [("orders", (1, 5, 7, 9)), ("alpha", (1,)), ("quickstart", (1,))])
+def test_the_continual_tables_in_the_readme_are_those_that_were_measured(name: str, parts: Sequence[int]) -> None:
+    folder = Path(__file__).resolve().parents[1] / "evaluation"
+    readme = (folder / "README.md").read_text(encoding="utf-8")
+    text = to_markdown(json.loads((folder / "results" / name / "continual.json").read_text(encoding="utf-8")))
+    assert text == (folder / "results" / name / "continual.md").read_text(encoding="utf-8")
+    assert all(text.rstrip().split("\n\n")[i] in readme for i in parts)
+    for picture in re.findall(r"\]\((results/\S+\.png)\)", readme):
+        assert (folder / picture).is_file() and (folder / picture).with_suffix(".svg").is_file()
+
+
+def test_what_training_gives_is_in_the_readme_as_it_was_measured() -> None:
+    folder = Path(__file__).resolve().parents[1] / "evaluation"
+    readme = (folder / "README.md").read_text(encoding="utf-8")
+    assert (folder / "results" / "baselines" / "baselines.md").read_text(encoding="utf-8") in readme
+    data = json.loads((folder / "results" / "baselines" / "baselines.json").read_text(encoding="utf-8"))
+    summary = (folder / "results" / "text-encoders-summary.md").read_text(encoding="utf-8").splitlines()
+    (row,) = (line for line in summary if line.startswith("| ag_news "))
+    many, last = data["multi_task"]["0"], data["sequential"][0]["final"]["0"]
+    assert row.endswith(f"| {last:.3f} | {many:.3f} |")

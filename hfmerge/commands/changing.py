@@ -38,7 +38,7 @@ def register(command: Command) -> None:
         "--mode",
         choices=("exact", "subtract"),
         default="exact",
-        help="subtract: read no other model; approximate, and not a removal (default: exact)",
+        help="subtract: only what MODEL brought itself goes; approximate, and not a removal (default: exact)",
     )
     sub.add_argument("--measure", action="store_true", help="of a subtraction: measure how far off it is")
     sub.add_argument(

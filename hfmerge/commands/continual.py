@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from hfmerge.commands.shared import Command, notify, print_json
@@ -47,6 +48,11 @@ def _continual(args: argparse.Namespace) -> int:
     from hfmerge.pictures.style import styled
     from hfmerge.recipe import load_recipe
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise HfMergeError(
+            "continual: works in one process, since every step needs the one before; start it without torchrun or "
+            "accelerate launch. `hfmerge merge`, `inspect` and `evaluate` share their work."
+        )
     if args.orders < 1:
         raise HfMergeError(f"--orders {args.orders}: at least one order is needed.")
     pairs = [item.partition("=") for item in args.task]

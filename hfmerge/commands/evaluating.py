@@ -39,7 +39,9 @@ def register(command: Command) -> None:
     sub.add_argument("--write-card", action="store_true", help="put the results into the cards of MODEL folders")
     sub.add_argument("--push", metavar="REPO_ID", help="put the results into the card of this one of the models")
     sub.add_argument("--create-pr", action="store_true", help="push as a pull request")
-    command("suites", "List the suites that come with hfmerge.", _suites)
+    sub = command("suites", "List the suites that come with hfmerge, or fix one to the commits of today.", _suites)
+    sub.add_argument("--pin", metavar="NAME | FILE.yaml", help="the suite whose data sets and heads are looked up")
+    sub.add_argument("--output", metavar="FILE.yaml", help="where it goes with their commits (default: printed)")
 
 
 def _evaluate(args: argparse.Namespace) -> int:
@@ -101,6 +103,10 @@ def _pairs(items: Sequence[str]) -> dict[str, str]:
 def _suites(args: argparse.Namespace) -> int:
     from hfmerge.evaluation.suite import load_suite, ready_suites
 
+    if args.output and not args.pin:
+        raise HfMergeError("--output: is for a pinned suite; say which: --pin NAME.")
+    if args.pin:
+        return _pin(args)
     suites = {name: load_suite(path) for name, path in ready_suites().items()}
     if args.json:
         print_json(
@@ -113,4 +119,23 @@ def _suites(args: argparse.Namespace) -> int:
     for name, suite in suites.items():
         print(f"{name}: {suite.description}")
         print(f"    {', '.join(task.name for task in suite.tasks)}")
+    return 0
+
+
+def _pin(args: argparse.Namespace) -> int:
+    from hfmerge.evaluation.pinning import pinned_suite, suite_text
+    from hfmerge.evaluation.suite import load_suite
+
+    suite = pinned_suite(load_suite(args.pin))
+    if args.output is None and not args.json:
+        print(suite_text(suite), end="")
+    elif args.output is not None:
+        try:
+            Path(args.output).write_text(suite_text(suite), encoding="utf-8")
+        except OSError as error:
+            raise HfMergeError(f"{args.output}: cannot be written ({error.strerror}).") from error
+    if args.json:
+        print_json({"digest": suite.digest, "tasks": [task.to_dict() for task in suite.tasks]})
+    elif args.output is not None:
+        print(f"written to {args.output}")
     return 0

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hfmerge.commands.shared import Command, given_sources, notify, print_json, source_flag, stream_flag
+from hfmerge.commands.shared import Command, first_process, given_sources, notify, print_json, source_flag, stream_flag
 from hfmerge.errors import HfMergeError
 
 
@@ -64,6 +64,8 @@ def _inspect(args: argparse.Namespace) -> int:
         sources=given_sources(args),
         options=RunOptions(max_memory=memory, notify=notify),
     )
+    if not first_process():
+        return 0
     for warning in found.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     data = found.to_dict()

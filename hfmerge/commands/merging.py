@@ -39,6 +39,15 @@ def _recipe_flags(sub: argparse.ArgumentParser) -> None:
     group.add_argument("--base", metavar="MODEL", help="the model all others were tuned from")
     group.add_argument("--method", metavar="NAME", help="see `hfmerge methods`")
     group.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of the method")
+    group.add_argument(
+        "--learn",
+        action="append",
+        nargs="?",
+        const="",
+        metavar="NAME=VALUE",
+        help="learn the weights (mdm_oc, task_arithmetic) from what each model says of rows it made itself, or, with "
+        "loss=labels suite=SUITE, of labelled rows; see `learn` in the README",
+    )
     group.add_argument("--weight", action="append", metavar="W", help="one per model, in order")
     group.add_argument("--norm", metavar="none|mean|NUMBER", help="norm of the merged change")
     group.add_argument("--dtype", help="of the output: float32, bfloat16, float16, float64")
@@ -92,6 +101,7 @@ def _asked(args: argparse.Namespace) -> Recipe:
         trust_remote_code=args.trust_remote_code,
         stream=args.stream,
         keep_sources=args.keep_sources,
+        learn=None if args.learn is None else [word for word in args.learn if word],
     )
 
 
@@ -104,6 +114,7 @@ def _merge(args: argparse.Namespace) -> int:
 
 def _plan(args: argparse.Namespace) -> int:
     from hfmerge import api
+    from hfmerge.weights import shown
 
     planned = api.plan(_asked(args))
     for warning in planned.warnings:
@@ -113,10 +124,11 @@ def _plan(args: argparse.Namespace) -> int:
         return 0
     need = planned.estimate
     print(f"base   {planned.base.pinned.label}  {planned.base_layout.architecture}")
-    for delta, weight in zip(planned.deltas, planned.weights, strict=True):
+    for delta, entry in zip(planned.deltas, planned.recipe.models, strict=True):
         source = delta.source
         changed = len({*delta.full, *delta.lora, *delta.beneath})
-        print(f"model  {source.pinned.label}  {source.kind}, weight {weight:g}, changes {changed} parameters")
+        weighs = f"weight {shown(entry.weight)}"
+        print(f"model  {source.pinned.label}  {source.kind}, {weighs}, changes {changed} parameters")
     for model, head in planned.heads:
         print(f"head   {planned.deltas[model].source.name}  {', '.join(head.tensors)}  ({len(head.labels)} labels)")
     for line in planned.choices:

@@ -45,6 +45,7 @@ def _history(args: argparse.Namespace) -> int:
     from hfmerge.merged import open_merged
     from hfmerge.steps import steps_of
     from hfmerge.treeview import method, tree
+    from hfmerge.weights import shown
     from hfmerge.workspace import recover
 
     recover(args.merged)
@@ -63,7 +64,7 @@ def _history(args: argparse.Namespace) -> int:
         print(f"\nnow: {merged.last.base.label} with {method(merged.last)} of")
         for label, norm in steps[-1].norms.items():
             model = next(one for one in merged.last.models if one.label == label)
-            print(f"  {label:<48} {model.kind}, weight {model.weight:g}, norm {norm:.4g}")
+            print(f"  {label:<48} {model.kind}, weight {shown(model.weight)}, norm {norm:.4g}")
     return 0
 
 
@@ -105,6 +106,7 @@ def _diff(args: argparse.Namespace) -> int:
 def _differences(found: Difference) -> Iterator[str]:
     """One line a difference: `-` of A alone, `+` of B alone, `~` of both."""
     from hfmerge.digest import sha256_bytes
+    from hfmerge.weights import shown
 
     yield f"A: step {found.before.step}, {sha256_bytes(found.before.to_bytes())[:12]}"
     yield f"B: step {found.after.step}, {sha256_bytes(found.after.to_bytes())[:12]}"
@@ -119,7 +121,7 @@ def _differences(found: Difference) -> Iterator[str]:
     if found.order is not None:
         yield f"~ order     {', '.join(found.order[0])} -> {', '.join(found.order[1])}"
     for model, weight in found.weights:
-        yield f"~ weight    {model.label}: {weight:g} -> {model.weight:g}"
+        yield f"~ weight    {model.label}: {shown(weight)} -> {shown(model.weight)}"
     for kind, values in (("method", found.method), ("setting", found.settings), ("with", found.environment)):
         yield from (f"~ {kind:<9} {name}: {a} -> {b}" for name, (a, b) in values.items())
     for name, (a, b) in found.norms.items():

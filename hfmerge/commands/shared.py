@@ -103,6 +103,8 @@ def first_process() -> bool:
 
 def print_result(args: argparse.Namespace, result: Any, more: Mapping[str, Any] | None = None) -> int:
     """What a verb made; with `--json` as one object, `more` in it."""
+    from hfmerge.weights import shown
+
     entry = result.entry
     if not first_process():
         return 0
@@ -137,16 +139,14 @@ def print_result(args: argparse.Namespace, result: Any, more: Mapping[str, Any] 
     crew = f" on {result.processes} processes" if result.processes > 1 else ""
     print(f"{entry.action} (step {entry.step}): {entry.how}, {result.seconds['total']:.1f} s{crew}")
     for model in entry.models:
-        print(f"  {model.label:<48} weight {model.weight:<6g} norm {(model.squared_norm or 0.0) ** 0.5:.4g}")
+        print(f"  {model.label:<48} weight {shown(model.weight):<6} norm {(model.squared_norm or 0.0) ** 0.5:.4g}")
     print(f"  norm of the merged change: {entry.scalars['merged_norm']:.4g}")
     if "deviation" in entry.scalars:
         print(f"  off the exact last step by up to {entry.scalars['deviation']:.1e} of a change, by sample")
-    if "gap_bound" in entry.scalars:
+    if entry.action == "subtract":
+        bound = f"up to {entry.scalars['gap_bound']:.3g}" if "gap_bound" in entry.scalars else "an unknown part"
         measured = f"measured {entry.scalars['gap']:.3g}" if "gap" in entry.scalars else "not measured"
-        print(
-            f"  NOT a removal: off the merge that never saw them by up to {entry.scalars['gap_bound']:.3g} of the "
-            f"merged change ({measured})"
-        )
+        print(f"  NOT a removal: off the merge that never saw them by {bound} of the merged change ({measured})")
     if (streamed := result.streamed) is not None:
         checked, files = len(streamed.verified), len(streamed.verified) + len(streamed.unverified)
         print(

@@ -36,6 +36,7 @@ from hfmerge.methods import registry
 from hfmerge.methods.opcm import OPCM
 from hfmerge.planned import Plan
 from hfmerge.recipe import Recipe
+from hfmerge.weights import stored
 
 
 SCHEMA = 1
@@ -81,7 +82,10 @@ def run_continual(asked: Experiment, folder: Path, *, notify: Callable[[str], ob
     refs = [entry.model for entry in asked.variants[0].recipe.models]
     names = [source.name for source in sources]
     tasks = pair(asked.suite, [source.slug for source in sources], refs, dict(asked.tasks or {}))
-    evaluator = Evaluator(asked.suite.select(tasks), asked.settings, heads=dict(zip(tasks, refs, strict=True)))
+    suite = asked.suite.select(tasks)
+    owners = dict(zip(tasks, refs, strict=True))
+    heads = {task.name: owners[task.name] for task in suite.tasks if task.classifies}
+    evaluator = Evaluator(suite, asked.settings, heads=heads)
     run = _Run(asked, folder, plan, tasks, evaluator, notify or (lambda line: None))
     base = run.scores("the base", run.base, asked.variants[0].recipe.base, range(len(refs)))
     alone: dict[int, Score] = {}
@@ -284,7 +288,7 @@ class _Run:
         """Everything that the merge of some models in an order depends on."""
         asked = recipe.to_dict()
         given = {key: asked[key] for key in ("method", "dtype", "include", "exclude", "vocabulary")}
-        models = [[self.identities[i], recipe.models[i].weight] for i in order]
+        models = [[self.identities[i], stored(recipe.models[i].weight)] for i in order]
         return [given, registry()[recipe.method.name].version, self.base, models]
 
     def _stand_at(self, recipe: Recipe, order: Sequence[int]) -> None:

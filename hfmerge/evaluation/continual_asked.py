@@ -15,6 +15,7 @@ from hfmerge.evaluation.suite import Suite
 from hfmerge.fields import show
 from hfmerge.flags import apply_overrides
 from hfmerge.methods import registry
+from hfmerge.pictures.style import short_names
 from hfmerge.recipe import ModelEntry, Recipe
 
 
@@ -81,8 +82,9 @@ def orders(models: int, count: int, seed: int) -> list[tuple[int, ...]]:
 def pair(suite: Suite, names: Sequence[str], refs: Sequence[str], given: Mapping[str, str]) -> list[str]:
     """The task of every model, in the models' order.
 
-    A task belongs to the model that `given` names, else to the one whose head the suite names, else to the only one
-    whose name has the task's in it.
+    A task belongs to the model that `given` names, else to the one whose classification head the suite names, else to
+    the one whose name, without what all names begin with, is the task's, else to the only one whose name has the
+    task's in it.
 
     Args:
         names, refs: of the models, as results and as the recipe have them.
@@ -94,8 +96,10 @@ def pair(suite: Suite, names: Sequence[str], refs: Sequence[str], given: Mapping
     problems: list[Problem] = []
     known = {key: i for i, both in enumerate(zip(names, refs, strict=True)) for key in both}
     found: dict[int, list[str]] = {i: [] for i in range(len(names))}
+    plain_names = [_plain(name.rpartition("--")[2]) for name in names]
+    short = [_plain(name) for name in short_names(names)]
     for task in suite.tasks:
-        owner = given.get(task.name, task.head)
+        owner = given.get(task.name, task.head if task.classifies else None)
         if owner is not None:
             plain = owner.partition("@")[0] if owner not in known else owner
             if plain not in known:
@@ -103,7 +107,9 @@ def pair(suite: Suite, names: Sequence[str], refs: Sequence[str], given: Mapping
                 continue
             found[known[plain]].append(task.name)
             continue
-        hits = [i for i, name in enumerate(names) if _plain(task.name) in _plain(name.rpartition("--")[2])]
+        wanted = _plain(task.name)
+        hits = [i for i, name in enumerate(short) if name == wanted]
+        hits = hits or [i for i, name in enumerate(plain_names) if wanted in name]
         if len(hits) == 1:
             found[hits[0]].append(task.name)
     for task_name in given:

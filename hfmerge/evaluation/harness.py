@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from hfmerge.errors import HfMergeError
+from hfmerge.evaluation.data import data_errors
 from hfmerge.evaluation.metrics import Z
 from hfmerge.evaluation.models import Subject
 from hfmerge.evaluation.processors import TOKENIZER_FILES, find_place, load_tokenizer
@@ -17,7 +19,7 @@ def lm_eval_score(subject: Subject, task: Task, *, batch_size: int, seed: int) -
     """A task of lm-evaluation-harness, by name.
 
     Raises:
-        HfMergeError: the harness is not installed, or knows no such task or metric.
+        HfMergeError: the harness is not installed, knows no such task or metric, or cannot use the tokenizer.
     """
     try:
         import lm_eval
@@ -32,6 +34,8 @@ def lm_eval_score(subject: Subject, task: Task, *, batch_size: int, seed: int) -
         raise HfMergeError(f"{task.name}: lm-evaluation-harness has no task {task.benchmark}; see `lm-eval ls tasks`.")
     label = subject.info.label
     tokenizer = load_tokenizer(find_place(subject.places, TOKENIZER_FILES, "tokenizer", label))
+    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        raise HfMergeError(f"{label}: lm-evaluation-harness needs a tokenizer with a bos_token or an eos_token.")
     model = HFLM(pretrained=subject.whole("causal"), tokenizer=tokenizer, batch_size=batch_size, device=subject.device)
     found = lm_eval.simple_evaluate(
         model=model, tasks=[task.benchmark], num_fewshot=task.shots or None, limit=task.limit, random_seed=seed,
@@ -75,9 +79,20 @@ def mteb_score(subject: Subject, task: Task, *, batch_size: int) -> Score:
         wanted = mteb.get_task(str(task.benchmark), eval_splits=[task.split])
     except KeyError as error:
         raise HfMergeError(f"{task.name}: MTEB has no task {task.benchmark}.") from error
+    with data_errors(f"{task.name}: {task.benchmark}"):
+        wanted.load_data()  # else it is gone when its rows are counted
     name = str(place.folder) if place.folder is not None else place.name
     model = SentenceTransformer(name, revision=place.commit, device=subject.device)
     found = mteb.evaluate(model, wanted, cache=None, encode_kwargs={"batch_size": batch_size}, show_progress_bar=False)
     result = found.task_results[0]
-    rows = len(wanted.dataset[task.split]) if isinstance(wanted.dataset, dict) else 0
+    rows = _rows(wanted.dataset, task.split)
     return Score(float(result.get_score()), rows, math.nan, math.nan, task.metric, "none")
+
+
+def _rows(data: Any, split: str) -> int:
+    """Rows of a split, over all of its languages; 0 where a task keeps its data in another form."""
+    if not isinstance(data, Mapping):
+        return 0
+    if split in data:
+        return len(data[split])
+    return sum(_rows(part, split) for part in data.values())

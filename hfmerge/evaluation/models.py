@@ -28,6 +28,7 @@ TABLES = {
     "text-classification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
     "image-classification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
     "causal": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "masked": "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
 }
 """transformers' tables of the classes that have a head for a kind of task."""
 
@@ -177,14 +178,15 @@ class Subject:
         return self._build(config, {**encoder, **placed}, f"with the head of {head.owner}", spare)
 
     def whole(self, kind: str) -> PreTrainedModel:
-        """The model as it is, in evaluation mode, if its class does this kind of task ("causal").
+        """The model as it is, in evaluation mode, if its class does this kind of task ("causal" or "masked").
 
         Raises:
             HeadError: it does not.
         """
         title = str((self.config.get("architectures") or [None])[0])
         if title not in _titles(kind):
-            raise HeadError(f"{self.info.label}: {title} is no language model that continues a text.")
+            task = "continues a text" if kind == "causal" else "fills gaps in a text"
+            raise HeadError(f"{self.info.label}: {title} is no language model that {task}.")
         return self._build(self.config, self.weights, "", None)
 
     def two_towers(self, text: Subject | None) -> PreTrainedModel:
@@ -283,6 +285,19 @@ def subject_in_memory(model: PreTrainedModel, label: str, tokenizer_of: Subject,
     """
     config = json.loads(model.config.to_json_string(use_diff=False)) | {"architectures": [type(model).__name__]}
     return Subject(ModelInfo(label, "full", None, ""), config, tokenizer_of.places, device, None, None, model)
+
+
+def kind_of(subject: Subject) -> str:
+    """Which kind of `TABLES` a model's class does.
+
+    Raises:
+        HeadError: none.
+    """
+    title = str((subject.config.get("architectures") or [None])[0])
+    for kind in TABLES:
+        if title in _titles(kind):
+            return kind
+    raise HeadError(f"{subject.info.label}: {title} has no head; it can do none of {', '.join(TABLES)}.")
 
 
 def _plain_name(ref: str) -> str:

@@ -32,7 +32,7 @@ def results_text(matrix: Matrix, label: str) -> str:
     text += "; in brackets 95 % confidence intervals.\n\n"
     shown = matrix.to_markdown(by_task=many)
     text += shown.replace(f"| {label} |", f"| **{label}** |") if len(matrix.models) > 1 else shown
-    rows = [[_data(task), task.config or "-", task.split, task.metric, _rows(matrix, i), task.head or "own"]
+    rows = [[_data(task), task.config or "-", task.split, task.metric, _rows(matrix, i), _head(task)]
             for i, task in enumerate(matrix.tasks)]  # fmt: skip
     names = [task.name for task in matrix.tasks]
     text += f"\n{table('task', ['data', 'config', 'split', 'metric', 'rows', 'head of'], names, rows)}"
@@ -193,6 +193,10 @@ def _data(task: TaskInfo) -> str:
     if task.commit is None:
         return f"{task.dataset} (`{task.digest[:12]}`)" if task.digest else task.dataset
     return f"[{task.dataset}](https://huggingface.co/datasets/{task.dataset}) `{task.commit[:12]}`"
+
+
+def _head(task: TaskInfo) -> str:
+    return (task.head or "own") + (f" `{task.head_commit[:12]}`" if task.head_commit else "")
 
 
 def _rows(matrix: Matrix, column: int) -> str:

@@ -81,6 +81,7 @@ class TaskInfo:
         digest: identifies the rows: the commit, or SHA-256 of the files.
         head: whose head was used, None for each model's own.
         sampled: whether a limit was set, so that the score may be of a part of the split.
+        head_commit: of `head` on the Hub, where another model than the one that is scored lent it.
     """
 
     name: str
@@ -93,6 +94,7 @@ class TaskInfo:
     digest: str
     head: str | None = None
     sampled: bool = False
+    head_commit: str | None = None
 
 
 @dataclass(frozen=True)

@@ -220,10 +220,11 @@ class Evaluator:
         return task.head
 
     def _info(self, task: Task) -> TaskInfo:
-        pin = self.pin(task)
+        pin, head = self.pin(task), self._head_of(task, None)
+        lent = self._others.get(head) if head is not None else None
         return TaskInfo(
-            task.name, task.kind, task.metric, pin.name, task.config, task.split, pin.commit, pin.digest,
-            self._head_of(task, None), task.limit is not None,
+            task.name, task.kind, task.metric, pin.name, task.config, task.split, pin.commit, pin.digest, head,
+            task.limit is not None, None if lent is None else lent.info.commit,
         )  # fmt: skip
 
     def _due(self, subject: Subject, task: Task) -> bool:

@@ -110,6 +110,11 @@ class Task:
     benchmark: str | None = None
     shots: int = 0
 
+    @property
+    def classifies(self) -> bool:
+        """Whether `head` is a classification head, which belongs to one fine-tune; a text tower serves them all."""
+        return self.kind in ("text-classification", "image-classification")
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-able, without the keys at their default."""
         result: dict[str, Any] = {}

@@ -8,6 +8,7 @@ from hfmerge.methods.additive import AdditiveFold
 from hfmerge.methods.base import Carry, Citation, FoldMethod, Form, JointMethod, MergeMethod
 from hfmerge.methods.gram import Gram, IsoC
 from hfmerge.methods.linear import Linear, TaskArithmetic
+from hfmerge.methods.mdm_oc import MdmOc
 from hfmerge.methods.opcm import OPCM
 from hfmerge.methods.slerp import Slerp
 from hfmerge.methods.ties import Ties
@@ -15,7 +16,7 @@ from hfmerge.methods.ties import Ties
 
 __all__ = ["AdditiveFold", "Carry", "Citation", "FoldMethod", "Form", "JointMethod", "MergeMethod", "registry"]
 
-BUILT_IN: tuple[type[MergeMethod], ...] = (OPCM, Linear, TaskArithmetic, Gram, IsoC, Ties, Slerp)
+BUILT_IN: tuple[type[MergeMethod], ...] = (OPCM, Linear, TaskArithmetic, Gram, IsoC, MdmOc, Ties, Slerp)
 
 
 def registry() -> dict[str, type[MergeMethod]]:

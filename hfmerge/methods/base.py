@@ -7,9 +7,9 @@ A **joint** method sees all models of a block at once. Neither reads files, know
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from hfmerge.errors import UnsupportedError
 from hfmerge.taskvector import TaskVector, summed_rank
@@ -17,6 +17,7 @@ from hfmerge.taskvector import TaskVector, summed_rank
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from typing_extensions import Self
 
 Carry = dict[str, TaskVector]
 """The carried state of one block: named task vectors. It is never normalised; read-outs are."""
@@ -64,6 +65,17 @@ class MergeMethod:
             low, dense: number of matrices that adapters alone change, and of the others.
         """
         return []
+
+    def gap_bound(self, norms: Sequence[float], subtracted: Sequence[int]) -> float | None:
+        """Greatest norm by which a merged change with models subtracted may be off the one that never saw them.
+
+        Before `norm` is applied; None, the default, where nothing is known.
+
+        Args:
+            norms: per model, greatest norm of its change times its weight over all parameters.
+            subtracted: indices of the models that were subtracted.
+        """
+        return None
 
 
 @dataclass(frozen=True)
@@ -166,9 +178,44 @@ class Survey(ABC):
         """What was found, as `combine` takes it; None where all rows have to be added once more."""
 
 
+class Measure(ABC):
+    """Numbers about all merged parameters together, found beside each other on the threads and processes of a run.
+
+    Call sequence: for every parameter, or every piece of one if `tiled`, `add` gets what `find` yields; `join` takes
+    in what other processes have; `settle`. The result must depend on no order: sums of integers, or `math.fsum`.
+    """
+
+    tiled: ClassVar[bool] = False
+
+    @abstractmethod
+    def find(self, taus: Sequence[TaskVector]) -> Iterator[Any]:
+        """What one piece tells, from one task vector per model, each read when it is indexed; changes nothing."""
+
+    @abstractmethod
+    def add(self, found: Any) -> None:
+        """Take in one thing that `find` gave."""
+
+    @abstractmethod
+    def join(self, other: Self) -> None:
+        """Take in all that another process has."""
+
+    @abstractmethod
+    def settle(self) -> list[float]:
+        """What was found, as `combine` takes it."""
+
+
 @dataclass(frozen=True)
 class JointMethod(MergeMethod, ABC):
-    """A method that needs all models of one block at once; `add` and `unmerge` run it again from the sources."""
+    """A method that needs all models of one block at once; `add` and `unmerge` run it again from the sources.
+
+    What it has to know beforehand is found over all parameters (`measure`), or else over the block: by a `survey`
+    where that is read in pieces, by `examine` where it is there as a whole.
+
+    Class attributes:
+        subtractable: a model with weight 0 still shapes what the others add, so that weight 0 is what `subtract` does.
+    """
+
+    subtractable: ClassVar[bool] = False
 
     @abstractmethod
     def combine(
@@ -176,7 +223,7 @@ class JointMethod(MergeMethod, ABC):
         taus: Sequence[TaskVector],
         weights: Sequence[float],
         base: Callable[[], Tensor],
-        thresholds: Sequence[float] | None,
+        found: Sequence[float] | None,
     ) -> TaskVector:
         """The merged task vector of one block, before `norm` is applied.
 
@@ -184,8 +231,7 @@ class JointMethod(MergeMethod, ABC):
             taus: one task vector per model.
             weights: one per model.
             base: gives the base's float32 values of the block when called.
-            thresholds: per model, what `settle` made of the histograms (`measured`); or else what a `survey` found
-                about the block that `taus` are rows of; None where they are all of it.
+            found: by `measure`, by a `survey` of the block that `taus` are rows of, or by `examine`.
         """
 
     def survey(self, models: int, count: int) -> Survey | None:
@@ -199,11 +245,18 @@ class JointMethod(MergeMethod, ABC):
         """
         return None
 
-    @property
-    def measured(self) -> bool:
-        """True when a first pass must count magnitudes over all parameters (see `settle`)."""
-        return False
+    def measure(self, models: int) -> Measure | None:
+        """What a first pass has to find out about all merged parameters; None, the default: there is no such pass.
 
-    def settle(self, counts: Tensor) -> float:
-        """One model's threshold from its histogram of magnitudes over all parameters (int64 counts)."""
-        raise NotImplementedError
+        Args:
+            models: number of task vectors.
+        """
+        return None
+
+    def examine(self, taus: Sequence[TaskVector]) -> list[float] | None:
+        """What `combine` has to know about a block that is there as a whole; None where it finds that by itself."""
+        return None
+
+    def dependent(self, found: Sequence[float]) -> tuple[int, ...]:
+        """Models that `combine` leaves out because their change is one of earlier models' over again."""
+        return ()

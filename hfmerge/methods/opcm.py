@@ -7,6 +7,7 @@ over all parameters, so that no scalar travels between steps and every parameter
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -92,6 +93,15 @@ class OPCM(FoldMethod):
     def unstep(self, carry: Carry, tau: TaskVector, weight: float, *, matrix: bool) -> Carry:
         """`S - weight * tau`: what later models were projected off is not given back, hence approximate."""
         return {"S": carry["S"].plus(tau, -weight)}
+
+    def gap_bound(self, norms: Sequence[float], subtracted: Sequence[int]) -> float:
+        """The norms from the first subtracted model on, together.
+
+        Model k came in as `P_k(tau_k)`, of which `tau_k` is subtracted: off by at most `||tau_k||`, as a projection
+        leaves no more than there was. Each later model t was projected off other directions than it would have been,
+        and two orthogonal projections of one vector differ by at most its norm, `||tau_t||`.
+        """
+        return math.fsum(norms[min(subtracted) :])
 
     def emit(self, carry: Carry, weights: Sequence[float], *, matrix: bool) -> TaskVector:
         """The accumulator itself; `norm: mean` makes it the published model."""

@@ -58,18 +58,18 @@ class Slerp(JointMethod):
         taus: Sequence[TaskVector],
         weights: Sequence[float],
         base: Callable[[], Tensor],
-        thresholds: Sequence[float] | None,
+        found: Sequence[float] | None,
     ) -> TaskVector:
         """Piece by piece, so that one tensor is held."""
         import torch
 
         first, second = (tau.to_dense() for tau in taus)
-        if thresholds is None:
+        if found is None:
             angle = Angle()
             angle.add((first, second), base)
-            thresholds = angle.settle()
+            found = angle.settle()
         t = weights[1] / (weights[0] + weights[1]) if self.t is None else self.t
-        near, far = _shares(t, *thresholds)
+        near, far = _shares(t, *found)
         merged = torch.empty_like(first, memory_format=torch.contiguous_format)
         for into, origin, one, other in zip(parts(merged), parts(base()), parts(first), parts(second), strict=True):
             torch.add(origin, one, out=into).mul_(near).add_(origin + other, alpha=far).sub_(origin)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from hfmerge.methods.base import Citation, JointMethod, Survey
-from hfmerge.methods.trimming import PART, KthMagnitudes, histogram_threshold, kth_magnitude, parts, trim
+from hfmerge.methods.trimming import PART, Histograms, KthMagnitudes, kth_magnitude, parts, trim
 from hfmerge.taskvector import Dense, TaskVector
 
 
@@ -53,19 +53,15 @@ class Ties(JointMethod):
     def survey(self, models: int, count: int) -> Survey:
         return KthMagnitudes(models, count, self.density)
 
-    @property
-    def measured(self) -> bool:
-        return self.scope == "model"
-
-    def settle(self, counts: Tensor) -> float:
-        return histogram_threshold(counts, self.density)
+    def measure(self, models: int) -> Histograms | None:
+        return Histograms(models, self.density) if self.scope == "model" else None
 
     def combine(
         self,
         taus: Sequence[TaskVector],
         weights: Sequence[float],
         base: Callable[[], Tensor],
-        thresholds: Sequence[float] | None,
+        found: Sequence[float] | None,
     ) -> TaskVector:
         """Two sweeps over the models (elect, then average), so that little more than two tensors are held.
 
@@ -75,7 +71,7 @@ class Ties(JointMethod):
         import torch
 
         limits = [
-            thresholds[i] if thresholds is not None else kth_magnitude(tau.to_dense(), self.density)
+            found[i] if found is not None else kth_magnitude(tau.to_dense(), self.density)
             for i, tau in enumerate(taus)
         ]
         shape = base().shape
@@ -85,10 +81,10 @@ class Ties(JointMethod):
         def trimmed(model: int) -> Iterable[Tensor]:
             if model in held:
                 return held[model]
-            found = (_weighted(trim(part, limits[model]), weights[model]) for part in parts(taus[model].to_dense()))
+            pieces = (_weighted(trim(part, limits[model]), weights[model]) for part in parts(taus[model].to_dense()))
             if (len(held) + 1) * size > HELD:
-                return found
-            held[model] = list(found)
+                return pieces
+            held[model] = list(pieces)
             return held[model]
 
         sums = torch.cat(list(trimmed(0)))

@@ -11,10 +11,11 @@ counts, adds up over parameters in any order, and places a threshold within a re
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from hfmerge.methods.base import SAMPLED, Survey
+from hfmerge.methods.base import SAMPLED, Measure, Survey
+from hfmerge.taskvector import TaskVector
 
 
 if TYPE_CHECKING:
@@ -164,6 +165,29 @@ class KthMagnitudes(Survey):
                 search.settle()
         values = [search.value for search in self._searches if search.value is not None]
         return values if len(values) == len(self._searches) else None
+
+
+class Histograms(Measure):
+    """Magnitudes of each of several models' task vectors over all parameters, counted; settles on thresholds."""
+
+    def __init__(self, models: int, density: float):
+        import torch
+
+        self._density = density
+        self._totals = [torch.zeros(1 << BITS, dtype=torch.int64) for _ in range(models)]
+
+    def find(self, taus: Sequence[TaskVector]) -> Iterator[tuple[int, Tensor]]:
+        return ((model, magnitude_histogram(tau.to_dense())) for model, tau in enumerate(taus))
+
+    def add(self, found: tuple[int, Tensor]) -> None:
+        self._totals[found[0]].add_(found[1])
+
+    def join(self, other: Histograms) -> None:
+        for total, more in zip(self._totals, other._totals, strict=True):
+            total.add_(more)
+
+    def settle(self) -> list[float]:
+        return [histogram_threshold(total, self._density) for total in self._totals]
 
 
 def _grown(array: np.ndarray, used: int, size: int) -> np.ndarray:

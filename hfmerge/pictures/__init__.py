@@ -8,6 +8,7 @@ from typing import Any
 
 from hfmerge.errors import HfMergeError
 from hfmerge.pictures.inspection import draw_inspection
+from hfmerge.pictures.learning import draw_learning
 from hfmerge.pictures.results import draw_continual, draw_evaluation
 from hfmerge.pictures.style import styled
 
@@ -18,6 +19,7 @@ DRAWN: Mapping[tuple[str, int], Drawing] = {
     ("inspection", 1): draw_inspection,
     ("evaluation", 1): draw_evaluation,
     ("continual", 1): draw_continual,
+    ("learning", 1): draw_learning,
 }
 """Kind and schema of a result -> what draws it."""
 

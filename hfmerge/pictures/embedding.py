@@ -5,12 +5,14 @@ The part is about the models in the merge, so the next `add` or `unmerge` leaves
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hfmerge.card import FILE
 from hfmerge.errors import OutputError
+from hfmerge.ledger import Entry
 from hfmerge.marked import files_in, part, with_part
 from hfmerge.merged import open_merged
 from hfmerge.pictures import draw_all
@@ -30,6 +32,8 @@ CAPTIONS: Mapping[str, str] = {
     "similarity_against_drop": "Cosine of two models' changes against what the later one costs the earlier.",
     "norm_drift": "Norm of the merged change after every step.",
     "kept_energy": "What OPCM keeps of every model, over all matrices.",
+    "learning_loss": "Mean loss of all models while their weights were learned.",
+    "learning_weights": "The models' weights while they were learned.",
 }
 
 
@@ -52,14 +56,31 @@ def embed(folder: Path, results: Sequence[Mapping[str, Any]]) -> list[Path]:
     for stale in before:
         if stale not in written:
             stale.unlink(missing_ok=True)
-    shown = [path.stem for path in written if path.suffix == ".png"]
+    card.write_text(with_part(text, FIGURES, figures_text(written)), encoding="utf-8")
+    return [*written, card]
+
+
+def embed_learning(folder: Path, entry: Entry) -> str | None:
+    """Draw how the weights of a merge were learned into its folder and card; why not, where it is not possible."""
+    if entry.learned is None or not entry.learned["curve"]:
+        return None
+    if importlib.util.find_spec("matplotlib") is None:
+        return "no picture of learning in the card: pip install hfmerge[plots]"
+    embed(
+        folder, [{"kind": "learning", "schema": 1, "models": [m.name for m in entry.models], "learned": entry.learned}]
+    )
+    return None
+
+
+def figures_text(written: Sequence[Path]) -> str:
+    """Markdown of the card's part for pictures that `draw_all` wrote."""
+    names = dict.fromkeys(path.stem for path in written if path.suffix == ".png")
     body = "\n\n".join(
         f"![{CAPTIONS.get(name, name)}]({FIGURES}/{name}.png)\n\n{CAPTIONS.get(name, name)} "
         f"([SVG]({FIGURES}/{name}.svg))"
-        for name in dict.fromkeys(shown)
+        for name in names
     )
-    card.write_text(with_part(text, FIGURES, f"## Figures\n\n{body}"), encoding="utf-8")
-    return [*written, card]
+    return f"## Figures\n\n{body}"
 
 
 def drawn(text: str | None) -> list[str]:

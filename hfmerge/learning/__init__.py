@@ -1,0 +1,1 @@
+"""Learned merges: what coefficients are learned from, and how."""

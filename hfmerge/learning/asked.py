@@ -1,0 +1,147 @@
+"""What may be asked of learning: the `learn` section of a recipe, every value checked."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_type_hints
+
+from hfmerge.errors import Problem, RecipeError
+from hfmerge.fields import Section, show, typed
+from hfmerge.learning.replay.asked import ReplayAsked, read_replay
+
+
+Loss = Literal["distill", "labels", "mixed"]
+
+LEARNABLE = ("mdm_oc", "task_arithmetic")
+"""Methods whose merged change is linear in the models' weights, matrix by matrix."""
+HELD = 1 << 30
+"""Bytes of changes that stay in memory between steps; more are read again for every step."""
+
+
+@dataclass(frozen=True)
+class Learning:
+    """How the models' weights are learned before the merge is made; checked when it is built.
+
+    Attributes:
+        loss: what is minimised, as a mean over models: "distill", the Kullback-Leibler divergence of each model's own
+            outputs from the merge's on replay rows that the model made; "labels", the cross-entropy of a few labelled
+            rows; "mixed", the sum of both.
+        suite: whose tasks have the labelled rows; the task whose `head` is a model's counts for it.
+        rows: labelled rows of each task.
+        split: of the data sets that they are taken from.
+        replay: how replay rows are made.
+        groups: "layer", one weight for each model and layer; "model", one for each model.
+        start: where all weights start; None: at 1/sqrt(number of models).
+        low, high: bounds of the weights.
+        steps: of AdamW, at most.
+        rate: its learning rate.
+        batch: rows of each model in a step.
+        every: steps between two looks at the rows that are held out.
+        patience: looks without a better one after which learning stops.
+        ewc: weight `mu` of the penalty `mu / 2 * sum F (theta - theta_prev)^2` on leaving the merge that models are
+            added to, with F its diagonal Fisher information on replay rows; 0: none.
+        gamma: what the Fisher information of earlier steps counts when it is carried on.
+        relearn: after a model is taken out, learn the weights of the others anew; otherwise they stay.
+        precision: of the models while learning; weights and gradients are float32.
+        checkpointing: compute activations twice instead of keeping them.
+        seed: of everything drawn at random.
+
+    Raises:
+        RecipeError: all values that cannot be.
+    """
+
+    loss: Loss = "distill"
+    suite: str | None = None
+    rows: int = field(default=16, metadata={"minimum": 1})
+    split: str = "train"
+    replay: ReplayAsked = ReplayAsked()
+    groups: Literal["layer", "model"] = "layer"
+    start: float | None = None
+    low: float = 0.0
+    high: float = 2.0
+    steps: int = field(default=60, metadata={"minimum": 1})
+    rate: float = field(default=0.02, metadata={"minimum": 1e-8})
+    batch: int = field(default=16, metadata={"minimum": 1})
+    every: int = field(default=5, metadata={"minimum": 1})
+    patience: int = field(default=4, metadata={"minimum": 1})
+    ewc: float = field(default=0.0, metadata={"minimum": 0.0})
+    gamma: float = field(default=1.0, metadata={"minimum": 0.0, "maximum": 1.0})
+    relearn: bool = True
+    precision: Literal["float32", "bfloat16"] = "float32"
+    checkpointing: bool = False
+    seed: int = field(default=0, metadata={"minimum": 0, "maximum": 2**63 - 1})
+
+    def __post_init__(self) -> None:
+        problems: list[Problem] = []
+        _read(Section(self.to_dict(), "learn", problems))
+        if problems:
+            raise RecipeError(problems, "learn")
+
+    @property
+    def replays(self) -> bool:
+        """Whether replay rows are needed."""
+        return self.loss != "labels"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {**dataclasses.asdict(self), "replay": self.replay.to_dict()}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Learning:
+        """Inverse of `to_dict`."""
+        return cls(**{**data, "replay": ReplayAsked(**data["replay"])})
+
+
+def read_learning(value: Any, section: Section, method: str) -> Learning | None:
+    """The `learn` key of a recipe; None where it is absent or faulty, and then the section's problems say why."""
+    if value is None:
+        return None
+    if value is True:
+        value = {}
+    if not isinstance(value, Mapping):
+        section.report("learn", f"must be a mapping, not {show(value)}; write `learn: {{}}` for its defaults")
+        return None
+    if method not in LEARNABLE:
+        section.report("learn", f"is for {' and '.join(LEARNABLE)}, not {show(method)}")
+    inner, before = Section(value, section.at("learn"), section.problems), len(section.problems)
+    inner.refuse_unknown([entry.name for entry in dataclasses.fields(Learning)], "key")
+    found = _read(inner)
+    return Learning(**found) if len(section.problems) == before else None
+
+
+def _read(section: Section) -> dict[str, Any]:
+    """All values, those missing at their default; what is wrong goes to the section's problems."""
+    hints = get_type_hints(Learning)
+    found: dict[str, Any] = {}
+    for entry in dataclasses.fields(Learning):
+        if entry.name == "replay":
+            found[entry.name] = _replay(section)
+            continue
+        reader = typed(hints[entry.name], entry.metadata)
+        found[entry.name] = section.read(entry.name, reader, entry.default, nullable=entry.default is None)
+    if found["low"] >= found["high"]:
+        section.report("low", "must be below high")
+    if found["start"] is not None and not found["low"] <= found["start"] <= found["high"]:
+        section.report("start", "must lie between low and high")
+    if found["loss"] != "distill" and not found["suite"]:
+        section.report("suite", f"is missing; loss {found['loss']} needs the suite whose tasks have labelled rows")
+    if found["loss"] == "distill" and found["suite"]:
+        section.report("suite", "has no effect on loss distill; remove it, or write `loss: mixed`")
+    return found
+
+
+def _replay(section: Section) -> ReplayAsked:
+    value = section.data.get("replay", {})
+    if not isinstance(value, Mapping):
+        section.report("replay", f"must be a mapping, not {show(value)}")
+        return ReplayAsked()
+    inner = Section(value, section.at("replay"), section.problems)
+    before = len(section.problems)
+    try:
+        return read_replay(inner)
+    except RecipeError:
+        # the same problems as the section got
+        assert len(section.problems) > before
+        return ReplayAsked()

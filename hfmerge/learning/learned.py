@@ -1,0 +1,253 @@
+"""From a plan with a `learn` section to the same plan with learned weights, and what is kept of learning them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hfmerge.digest import sha256_file
+from hfmerge.errors import HfMergeError
+from hfmerge.evaluation.models import kind_of, open_subject
+from hfmerge.evaluation.suite import load_suite
+from hfmerge.learning.asked import HELD, Learning
+from hfmerge.learning.fisher import FISHER_ROWS, fisher, load_fisher, save_fisher
+from hfmerge.learning.labelled import labelled_rows, task_of
+from hfmerge.learning.optimise import Anchor, Found, optimise
+from hfmerge.learning.replay.making import generate
+from hfmerge.learning.replay.rows import Replay, load_replay, save_replay
+from hfmerge.learning.space import Space
+from hfmerge.learning.students import Student, references, students
+from hfmerge.ledger import KeptState, state_file
+from hfmerge.merged import Merged, state_path
+from hfmerge.planned import Plan
+from hfmerge.runtime import Ranks
+
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DIGITS = 4
+"""Decimal digits of learned weights: differences in the last bits between machines do not reach the ledger."""
+PRIVACY = "replay rows are made from a model and may reflect the data it was trained on"
+
+
+@dataclass(frozen=True, eq=False)
+class Learned:
+    """What was learned, to be kept beside the weights.
+
+    Attributes:
+        replays: of each model in order; None where it has none.
+        fisher: carried Fisher information, or None.
+        found: weights and curve; None where the weights stayed as they were.
+        how: one line.
+        groups: of the weights.
+    """
+
+    replays: tuple[Replay | None, ...]
+    fisher: Mapping[str, Tensor] | None = field(repr=False)
+    found: Found | None
+    how: str
+    groups: tuple[str, ...] = ()
+
+    def keep(self, folder: Path) -> dict[str, Any]:
+        """Write replay rows and Fisher information into the output; what the ledger records of learning."""
+        (folder / "merge_state").mkdir(exist_ok=True)
+        rows = []
+        for replay in self.replays:
+            if replay is not None:
+                save_replay(replay, folder / state_file(replay.digest))
+            rows.append(None if replay is None else replay.to_dict())
+        kept = None
+        if self.fisher is not None:
+            place = folder / "merge_state" / "fisher"
+            save_fisher(self.fisher, place)
+            kept = sha256_file(place)
+            place.rename(folder / state_file(kept))
+        curve = [] if self.found is None else [list(point[:3]) + [list(point[3])] for point in self.found.curve]
+        steps = 0 if self.found is None else self.found.steps
+        return {
+            "how": self.how, "groups": list(self.groups), "steps": steps, "curve": curve, "replay": rows,
+            "fisher": kept,
+        }  # fmt: skip
+
+
+def learn(
+    plan: Plan,
+    ranks: Ranks,
+    *,
+    opened: Merged | None = None,
+    action: str = "merge",
+    notify: Callable[[str], object] | None = None,
+) -> tuple[Plan, Learned]:
+    """The plan with the weights that its recipe's `learn` asks for.
+
+    Args:
+        opened, action: the merge that the plan goes on from, and how; None for a first merge. Only "add" goes on from
+            weights that were learned; "unmerge" keeps or learns them as asked, and "subtract" keeps them.
+        notify: told what is about to happen.
+
+    Raises:
+        HfMergeError: see `students`, `generate`, `labelled_rows`, `optimise`.
+    """
+    asked = plan.recipe.learn
+    assert asked is not None
+    warnings: list[str] = []
+    earlier = {} if opened is None else _earlier(opened, warnings)
+    plan = dataclasses.replace(plan, warnings=(*plan.warnings, *warnings))
+    if action == "subtract" or (action == "unmerge" and not asked.relearn):
+        replays = tuple(_found(earlier, ref) for ref in references(plan)) if earlier else ()
+        return plan, Learned(replays, None, None, "the weights of the models that stay were kept")
+    replays, rows = _rows(plan, asked, earlier, ranks, notify)
+    with ExitStack() as stack:
+        space = stack.enter_context(Space(plan, by_layer=asked.groups == "layer", budget=HELD))
+        keys = [param.key for param in space.params]
+        merge = students(plan, keys, rows, checkpointing=asked.checkpointing)
+        count = len(opened.last.models) if opened is not None and action == "add" else 0
+        start = _start(space, plan, asked, count)
+        anchor = _anchor(space, merge, start, count, opened, asked, ranks, warnings) if count and asked.ewc else None
+        if notify is not None and ranks.main:
+            notify(f"learning {start.numel()} weights, at most {asked.steps} steps")
+        found = _optimised(space, merge, start, asked, ranks, anchor)
+        information = _information(space, merge, found, anchor, asked, ranks) if asked.ewc else None
+    entries = tuple(
+        dataclasses.replace(entry, weight=space.weights_of(found.weights, i, DIGITS))
+        for i, entry in enumerate(plan.recipe.models)
+    )
+    how = f"weights learned by {asked.loss}, {found.steps} steps"
+    how += f", from those of the first {count} models" if count else ""
+    plan = dataclasses.replace(plan, recipe=dataclasses.replace(plan.recipe, models=entries))
+    return plan, Learned(replays, information, found, how, space.groups)
+
+
+def _start(space: Space, plan: Plan, asked: Learning, count: int) -> Tensor:
+    """Where the weights start: the first `count` where they are; a new model's at the one given for it, if any."""
+    weights = [entry.weight for entry in plan.recipe.models]
+    level = 1.0 / math.sqrt(len(weights)) if asked.start is None else asked.start
+    return space.start([w if i < count or (count and w != 1.0) else level for i, w in enumerate(weights)])
+
+
+def _rows(
+    plan: Plan,
+    asked: Learning,
+    earlier: Mapping[str, Replay],
+    ranks: Ranks,
+    notify: Callable[[str], object] | None,
+) -> tuple[tuple[Replay | None, ...], list[list[tuple[Replay, float]]]]:
+    """Replay rows of each model, and all rows of each that are learned from; made by rank 0 for all."""
+    suite = load_suite(asked.suite) if asked.suite is not None else None
+    replays: list[Replay | None] = []
+    rows: list[list[tuple[Replay, float]]] = []
+    refs = references(plan)
+    if notify is not None and ranks.main and asked.replays:
+        notify(f"making replay rows of {len(refs)} models; {PRIVACY}")
+
+    def made(ref: str, names: Sequence[str]) -> tuple[Replay | None, list[tuple[Replay, float]]]:
+        subject = open_subject(ref, dtype="float32")
+        own = _found(earlier, ref) if asked.replays else None
+        if own is None and asked.replays:
+            own = generate(subject, kind_of(subject), asked.replay, progress=True)
+        some = [(own, 1.0)] if own is not None and asked.loss != "labels" else []
+        task = task_of(suite, names) if suite is not None else None
+        if suite is not None and task is None and asked.loss == "labels":
+            raise HfMergeError(f"learn: {suite.name} has no task with the head of {names[0]}; take loss mixed.")
+        if suite is not None and task is not None:
+            some.append(
+                (labelled_rows(task, suite, subject, split=asked.split, rows=asked.rows, seed=asked.seed), 1.0)
+            )
+        subject.forget()
+        return own, some
+
+    for delta, ref in zip(plan.deltas, refs, strict=True):
+        names = (delta.source.name, delta.source.slug)
+        own, some = ranks.on_main(lambda ref=ref, names=names: made(ref, names))  # type: ignore[misc]
+        replays.append(own)
+        rows.append(some)
+    return tuple(replays), rows
+
+
+def _optimised(
+    space: Space, merge: Sequence[Student], start: Tensor, asked: Learning, ranks: Ranks, anchor: Anchor | None
+) -> Found:
+    from huggingface_hub.utils import tqdm
+
+    with tqdm(
+        total=asked.steps, desc="Learning", unit="step", name="hfmerge.learn", disable=not ranks.main or None
+    ) as bar:
+        return ranks.each(lambda: optimise(space, merge, start, asked, ranks, anchor=anchor, tick=bar.update))
+
+
+def _anchor(
+    space: Space,
+    merge: Sequence[Student],
+    start: Tensor,
+    count: int,
+    opened: Merged | None,
+    asked: Learning,
+    ranks: Ranks,
+    warnings: list[str],
+) -> Anchor | None:
+    """The merge that models are added to, with its Fisher information, as carried or taken anew; on rank 0."""
+    assert opened is not None
+    before = start.clone()
+    before[count:] = 0.0
+
+    def made() -> Anchor | None:
+        if not ranks.main:
+            return None
+        merged = space.merged(before)
+        digest = (opened.last.learned or {}).get("fisher")
+        path = None if digest is None else state_path(opened.pinned, KeptState(0, digest, 0), warnings)
+        if path is not None:
+            return Anchor(merged, load_fisher(path), asked.ewc)
+        return Anchor(merged, _fisher(merge[:count], merged, asked), asked.ewc)
+
+    return ranks.each(made)
+
+
+def _information(
+    space: Space, merge: Sequence[Student], found: Found, anchor: Anchor | None, asked: Learning, ranks: Ranks
+) -> dict[str, Tensor] | None:
+    """Fisher information of the new merge, with what is carried of the earlier ones; on rank 0."""
+
+    def made() -> dict[str, Tensor] | None:
+        if not ranks.main:
+            return None
+        new = _fisher(merge, space.merged(found.weights), asked)
+        if anchor is not None:
+            for key, value in new.items():
+                value.add_(anchor.fisher[key], alpha=asked.gamma)
+        return new
+
+    return ranks.each(made)
+
+
+def _fisher(merge: Sequence[Student], merged: Mapping[str, Tensor], asked: Learning) -> dict[str, Tensor]:
+    from huggingface_hub.utils import tqdm
+
+    total = sum(min(FISHER_ROWS, len(one.rows[0][0].learned)) for one in merge)
+    with tqdm(total=total, desc="Fisher information", unit="row", name="hfmerge.learn") as bar:
+        return fisher(merge, merged, seed=asked.seed, tick=bar.update)
+
+
+def _earlier(opened: Merged, warnings: list[str]) -> dict[str, Replay]:
+    """Kept replay rows of a merge, by the model they were made from."""
+    found = {}
+    for row in (opened.last.learned or {}).get("replay", ()):
+        path = None if row is None else state_path(opened.pinned, KeptState(0, row["sha256"], 0), warnings)
+        if path is not None:
+            replay = load_replay(path)
+            found[replay.source] = replay
+    return found
+
+
+def _found(earlier: Mapping[str, Replay], ref: str) -> Replay | None:
+    """The kept rows of a model as it is now; None where there are none."""
+    if not earlier:
+        return None
+    info = open_subject(ref).info
+    return earlier.get(f"{info.label}@{info.commit or 'sha256:' + info.digest}")

@@ -1,0 +1,100 @@
+"""What may be asked of synthetic replay: how many rows, by which generator, from which seed; every value checked."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, get_type_hints
+
+from hfmerge.errors import HfMergeError, Problem, RecipeError
+from hfmerge.fields import Section, one_of, typed
+
+
+GENERATORS: Mapping[str, Mapping[str, int]] = {
+    "text-classification": {"contrast": 24, "unigram": 0, "masked": 24},
+    "image-classification": {"contrast": 80, "statistics": 80, "noise": 0},
+    "causal": {"sampled": 0, "unigram": 0},
+    "masked": {"masked": 24, "unigram": 0},
+}
+"""Kind of model -> the generators it has -> the passes over the rows that each makes unless told otherwise; "auto"
+takes the first that the model has what it needs for."""
+
+
+@dataclass(frozen=True)
+class ReplayAsked:
+    """How replay rows are made; checked when it is built.
+
+    Attributes:
+        rows: in all, those held out included.
+        generator: "auto", or one of `GENERATORS` for the kind of model.
+        length: tokens of a row at most, its special tokens included; images have the size that the model takes.
+        seed: of everything drawn at random.
+        steps: passes over the rows of generators that search or iterate; None: see
+            `GENERATORS`.
+        confidence: probability of its class at which `contrast` leaves a row alone.
+        temperature: of sampled tokens.
+        top: tokens whose log-probability is kept at each place of a language model's rows.
+        held_out: share of the rows that is kept for early stopping; at least one row.
+        batch_size: rows in a batch.
+
+    Raises:
+        RecipeError: all values that cannot be.
+    """
+
+    rows: int = field(default=256, metadata={"minimum": 2})
+    generator: str = "auto"
+    length: int = field(default=32, metadata={"minimum": 2})
+    seed: int = field(default=0, metadata={"minimum": 0, "maximum": 2**63 - 1})
+    steps: int | None = field(default=None, metadata={"minimum": 0})
+    confidence: float = field(default=0.9, metadata={"minimum": 0.0, "maximum": 1.0})
+    temperature: float = field(default=1.0, metadata={"minimum": 0.01})
+    top: int = field(default=64, metadata={"minimum": 1})
+    held_out: float = field(default=0.125, metadata={"minimum": 0.0, "maximum": 0.5})
+    batch_size: int = field(default=32, metadata={"minimum": 1})
+
+    def __post_init__(self) -> None:
+        problems: list[Problem] = []
+        _read(Section(self.to_dict(), "replay", problems))
+        if problems:
+            raise RecipeError(problems, "replay")
+
+    @property
+    def kept_back(self) -> int:
+        """Rows that are held out."""
+        return max(1, round(self.rows * self.held_out))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return dataclasses.asdict(self)
+
+    def chosen(self, kind: str) -> tuple[str, int]:
+        """Generator and passes for a kind of model; "auto" is not resolved here where the model has a say.
+
+        Raises:
+            HfMergeError: this kind of model has no such generator, or there is no such kind.
+        """
+        known = GENERATORS.get(kind)
+        if known is None:
+            raise HfMergeError(f"replay: no kind {kind}; one of {', '.join(GENERATORS)}.")
+        if self.generator != "auto" and self.generator not in known:
+            raise HfMergeError(f"replay: {kind} has no generator {self.generator}; one of auto, {', '.join(known)}.")
+        name = next(iter(known)) if self.generator == "auto" else self.generator
+        return name, known[name] if self.steps is None else self.steps
+
+
+def read_replay(section: Section) -> ReplayAsked:
+    """The replay section of a recipe; what is wrong goes to the section's problems, and its default is taken."""
+    section.refuse_unknown([entry.name for entry in dataclasses.fields(ReplayAsked)], "key")
+    return ReplayAsked(**_read(section))
+
+
+def _read(section: Section) -> dict[str, Any]:
+    hints = get_type_hints(ReplayAsked)
+    names = dict.fromkeys(name for names in GENERATORS.values() for name in names)
+    found = {}
+    for entry in dataclasses.fields(ReplayAsked):
+        named = entry.name == "generator"
+        reader = one_of(("auto", *names)) if named else typed(hints[entry.name], entry.metadata)
+        found[entry.name] = section.read(entry.name, reader, entry.default, nullable=entry.default is None)
+    return found

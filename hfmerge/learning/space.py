@@ -1,0 +1,191 @@
+"""The merges that learning chooses from: base plus weighted changes, one weight for each model and group of layers.
+
+`theta_p = theta_0,p + sum_t c_t tau_t,p` with `c = M_p a`, where `a` are the weights that hold for parameter p and M_p
+follows from the method: the identity for task arithmetic, `L^-T` of Gram-Schmidt for MDM-OC. So the gradient of a loss
+in the weights is `M_p^T <grad_p, tau_t,p>`, summed over the parameters of a group: it needs the gradient in the merged
+model alone, and each change once more. Changes are read again for every step as far as they do not fit the memory that
+is given, and factors stay factors: no model but the merged one is ever held.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from hfmerge.checkpoint.deltas import DeltaReader
+from hfmerge.checkpoint.reader import Reader
+from hfmerge.errors import UnsupportedError
+from hfmerge.methods.linear import TaskArithmetic
+from hfmerge.methods.mdm_oc import MdmOc, gram, shares
+from hfmerge.planned import Param, Plan
+from hfmerge.taskvector import Block, Dense, TaskVector, cut, zero
+from hfmerge.weights import PatternWeights, Weight, weight_at
+
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Space:
+    """All merges of a plan's models, by their weights; leaving the `with` block closes the files.
+
+    Args:
+        plan: of a method that is linear in the weights.
+        by_layer: one weight for each model and layer, instead of one for each model.
+        budget: bytes of changes that may be held between steps.
+
+    Attributes:
+        groups: names of the groups of parameters, prefixes of their names; "" stands for all.
+        params: the parameters that some model changes.
+
+    Raises:
+        UnsupportedError: the method is not linear in the weights, or vocabularies are being united.
+    """
+
+    def __init__(self, plan: Plan, *, by_layer: bool, budget: int = 0):
+        if plan.vocabulary is not None and plan.vocabulary.added:
+            raise UnsupportedError("learn: not with `vocabulary: union` that adds tokens; merge with `base`.")
+        self.plan = plan
+        self.params = tuple(param for param in plan.params if param.touched)
+        names = [group_of(param.key) if by_layer else "" for param in self.params]
+        self.groups = tuple(dict.fromkeys(names))
+        self._group = {p.key: self.groups.index(name) for p, name in zip(self.params, names, strict=True)}
+        self._base = Reader(plan.base)
+        self._models = [DeltaReader(delta) for delta in plan.deltas]
+        self._held: dict[str, list[TaskVector | None]] = {}
+        for param in self.params:
+            need = sum(_bytes(param, rank) for rank in param.ranks)
+            if need <= budget:
+                budget -= need
+                self._held[param.key] = []
+        self._mixing: dict[tuple[str, Block], Tensor] = self._mixings()
+
+    def __enter__(self) -> Space:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._base.close()
+        for reader in self._models:
+            reader.close()
+
+    def base(self, param: Param) -> Tensor:
+        """The base's float32 value, in memory of its own."""
+        return self._base.value(param.key)
+
+    def merged(self, weights: Tensor) -> dict[str, Tensor]:
+        """The merged float32 values of all changed parameters.
+
+        Args:
+            weights: float64 (models, groups).
+        """
+        return {param.key: self._merged(param, weights[:, self._group[param.key]]) for param in self.params}
+
+    def pulled_back(self, gradients: Mapping[str, Tensor]) -> Tensor:
+        """The gradient in the weights, float64 (models, groups), from that in the merged values."""
+        import torch
+
+        found = torch.zeros(len(self._models), len(self.groups), dtype=torch.float64)
+        for param in self.params:
+            gradient = gradients.get(param.key)
+            if gradient is None:
+                continue
+            taus = self._taus(param)
+            for block in param.blocks:
+                part = Dense(block.take(gradient).contiguous())
+                inner = [0.0 if tau is None else cut(tau, block).inner(part) for tau in taus]
+                mixing = self._mixing[param.key, block]
+                found[:, self._group[param.key]] += mixing.T @ torch.tensor(inner, dtype=torch.float64)
+        return found
+
+    def start(self, weights: Sequence[Weight]) -> Tensor:
+        """Weights as they are written, as float64 (models, groups); of a group what holds for its first parameter."""
+        import torch
+
+        first = [next(p.key for p in self.params if self._group[p.key] == g) for g in range(len(self.groups))]
+        return torch.tensor([[weight_at(weight, key) for key in first] for weight in weights], dtype=torch.float64)
+
+    def weights_of(self, values: Tensor, model: int, digits: int) -> Weight:
+        """One model's weights as a recipe writes them, rounded to so many decimal digits."""
+        found = [round(float(value), digits) + 0.0 for value in values[model]]
+        if len(set(found)) == 1:
+            return found[0]
+        names = {param.key for param in self.params}
+        patterns = [group if group in names else f"{group}.*" for group in self.groups]
+        pairs = list(zip(patterns, found, strict=True))
+        return PatternWeights((*pairs, ("*", found[-1])))
+
+    def _merged(self, param: Param, weights: Tensor) -> Tensor:
+        value = self.base(param)
+        taus = self._taus(param)
+        for block in param.blocks:
+            shares = (self._mixing[param.key, block] @ weights).tolist()
+            change: TaskVector = zero(block.shape(tuple(value.shape)))
+            for tau, share in zip(taus, shares, strict=True):
+                if tau is not None and share != 0.0:
+                    change = change.plus(cut(tau, block), share)
+            if change.is_zero:
+                continue
+            if block.is_whole:
+                value += change.to_dense()
+            else:
+                block.put(value, block.take(value) + change.to_dense())
+        return value
+
+    def _taus(self, param: Param) -> list[TaskVector | None]:
+        held = self._held.get(param.key)
+        if held:
+            return held
+        base: list[Tensor] = []
+
+        def value() -> Tensor:
+            if not base:
+                base.append(self.base(param))
+            return base[0]
+
+        taus = [reader.task_vector(param.key, value) for reader in self._models]
+        if held is not None:
+            held.extend(taus)
+        return taus
+
+    def _mixings(self) -> dict[tuple[str, Block], Tensor]:
+        """M of every block."""
+        import torch
+
+        method, count = self.plan.method, len(self._models)
+        if isinstance(method, TaskArithmetic):
+            same = torch.eye(count, dtype=torch.float64) * method.scale
+            return {(param.key, block): same for param in self.params for block in param.blocks}
+        if not isinstance(method, MdmOc):
+            raise UnsupportedError(f"learn: {method.name} is not linear in the models' weights; take mdm_oc.")
+        found = {(param.key, block): self._gram(param, block) for param in self.params for block in param.blocks}
+        if method.scope == "model":
+            whole = torch.tensor(list(found.values()), dtype=torch.float64).sum(0).tolist()
+            return dict.fromkeys(found, _mixing(whole, count))
+        return {place: _mixing(values, count) for place, values in found.items()}
+
+    def _gram(self, param: Param, block: Block) -> list[float]:
+        shape = block.shape(param.slot.shape)
+        return gram([zero(shape) if tau is None else cut(tau, block) for tau in self._taus(param)])
+
+
+def group_of(name: str) -> str:
+    """The layer that a parameter belongs to: its name up to the first number, else its first word."""
+    numbered = re.match(r"(?:.*?\.)?\d+(?=\.)", name)
+    return numbered[0] if numbered else name.partition(".")[0]
+
+
+def _mixing(found: Sequence[float], count: int) -> Tensor:
+    """M with `c = M a`, whose columns are the shares of unit weights."""
+    import torch
+
+    columns = [shares(found, [float(i == t) for i in range(count)]) for t in range(count)]
+    return torch.tensor(columns, dtype=torch.float64).T.contiguous()
+
+
+def _bytes(param: Param, rank: int | None) -> int:
+    """Float32 bytes of one model's change."""
+    size = 1
+    for length in param.slot.shape:
+        size *= length
+    return 4 * (size if rank is None else rank * sum(param.slot.shape))

@@ -1,0 +1,165 @@
+"""The merged model as its sources see it: one encoder that all share, under each source's own head, with its rows."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from hfmerge.errors import HeadError, UnsupportedError
+from hfmerge.evaluation.models import Subject, kind_of, open_subject
+from hfmerge.learning.replay.outputs import divergence
+from hfmerge.learning.replay.rows import Replay
+from hfmerge.planned import Plan
+from hfmerge.source import Pinned, Source
+
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import Module
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, eq=False)
+class Student:
+    """The merged model in the place of one source.
+
+    Attributes:
+        name: of the source.
+        model: an instance of its class, in evaluation mode; what is merged is put into it for the time of `holding`.
+        places: stored key of the base -> the modules that have it, and the name of the parameter there.
+        rows: to learn from, each kind with its own outputs, and what each counts.
+    """
+
+    name: str
+    model: PreTrainedModel = field(repr=False)
+    places: Mapping[str, tuple[tuple[Module, str], ...]] = field(repr=False)
+    rows: tuple[tuple[Replay, float], ...] = field(repr=False)
+
+    @contextlib.contextmanager
+    def holding(self, merged: Mapping[str, Tensor]) -> Iterator[None]:
+        """The model with these parameters, for passes forwards and backwards.
+
+        As `torch.func.functional_call` does it, but for longer than one call: activations that are computed again on
+        the way back need the same parameters.
+
+        Args:
+            merged: by stored key of the base; what is not given stays the base's.
+        """
+        before = []
+        try:
+            for key, value in merged.items():
+                for module, name in self.places[key]:
+                    before.append((module, name, module._parameters[name]))
+                    module._parameters[name] = value  # type: ignore[assignment]  # a plain tensor, for a while
+            yield
+        finally:
+            for module, name, parameter in before:
+                module._parameters[name] = parameter
+
+    def logits(self, inputs: Mapping[str, Tensor], precision: str) -> Tensor:
+        """What the model says of rows: (rows, classes) or (rows, length, vocabulary).
+
+        Args:
+            precision: "float32" or "bfloat16".
+        """
+        import torch
+
+        device = next(iter(inputs.values())).device.type
+        with torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16"):
+            found: Tensor = self.model(**inputs).logits
+        return found
+
+    def loss(self, replay: Replay, numbers: Sequence[int], precision: str) -> Tensor:
+        """The mean divergence of the model from what is known of some rows, in nats."""
+        inputs, targets = replay.batch(numbers, str(self.model.device))
+        return divergence(replay.scores, targets, self.logits(inputs, precision)).mean()
+
+
+def references(plan: Plan) -> tuple[str, ...]:
+    """How each model of a plan is opened as a model of its own: an adapter on what it lies on, here at least."""
+
+    def text(pinned: Pinned) -> str:
+        return f"{pinned.name}@{pinned.commit}" if pinned.commit else str(pinned.folder)
+
+    def opened(source: Source) -> str:
+        if source.kind != "adapter":
+            return text(source.pinned)
+        under = source.beneath.pinned if source.beneath is not None else plan.base.pinned
+        return f"{text(under)}+{text(source.pinned)}"
+
+    return tuple(opened(delta.source) for delta in plan.deltas)
+
+
+def students(
+    plan: Plan, keys: Iterable[str], rows: Sequence[Sequence[tuple[Replay, float]]], *, checkpointing: bool
+) -> list[Student]:
+    """One for each model of a plan; together they hold the base once, and their heads.
+
+    Args:
+        keys: stored keys of the base that are merged.
+        rows: of each model.
+        checkpointing: compute activations again for gradients.
+
+    Raises:
+        UnsupportedError: transformers holds a merged tensor otherwise than the base's file does.
+        HeadError, SourceError: a head is missing, or does not fit.
+    """
+    wanted = tuple(keys)
+    pinned = plan.base.pinned
+    base = open_subject(f"{pinned.name}@{pinned.commit}" if pinned.commit else str(pinned.folder), dtype="float32")
+    found = []
+    whole: PreTrainedModel | None = None
+    for ref, some in zip(references(plan), rows, strict=True):
+        subject = open_subject(ref, dtype="float32")
+        kind = kind_of(subject)
+        if kind in ("causal", "masked"):
+            model = whole = base.whole(kind) if whole is None else whole
+        else:
+            head = subject.own_head()
+            if head is None:
+                raise HeadError(f"{subject.info.label}: has no head of its own, so nothing can be learned from it.")
+            model = base.with_head(head, kind, spare=subject)
+        subject.forget()
+        if checkpointing:
+            _checkpointed(model)
+        found.append(Student(subject.info.label, model, _places(model, base, wanted), tuple(some)))
+    return found
+
+
+def _places(model: PreTrainedModel, base: Subject, keys: Sequence[str]) -> dict[str, tuple[tuple[Module, str], ...]]:
+    """Where the base's tensors are in a model that was made over them: in the same memory."""
+    known: dict[int, list[tuple[Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.numel():
+                known.setdefault(parameter.data_ptr(), []).append((module, name))
+    found = {}
+    for key in keys:
+        value = base.weights[key]
+        places = known.get(value.data_ptr(), [])
+        if not places or any(module._parameters[name].shape != value.shape for module, name in places):  # type: ignore[union-attr]  # none is None
+            raise UnsupportedError(
+                f"learn: {type(model).__name__} holds {key} otherwise than the base's file does, which learning "
+                "cannot follow yet; merge without `learn`, or save the base anew with this version of transformers."
+            )
+        found[key] = tuple(places)
+    return found
+
+
+def _checkpointed(model: PreTrainedModel) -> None:
+    """Recompute activations, which transformers does while training only, but without dropout."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable()
+    model.train()
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            # rates of dropout modules, and of attention, which applies its own
+            if isinstance(value, float) and (name == "p" or "drop" in name):
+                setattr(module, name, 0.0)
+
+
+def parameters(merged: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Merged values as leaves whose gradient is kept."""
+    return {key: value.detach().requires_grad_() for key, value in merged.items()}

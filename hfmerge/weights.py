@@ -1,0 +1,112 @@
+"""A model's weight: one number, or several by patterns on the names of output parameters."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hfmerge.fields import Section, number, show, text
+
+
+WRITTEN_OUT = 3
+"""So many patterns are shown one by one; of more only the range of their weights."""
+
+
+@dataclass(frozen=True)
+class PatternWeights:
+    """Weights by pattern: of those that fit a parameter's name the first counts.
+
+    Attributes:
+        pairs: fnmatch pattern and weight, in order; the last pattern is `*`.
+    """
+
+    pairs: tuple[tuple[str, float], ...]
+
+    def place(self, name: str) -> int:
+        """Index of the pair that counts for a parameter (stored key of the base)."""
+        return next(i for i, (pattern, _) in enumerate(self.pairs) if fnmatch.fnmatchcase(name, pattern))
+
+    def unused(self, names: Iterable[str]) -> list[str]:
+        """The patterns, but the last, that count for none of these parameters."""
+        used = {self.place(name) for name in names}
+        return [pattern for i, (pattern, _) in enumerate(self.pairs[:-1]) if i not in used]
+
+
+Weight = float | PatternWeights
+
+
+def read_weight(section: Section, key: str) -> Weight | None:
+    """The weight under a key that is there, None if it is faulty; every fault of a mapping is a problem of its own.
+
+    A mapping of `*` alone is the number it holds.
+    """
+    given = section.data[key]
+    if not isinstance(given, Mapping):
+        return section.read(key, number, None)
+    inner, before = Section(given, section.at(key), section.problems), len(section.problems)
+    pairs: dict[str, float] = {}
+    for name in given:
+        try:
+            pattern = text(name)
+        except ValueError as error:
+            section.report(key, f"a pattern {error}")
+            continue
+        if pattern in pairs:
+            inner.report(pattern, "given twice; keep one")
+        pairs[pattern] = inner.read(name, number, 0.0)
+    patterns = list(pairs)
+    if not given:
+        section.report(key, 'must not be empty; give a number, or patterns of which the last is "*"')
+    elif "*" in patterns[:-1]:
+        section.report(key, f'{show(patterns[patterns.index("*") + 1])} never counts, as it comes after "*"; move it')
+    elif patterns and patterns[-1] != "*":
+        section.report(key, 'must end with the pattern "*", for all other parameters')
+    if len(section.problems) > before:
+        return None
+    return pairs["*"] if len(pairs) == 1 else PatternWeights(tuple(pairs.items()))
+
+
+def weight_at(weight: Weight, name: str) -> float:
+    """The weight of one parameter (stored key of the base)."""
+    return weight.pairs[weight.place(name)][1] if isinstance(weight, PatternWeights) else weight
+
+
+def values_of(weight: Weight) -> tuple[float, ...]:
+    """All numbers that a weight may be."""
+    return tuple(value for _, value in weight.pairs) if isinstance(weight, PatternWeights) else (weight,)
+
+
+def written(weight: Weight) -> float | dict[str, float]:
+    """As a recipe writes it."""
+    return dict(weight.pairs) if isinstance(weight, PatternWeights) else weight
+
+
+def stored(weight: Weight) -> float | list[list[Any]]:
+    """As the ledger, whose keys are sorted, holds it: a number as it is, patterns as a list of pairs."""
+    return [[pattern, value] for pattern, value in weight.pairs] if isinstance(weight, PatternWeights) else weight
+
+
+def restored(value: Any) -> Weight:
+    """Inverse of `stored`.
+
+    Raises:
+        ValueError, TypeError: neither a number nor a list of pairs.
+    """
+    if isinstance(value, int | float):
+        return value
+    pairs = tuple((str(pattern), float(weight)) for pattern, weight in value)
+    if not pairs or pairs[-1][0] != "*":
+        raise ValueError("weights by pattern that do not end with *")
+    return PatternWeights(pairs)
+
+
+def shown(weight: Weight) -> str:
+    """In a few words: `0.5`, `encoder.*: 0.4, *: 0.6`, or `0.31 to 0.92 by 13 patterns`."""
+    if not isinstance(weight, PatternWeights):
+        return f"{weight:g}"
+    if len(weight.pairs) <= WRITTEN_OUT:
+        return ", ".join(f"{pattern}: {value:g}" for pattern, value in weight.pairs)
+    values = values_of(weight)
+    return f"{min(values):g} to {max(values):g} by {len(values)} patterns"
