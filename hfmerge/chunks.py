@@ -14,8 +14,8 @@ from hfmerge.planned import Param, Plan
 
 CHUNK = 1 << 20
 """Elements of a chunk that is some rows of a larger parameter: enough that handing it out costs nothing beside it."""
-TILE = 1 << 17
-"""Elements of a tile: all that is read and computed of it at a time stays in a core's cache and in used memory."""
+TILE = 1 << 18
+"""Elements of a tile: all that is computed of it stays near a core, and calls cost little beside the work on it."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ handles one by one: the real matrices of a fused or stacked tensor, or the whole
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -15,9 +14,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-
-SUMMED = 1 << 14
-"""Elements whose squares are summed in their own precision: a dot product of them is the fastest way there is."""
 
 
 @dataclass(frozen=True)
@@ -222,7 +218,7 @@ class LowRank(TaskVector):
 
 
 def squared_norm(value: Tensor) -> float:
-    """Sum of squares of a tensor: of 16384 elements each in its own precision, of these sums in float64.
+    """Sum of squares of a tensor: rows of 1024 in its own precision, their sums in float64.
 
     The relative error is below 4e-6, which equal values come near; it is 2e-7 for a thousand random values and 1e-8
     for a million. Magnitudes from 1e-19 to 1e17 count: smaller ones may be lost, larger ones make the result Inf. NaN
@@ -230,7 +226,11 @@ def squared_norm(value: Tensor) -> float:
     """
     import torch
 
-    return math.fsum(float(torch.dot(part, part)) for part in value.reshape(-1).split(SUMMED))
+    flat = value.reshape(-1)
+    whole = flat.numel() // 1024 * 1024
+    rows = torch.linalg.vector_norm(flat[:whole].view(-1, 1024), dim=1).double()
+    rest = float(torch.linalg.vector_norm(flat[whole:], dtype=torch.float64)) if whole < flat.numel() else 0.0
+    return float(torch.dot(rows, rows)) + rest**2
 
 
 def zero(shape: tuple[int, ...]) -> TaskVector:
