@@ -46,8 +46,8 @@ def classify_images(
     """The head's row with the highest value for each image."""
 
     def work(batch: Sequence[int]) -> list[int]:
-        pixels = _pixels(rows, column, processor, batch, runner.device, where)
-        found: list[int] = model(pixel_values=pixels.to(model.dtype)).logits.float().argmax(-1).tolist()
+        seen = pixels(rows, column, processor, batch, runner.device, where)
+        found: list[int] = model(pixel_values=seen.to(model.dtype)).logits.float().argmax(-1).tolist()
         return found
 
     return runner.run([1] * len(rows), work)
@@ -64,8 +64,8 @@ def match_images(
     """
 
     def work(batch: Sequence[int]) -> list[int]:
-        pixels = _pixels(rows, column, processor, batch, runner.device, where)
-        features = _unit(model.get_image_features(pixel_values=pixels.to(model.dtype)))
+        seen = pixels(rows, column, processor, batch, runner.device, where)
+        features = _unit(model.get_image_features(pixel_values=seen.to(model.dtype)))
         found: list[int] = (features @ classes.T).argmax(-1).tolist()
         return found
 
@@ -101,9 +101,10 @@ def _unit(features: Any) -> Tensor:
     return values / values.norm(dim=-1, keepdim=True)
 
 
-def _pixels(rows: Any, column: str, processor: Any, batch: Sequence[int], device: str, where: str) -> Tensor:
+def pixels(rows: Any, column: str, processor: Any, batch: Sequence[int], device: str, where: str) -> Tensor:
+    """Some images as a model takes them, float32 (rows, channels, height, width)."""
     images = [
         decode_image(value, f"{where}: row {row}") for row, value in zip(batch, rows[list(batch)][column], strict=True)
     ]
-    pixels: Tensor = processor(images=images, return_tensors="pt")["pixel_values"]
-    return pixels.to(device)
+    found: Tensor = processor(images=images, return_tensors="pt")["pixel_values"]
+    return found.to(device)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hfmerge.errors import UnsupportedError
 from hfmerge.evaluation.batches import padded
+from hfmerge.evaluation.classifying import pixels
 from hfmerge.evaluation.data import load_rows, pin_data
 from hfmerge.evaluation.labels import head_rows, named_answers, numbered_answers
 from hfmerge.evaluation.models import Subject
 from hfmerge.evaluation.processors import (
     IMAGE_FILES,
     TOKENIZER_FILES,
-    decode_image,
     encode,
     find_place,
     load_images,
@@ -75,7 +75,7 @@ def labelled_rows(task: Task, suite: Suite, subject: Subject, *, split: str, row
     return Replay(mark, task.kind, "labels", seed, "classes", pad, 0, inputs, {"logits": logits})
 
 
-def _texts(task: Task, rows: object, subject: Subject, where: str) -> tuple[dict[str, Tensor], int]:
+def _texts(task: Task, rows: Any, subject: Subject, where: str) -> tuple[dict[str, Tensor], int]:
     import torch
 
     tokenizer = load_tokenizer(find_place(subject.places, TOKENIZER_FILES, "tokenizer", subject.info.label))
@@ -89,12 +89,10 @@ def _texts(task: Task, rows: object, subject: Subject, where: str) -> tuple[dict
     return found, pad
 
 
-def _pixels(task: Task, rows: object, subject: Subject, where: str) -> tuple[dict[str, Tensor], None]:
+def _pixels(task: Task, rows: Any, subject: Subject, where: str) -> tuple[dict[str, Tensor], None]:
     import torch
 
     processor = load_images(find_place(subject.places, IMAGE_FILES, "image processor", subject.info.label))
     assert task.image is not None
-    values = rows[task.image]  # type: ignore[index]  # a Dataset, whose package has no types
-    images = [decode_image(value, f"{where}: row {row}") for row, value in enumerate(values)]
-    pixels: Tensor = processor(images=images, return_tensors="pt")["pixel_values"]
-    return {"pixel_values": pixels.to(torch.float16)}, None
+    found = pixels(rows, task.image, processor, range(len(rows)), "cpu", where)
+    return {"pixel_values": found.to(torch.float16)}, None

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,14 +97,14 @@ def learn(
     asked = plan.recipe.learn
     assert asked is not None
     warnings: list[str] = []
-    earlier = {} if opened is None else _earlier(opened, warnings)
-    plan = dataclasses.replace(plan, warnings=(*plan.warnings, *warnings))
+    # rows of an adapter are those of the base it lies on
+    earlier = {} if opened is None or action == "rebase" else _earlier(opened, warnings)
     if action == "subtract" or (action == "unmerge" and not asked.relearn):
-        replays = tuple(_found(earlier, ref) for ref in references(plan)) if earlier else ()
-        return plan, Learned(replays, None, None, "the weights of the models that stay were kept")
+        replays = tuple(_found(earlier, ref) for ref in references(plan))
+        how = "weights were kept as they had been learned beside all models of the step before"
+        return _warned(plan, warnings), Learned(replays, None, None, how)
     replays, rows = _rows(plan, asked, earlier, ranks, notify)
-    with ExitStack() as stack:
-        space = stack.enter_context(Space(plan, by_layer=asked.groups == "layer", budget=HELD))
+    with Space(plan, by_layer=asked.groups == "layer", budget=HELD) as space:
         keys = [param.key for param in space.params]
         merge = students(plan, keys, rows, checkpointing=asked.checkpointing)
         count = len(opened.last.models) if opened is not None and action == "add" else 0
@@ -121,7 +121,11 @@ def learn(
     how = f"weights learned by {asked.loss}, {found.steps} steps"
     how += f", from those of the first {count} models" if count else ""
     plan = dataclasses.replace(plan, recipe=dataclasses.replace(plan.recipe, models=entries))
-    return plan, Learned(replays, information, found, how, space.groups)
+    return _warned(plan, warnings), Learned(replays, information, found, how, space.groups)
+
+
+def _warned(plan: Plan, warnings: Sequence[str]) -> Plan:
+    return dataclasses.replace(plan, warnings=(*plan.warnings, *warnings))
 
 
 def _start(space: Space, plan: Plan, asked: Learning, count: int) -> Tensor:
@@ -164,7 +168,7 @@ def _rows(
 
     for delta, ref in zip(plan.deltas, refs, strict=True):
         names = (delta.source.name, delta.source.slug)
-        own, some = ranks.on_main(lambda ref=ref, names=names: made(ref, names))  # type: ignore[misc]
+        own, some = ranks.on_main(partial(made, ref, names))
         replays.append(own)
         rows.append(some)
     return tuple(replays), rows
@@ -192,6 +196,8 @@ def _anchor(
     warnings: list[str],
 ) -> Anchor | None:
     """The merge that models are added to, with its Fisher information, as carried or taken anew; on rank 0."""
+    import torch
+
     assert opened is not None
     before = start.clone()
     before[count:] = 0.0
@@ -203,7 +209,10 @@ def _anchor(
         digest = (opened.last.learned or {}).get("fisher")
         path = None if digest is None else state_path(opened.pinned, KeptState(0, digest, 0), warnings)
         if path is not None:
-            return Anchor(merged, load_fisher(path), asked.ewc)
+            known = load_fisher(path)
+            # of what no model changed before nothing is known, and nothing is held
+            held = {key: known[key] if key in known else torch.zeros_like(value) for key, value in merged.items()}
+            return Anchor(merged, held, asked.ewc)
         return Anchor(merged, _fisher(merge[:count], merged, asked), asked.ewc)
 
     return ranks.each(made)

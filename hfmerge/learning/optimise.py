@@ -151,7 +151,7 @@ def _step(
     gradients = {key: leaf.grad for key, leaf in leaves.items() if leaf.grad is not None}
     if anchor is not None and ranks.main:
         with torch.no_grad():
-            whole = {key: gradients.get(key, torch.zeros_like(leaf)) for key, leaf in leaves.items()}
+            whole = {k: gradients[k] if k in gradients else torch.zeros_like(leaf) for k, leaf in leaves.items()}
             anchor.pull(whole, leaves)
             losses.append(anchor.penalty(leaves))
             gradients = whole
@@ -200,7 +200,7 @@ def _held_out(
 
 
 def _drawn(count: int, asked: Learning, model: int, kind: int, step: int) -> list[int]:
-    """Numbers of the rows of one step: all rows pass by once, in a seeded order, before any comes again."""
+    """Numbers of the rows of one step, in a seeded order: none comes again before as many batches as there are."""
     import torch
 
     size = min(asked.batch, count)

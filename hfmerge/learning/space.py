@@ -9,6 +9,7 @@ is given, and factors stay factors: no model but the merged one is ever held.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -185,7 +186,5 @@ def _mixing(found: Sequence[float], count: int) -> Tensor:
 
 def _bytes(param: Param, rank: int | None) -> int:
     """Float32 bytes of one model's change."""
-    size = 1
-    for length in param.slot.shape:
-        size *= length
+    size = math.prod(param.slot.shape)
     return 4 * (size if rank is None else rank * sum(param.slot.shape))

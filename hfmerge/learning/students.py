@@ -80,16 +80,17 @@ class Student:
 def references(plan: Plan) -> tuple[str, ...]:
     """How each model of a plan is opened as a model of its own: an adapter on what it lies on, here at least."""
 
-    def text(pinned: Pinned) -> str:
-        return f"{pinned.name}@{pinned.commit}" if pinned.commit else str(pinned.folder)
-
     def opened(source: Source) -> str:
         if source.kind != "adapter":
-            return text(source.pinned)
+            return _reference(source.pinned)
         under = source.beneath.pinned if source.beneath is not None else plan.base.pinned
-        return f"{text(under)}+{text(source.pinned)}"
+        return f"{_reference(under)}+{_reference(source.pinned)}"
 
     return tuple(opened(delta.source) for delta in plan.deltas)
+
+
+def _reference(pinned: Pinned) -> str:
+    return f"{pinned.name}@{pinned.commit}" if pinned.commit else str(pinned.folder)
 
 
 def students(
@@ -107,8 +108,7 @@ def students(
         HeadError, SourceError: a head is missing, or does not fit.
     """
     wanted = tuple(keys)
-    pinned = plan.base.pinned
-    base = open_subject(f"{pinned.name}@{pinned.commit}" if pinned.commit else str(pinned.folder), dtype="float32")
+    base = open_subject(_reference(plan.base.pinned), dtype="float32")
     found = []
     whole: PreTrainedModel | None = None
     for ref, some in zip(references(plan), rows, strict=True):
@@ -130,21 +130,21 @@ def students(
 
 def _places(model: PreTrainedModel, base: Subject, keys: Sequence[str]) -> dict[str, tuple[tuple[Module, str], ...]]:
     """Where the base's tensors are in a model that was made over them: in the same memory."""
-    known: dict[int, list[tuple[Module, str]]] = {}
+    known: dict[int, list[tuple[Module, str, tuple[int, ...]]]] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.numel():
-                known.setdefault(parameter.data_ptr(), []).append((module, name))
+                known.setdefault(parameter.data_ptr(), []).append((module, name, tuple(parameter.shape)))
     found = {}
     for key in keys:
         value = base.weights[key]
         places = known.get(value.data_ptr(), [])
-        if not places or any(module._parameters[name].shape != value.shape for module, name in places):  # type: ignore[union-attr]  # none is None
+        if not places or any(shape != tuple(value.shape) for _, _, shape in places):
             raise UnsupportedError(
                 f"learn: {type(model).__name__} holds {key} otherwise than the base's file does, which learning "
                 "cannot follow yet; merge without `learn`, or save the base anew with this version of transformers."
             )
-        found[key] = tuple(places)
+        found[key] = tuple((module, name) for module, name, _ in places)
     return found
 
 
