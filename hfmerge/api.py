@@ -90,8 +90,8 @@ def merge(
         ranks = with_disks(ranks, target, options.storage)
         pinned = pinned_recipe(asked, ranks)
         planned = for_machines(ranks.each(partial(make_plan, pinned, origin=origin, on_source=early)), ranks)
-        planned, learned = weights_found(planned, ranks, options)
         with folder_for(target, planned, ranks, replace=False, resume=options.resume) as place:
+            planned, learned = weights_found(planned, place, ranks, options)
             entry, seconds, notes, outcome = build(
                 planned, place, ranks, None, None, digester, options, learned=learned
             )  # fmt: skip

@@ -31,6 +31,8 @@ def work_of(plan: Plan) -> dict[str, str]:
         "base": _identity(plan.base),
         "models": models,
         "method": [method.name, method.version, repr(method), plan.norm],
+        # weights that are learned follow from all of this and from how they are learned
+        "learning": None if recipe.learn is None else recipe.learn.to_dict(),
         "settings": [recipe.dtype, recipe.include, recipe.exclude, recipe.vocabulary, recipe.allow_nonfinite],
         # streamed bytes are checked at the end of the run that reads them
         "streaming": recipe.stream,

@@ -152,8 +152,6 @@ def apply_change(
     ranks = with_disks(ranks, target, options.storage)
     change = ranks.each(make)
     change = dataclasses.replace(change, plan=for_machines(change.plan, ranks))
-    plan, learned = weights_found(change.plan, ranks, options, opened, change.action)
-    change = dataclasses.replace(change, plan=plan)
     if change.action in ("unmerge", "subtract") and options.notify is not None and ranks.main:
         need = change.plan.estimate
         options.notify(
@@ -167,6 +165,8 @@ def apply_change(
     destination = Destination(push_to, None, create_pr, parent) if push_to is not None else None
     stays = own and target is None
     with folder_for(target, change.plan, ranks, replace=replace, resume=options.resume) as place:
+        plan, learned = weights_found(change.plan, place, ranks, options, opened, change.action)
+        change = dataclasses.replace(change, plan=plan)
         entry, seconds, notes, outcome = build(
             change.plan, place, ranks, opened, change, None, options, learned=learned, stays=stays
         )  # fmt: skip
@@ -179,14 +179,22 @@ def apply_change(
 
 
 def weights_found(
-    planned: Plan, ranks: Ranks, options: RunOptions, opened: Merged | None = None, action: str = "merge"
+    planned: Plan,
+    place: Workspace,
+    ranks: Ranks,
+    options: RunOptions,
+    opened: Merged | None = None,
+    action: str = "merge",
 ) -> tuple[Plan, Learned | None]:
-    """The plan with learned weights, if its recipe asks for them, and what is kept of learning."""
+    """The plan with learned weights, if its recipe asks for them, and what is kept of learning.
+
+    How far it came is noted in the journal of `place`, for who goes on from a killed run.
+    """
     if planned.recipe.learn is None:
         return planned, None
     from hfmerge.learning.learned import learn
 
-    return learn(planned, ranks, opened=opened, action=action, notify=options.notify)
+    return learn(planned, ranks, journal=place.journal, opened=opened, action=action, notify=options.notify)
 
 
 def result_of(

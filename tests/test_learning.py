@@ -18,6 +18,7 @@ from hfmerge import add, merge, unmerge, verify
 from hfmerge.errors import RecipeError
 from hfmerge.learning.asked import Learning
 from hfmerge.learning.optimise import Anchor, optimise
+from hfmerge.learning.progress import NOTHING
 from hfmerge.learning.replay.asked import ReplayAsked
 from hfmerge.learning.replay.rows import load_replay
 from hfmerge.learning.space import Space, group_of
@@ -219,7 +220,7 @@ def test_recomputed_activations_and_shared_rows_change_nothing(models: dict[str,
     asked = Learning(**{**QUICK, "replay": ReplayAsked(**FEW), "steps": 3})
     from hfmerge.learning.learned import _rows
 
-    _, rows = _rows(plan, asked, {}, Ranks(), None)
+    _, rows = _rows(plan, asked, {}, NOTHING, Ranks(), None)
     found = []
     with Space(plan, by_layer=True) as space:
         start = space.start([0.5, 0.5, 0.5])

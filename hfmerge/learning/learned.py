@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hfmerge.digest import sha256_file
+from hfmerge.digest import canonical_json, sha256_bytes, sha256_file
 from hfmerge.errors import HfMergeError
 from hfmerge.evaluation.models import kind_of, open_subject
 from hfmerge.evaluation.suite import load_suite
@@ -18,6 +18,7 @@ from hfmerge.learning.asked import HELD, Learning
 from hfmerge.learning.fisher import FISHER_ROWS, fisher, load_fisher, save_fisher
 from hfmerge.learning.labelled import labelled_rows, task_of
 from hfmerge.learning.optimise import Anchor, Found, optimise
+from hfmerge.learning.progress import Progress
 from hfmerge.learning.replay.making import generate
 from hfmerge.learning.replay.rows import Replay, load_replay, save_replay
 from hfmerge.learning.space import Space
@@ -80,6 +81,7 @@ def learn(
     plan: Plan,
     ranks: Ranks,
     *,
+    journal: Path | None = None,
     opened: Merged | None = None,
     action: str = "merge",
     notify: Callable[[str], object] | None = None,
@@ -87,6 +89,7 @@ def learn(
     """The plan with the weights that its recipe's `learn` asks for.
 
     Args:
+        journal: folder of the run's journal, where it is noted how far learning came; None: nowhere.
         opened, action: the merge that the plan goes on from, and how; None for a first merge. Only "add" goes on from
             weights that were learned; "unmerge" keeps or learns them as asked, and "subtract" keeps them.
         notify: told what is about to happen.
@@ -103,7 +106,8 @@ def learn(
         replays = tuple(_found(earlier, ref) for ref in references(plan))
         how = "weights were kept as they had been learned beside all models of the step before"
         return _warned(plan, warnings), Learned(replays, None, None, how)
-    replays, rows = _rows(plan, asked, earlier, ranks, notify)
+    progress = Progress(journal, _question(opened, action))
+    replays, rows = _rows(plan, asked, earlier, progress, ranks, notify)
     with Space(plan, by_layer=asked.groups == "layer", budget=HELD) as space:
         keys = [param.key for param in space.params]
         merge = students(plan, keys, rows, checkpointing=asked.checkpointing)
@@ -111,8 +115,10 @@ def learn(
         start = _start(space, plan, asked, count)
         anchor = _anchor(space, merge, start, count, opened, asked, ranks, warnings) if count and asked.ewc else None
         if notify is not None and ranks.main:
-            notify(f"learning {start.numel()} weights, at most {asked.steps} steps")
-        found = _optimised(space, merge, start, asked, ranks, anchor)
+            begun = progress.steps()
+            from_there = "" if begun is None else f"; {begun['step']} were made by a run that was interrupted"
+            notify(f"learning {start.numel()} weights, at most {asked.steps} steps{from_there}")
+        found = _optimised(space, merge, start, asked, ranks, anchor, progress)
         information = _information(space, merge, found, anchor, asked, ranks) if asked.ewc else None
     entries = tuple(
         dataclasses.replace(entry, weight=space.weights_of(found.weights, i, DIGITS))
@@ -120,12 +126,22 @@ def learn(
     )
     how = f"weights learned by {asked.loss}, {found.steps} steps"
     how += f", from those of the first {count} models" if count else ""
+    if found.fault is not None:
+        how += ", stopped early"
+        warnings.append(
+            f"{found.fault} No further steps were made: the weights are the best of the {found.steps} before."
+        )
     plan = dataclasses.replace(plan, recipe=dataclasses.replace(plan.recipe, models=entries))
     return _warned(plan, warnings), Learned(replays, information, found, how, space.groups)
 
 
 def _warned(plan: Plan, warnings: Sequence[str]) -> Plan:
     return dataclasses.replace(plan, warnings=(*plan.warnings, *warnings))
+
+
+def _question(opened: Merged | None, action: str) -> str:
+    """What learning goes on from, beyond what the run's journal is for."""
+    return sha256_bytes(canonical_json([action, None if opened is None else opened.last.learned]))
 
 
 def _start(space: Space, plan: Plan, asked: Learning, count: int) -> Tensor:
@@ -139,6 +155,7 @@ def _rows(
     plan: Plan,
     asked: Learning,
     earlier: Mapping[str, Replay],
+    progress: Progress,
     ranks: Ranks,
     notify: Callable[[str], object] | None,
 ) -> tuple[tuple[Replay | None, ...], list[list[tuple[Replay, float]]]]:
@@ -150,11 +167,14 @@ def _rows(
     if notify is not None and ranks.main and asked.replays:
         notify(f"making replay rows of {len(refs)} models; {PRIVACY}")
 
-    def made(ref: str, names: Sequence[str]) -> tuple[Replay | None, list[tuple[Replay, float]]]:
+    def made(model: int, ref: str, names: Sequence[str]) -> tuple[Replay | None, list[tuple[Replay, float]]]:
         subject = open_subject(ref, dtype="float32")
         own = _found(earlier, ref) if asked.replays else None
         if own is None and asked.replays:
+            own = progress.replay(model)
+        if own is None and asked.replays:
             own = generate(subject, kind_of(subject), asked.replay, progress=True)
+            progress.keep_replay(model, own)
         some = [(own, 1.0)] if own is not None and asked.loss != "labels" else []
         task = task_of(suite, names) if suite is not None else None
         if suite is not None and task is None and asked.loss == "labels":
@@ -166,23 +186,30 @@ def _rows(
         subject.forget()
         return own, some
 
-    for delta, ref in zip(plan.deltas, refs, strict=True):
+    for model, (delta, ref) in enumerate(zip(plan.deltas, refs, strict=True)):
         names = (delta.source.name, delta.source.slug)
-        own, some = ranks.on_main(partial(made, ref, names))
+        own, some = ranks.on_main(partial(made, model, ref, names))
         replays.append(own)
         rows.append(some)
     return tuple(replays), rows
 
 
 def _optimised(
-    space: Space, merge: Sequence[Student], start: Tensor, asked: Learning, ranks: Ranks, anchor: Anchor | None
+    space: Space,
+    merge: Sequence[Student],
+    start: Tensor,
+    asked: Learning,
+    ranks: Ranks,
+    anchor: Anchor | None,
+    progress: Progress,
 ) -> Found:
     from huggingface_hub.utils import tqdm
 
     with tqdm(
         total=asked.steps, desc="Learning", unit="step", name="hfmerge.learn", disable=not ranks.main or None
     ) as bar:
-        return ranks.each(lambda: optimise(space, merge, start, asked, ranks, anchor=anchor, tick=bar.update))
+        course = partial(optimise, space, merge, start, asked, ranks, anchor=anchor, progress=progress)
+        return ranks.each(lambda: course(tick=bar.update))
 
 
 def _anchor(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from hfmerge.digest import sha256_bytes
-from hfmerge.errors import NonFiniteError
+from hfmerge.errors import HfMergeError, NonFiniteError
 from hfmerge.learning.asked import Learning
+from hfmerge.learning.progress import NOTHING, Progress
 from hfmerge.learning.space import Space
 from hfmerge.learning.students import Student, parameters
 from hfmerge.runtime import Ranks
@@ -20,6 +22,10 @@ if TYPE_CHECKING:
 
 BETTER = 1e-4
 """By what share the loss on the rows held out has to fall to count as better."""
+CALMER = "choose a smaller rate or high, or precision: float32"
+PENALTY = "the penalty of elastic weight consolidation"
+Look = tuple[int, "float | None", "float | None", tuple[float, ...]]
+"""Step, loss of its rows, loss of the rows held out, mean weight of each model."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +65,13 @@ class Found:
         curve: step, loss of its rows, loss of the rows held out (None where none are), and the mean weight of each
             model, at every look.
         steps: that were made.
+        fault: why no further step could be made; None: none that could be was left out.
     """
 
     weights: Tensor = field(repr=False)
-    curve: tuple[tuple[int, float | None, float | None, tuple[float, ...]], ...]
+    curve: tuple[Look, ...]
     steps: int
+    fault: str | None = None
 
 
 def optimise(
@@ -74,129 +82,219 @@ def optimise(
     ranks: Ranks,
     *,
     anchor: Anchor | None = None,
+    progress: Progress = NOTHING,
     tick: Callable[[int], object] = lambda count: None,
 ) -> Found:
     """Minimise the mean loss of all models over the weights, within their bounds.
 
     Every process does the rows of some models; only the gradient in the weights crosses processes. Which rows a step
-    takes depends on seed, model and step alone.
+    takes depends on seed, model and step alone. A loss that is not a number ends it, with the best weights so far.
 
     Args:
         start: float64 (models, groups).
         anchor: of elastic weight consolidation.
-        tick: told of every step.
+        progress: of a killed run to go on from; noted at every look.
+        tick: told of steps, those of the killed run included.
 
     Raises:
-        NonFiniteError: the loss is not a number.
+        NonFiniteError: the loss is not a number where the weights start.
+        HfMergeError: out of memory.
+    """
+    course = _Course(start.clone().clamp_(asked.low, asked.high), asked)
+    before = ranks.on_main(progress.steps)
+    if before is not None:
+        course.take_up(before)
+        tick(course.step)
+    work = _Work(space, students, asked, ranks, anchor)
+    fault = None
+    try:
+        if before is None:
+            course.look(None, work.held_out(course.weights))
+        while course.waited < asked.patience and course.step < asked.steps:
+            loss, gradient = work.step(course.weights, course.step)
+            course.go(gradient)
+            tick(1)
+            ranks.check()
+            if course.step % asked.every == 0 or course.step == asked.steps:
+                course.look(loss, work.held_out(course.weights))
+                if ranks.main:
+                    progress.keep_steps(course.to_dict())
+    except NonFiniteError as error:
+        if not course.step:
+            raise
+        fault = str(error)
+    return Found(course.best, tuple(course.curve), course.step, fault)
+
+
+class _Course:
+    """Where the steps stand.
+
+    Args:
+        weights: float64 (models, groups), where they start.
+    """
+
+    def __init__(self, weights: Tensor, asked: Learning):
+        import torch
+
+        self.weights = self.best = weights
+        self.step, self.waited = 0, 0
+        self.curve: list[Look] = []
+        self._least, self._asked = math.inf, asked
+        self._adam = torch.optim.AdamW([weights], lr=asked.rate, weight_decay=0.0)
+
+    def go(self, gradient: Tensor) -> None:
+        """One step."""
+        self.weights.grad = gradient
+        self._adam.step()
+        self.weights.clamp_(self._asked.low, self._asked.high)
+        self.step += 1
+
+    def look(self, last: float | None, held: float | None) -> None:
+        """Note where the weights are, and whether they are the best so far.
+
+        Args:
+            last: loss of the last step's rows, before it.
+            held: loss of the rows held out; None where none are.
+        """
+        judged = held if held is not None else last
+        means = tuple(round(float(value), 6) for value in self.weights.mean(1))
+        self.curve.append((self.step, last, held, means))
+        if judged is None or judged < self._least * (1.0 - BETTER if self._least > 0 else 1.0):
+            self.best, self.waited = self.weights.clone(), 0
+            self._least = math.inf if judged is None else judged
+        else:
+            self.waited += 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able; all that the next step depends on."""
+        moments = self._adam.state_dict()["state"][0]
+        return {
+            "step": self.step, "waited": self.waited, "curve": self.curve,
+            "least": None if math.isinf(self._least) else self._least,
+            "weights": self.weights.tolist(), "best": self.best.tolist(),
+            "adam": {name: value.tolist() for name, value in moments.items()},
+        }  # fmt: skip
+
+    def take_up(self, state: Mapping[str, Any]) -> None:
+        """Inverse of `to_dict`."""
+        import torch
+
+        self.step, self.waited = state["step"], state["waited"]
+        self.curve = [(step, last, held, tuple(means)) for step, last, held, means in state["curve"]]
+        self._least = math.inf if state["least"] is None else state["least"]
+        self.weights.copy_(torch.tensor(state["weights"], dtype=torch.float64))
+        self.best = torch.tensor(state["best"], dtype=torch.float64)
+        moments = {name: torch.tensor(value, dtype=torch.float64) for name, value in state["adam"].items()}
+        self._adam.load_state_dict({"state": {0: moments}, "param_groups": self._adam.state_dict()["param_groups"]})
+
+
+@dataclass(frozen=True, eq=False)
+class _Work:
+    """Losses and gradients of all models, each process computing those of some."""
+
+    space: Space
+    students: Sequence[Student]
+    asked: Learning
+    ranks: Ranks
+    anchor: Anchor | None
+
+    def step(self, weights: Tensor, step: int) -> tuple[float, Tensor]:
+        """Loss of a step's rows, and its gradient in the weights.
+
+        Raises:
+            NonFiniteError: one of them is not finite; on all processes.
+        """
+        import torch
+
+        parts = self.ranks.together(lambda: self._step(weights, step))
+        total = math.fsum(loss for losses, _ in parts for _, loss in losses)
+        gradient = torch.stack([part for _, part in parts]).sum(0)
+        bad = [place for losses, _ in parts for place, loss in losses if not math.isfinite(loss)]
+        if bad or not bool(torch.isfinite(gradient).all()):
+            where = "; ".join(bad) or "the gradient"
+            raise NonFiniteError(f"learn: in step {step + 1} the loss is not finite ({where}); {CALMER}.")
+        return total, gradient
+
+    def held_out(self, weights: Tensor) -> float | None:
+        """Mean loss of the rows that no step learns from; None where there are none.
+
+        Raises:
+            NonFiniteError: it is not finite; on all processes.
+        """
+        if not any(replay.held_out for student in self.students for replay, _ in student.rows):
+            return None
+        losses = [pair for part in self.ranks.together(lambda: self._held_out(weights)) for pair in part]
+        bad = [place for place, loss in losses if not math.isfinite(loss)]
+        if bad:
+            raise NonFiniteError(f"learn: the loss on rows held out is not finite ({'; '.join(bad)}); {CALMER}.")
+        return math.fsum(loss for _, loss in losses)
+
+    def _mine(self) -> list[tuple[int, Student]]:
+        return [pair for pair in enumerate(self.students) if pair[0] % self.ranks.world == self.ranks.rank]
+
+    def _step(self, weights: Tensor, step: int) -> tuple[list[tuple[str, float]], Tensor]:
+        """This process's part of a step: losses and what they are of; the gradient."""
+        import torch
+
+        losses = []
+        with _enough_memory(self.asked):
+            leaves = parameters(self.space.merged(weights))
+            for i, student in self._mine():
+                with student.holding(leaves):
+                    for kind, (replay, share) in enumerate(student.rows):
+                        rows = _drawn(len(replay.learned), self.asked, i, kind, step)
+                        loss = student.loss(replay, rows, self.asked.precision) * (share / len(self.students))
+                        loss.backward()
+                        losses.append((f"{student.name}, rows {rows}", float(loss.detach())))
+            gradients = {key: leaf.grad for key, leaf in leaves.items() if leaf.grad is not None}
+            if self.anchor is not None and self.ranks.main:
+                with torch.no_grad():
+                    whole = {
+                        k: gradients[k] if k in gradients else torch.zeros_like(leaf) for k, leaf in leaves.items()
+                    }
+                    self.anchor.pull(whole, leaves)
+                    losses.append((PENALTY, self.anchor.penalty(leaves)))
+                    gradients = whole
+            return losses, self.space.pulled_back(gradients)
+
+    def _held_out(self, weights: Tensor) -> list[tuple[str, float]]:
+        """This process's part of the loss on rows held out."""
+        import torch
+
+        losses = []
+        with _enough_memory(self.asked), torch.no_grad():
+            merged = self.space.merged(weights)
+            for _, student in self._mine():
+                with student.holding(merged):
+                    for replay, share in student.rows:
+                        rows = range(len(replay) - replay.held_out, len(replay))
+                        for at in range(0, len(rows), self.asked.batch):
+                            some = rows[at : at + self.asked.batch]
+                            part = float(student.loss(replay, some, self.asked.precision))
+                            counts = share * len(some) / len(rows) / len(self.students)
+                            losses.append((f"{student.name}, rows {list(some)}", part * counts))
+            if self.anchor is not None and self.ranks.main:
+                losses.append((PENALTY, self.anchor.penalty(merged)))
+        return losses
+
+
+@contextlib.contextmanager
+def _enough_memory(asked: Learning) -> Iterator[None]:
+    """Say what to lower where memory does not suffice.
+
+    Raises:
+        HfMergeError: it does not.
     """
     import torch
 
-    weights = start.clone().clamp_(asked.low, asked.high)
-    weights.grad = torch.zeros_like(weights)
-    adam = torch.optim.AdamW([weights], lr=asked.rate, weight_decay=0.0)
-    mine = [i for i in range(len(students)) if i % ranks.world == ranks.rank]
-    curve: list[tuple[int, float | None, float | None, tuple[float, ...]]] = []
-    best, least, waited, step = weights.clone(), math.inf, 0, 0
-
-    def look(last: float | None) -> bool:
-        """Note where the weights are; whether it is time to stop."""
-        nonlocal best, least, waited
-        held = _held_out(space, students, mine, weights, asked, ranks, anchor)
-        judged = held if held is not None else last
-        curve.append((step, last, held, tuple(round(float(value), 6) for value in weights.mean(1))))
-        if judged is None or judged < least * (1.0 - BETTER if least > 0 else 1.0):
-            best, waited = weights.clone(), 0
-            least = math.inf if judged is None else judged
-        else:
-            waited += 1
-        return waited >= asked.patience
-
-    done = look(None)
-    while not done and step < asked.steps:
-        loss, gradient = _step(space, students, mine, weights, step, asked, ranks, anchor)
-        assert weights.grad is not None
-        weights.grad.copy_(gradient)
-        adam.step()
-        weights.clamp_(asked.low, asked.high)
-        step += 1
-        tick(1)
-        ranks.check()
-        if step % asked.every == 0 or step == asked.steps:
-            done = look(loss)
-    return Found(best, tuple(curve), step)
-
-
-def _step(
-    space: Space,
-    students: Sequence[Student],
-    mine: Sequence[int],
-    weights: Tensor,
-    step: int,
-    asked: Learning,
-    ranks: Ranks,
-    anchor: Anchor | None,
-) -> tuple[float, Tensor]:
-    """Loss of a step's rows, and its gradient in the weights."""
-    import torch
-
-    leaves = parameters(space.merged(weights))
-    losses = []
-    for i in mine:
-        with students[i].holding(leaves):
-            for kind, (replay, share) in enumerate(students[i].rows):
-                numbers = _drawn(len(replay.learned), asked, i, kind, step)
-                loss = students[i].loss(replay, numbers, asked.precision) * (share / len(students))
-                loss.backward()
-                losses.append(float(loss.detach()))
-    gradients = {key: leaf.grad for key, leaf in leaves.items() if leaf.grad is not None}
-    if anchor is not None and ranks.main:
-        with torch.no_grad():
-            whole = {k: gradients[k] if k in gradients else torch.zeros_like(leaf) for k, leaf in leaves.items()}
-            anchor.pull(whole, leaves)
-            losses.append(anchor.penalty(leaves))
-            gradients = whole
-    parts = ranks.gather((losses, space.pulled_back(gradients)))
-    total = math.fsum(value for part, _ in parts for value in part)
-    gradient = torch.stack([part for _, part in parts]).sum(0)
-    if not math.isfinite(total) or not bool(torch.isfinite(gradient).all()):
-        raise NonFiniteError(f"learn: the loss of step {step + 1} is not finite; choose a smaller rate, or float32.")
-    return total, gradient
-
-
-def _held_out(
-    space: Space,
-    students: Sequence[Student],
-    mine: Sequence[int],
-    weights: Tensor,
-    asked: Learning,
-    ranks: Ranks,
-    anchor: Anchor | None,
-) -> float | None:
-    """Mean loss of the rows that no step learns from; None where there are none."""
-    import torch
-
-    held = [
-        (i, replay, share, range(len(replay) - replay.held_out, len(replay)))
-        for i, student in enumerate(students)
-        for replay, share in student.rows
-        if replay.held_out
-    ]
-    if not held:
-        return None
-    merged = space.merged(weights)
-    losses = []
-    with torch.no_grad():
-        for i, replay, share, numbers in held:
-            if i not in mine:
-                continue
-            with students[i].holding(merged):
-                for at in range(0, len(numbers), asked.batch):
-                    some = numbers[at : at + asked.batch]
-                    part = float(students[i].loss(replay, some, asked.precision))
-                    losses.append(part * share * len(some) / len(numbers) / len(students))
-        if anchor is not None and ranks.main:
-            losses.append(anchor.penalty(merged))
-    return math.fsum(value for part in ranks.gather(losses) for value in part)
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if type(error) is RuntimeError and "can't allocate memory" not in str(error):
+            raise
+        lower = [f"batch (now {asked.batch})", *([] if asked.checkpointing else ["or set checkpointing: true"])]
+        lower += [] if asked.precision == "bfloat16" else ["or precision: bfloat16"]
+        raise HfMergeError(f"learn: out of memory; lower {', '.join(lower)}, or use more processes.") from error
 
 
 def _drawn(count: int, asked: Learning, model: int, kind: int, step: int) -> list[int]:

@@ -1,0 +1,83 @@
+"""How far learning came: replay rows and steps, kept in the journal of a run until its output is in place."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hfmerge.checkpoint.writer import disk_errors
+from hfmerge.digest import canonical_json, sha256_bytes
+from hfmerge.errors import CorruptFileError
+from hfmerge.learning.replay.rows import Replay, load_replay
+
+
+class Progress:
+    """What rank 0 notes for whoever goes on from a killed run. What a crash left torn or damaged counts for nothing.
+
+    Args:
+        folder: the journal's; None: nothing is kept.
+        question: digest of all that learning depends on beyond what the journal is for.
+    """
+
+    def __init__(self, folder: Path | None, question: str):
+        self._folder, self._question = folder, question
+
+    def replay(self, model: int) -> Replay | None:
+        """The rows that were made of a model."""
+        known = self._read(f"replay-{model}.json")
+        if known is None:
+            return None
+        try:
+            found = load_replay(self._place(f"replay-{known['digest']}"))
+        except CorruptFileError:
+            # made again, as the user is told of all rows that are
+            return None
+        return found if found.digest == known["digest"] else None
+
+    def keep_replay(self, model: int, replay: Replay) -> None:
+        """Note the rows of a model."""
+        if self._folder is not None:
+            place = self._place(f"replay-{replay.digest}")
+            with disk_errors(place):
+                place.write_bytes(replay.data)
+            self._write(f"replay-{model}.json", {"digest": replay.digest})
+
+    def steps(self) -> dict[str, Any] | None:
+        """Where the steps stood, as it was noted."""
+        return self._read("steps.json")
+
+    def keep_steps(self, state: Mapping[str, Any]) -> None:
+        """Note where the steps stand: JSON-able; floats come back bit for bit."""
+        if self._folder is not None:
+            self._write("steps.json", state)
+
+    def _place(self, name: str) -> Path:
+        assert self._folder is not None
+        return self._folder / f"learning-{name}"
+
+    def _digest(self, name: str, state: Mapping[str, Any]) -> str:
+        return sha256_bytes(canonical_json([self._question, name, state]))
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        if self._folder is None:
+            return None
+        try:
+            known = json.loads(self._place(name).read_bytes())
+        except (FileNotFoundError, ValueError):
+            return None
+        state: dict[str, Any] = known["state"]
+        return state if known["digest"] == self._digest(name, state) else None
+
+    def _write(self, name: str, state: Mapping[str, Any]) -> None:
+        place = self._place(name)
+        new = place.with_name(f"{place.name}.new")
+        with disk_errors(place):
+            new.write_text(json.dumps({"digest": self._digest(name, state), "state": state}), encoding="utf-8")
+            os.replace(new, place)
+
+
+NOTHING = Progress(None, "")
+"""Of a run that nobody could go on from."""
