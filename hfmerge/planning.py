@@ -266,9 +266,10 @@ def _weights_that_meet(plan: Plan, origin: str) -> list[str]:
 def _kept_states(recipe: Recipe, method: MergeMethod, count: int, start: int) -> tuple[int, ...]:
     """After how many models a state is written; a run that continues after `start` models has only the later ones.
 
-    Of an additive fold the last one is as good as all: any model leaves it.
+    Of an additive fold the last one is as good as all: any model leaves it. Where weights are learned every change of
+    the models changes all weights, so no state would serve.
     """
-    if recipe.state == "none" or not isinstance(method, FoldMethod):
+    if recipe.state == "none" or recipe.learn is not None or not isinstance(method, FoldMethod):
         return ()
     if recipe.state == "last" or method.additive:
         return (count,)

@@ -207,6 +207,8 @@ def _recipe(top: Section, methods: Mapping[str, type[MergeMethod]]) -> Recipe:
     learn = read_learning(top.data.get("learn"), top, method.name)
     if learn is not None and any(entry.weight != 1.0 for entry in models):
         top.report("learn", "finds the models' weights; remove those given (`start` says where learning begins)")
+    if learn is not None and method.norm != "none":
+        top.report("learn", "finds what norm the merge shall have; remove `norm`")
     private = top.read("private", flag, None, nullable=True)
     if private is not None and top.data.get("push_to") is None:
         top.report("private", "has no effect without push_to; add push_to or remove it")

@@ -36,8 +36,8 @@ def starts(
     last = merged.last
     if not issubclass(method, FoldMethod) or last.method["version"] != method.version:
         return
-    if last.settings["vocabulary"] == "union":
-        # the output's rows depend on all models, so no earlier state fits
+    if last.settings["vocabulary"] == "union" or "learn" in last.settings:
+        # the output's rows, or all weights, depend on all models, so no earlier state fits
         return
     found: list[tuple[int, int, Entry, KeptState, int, list[int | None]]] = []
     for entry, state in _kept(merged):

@@ -24,10 +24,12 @@ from hfmerge.learning.replay.rows import load_replay
 from hfmerge.learning.space import Space, group_of
 from hfmerge.learning.students import students
 from hfmerge.ledger import Entry
+from hfmerge.methods.gram import Gram
 from hfmerge.planned import Plan
 from hfmerge.planning import make_plan
 from hfmerge.recipe import parse_recipe
 from hfmerge.runtime import Ranks
+from hfmerge.taskvector import Dense, LowRank, TaskVector, zero
 from hfmerge.weights import PatternWeights, weight_at
 
 
@@ -66,12 +68,18 @@ def record(folder: Path) -> Entry:
     return Entry.from_bytes(last.read_bytes(), str(last))
 
 
-@pytest.mark.parametrize("more", [{}, {"scope": "model"}, {"name": "task_arithmetic", "scale": 0.5}])
+METHODS: list[dict[str, Any]] = [
+    {}, {"scope": "model"}, {"name": "task_arithmetic", "scale": 0.5}, {"name": "gram"},
+    {"name": "gram", "side": "left", "beta": 5.0},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("more", METHODS)
 def test_merged_values_are_those_of_a_merge_with_these_weights(
     more: dict[str, Any], models: dict[str, Path], tmp_path: Path
 ) -> None:
     plan = planned(models, **more)
-    values = torch.rand(3, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    values = torch.rand(3, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.1
     with Space(plan, by_layer=False) as space:
         merged = space.merged(values)
         weights = [space.weights_of(values, i, 15) for i in range(3)]
@@ -86,10 +94,13 @@ def test_merged_values_are_those_of_a_merge_with_these_weights(
         torch.testing.assert_close(value, stored[key], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("method", ["mdm_oc", "gram"])
 @pytest.mark.parametrize("budget", [0, 1 << 30])
-def test_gradients_in_the_weights_are_those_of_autograd(budget: int, models: dict[str, Path]) -> None:
+def test_gradients_in_the_weights_are_those_of_autograd(
+    budget: int, method: str, models: dict[str, Path], tmp_path: Path
+) -> None:
     generator = torch.Generator().manual_seed(3)
-    with Space(planned(models), by_layer=True, budget=budget) as space:
+    with Space(planned(models, name=method), by_layer=True, budget=budget, scratch=tmp_path) as space:
         start = torch.rand(3, len(space.groups), generator=generator, dtype=torch.float64)
         slopes = {key: torch.randn(value.shape, generator=generator) for key, value in space.merged(start).items()}
 
@@ -104,6 +115,30 @@ def test_gradients_in_the_weights_are_those_of_autograd(budget: int, models: dic
                 # the loss is linear in the weights
                 expected = loss(start + nudge) - loss(start - nudge)
                 assert float(found[model, group]) == pytest.approx(expected, rel=1e-3, abs=2e-3)
+        spilled = method == "gram" and not budget
+        assert len(list(tmp_path.rglob("*.safetensors"))) == (len(space.params) if spilled else 0)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kinds", ["ddd", "lll", "dld", "dlz", "zlz"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_parts_of_gram_are_what_the_weights_multiply(kinds: str, side: Any) -> None:
+    generator = torch.Generator().manual_seed(1)
+
+    def change(kind: str) -> TaskVector:
+        up, down = torch.randn(7, 2, generator=generator), torch.randn(2, 5, generator=generator)
+        return {"d": Dense(torch.randn(7, 5, generator=generator)), "l": LowRank(up, down), "z": zero((7, 5))}[kind]
+
+    taus, weights, method = [change(kind) for kind in kinds], [0.3, 1.4, 0.8], Gram(side=side, beta=0.2)
+    carry = None
+    for tau, weight in zip(taus, weights, strict=True):
+        carry = method.step(carry, tau, weight, matrix=True)
+    assert carry is not None
+    expected = method.emit(carry, weights, matrix=True).to_dense()
+    parts = method.parts(taus, matrix=True)
+    assert [isinstance(part, LowRank) for part in parts] == [isinstance(tau, LowRank) for tau in taus]
+    found = sum(weight * part.to_dense() for weight, part in zip(weights, parts, strict=True))
+    torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-6)
 
 
 def test_learning_brings_the_merge_nearer_to_its_models(models: dict[str, Path], tmp_path: Path) -> None:
@@ -128,8 +163,11 @@ def test_one_weight_a_model_within_bounds(models: dict[str, Path], tmp_path: Pat
     assert all(isinstance(weight, float) and 0.55 <= weight <= 0.6 for weight in weights)
 
 
-def test_a_model_leaves_with_its_rows_and_the_others_learn_anew(models: dict[str, Path], tmp_path: Path) -> None:
-    merge(recipe(models), output=tmp_path / "abc")
+@pytest.mark.parametrize("method", ["mdm_oc", "gram"])
+def test_a_model_leaves_with_its_rows_and_the_others_learn_anew(
+    method: str, models: dict[str, Path], tmp_path: Path
+) -> None:
+    merge(recipe(models, name=method), output=tmp_path / "abc")
     rows = record(tmp_path / "abc").learned
     assert rows is not None
     sources = [
@@ -137,7 +175,7 @@ def test_a_model_leaves_with_its_rows_and_the_others_learn_anew(models: dict[str
     ]
     assert [source.partition("@")[0] for source in sources] == ["a", "b", "c"]
     result = unmerge(tmp_path / "abc", "b", output=tmp_path / "ac")
-    merge(recipe(models, "ac"), output=tmp_path / "never")
+    merge(recipe(models, "ac", name=method), output=tmp_path / "never")
     assert (
         tiny.files(tmp_path / "ac", states=False)["model.safetensors"]
         == (tiny.files(tmp_path / "never", states=False)["model.safetensors"])
@@ -159,9 +197,13 @@ def test_weights_stay_where_they_shall_not_be_learned_again(models: dict[str, Pa
     assert before.learned is not None and after.learned["replay"] == before.learned["replay"][1:]
 
 
-def test_a_new_model_goes_on_from_the_weights_of_the_others(models: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["mdm_oc", "task_arithmetic"])
+def test_a_new_model_goes_on_from_the_weights_of_the_others(
+    method: str, models: dict[str, Path], tmp_path: Path
+) -> None:
     learn = {**QUICK, "steps": 1, "rate": 1e-6, "every": 1}
-    before = merge(recipe(models, "ab", learn=learn), output=tmp_path / "ab").entry
+    before = merge(recipe(models, "ab", learn=learn, name=method), output=tmp_path / "ab").entry
+    assert not before.states
     after = add(tmp_path / "ab", [str(models["c"])], output=tmp_path / "abc").entry
     for old, new in zip(before.models, after.models, strict=False):
         for key in tiny.tensors(models["base"]):

@@ -45,7 +45,7 @@ def _recipe_flags(sub: argparse.ArgumentParser) -> None:
         nargs="?",
         const="",
         metavar="NAME=VALUE",
-        help="learn the weights (mdm_oc, task_arithmetic) from what each model says of rows it made itself, or, with "
+        help="learn the weights (mdm_oc, gram, task_arithmetic) from what models say of rows that they made, or, with "
         "loss=labels suite=SUITE, of labelled rows; see `learn` in the README",
     )
     group.add_argument("--weight", action="append", metavar="W", help="one per model, in order")

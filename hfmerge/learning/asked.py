@@ -14,7 +14,7 @@ from hfmerge.learning.replay.asked import ReplayAsked, read_replay
 
 Loss = Literal["distill", "labels", "mixed"]
 
-LEARNABLE = ("mdm_oc", "task_arithmetic")
+LEARNABLE = ("mdm_oc", "gram", "task_arithmetic")
 """Methods whose merged change is linear in the models' weights, matrix by matrix."""
 HELD = 1 << 30
 """Bytes of changes that stay in memory between steps; more are read again for every step."""
@@ -33,7 +33,8 @@ class Learning:
         split: of the data sets that they are taken from.
         replay: how replay rows are made.
         groups: "layer", one weight for each model and layer; "model", one for each model.
-        start: where all weights start; None: at 1/sqrt(number of models).
+        start: where all weights start; None: at 1/sqrt(number of models), which keeps the norm that of one model, or
+            for gram at 1, the weights that it has without learning.
         low, high: bounds of the weights.
         steps: of AdamW, at most.
         rate: its learning rate.

@@ -25,6 +25,7 @@ from hfmerge.learning.space import Space
 from hfmerge.learning.students import Student, references, students
 from hfmerge.ledger import KeptState, state_file
 from hfmerge.merged import Merged, state_path
+from hfmerge.methods.gram import Gram
 from hfmerge.planned import Plan
 from hfmerge.runtime import Ranks
 
@@ -99,6 +100,9 @@ def learn(
     """
     asked = plan.recipe.learn
     assert asked is not None
+    if isinstance(plan.method, Gram):
+        # a model of no weight at all says nothing of its inputs either, so the merge would leap
+        asked = dataclasses.replace(asked, low=max(asked.low, 10.0**-DIGITS))
     warnings: list[str] = []
     # rows of an adapter are those of the base it lies on
     earlier = {} if opened is None or action == "rebase" else _earlier(opened, warnings)
@@ -108,7 +112,7 @@ def learn(
         return _warned(plan, warnings), Learned(replays, None, None, how)
     progress = Progress(journal, _question(opened, action))
     replays, rows = _rows(plan, asked, earlier, progress, ranks, notify)
-    with Space(plan, by_layer=asked.groups == "layer", budget=HELD) as space:
+    with Space(plan, by_layer=asked.groups == "layer", budget=HELD, scratch=journal) as space:
         keys = [param.key for param in space.params]
         merge = students(plan, keys, rows, checkpointing=asked.checkpointing)
         count = len(opened.last.models) if opened is not None and action == "add" else 0
@@ -147,7 +151,8 @@ def _question(opened: Merged | None, action: str) -> str:
 def _start(space: Space, plan: Plan, asked: Learning, count: int) -> Tensor:
     """Where the weights start: the first `count` where they are; a new model's at the one given for it, if any."""
     weights = [entry.weight for entry in plan.recipe.models]
-    level = 1.0 / math.sqrt(len(weights)) if asked.start is None else asked.start
+    usual = 1.0 if isinstance(plan.method, Gram) else 1.0 / math.sqrt(len(weights))
+    level = usual if asked.start is None else asked.start
     return space.start([w if i < count or (count and w != 1.0) else level for i, w in enumerate(weights)])
 
 

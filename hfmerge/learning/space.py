@@ -1,26 +1,32 @@
 """The merges that learning chooses from: base plus weighted changes, one weight for each model and group of layers.
 
-`theta_p = theta_0,p + sum_t c_t tau_t,p` with `c = M_p a`, where `a` are the weights that hold for parameter p and M_p
-follows from the method: the identity for task arithmetic, `L^-T` of Gram-Schmidt for MDM-OC. So the gradient of a loss
-in the weights is `M_p^T <grad_p, tau_t,p>`, summed over the parameters of a group: it needs the gradient in the merged
-model alone, and each change once more. Changes are read again for every step as far as they do not fit the memory that
-is given, and factors stay factors: no model but the merged one is ever held.
+`theta_p = theta_0,p + sum_t c_t d_t,p` with `c = M_p a`, where `a` are the weights that hold for parameter p, and M_p
+and the parts d follow from the method: the changes themselves and the identity for task arithmetic, or `L^-T` of
+Gram-Schmidt for MDM-OC; for `gram` what each change adds to its solution, and the identity. So the gradient of a loss
+in the weights is `M_p^T <grad_p, d_t,p>`, summed over the parameters of a group: it needs the gradient in the merged
+model alone, and each part once more. What does not fit the memory that is given is read again for every step: changes
+from their files, parts that had to be computed from a scratch file. Factors stay factors, and no model but the merged
+one is ever held.
 """
 
 from __future__ import annotations
 
 import math
 import re
+import tempfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hfmerge.checkpoint.deltas import DeltaReader
 from hfmerge.checkpoint.reader import Reader
+from hfmerge.checkpoint.writer import disk_errors
 from hfmerge.errors import UnsupportedError
+from hfmerge.methods.gram import Gram
 from hfmerge.methods.linear import TaskArithmetic
 from hfmerge.methods.mdm_oc import MdmOc, gram, shares
 from hfmerge.planned import Param, Plan
-from hfmerge.taskvector import Block, Dense, TaskVector, cut, zero
+from hfmerge.taskvector import Block, Dense, TaskVector, cut, from_tensors, zero
 from hfmerge.weights import PatternWeights, Weight, weight_at
 
 
@@ -34,7 +40,8 @@ class Space:
     Args:
         plan: of a method that is linear in the weights.
         by_layer: one weight for each model and layer, instead of one for each model.
-        budget: bytes of changes that may be held between steps.
+        budget: bytes of parts that may be held between steps.
+        scratch: folder for parts that were computed and do not fit; None: that of temporary files.
 
     Attributes:
         groups: names of the groups of parameters, prefixes of their names; "" stands for all.
@@ -44,7 +51,7 @@ class Space:
         UnsupportedError: the method is not linear in the weights, or vocabularies are being united.
     """
 
-    def __init__(self, plan: Plan, *, by_layer: bool, budget: int = 0):
+    def __init__(self, plan: Plan, *, by_layer: bool, budget: int = 0, scratch: Path | None = None):
         if plan.vocabulary is not None and plan.vocabulary.added:
             raise UnsupportedError("learn: not with `vocabulary: union` that adds tokens; merge with `base`.")
         self.plan = plan
@@ -60,12 +67,14 @@ class Space:
             if need <= budget:
                 budget -= need
                 self._held[param.key] = []
+        self._scratch = tempfile.TemporaryDirectory(prefix="hfmerge-learning-", dir=scratch)
         self._mixing: dict[tuple[str, Block], Tensor] = self._mixings()
 
     def __enter__(self) -> Space:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self._scratch.cleanup()
         self._base.close()
         for reader in self._models:
             reader.close()
@@ -91,10 +100,10 @@ class Space:
             gradient = gradients.get(param.key)
             if gradient is None:
                 continue
-            taus = self._taus(param)
+            parts = self._parts(param)
             for block in param.blocks:
                 part = Dense(block.take(gradient).contiguous())
-                inner = [0.0 if tau is None else cut(tau, block).inner(part) for tau in taus]
+                inner = [0.0 if one is None else cut(one, block).inner(part) for one in parts]
                 mixing = self._mixing[param.key, block]
                 found[:, self._group[param.key]] += mixing.T @ torch.tensor(inner, dtype=torch.float64)
         return found
@@ -118,13 +127,13 @@ class Space:
 
     def _merged(self, param: Param, weights: Tensor) -> Tensor:
         value = self.base(param)
-        taus = self._taus(param)
+        parts = self._parts(param)
         for block in param.blocks:
             shares = (self._mixing[param.key, block] @ weights).tolist()
             change: TaskVector = zero(block.shape(tuple(value.shape)))
-            for tau, share in zip(taus, shares, strict=True):
-                if tau is not None and share != 0.0:
-                    change = change.plus(cut(tau, block), share)
+            for part, share in zip(parts, shares, strict=True):
+                if part is not None and share != 0.0:
+                    change = change.plus(cut(part, block), share)
             if change.is_zero:
                 continue
             if block.is_whole:
@@ -133,10 +142,46 @@ class Space:
                 block.put(value, block.take(value) + change.to_dense())
         return value
 
-    def _taus(self, param: Param) -> list[TaskVector | None]:
+    def _parts(self, param: Param) -> Sequence[TaskVector | None]:
+        """What the models' weights multiply, as wholes of the parameter; None for nothing."""
         held = self._held.get(param.key)
         if held:
             return held
+        if not isinstance(self.plan.method, Gram):
+            parts = self._taus(param)
+        elif held is None and (place := self._place(param)).exists():
+            return _loaded(place, len(self._models))
+        else:
+            parts = self._solved(param, self.plan.method)
+            if held is None:
+                _save(parts, place)
+        if held is not None:
+            held.extend(parts)
+        return parts
+
+    def _place(self, param: Param) -> Path:
+        return Path(self._scratch.name) / f"{self.params.index(param)}.safetensors"
+
+    def _solved(self, param: Param, method: Gram) -> list[TaskVector | None]:
+        """What each model adds to the solution of `gram`."""
+        import torch
+
+        taus = self._taus(param)
+        wholes: list[TaskVector | None] = [None] * len(taus)
+        for block in param.blocks:
+            shape = block.shape(param.slot.shape)
+            found = method.parts(
+                [zero(shape) if tau is None else cut(tau, block) for tau in taus], matrix=block.matrix
+            )
+            if block.is_whole:
+                return [None if tau is None else part for tau, part in zip(taus, found, strict=True)]
+            for i, part in enumerate(found):
+                if taus[i] is not None:
+                    whole = wholes[i] = wholes[i] or Dense(torch.zeros(param.slot.shape))
+                    block.put(whole.to_dense(), part.to_dense())
+        return wholes
+
+    def _taus(self, param: Param) -> list[TaskVector | None]:
         base: list[Tensor] = []
 
         def value() -> Tensor:
@@ -144,21 +189,18 @@ class Space:
                 base.append(self.base(param))
             return base[0]
 
-        taus = [reader.task_vector(param.key, value) for reader in self._models]
-        if held is not None:
-            held.extend(taus)
-        return taus
+        return [reader.task_vector(param.key, value) for reader in self._models]
 
     def _mixings(self) -> dict[tuple[str, Block], Tensor]:
         """M of every block."""
         import torch
 
         method, count = self.plan.method, len(self._models)
-        if isinstance(method, TaskArithmetic):
-            same = torch.eye(count, dtype=torch.float64) * method.scale
+        if isinstance(method, TaskArithmetic | Gram):
+            same = torch.eye(count, dtype=torch.float64) * (1.0 if isinstance(method, Gram) else method.scale)
             return {(param.key, block): same for param in self.params for block in param.blocks}
         if not isinstance(method, MdmOc):
-            raise UnsupportedError(f"learn: {method.name} is not linear in the models' weights; take mdm_oc.")
+            raise UnsupportedError(f"learn: {method.name} is not linear in the models' weights; take mdm_oc or gram.")
         found = {(param.key, block): self._gram(param, block) for param in self.params for block in param.blocks}
         if method.scope == "model":
             whole = torch.tensor(list(found.values()), dtype=torch.float64).sum(0).tolist()
@@ -167,7 +209,7 @@ class Space:
 
     def _gram(self, param: Param, block: Block) -> list[float]:
         shape = block.shape(param.slot.shape)
-        return gram([zero(shape) if tau is None else cut(tau, block) for tau in self._taus(param)])
+        return gram([zero(shape) if tau is None else cut(tau, block) for tau in self._parts(param)])
 
 
 def group_of(name: str) -> str:
@@ -182,6 +224,25 @@ def _mixing(found: Sequence[float], count: int) -> Tensor:
 
     columns = [shares(found, [float(i == t) for i in range(count)]) for t in range(count)]
     return torch.tensor(columns, dtype=torch.float64).T.contiguous()
+
+
+def _save(parts: Sequence[TaskVector | None], place: Path) -> None:
+    from safetensors.torch import save_file
+
+    pairs = [(i, part.tensors()) for i, part in enumerate(parts) if part is not None]
+    with disk_errors(place):
+        save_file({f"{i}{name}": value.contiguous() for i, some in pairs for name, value in some.items()}, place)
+
+
+def _loaded(place: Path, count: int) -> list[TaskVector | None]:
+    """What `_save` saved of so many models."""
+    from safetensors.torch import load_file
+
+    tensors: list[dict[str, Tensor]] = [{} for _ in range(count)]
+    for name, value in load_file(place).items():
+        number, dot, rest = name.partition(".")
+        tensors[int(number)][dot + rest] = value
+    return [from_tensors(some) if some else None for some in tensors]
 
 
 def _bytes(param: Param, rank: int | None) -> int:

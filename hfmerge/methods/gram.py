@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from hfmerge.methods.additive import AdditiveFold
 from hfmerge.methods.base import Citation
 from hfmerge.methods.spectral import polar
-from hfmerge.taskvector import TaskVector
+from hfmerge.taskvector import Dense, LowRank, TaskVector
 
 
 if TYPE_CHECKING:
@@ -94,6 +94,40 @@ class Gram(AdditiveFold):
         prior = self._prior(change.shape[1])
         return {"A": self._turned(change @ c + prior * change), "G": c}
 
+    def parts(self, taus: Sequence[TaskVector], *, matrix: bool) -> list[TaskVector]:
+        """`d_t` with which the merged change is `sum w_t d_t` for weights `w_t` that are not zero.
+
+        `C_t` does not depend on the weight of its model, so the result is linear in the weights:
+        `d_t = tau_t C_t G^-1`. Factors stay factors.
+
+        Args:
+            taus: of all models, in their order, without weights; zero where a model changes nothing.
+            matrix: the block is a real matrix.
+        """
+        import torch
+
+        if not matrix:
+            return [tau.scaled(1.0 / len(taus)) for tau in taus]
+        fitted = self.fitted(low=all(isinstance(tau, LowRank) for tau in taus))
+        left = fitted.side == "left"
+        size = taus[0].shape[0 if left else 1]
+        gram = torch.zeros(size, size, dtype=torch.float64)
+        for tau in taus:
+            gram += _spoken(*_near(tau, left))
+        prior = fitted._prior(size)
+        gram.diagonal().add_(len(taus) * prior)
+        factor = torch.linalg.cholesky(gram)
+        found: list[TaskVector] = []
+        for tau in taus:
+            near, core = _near(tau, left)
+            result = torch.cholesky_solve((near @ _spoken(near, core) + prior * near).T.contiguous(), factor).float()
+            result = result if left else result.T.contiguous()
+            if not isinstance(tau, LowRank):
+                found.append(Dense(result))
+            else:
+                found.append(LowRank(result, tau.down) if left else LowRank(tau.up, result))
+        return found
+
     def sum_shapes(self, shape: tuple[int, ...], *, matrix: bool) -> dict[str, tuple[int, ...]]:
         if not matrix:
             return {"S": shape}
@@ -116,6 +150,22 @@ class Gram(AdditiveFold):
     def _prior(self, size: int) -> float:
         assert self.beta is not None
         return self.beta / size
+
+
+def _near(tau: TaskVector, left: bool) -> tuple[Tensor, Tensor | None]:
+    """The factor (k, n) on the side that the Gram matrix is square of, and the other's own (k, k); None: identity."""
+    if isinstance(tau, LowRank):
+        up, down = tau.up.double(), tau.down.double()
+        return (up.T, down @ down.T) if left else (down, up.T @ up)
+    dense = tau.to_dense().double()
+    return (dense.T if left else dense), None
+
+
+def _spoken(near: Tensor, core: Tensor | None) -> Tensor:
+    """`tau^T tau / ||tau||^2`, or that of the transpose, from what `_near` gives: float64 (n, n); zeros for zero."""
+    c = near.T @ (near if core is None else core @ near)
+    square = float(c.trace())
+    return c / square if square > 0.0 else c
 
 
 @dataclass(frozen=True)
