@@ -26,12 +26,16 @@ from hfmerge.methods.gram import Gram
 from hfmerge.methods.linear import TaskArithmetic
 from hfmerge.methods.mdm_oc import MdmOc, gram, shares
 from hfmerge.planned import Param, Plan
-from hfmerge.taskvector import Block, Dense, TaskVector, cut, from_tensors, zero
+from hfmerge.taskvector import Block, Dense, LowRank, TaskVector, cut, from_tensors, zero
 from hfmerge.weights import PatternWeights, Weight, weight_at
 
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+TILE = 1 << 16
+"""Elements that are multiplied and summed up at a time, in a core's cache."""
 
 
 class Space:
@@ -103,7 +107,7 @@ class Space:
             parts = self._parts(param)
             for block in param.blocks:
                 part = Dense(block.take(gradient).contiguous())
-                inner = [0.0 if one is None else cut(one, block).inner(part) for one in parts]
+                inner = [0.0 if one is None else _inner(cut(one, block), part) for one in parts]
                 mixing = self._mixing[param.key, block]
                 found[:, self._group[param.key]] += mixing.T @ torch.tensor(inner, dtype=torch.float64)
         return found
@@ -130,16 +134,16 @@ class Space:
         parts = self._parts(param)
         for block in param.blocks:
             shares = (self._mixing[param.key, block] @ weights).tolist()
-            change: TaskVector = zero(block.shape(tuple(value.shape)))
+            whole = value if block.is_whole else block.take(value).contiguous()
             for part, share in zip(parts, shares, strict=True):
                 if part is not None and share != 0.0:
-                    change = change.plus(cut(part, block), share)
-            if change.is_zero:
-                continue
-            if block.is_whole:
-                value += change.to_dense()
-            else:
-                block.put(value, block.take(value) + change.to_dense())
+                    change = cut(part, block)
+                    if isinstance(change, LowRank):
+                        whole.addmm_(change.up, change.down, alpha=share)
+                    else:
+                        whole.add_(change.to_dense(), alpha=share)
+            if not block.is_whole:
+                block.put(value, whole)
         return value
 
     def _parts(self, param: Param) -> Sequence[TaskVector | None]:
@@ -224,6 +228,16 @@ def _mixing(found: Sequence[float], count: int) -> Tensor:
 
     columns = [shares(found, [float(i == t) for i in range(count)]) for t in range(count)]
     return torch.tensor(columns, dtype=torch.float64).T.contiguous()
+
+
+def _inner(part: TaskVector, gradient: Dense) -> float:
+    """As `TaskVector.inner`, with sums of dense tiles in float32: gradients of a few rows are no more exact."""
+    import torch
+
+    if isinstance(part, LowRank):
+        return part.inner(gradient)
+    pieces = zip(part.to_dense().view(-1).split(TILE), gradient.value.view(-1).split(TILE), strict=True)
+    return math.fsum(float(torch.dot(one, other)) for one, other in pieces)
 
 
 def _save(parts: Sequence[TaskVector | None], place: Path) -> None:
