@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from hfmerge.errors import HfMergeError
 
@@ -23,12 +24,15 @@ class RunOptions:
         max_memory: bytes of memory that each process should stay below; fewer parameters are then computed at once.
             A parameter that needs more by itself is computed alone. None: as many as there are cores.
         notify: told in one line what is taken over from a killed run, and which bound cannot be kept.
+        rows: folder where replay rows are kept and found again by model and by how they are made, for experiments that
+            learn from the same rows many times; nothing deletes them there. None: they are made anew.
     """
 
     storage: str = "auto"
     resume: bool | None = None
     max_memory: int | None = None
     notify: Callable[[str], object] | None = None
+    rows: Path | None = None
 
 
 DEFAULT = RunOptions()

@@ -194,7 +194,9 @@ def weights_found(
         return planned, None
     from hfmerge.learning.learned import learn
 
-    return learn(planned, ranks, journal=place.journal, opened=opened, action=action, notify=options.notify)
+    return learn(
+        planned, ranks, journal=place.journal, shelf=options.rows, opened=opened, action=action, notify=options.notify
+    )
 
 
 def result_of(

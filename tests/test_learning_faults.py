@@ -1,123 +1,129 @@
-"""Learning that is interrupted, runs into numbers that are none, or out of memory."""
+"""What learning cannot use is told in one line: data that do not fit a head, other tokens, nothing to learn."""
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import signal
-import subprocess
-import sys
-import time
+import shutil
 from pathlib import Path
 from typing import Any
 
+import evaluating
 import pytest
+import tiny
 import torch
-from test_learning import QUICK, models, planned, record, recipe
+from test_replay import TOKENS, wordpieces
 
 from hfmerge import merge
-from hfmerge.errors import HfMergeError, NonFiniteError
-from hfmerge.learning.asked import Learning
-from hfmerge.learning.learned import learn
-from hfmerge.learning.optimise import _enough_memory
-from hfmerge.learning.progress import Progress
-from hfmerge.runtime import Ranks
+from hfmerge.errors import HeadError, HfMergeError, RecipeError, SourceError, UnsupportedError
+from hfmerge.recipe import parse_recipe
 
 
-__all__ = ["models"]
-LONG: dict[str, Any] = {**QUICK, "steps": 80, "patience": 100}
-"""Nothing but the number of steps ends it."""
+LABELS = {"a": ["red", "green"], "b": ["x", "y", "z"]}
+LEARN: dict[str, Any] = {"replay": {"rows": 4, "length": 8, "generator": "unigram"}, "steps": 2, "every": 1}
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A base whose file has a tensor of whole numbers as older ones have, and two classifiers tuned from it."""
+    folder = tmp_path_factory.mktemp("faults")
+    base = tiny.build("BertModel", tiny.config("bert"))
+    found = {"base": wordpieces(tiny.save(base, folder / "base"))}
+    tiny.edit(found["base"], lambda state: state.update({"embeddings.position_ids": torch.arange(16)[None]}))
+    for seed, (name, labels) in enumerate(LABELS.items(), 1):
+        found[name] = wordpieces(
+            tiny.save(tiny.with_head("BertForSequenceClassification", base, seed, labels), folder / name)
+        )
+    return found
 
 
-def test_a_killed_run_goes_on_where_it_stood(models: dict[str, Path], tmp_path: Path) -> None:
-    text = json.dumps(recipe(models, learn=LONG).to_dict())
-    (tmp_path / "recipe.yaml").write_text(text)
-    command = [sys.executable, "-m", "hfmerge", "merge", str(tmp_path / "recipe.yaml"), "--output"]
-    process = subprocess.Popen([*command, str(tmp_path / "killed")], stderr=subprocess.DEVNULL)
-    steps = tmp_path / ".killed.hfmerge-journal" / "learning-steps.json"
-    try:
-        for _ in range(6000):
-            if process.poll() is not None or (steps.exists() and json.loads(steps.read_bytes())["state"]["step"] >= 8):
-                break
-            time.sleep(0.01)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    made = json.loads(steps.read_bytes())["state"]["step"]
-    assert 8 <= made < LONG["steps"]
-    rows = sorted(steps.parent.glob("learning-replay-*"))
-    assert len(rows) == 6, "of each of three models the rows, and which they are"
-    known = [(path.stat().st_mtime_ns, path.name) for path in rows]
-    done = subprocess.run(
-        [*command, str(tmp_path / "killed"), "--resume"], capture_output=True, text=True, check=True,
-        env={**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
-    )  # fmt: skip
-    assert known and re.search(rf"; {made} were made by a run that was interrupted", done.stderr + done.stdout)
-    merge(recipe(models, learn=LONG), output=tmp_path / "whole")
-    mine, whole = record(tmp_path / "killed"), record(tmp_path / "whole")
-    assert mine.learned == whole.learned and mine.learned is not None and mine.learned["steps"] == LONG["steps"]
-    names = [name for name in contents(tmp_path / "whole") if name.endswith(".safetensors") or "merge_state" in name]
-    assert len(names) >= 4
-    for name in names:
-        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
-    assert not list(tmp_path.glob(".*"))
+def learned(models: dict[str, Path], out: Path, learn: dict[str, Any] | None = None, **more: Any) -> Any:
+    data = {
+        "base": str(models["base"]), "models": [str(models["a"]), str(models["b"])], "method": "mdm_oc",
+        "learn": {**LEARN, **(learn or {})}, **more,
+    }  # fmt: skip
+    return merge(parse_recipe(data, "test"), output=out).entry
 
 
-def test_what_is_noted_counts_for_the_same_question_only(models: dict[str, Path], tmp_path: Path) -> None:
-    plan = planned(models, learn=LONG)
-    _, found = learn(plan, Ranks(), journal=tmp_path)
-    told: list[str] = []
-    again, same = learn(plan, Ranks(), journal=tmp_path, notify=told.append)
-    assert same.found is not None and found.found is not None
-    assert torch.equal(same.found.weights, found.found.weights) and same.found.curve == found.found.curve
-    assert any("80 were made" in line for line in told)
-    assert [a.digest for a in same.replays if a] == [b.digest for b in found.replays if b]
-    assert Progress(tmp_path, "another question").steps() is None
-    assert Progress(tmp_path, "another question").replay(0) is None
-    for path in tmp_path.glob("learning-*"):
-        data = path.read_bytes()
-        path.write_bytes(data[: len(data) // 2])
-    told.clear()
-    _, anew = learn(plan, Ranks(), journal=tmp_path, notify=told.append)
-    assert anew.found is not None and torch.equal(anew.found.weights, found.found.weights)
-    assert not any("were made by" in line for line in told)
+def suite(folder: Path, rows: list[dict[str, Any]], **changes: Any) -> str:
+    """A suite of the task of model `a`, and a faultless one of model `b`."""
+    evaluating.write_rows(folder / "a.jsonl", rows)
+    evaluating.labelled(folder / "b.jsonl", LABELS["b"], 8, 1)
+    tasks = [
+        {"name": name, "kind": "text-classification", "dataset": f"./{name}.jsonl", "text": "text", "label": "label",
+         "head": name, **(changes if name == "a" else {})} for name in "ab"
+    ]  # fmt: skip
+    return str(evaluating.suite(folder / "suite.yaml", *tasks))
 
 
-def test_a_loss_that_is_not_a_number_ends_with_the_best_weights(models: dict[str, Path], tmp_path: Path) -> None:
-    wild = {**QUICK, "rate": 1e30, "high": 1e38, "every": 1, "start": 0.5}
-    result = merge(recipe(models, learn=wild), output=tmp_path / "out")
-    said = [line for line in result.warnings if "not finite" in line]
-    assert len(said) == 1 and "No further steps" in said[0] and "smaller rate" in said[0]
-    assert re.search(r"\(a, rows \[\d+", said[0]), "which batch"
-    learned = record(tmp_path / "out").learned
-    assert learned is not None and "stopped early" in learned["how"] and learned["steps"] >= 1
-    assert all(weight == 0.5 for entry in result.entry.models for weight in [_only(entry.weight)])
+GOOD = [{"text": "w1 w2", "label": name} for name in LABELS["a"] * 3]
 
 
-def _only(weight: Any) -> float:
-    values = {pair[1] for pair in weight.pairs} if hasattr(weight, "pairs") else {weight}
-    assert len(values) == 1
-    return float(values.pop())
+@pytest.mark.parametrize(
+    ("rows", "changes", "error", "told"),
+    [
+        (GOOD, {"text": "texts"}, HfMergeError, r'a \(a.jsonl\): no column texts; did you mean "text"\?$'),
+        (GOOD, {"label": "answer"}, HfMergeError, r"a \(a.jsonl\): no column answer; it has text, label"),
+        (GOOD, {"text": ["text", "other"]}, HfMergeError, r"a \(a.jsonl\): no column other"),
+        ([*GOOD, {"text": "w3", "label": "blue"}], {}, HeadError,
+         r"no label 'blue' in the head of a, which has red, green; name them as the head does under `labels`"),
+        ([{"text": "w1", "label": i} for i in (0, 2)], {"by_index": True}, HfMergeError,
+         r"row \d has a label outside of the range \(label is 2; there are 2 labels\)"),
+        ([{"text": "w1", "label": i} for i in (0, 1)], {}, HfMergeError, "label holds numbers without names"),
+        ([{"text": "w1", "label": None}, *GOOD], {}, HfMergeError, r"row \d has no label"),
+        ([{"text": 3, "label": "red"}], {}, HfMergeError, "row 0: text is 3, not text"),
+        ([{"text": "w1", "label": 0.5}], {"metric": "pearson"}, UnsupportedError, "labelled rows need classes"),
+        (GOOD, {"dataset": "./none.jsonl"}, HfMergeError, "none.jsonl: no such file or folder beside the suite"),
+        (GOOD, {"head": "else"}, HfMergeError, "tiny has no task with the head of a; take loss mixed"),
+    ],
+)  # fmt: skip
+def test_labelled_rows_that_do_not_fit(
+    rows: list[dict[str, Any]], changes: dict[str, Any], error: type[HfMergeError], told: str,
+    models: dict[str, Path], tmp_path: Path,
+) -> None:  # fmt: skip
+    place = suite(tmp_path, rows, **changes)
+    with pytest.raises(error, match=told) as caught:
+        learned(models, tmp_path / "out", {"loss": "labels", "suite": place, "rows": 8})
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
 
-def test_a_start_that_is_not_a_number_is_an_error(models: dict[str, Path], tmp_path: Path) -> None:
-    far = {**QUICK, "high": 1e38, "start": 1e38}
-    with pytest.raises(NonFiniteError, match=r"rows held out is not finite \(a, rows \[9, 10, 11\]; b"):
-        merge(recipe(models, learn=far), output=tmp_path / "out")
-    assert not list(tmp_path.iterdir())
+def test_faultless_rows_are_taken(models: dict[str, Path], tmp_path: Path) -> None:
+    entry = learned(models, tmp_path / "out", {"loss": "labels", "suite": suite(tmp_path, GOOD), "rows": 8})
+    assert entry.learned["steps"] == 2
 
 
-def test_out_of_memory_says_what_to_lower() -> None:
-    with pytest.raises(HfMergeError, match=r"out of memory; lower batch \(now 16\), or set checkpointing: true, or pr"):
-        with _enough_memory(Learning()):
-            torch.empty(1 << 50)
-    with pytest.raises(HfMergeError) as caught, _enough_memory(Learning(checkpointing=True, precision="bfloat16")):
-        raise torch.OutOfMemoryError
-    assert str(caught.value) == "learn: out of memory; lower batch (now 16), or use more processes."
-    with pytest.raises(RuntimeError, match="size"), _enough_memory(Learning()):
-        torch.zeros(2) + torch.zeros(3)
+def test_models_of_other_tokens(models: dict[str, Path], tmp_path: Path) -> None:
+    """The rows of a model are token numbers, which mean something else to a merge with the base's tokens."""
+    other = tmp_path / "a"
+    shutil.copytree(models["a"], other)
+    words = [*TOKENS[:6], *reversed(TOKENS[6:])]
+    text = (other / "tokenizer.json").read_text()
+    for number, token in enumerate(words):
+        text = text.replace(f'"{token}": {TOKENS.index(token)},', f'"{token}": {number},')
+    assert text != (other / "tokenizer.json").read_text()
+    (other / "tokenizer.json").write_text(text)
+    mixed = {**models, "a": other}
+    with pytest.raises(RecipeError, match="the same number of tokens but other ones; set `vocabulary: base`"):
+        learned(mixed, tmp_path / "out")
+    with pytest.raises(UnsupportedError, match="learn: a has other tokens than the base") as caught:
+        learned(mixed, tmp_path / "out", vocabulary="base")
+    assert "\n" not in str(caught.value)
+    shutil.rmtree(tmp_path / "a")
+    shutil.copytree(models["a"], other, ignore=shutil.ignore_patterns("tokenizer*"))
+    with pytest.raises(SourceError, match="a: has no tokenizer; put tokenizer.json beside the weights"):
+        learned(mixed, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kept", [{"exclude": ["*"]}, {"include": ["embeddings.position_ids"]}])
+def test_nothing_to_learn(kept: dict[str, Any], models: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="models: no model changes any parameter that is merged"):
+        learned(models, tmp_path / "out", **kept)
+
+
+def test_whole_numbers_and_what_is_left_out_have_no_weights(models: dict[str, Path], tmp_path: Path) -> None:
+    entry = learned(models, tmp_path / "out", include=["embeddings.*", "encoder.layer.1.*"])
+    assert entry.learned["groups"] == ["embeddings", "encoder.layer.1"]
+    before, after = tiny.tensors(models["base"]), tiny.tensors(tmp_path / "out")
+    assert torch.equal(before["embeddings.position_ids"], after["embeddings.position_ids"])
+    same = [key for key in before if torch.equal(before[key], after[key])]
+    assert all(key.startswith(("encoder.layer.0.", "pooler.")) or key.endswith("position_ids") for key in same)
+    assert any(key.startswith("pooler.") for key in same)

@@ -34,6 +34,7 @@ from hfmerge.inspecting import public_name
 from hfmerge.merged import open_merged
 from hfmerge.methods import registry
 from hfmerge.methods.opcm import OPCM
+from hfmerge.options import RunOptions
 from hfmerge.planned import Plan
 from hfmerge.recipe import Recipe
 from hfmerge.weights import stored
@@ -128,6 +129,8 @@ class _Run:
         self.asked, self.tasks, self.evaluator, self.notify = asked, tasks, evaluator, notify
         self.cells, self.place = folder / "cells", folder / "merge"
         self.cells.mkdir(parents=True, exist_ok=True)
+        # the same rows for all orders: they depend on the model alone
+        self.options = RunOptions(rows=folder / "rows")
         self.identities = [identity(delta.source) for delta in plan.deltas]
         self.base = identity(plan.base)
         self.standing: list[Any] | None = None
@@ -193,11 +196,11 @@ class _Run:
             if step == 0:
                 self.left()
                 peak = PeakMemory()
-                result = hfmerge.merge(arranged(variant.recipe, seen), output=self.place)
+                result = hfmerge.merge(arranged(variant.recipe, seen), output=self.place, options=self.options)
             else:
                 self._stand_at(variant.recipe, order[:step])
                 self.standing, peak = None, PeakMemory()
-                result = hfmerge.add(self.place, [variant.recipe.models[order[step]]])
+                result = hfmerge.add(self.place, [variant.recipe.models[order[step]]], options=self.options)
             most = peak.read()
             self.standing = self._merge_of(variant.recipe, seen)
             norms = [math.sqrt(model.squared_norm or 0.0) for model in result.entry.models]
@@ -222,8 +225,9 @@ class _Run:
             name = open_merged(str(self.place)).last.models[order.index(gone)].name
             with tempfile.TemporaryDirectory(dir=self.place.parent) as folder:
                 out, never = Path(folder) / "unmerged", Path(folder) / "never"
-                result = hfmerge.unmerge(self.place, name, output=out)
-                other = hfmerge.merge(arranged(variant.recipe, [i for i in order if i != gone]), output=never)
+                result = hfmerge.unmerge(self.place, name, output=out, options=self.options)
+                rest = arranged(variant.recipe, [i for i in order if i != gone])
+                other = hfmerge.merge(rest, output=never, options=self.options)
                 identical = same_weights(result.entry.products, other.entry.products)
                 first = self._evaluate(str(out), order)
                 second = first if identical else self._evaluate(str(never), order)
@@ -287,7 +291,7 @@ class _Run:
     def _merge_of(self, recipe: Recipe, order: Sequence[int]) -> list[Any]:
         """Everything that the merge of some models in an order depends on."""
         asked = recipe.to_dict()
-        given = {key: asked[key] for key in ("method", "dtype", "include", "exclude", "vocabulary")}
+        given = {key: asked[key] for key in ("method", "dtype", "include", "exclude", "vocabulary", "learn")}
         models = [[self.identities[i], stored(recipe.models[i].weight)] for i in order]
         return [given, registry()[recipe.method.name].version, self.base, models]
 
@@ -296,5 +300,9 @@ class _Run:
         wanted = self._merge_of(recipe, order)
         if self.standing != wanted:
             self.left()
-            hfmerge.merge(arranged(recipe, order), output=self.place)
+            # learned weights depend on the way to them, all else on the models alone
+            first = 1 if recipe.learn is not None else len(order)
+            hfmerge.merge(arranged(recipe, order[:first]), output=self.place, options=self.options)
+            for i in order[first:]:
+                hfmerge.add(self.place, [recipe.models[i]], options=self.options)
             self.standing = wanted

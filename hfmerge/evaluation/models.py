@@ -297,7 +297,10 @@ def kind_of(subject: Subject) -> str:
     for kind in TABLES:
         if title in _titles(kind):
             return kind
-    raise HeadError(f"{subject.info.label}: {title} has no head; it can do none of {', '.join(TABLES)}.")
+    raise HeadError(
+        f"{subject.info.label}: {title} has no head, so that nothing tells what it does (one of {', '.join(TABLES)}); "
+        "name a model that was saved with its head."
+    )
 
 
 def _plain_name(ref: str) -> str:

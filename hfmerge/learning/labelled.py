@@ -46,6 +46,7 @@ def labelled_rows(task: Task, suite: Suite, subject: Subject, *, split: str, row
     """So many labelled rows of a task, a seeded sample, of which none is held out.
 
     With one certain answer the divergence of a model's outputs is its cross-entropy.
+    Two columns of texts make rows of pairs, with `token_type_ids` where the tokenizer has them.
 
     Raises:
         HfMergeError: the data set has no such split or columns, or labels that the head has not.

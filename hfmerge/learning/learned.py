@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from hfmerge.digest import canonical_json, sha256_bytes, sha256_file
 from hfmerge.errors import HfMergeError
-from hfmerge.evaluation.models import kind_of, open_subject
+from hfmerge.evaluation.models import Subject, kind_of, open_subject
 from hfmerge.evaluation.suite import load_suite
 from hfmerge.learning.asked import HELD, Learning
 from hfmerge.learning.fisher import FISHER_ROWS, fisher, load_fisher, save_fisher
@@ -83,6 +83,7 @@ def learn(
     ranks: Ranks,
     *,
     journal: Path | None = None,
+    shelf: Path | None = None,
     opened: Merged | None = None,
     action: str = "merge",
     notify: Callable[[str], object] | None = None,
@@ -91,6 +92,7 @@ def learn(
 
     Args:
         journal: folder of the run's journal, where it is noted how far learning came; None: nowhere.
+        shelf: see `RunOptions.rows`.
         opened, action: the merge that the plan goes on from, and how; None for a first merge. Only "add" goes on from
             weights that were learned; "unmerge" keeps or learns them as asked, and "subtract" keeps them.
         notify: told what is about to happen.
@@ -110,7 +112,7 @@ def learn(
         replays = tuple(_found(earlier, ref) for ref in references(plan))
         how = "weights were kept as they had been learned beside all models of the step before"
         return _warned(plan, warnings), Learned(replays, None, None, how)
-    progress = Progress(journal, _question(opened, action))
+    progress = Progress(journal, _question(opened, action), shelf)
     replays, rows = _rows(plan, asked, earlier, progress, ranks, notify)
     with Space(plan, by_layer=asked.groups == "layer", budget=HELD, scratch=journal) as space:
         keys = [param.key for param in space.params]
@@ -176,10 +178,10 @@ def _rows(
         subject = open_subject(ref, dtype="float32")
         own = _found(earlier, ref) if asked.replays else None
         if own is None and asked.replays:
-            own = progress.replay(model)
+            own = progress.replay(model, _named(subject), asked.replay)
         if own is None and asked.replays:
             own = generate(subject, kind_of(subject), asked.replay, progress=True)
-            progress.keep_replay(model, own)
+            progress.keep_replay(model, asked.replay, own)
         some = [(own, 1.0)] if own is not None and asked.loss != "labels" else []
         task = task_of(suite, names) if suite is not None else None
         if suite is not None and task is None and asked.loss == "labels":
@@ -290,5 +292,10 @@ def _found(earlier: Mapping[str, Replay], ref: str) -> Replay | None:
     """The kept rows of a model as it is now; None where there are none."""
     if not earlier:
         return None
-    info = open_subject(ref).info
-    return earlier.get(f"{info.label}@{info.commit or 'sha256:' + info.digest}")
+    return earlier.get(_named(open_subject(ref)))
+
+
+def _named(subject: Subject) -> str:
+    """As replay rows name the model they were made from."""
+    info = subject.info
+    return f"{info.label}@{info.commit or 'sha256:' + info.digest}"

@@ -11,7 +11,8 @@ from typing import Any
 from hfmerge.checkpoint.writer import disk_errors
 from hfmerge.digest import canonical_json, sha256_bytes
 from hfmerge.errors import CorruptFileError
-from hfmerge.learning.replay.rows import Replay, load_replay
+from hfmerge.learning.replay.asked import ReplayAsked
+from hfmerge.learning.replay.rows import Replay, load_replay, save_replay
 
 
 class Progress:
@@ -20,25 +21,38 @@ class Progress:
     Args:
         folder: the journal's; None: nothing is kept.
         question: digest of all that learning depends on beyond what the journal is for.
+        shelf: see `RunOptions.rows`.
     """
 
-    def __init__(self, folder: Path | None, question: str):
-        self._folder, self._question = folder, question
+    def __init__(self, folder: Path | None, question: str, shelf: Path | None = None):
+        self._folder, self._question, self._shelf = folder, question, shelf
 
-    def replay(self, model: int) -> Replay | None:
-        """The rows that were made of a model."""
+    def replay(self, model: int, source: str, asked: ReplayAsked) -> Replay | None:
+        """The rows that were made of a model.
+
+        Args:
+            model: its number.
+            source: as rows name it.
+            asked: how they are made.
+        """
         known = self._read(f"replay-{model}.json")
-        if known is None:
+        place = self._place(f"replay-{known['digest']}") if known else self._shelved(source, asked)
+        if place is None or not place.exists():
             return None
         try:
-            found = load_replay(self._place(f"replay-{known['digest']}"))
+            found = load_replay(place)
         except CorruptFileError:
             # made again, as the user is told of all rows that are
             return None
-        return found if found.digest == known["digest"] else None
+        return found if known is None or found.digest == known["digest"] else None
 
-    def keep_replay(self, model: int, replay: Replay) -> None:
+    def keep_replay(self, model: int, asked: ReplayAsked, replay: Replay) -> None:
         """Note the rows of a model."""
+        shelved = self._shelved(replay.source, asked)
+        if shelved is not None:
+            new = shelved.with_suffix(".new")
+            save_replay(replay, new)
+            os.replace(new, shelved)
         if self._folder is not None:
             place = self._place(f"replay-{replay.digest}")
             with disk_errors(place):
@@ -53,6 +67,11 @@ class Progress:
         """Note where the steps stand: JSON-able; floats come back bit for bit."""
         if self._folder is not None:
             self._write("steps.json", state)
+
+    def _shelved(self, source: str, asked: ReplayAsked) -> Path | None:
+        if self._shelf is None:
+            return None
+        return self._shelf / f"{sha256_bytes(canonical_json([source, asked.to_dict()]))}.safetensors"
 
     def _place(self, name: str) -> Path:
         assert self._folder is not None

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from hfmerge.checkpoint.deltas import Delta
 from hfmerge.errors import HeadError, UnsupportedError
 from hfmerge.evaluation.models import Subject, kind_of, open_subject
 from hfmerge.learning.replay.outputs import divergence
@@ -28,7 +29,8 @@ class Student:
     Attributes:
         name: of the source.
         model: an instance of its class, in evaluation mode; what is merged is put into it for the time of `holding`.
-        places: stored key of the base -> the modules that have it, and the name of the parameter there.
+        places: stored key of the base -> the modules that have it, and the name of the parameter there; none where the
+            source's class has no such part.
         rows: to learn from, each kind with its own outputs, and what each counts.
     """
 
@@ -104,14 +106,15 @@ def students(
         checkpointing: compute activations again for gradients.
 
     Raises:
-        UnsupportedError: transformers holds a merged tensor otherwise than the base's file does.
+        UnsupportedError: transformers holds a merged tensor otherwise than the base's file does; see `check_tokens`.
         HeadError, SourceError: a head is missing, or does not fit.
     """
+    check_tokens(plan)
     wanted = tuple(keys)
     base = open_subject(_reference(plan.base.pinned), dtype="float32")
     found = []
     whole: PreTrainedModel | None = None
-    for ref, some in zip(references(plan), rows, strict=True):
+    for delta, ref, some in zip(plan.deltas, references(plan), rows, strict=True):
         subject = open_subject(ref, dtype="float32")
         kind = kind_of(subject)
         if kind in ("causal", "masked"):
@@ -122,27 +125,62 @@ def students(
                 raise HeadError(f"{subject.info.label}: has no head of its own, so nothing can be learned from it.")
             model = base.with_head(head, kind, spare=subject)
         subject.forget()
+        pads = [replay.pad for replay, _ in some if replay.pad is not None]
+        if pads and getattr(model.config, "pad_token_id", None) is None:
+            # without a padding token a decoder cannot tell where a row ends
+            model.config.pad_token_id = pads[0]
         if checkpointing:
             _checkpointed(model)
-        found.append(Student(subject.info.label, model, _places(model, base, wanted), tuple(some)))
+        found.append(Student(subject.info.label, model, _places(model, delta, base, wanted), tuple(some)))
     return found
 
 
-def _places(model: PreTrainedModel, base: Subject, keys: Sequence[str]) -> dict[str, tuple[tuple[Module, str], ...]]:
-    """Where the base's tensors are in a model that was made over them: in the same memory."""
+def check_tokens(plan: Plan) -> None:
+    """Rows are token numbers of the model that made them, and the merge reads them as the base's.
+
+    Raises:
+        UnsupportedError: a model has other tokens than the base.
+    """
+    if plan.vocabulary is None:
+        return
+    for delta, rows in zip(plan.deltas, plan.vocabulary.rows, strict=True):
+        if rows is not None:
+            raise UnsupportedError(
+                f"learn: {delta.source.name} has other tokens than the base, so the merge would misread its "
+                "rows; leave it out, or merge without `learn`."
+            )
+
+
+def _places(
+    model: PreTrainedModel, delta: Delta, base: Subject, keys: Sequence[str]
+) -> dict[str, tuple[tuple[Module, str], ...]]:
+    """Where the base's tensors are in a model that was made over them: in the same memory, or copied under the same
+    name (as transformers does with some that are tied). What the source's class has not is nowhere.
+    """
+    import torch
+
     known: dict[int, list[tuple[Module, str, tuple[int, ...]]]] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.numel():
                 known.setdefault(parameter.data_ptr(), []).append((module, name, tuple(parameter.shape)))
+    named = dict(model.named_parameters(remove_duplicate=False))
+    prefix = f"{model.base_model_prefix}."
     found = {}
     for key in keys:
         value = base.weights[key]
         places = known.get(value.data_ptr(), [])
+        if not places:
+            names = (key, f"{prefix}{key}", key.removeprefix(prefix))
+            copies = [named[name] for name in names if name in named and torch.equal(named[name], value)]
+            places = known[copies[0].data_ptr()] if copies else []
+        if not places and delta.rank(key) == 0:
+            found[key] = ()
+            continue
         if not places or any(shape != tuple(value.shape) for _, _, shape in places):
             raise UnsupportedError(
                 f"learn: {type(model).__name__} holds {key} otherwise than the base's file does, which learning "
-                "cannot follow yet; merge without `learn`, or save the base anew with this version of transformers."
+                "cannot follow; merge without `learn`, or leave it to the base with `exclude`."
             )
         found[key] = tuple((module, name) for module, name, _ in places)
     return found

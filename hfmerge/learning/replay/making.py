@@ -50,6 +50,9 @@ def generate(
     On one machine the same model, seed and number of threads give the same bytes. One process makes the rows; others
     read its file.
 
+    Rows of text are single texts for every model: nothing in a model says that it was tuned on pairs. One that was
+    reads them as a first text without a second; labelled rows have both (see `labelled_rows`).
+
     Args:
         subject: the fine-tuned model, with its tokenizer or image processor. Its weights are kept as it was opened.
         kind: "text-classification", "image-classification", "causal" or "masked".

@@ -40,7 +40,7 @@ class Replay:
         pad: token with which rows are padded; None for images.
         held_out: how many of the last rows are kept for early stopping.
         inputs: (rows, ...) by the name of the model's argument: int32 `input_ids` padded on the right and uint8
-            `attention_mask`, or float16 `pixel_values`.
+            `attention_mask` (of labelled pairs of texts uint8 `token_type_ids` too), or float16 `pixel_values`.
         targets: (rows, ...): float32 `logits`, or what `outputs.token_targets` gives.
         passes: rows that went through the model to make this, forwards and backwards counted as one.
         seconds: it took; not kept in the file, whose bytes depend on model and seed alone.
