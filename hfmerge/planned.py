@@ -188,7 +188,7 @@ class Plan:
         need = held + size * (5 if asked.ewc else 3)
         rows = f"{asked.replay.rows} replay rows of each model" if asked.replays else "no replay rows"
         return [
-            f"learn: {asked.loss}, one weight a model" + (" and layer" if asked.groups == "layer" else "")
+            f"learn: {asked.loss}, one weight a model" + ("" if asked.groups == "model" else f" and {asked.groups}")
             + f", at most {asked.steps} steps of {asked.batch} rows a model; {rows}; about {need / 1e9:.2f} GB of "
             "memory beside the activations"
         ]  # fmt: skip

@@ -80,7 +80,7 @@ def test_merged_values_are_those_of_a_merge_with_these_weights(
 ) -> None:
     plan = planned(models, **more)
     values = torch.rand(3, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.1
-    with Space(plan, by_layer=False) as space:
+    with Space(plan, groups="model") as space:
         merged = space.merged(values)
         weights = [space.weights_of(values, i, 15) for i in range(3)]
     data = {
@@ -95,12 +95,13 @@ def test_merged_values_are_those_of_a_merge_with_these_weights(
 
 
 @pytest.mark.parametrize("method", ["mdm_oc", "gram"])
-@pytest.mark.parametrize("budget", [0, 1 << 30])
+@pytest.mark.parametrize(("budget", "groups"), [(0, "layer"), (1 << 30, "layer"), (1 << 30, "parameter")])
 def test_gradients_in_the_weights_are_those_of_autograd(
-    budget: int, method: str, models: dict[str, Path], tmp_path: Path
+    budget: int, groups: Any, method: str, models: dict[str, Path], tmp_path: Path
 ) -> None:
     generator = torch.Generator().manual_seed(3)
-    with Space(planned(models, name=method), by_layer=True, budget=budget, scratch=tmp_path) as space:
+    with Space(planned(models, name=method), groups=groups, budget=budget, scratch=tmp_path) as space:
+        assert (len(space.groups) == len(space.params)) == (groups == "parameter")
         start = torch.rand(3, len(space.groups), generator=generator, dtype=torch.float64)
         slopes = {key: torch.randn(value.shape, generator=generator) for key, value in space.merged(start).items()}
 
@@ -149,7 +150,7 @@ def test_learning_brings_the_merge_nearer_to_its_models(models: dict[str, Path],
     assert min(held) < 0.9 * held[0]
     weights = [material.weight for material in result.entry.models]
     assert all(isinstance(weight, PatternWeights) for weight in weights)
-    assert learned["groups"] == list(dict.fromkeys(group_of(key) for key in tiny.tensors(tmp_path / "out")))
+    assert learned["groups"] == list(dict.fromkeys(group_of(key, "layer") for key in tiny.tensors(tmp_path / "out")))
     assert verify(tmp_path / "out", replay=True).ok
     assert merge(recipe(models, learn={**QUICK, "steps": 40}), output=tmp_path / "again").entry.models == (
         result.entry.models
@@ -264,7 +265,7 @@ def test_recomputed_activations_and_shared_rows_change_nothing(models: dict[str,
 
     _, rows = _rows(plan, asked, {}, NOTHING, Ranks(), None)
     found = []
-    with Space(plan, by_layer=True) as space:
+    with Space(plan, groups="layer") as space:
         start = space.start([0.5, 0.5, 0.5])
         for checkpointing in (False, True):
             merged = students(plan, [param.key for param in space.params], rows, checkpointing=checkpointing)

@@ -13,6 +13,7 @@ from hfmerge.learning.replay.asked import ReplayAsked, read_replay
 
 
 Loss = Literal["distill", "labels", "mixed"]
+Groups = Literal["parameter", "layer", "model"]
 
 LEARNABLE = ("mdm_oc", "gram", "task_arithmetic")
 """Methods whose merged change is linear in the models' weights, matrix by matrix."""
@@ -32,7 +33,8 @@ class Learning:
         rows: labelled rows of each task.
         split: of the data sets that they are taken from.
         replay: how replay rows are made.
-        groups: "layer", one weight for each model and layer; "model", one for each model.
+        groups: "parameter", one weight for each model and parameter; "layer", for each model and layer; "model", for
+            each model.
         start: where all weights start; None: at 1/sqrt(number of models), which keeps the norm that of one model, or
             for gram at 1, the weights that it has without learning.
         low, high: bounds of the weights.
@@ -58,7 +60,7 @@ class Learning:
     rows: int = field(default=16, metadata={"minimum": 1})
     split: str = "train"
     replay: ReplayAsked = ReplayAsked()
-    groups: Literal["layer", "model"] = "layer"
+    groups: Groups = "layer"
     start: float | None = None
     low: float = 0.0
     high: float = 2.0

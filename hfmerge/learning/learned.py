@@ -114,7 +114,7 @@ def learn(
         return _warned(plan, warnings), Learned(replays, None, None, how)
     progress = Progress(journal, _question(opened, action), shelf)
     replays, rows = _rows(plan, asked, earlier, progress, ranks, notify)
-    with Space(plan, by_layer=asked.groups == "layer", budget=HELD, scratch=journal) as space:
+    with Space(plan, groups=asked.groups, budget=HELD, scratch=journal) as space:
         keys = [param.key for param in space.params]
         merge = students(plan, keys, rows, checkpointing=asked.checkpointing)
         count = len(opened.last.models) if opened is not None and action == "add" else 0

@@ -22,6 +22,7 @@ from hfmerge.checkpoint.deltas import DeltaReader
 from hfmerge.checkpoint.reader import Reader
 from hfmerge.checkpoint.writer import disk_errors
 from hfmerge.errors import UnsupportedError
+from hfmerge.learning.asked import Groups
 from hfmerge.methods.gram import Gram
 from hfmerge.methods.linear import TaskArithmetic
 from hfmerge.methods.mdm_oc import MdmOc, gram, shares
@@ -43,7 +44,7 @@ class Space:
 
     Args:
         plan: of a method that is linear in the weights.
-        by_layer: one weight for each model and layer, instead of one for each model.
+        groups: what has a weight of its own for each model (see `Learning`).
         budget: bytes of parts that may be held between steps.
         scratch: folder for parts that were computed and do not fit; None: that of temporary files.
 
@@ -55,12 +56,12 @@ class Space:
         UnsupportedError: the method is not linear in the weights, or vocabularies are being united.
     """
 
-    def __init__(self, plan: Plan, *, by_layer: bool, budget: int = 0, scratch: Path | None = None):
+    def __init__(self, plan: Plan, *, groups: Groups, budget: int = 0, scratch: Path | None = None):
         if plan.vocabulary is not None and plan.vocabulary.added:
             raise UnsupportedError("learn: not with `vocabulary: union` that adds tokens; merge with `base`.")
         self.plan = plan
         self.params = tuple(param for param in plan.params if param.touched)
-        names = [group_of(param.key) if by_layer else "" for param in self.params]
+        names = [group_of(param.key, groups) for param in self.params]
         self.groups = tuple(dict.fromkeys(names))
         self._group = {p.key: self.groups.index(name) for p, name in zip(self.params, names, strict=True)}
         self._base = Reader(plan.base)
@@ -216,8 +217,10 @@ class Space:
         return gram([zero(shape) if tau is None else cut(tau, block) for tau in self._parts(param)])
 
 
-def group_of(name: str) -> str:
-    """The layer that a parameter belongs to: its name up to the first number, else its first word."""
+def group_of(name: str, groups: Groups) -> str:
+    """The group that a parameter belongs to; its layer is its name up to the first number, else its first word."""
+    if groups != "layer":
+        return name if groups == "parameter" else ""
     numbered = re.match(r"(?:.*?\.)?\d+(?=\.)", name)
     return numbered[0] if numbered else name.partition(".")[0]
 
