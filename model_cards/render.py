@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 from hfmerge.card import card_facts, render_card
 from hfmerge.digest import sha256_bytes
@@ -71,11 +72,20 @@ def golden_card(recipe: Recipe, repo_id: str) -> str:
             recipe, {"library_name": "transformers", "pipeline_tag": None, "architecture": "AutoModel"}
         ),
         scalars={"scale": 1.0, "merged_norm": 2.0},
-        states=(KeptState(len(models), sha256_bytes(b"state"), 1000),),
+        states=() if recipe.learn else (KeptState(len(models), sha256_bytes(b"state"), 1000),),
         products={"model.safetensors": sha256_bytes(b"weights")},
         environment={"hfmerge": "0.1.0"},
+        learned=_learned(recipe),
     )
     return render_card((entry,), card_facts(entry, repo_id))
+
+
+def _learned(recipe: Recipe) -> dict[str, Any] | None:
+    if recipe.learn is None:
+        return None
+    how = f"weights learned by {recipe.learn.loss}, {recipe.learn.steps} steps"
+    nothing = [None] * len(recipe.models)
+    return {"how": how, "groups": [], "steps": recipe.learn.steps, "curve": [], "replay": nothing, "fisher": None}
 
 
 def _material(ref: str, weight: Weight, squared_norm: float | None) -> Material:

@@ -4,6 +4,8 @@
     python -m evaluation.experiments orders BENCH      # OPCM against task arithmetic, six encoders, ten orders
     python -m evaluation.experiments alpha BENCH       # OPCM's alpha from 0.1 to 0.9: score, norm, interference
     python -m evaluation.experiments similarity BENCH  # task vectors of the six encoders, nothing merged
+    python -m evaluation.experiments mdm_oc BENCH      # weights learned from replay or few rows, against fixed ones
+    python -m evaluation.experiments mdm_oc_ablation BENCH  # without consolidation, replay, orthogonality
 
 BENCH is described in `import_bench`. Results go to evaluation/results/<experiment>/. With `--keep FOLDER` the Hub, the
 caches and what was measured stay there, and the same command goes on where it was stopped.
@@ -43,6 +45,8 @@ class Experiment:
 
 
 BOTH = ("opcm.yaml", "task_arithmetic.yaml")
+LEARNED = ("mdm_oc", "mdm_oc_replay", "mdm_oc_labelled", "gram", "gram_labelled", "ties", "average")
+ABLATED = ("mdm_oc", "mdm_oc_replay", "mdm_oc_no_ewc", "not_orthogonal_replay", "gram", "gram_replay")
 EXPERIMENTS = {
     "quickstart": Experiment(
         tuple(f"quickstart/{name}" for name in BOTH),
@@ -56,6 +60,14 @@ EXPERIMENTS = {
         + ("--sweep", f"method.options.alpha={ALPHAS}"),
     ),
     "similarity": Experiment(BOTH[:1], ()),
+    "mdm_oc": Experiment(
+        tuple(f"mdm_oc/{name}.yaml" for name in LEARNED) + BOTH[:1],
+        ("--suite", "text-encoders", "--orders", "5", "--limit", "100", "--removals", "none"),
+    ),
+    "mdm_oc_ablation": Experiment(
+        tuple(f"mdm_oc/{name}.yaml" for name in ABLATED),
+        ("--suite", "text-encoders", "--orders", "2", "--limit", "100", "--removals", "none"),
+    ),
 }
 
 

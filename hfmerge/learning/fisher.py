@@ -16,7 +16,7 @@ from hfmerge.learning.students import Student, parameters
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-FISHER_ROWS = 32
+FISHER_ROWS = 16
 """Rows of each model that the information is taken from; each takes a pass of its own."""
 
 
