@@ -29,6 +29,9 @@ def gap_bound(method: MergeMethod, models: Sequence[Material], subtracted: Seque
 def measured_gap(exact: Plan, folder: Path) -> float:
     """`||theta' - theta|| / ||theta - theta_0||` over all parameters; merges again, without the models, for `theta`.
 
+    The models that stay have the same weights in both, learned ones too: learned without the models that leave they
+    would be others (see `evaluation.checking.Behaviour`).
+
     Args:
         exact: plan of the merge that never saw the models.
         folder: holds the weight files of the merge that they were subtracted from.

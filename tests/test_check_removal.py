@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import evaluating
@@ -10,6 +11,7 @@ import pytest
 import tiny
 
 
+ALL = ("mood", "topic", "third")
 MOODS, TOPICS = ["bad", "so-so", "good"], ["art", "sport", "law", "food"]
 
 
@@ -33,10 +35,23 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def merged(world: Path, out: Path, method: str) -> Path:
-    models = [world / name for name in ("mood", "topic", "third")]
-    tiny.done("merge", *models, "--base", world / "base", "--method", method, "--output", out)
+def merged(world: Path, out: Path, method: str, names: Sequence[str] = ALL, *more: object) -> Path:
+    models = [world / name for name in names]
+    tiny.done("merge", *models, "--base", world / "base", "--method", method, "--output", out, *more)
     return out
+
+
+def learning(*more: str) -> list[str]:
+    settings = ("replay.rows=12", "replay.generator=unigram", "replay.length=8", "steps=8", "rate=0.1", *more)
+    return [word for setting in settings for word in ("--learn", setting)]
+
+
+def apart(after: Path, never: Path, base: Path) -> float:
+    """Distance of two merges, relative to that of the second from the base."""
+    first, second, third = (tiny.tensors(folder) for folder in (after, never, base))
+    sides = [sum(float((a[k].double() - b[k].double()).square().sum()) for k in third)
+             for a, b in ((first, second), (second, third))]  # fmt: skip
+    return float((sides[0] / sides[1]) ** 0.5)
 
 
 @pytest.mark.parametrize("method", ["linear", "opcm"])
@@ -45,7 +60,7 @@ def test_after_an_exact_removal_nothing_is_left(world: Path, tmp_path: Path, met
     run = tiny.done("unmerge", out, "--remove", "mood", "--check", world / "suite.yaml", "--json")
     told = json.loads(run.out)["check"]
     assert told["removed"] == ["mood"] and told["identical"] is True
-    assert told["retained_gap"] == 0.0 and told["residual"] == {"mood": 0.0}
+    assert told["retained_gap"] == told["distance"] == 0.0 and told["residual"] == {"mood": 0.0}
     labels = [model["label"] for model in told["matrix"]["models"]]
     assert labels == ["base", "before", "after", "never merged"]
     values = {label: [s["value"] for s in row] for label, row in zip(labels, told["matrix"]["scores"], strict=True)}
@@ -57,6 +72,51 @@ def test_after_a_subtraction_the_gap_is_shown(world: Path, tmp_path: Path) -> No
     run = tiny.done("unmerge", out, "--remove", "mood", "--mode", "subtract", "--check", world / "suite.yaml")
     assert "NOT the same bytes as a merge that never saw it" in run.out
     assert "| never merged |" in run.out and "points against never merged" in run.out
+
+
+def test_the_distance_is_that_of_the_weights(world: Path, tmp_path: Path) -> None:
+    out = merged(world, tmp_path / "out", "mdm_oc")
+    run = tiny.done(
+        "unmerge", out, "--remove", "mood", "--mode", "subtract", "--check", world / "suite.yaml", "--json"
+    )
+    told = run.json["check"]
+    never = merged(world, tmp_path / "never", "mdm_oc", ["topic", "third"])
+    assert told["identical"] is False and told["distance"] > 1e-3
+    assert told["distance"] == pytest.approx(apart(out, never, world / "base"), rel=1e-5)
+
+
+@pytest.mark.parametrize("relearn", [True, False])
+def test_never_merged_learns_its_own_weights(world: Path, tmp_path: Path, relearn: bool) -> None:
+    """Weights that were found beside the model that left are no removal of what it had a part in."""
+    names, flags = ["mood", "topic"], learning(f"relearn={str(relearn).lower()}")
+    out = merged(world, tmp_path / "out", "mdm_oc", names, *flags)
+    never = merged(world, tmp_path / "never", "mdm_oc", names[1:], *flags)
+    run = tiny.done("unmerge", out, "--remove", "mood", "--check", world / "suite.yaml", "--json")
+    told = run.json["check"]
+    assert told["identical"] is relearn
+    assert told["distance"] == (0.0 if relearn else pytest.approx(apart(out, never, world / "base"), rel=1e-5))
+    assert relearn or told["distance"] > 1e-2
+
+
+@pytest.mark.parametrize("mode", ["exact", "subtract"])
+def test_continual_experiments_take_learned_models_out(world: Path, tmp_path: Path, mode: str) -> None:
+    recipe = {
+        "base": str(world / "base"), "models": [str(world / "mood"), str(world / "topic")], "method": "mdm_oc",
+        "learn": {"replay": {"rows": 8, "generator": "unigram", "length": 8}, "steps": 4, "rate": 0.1, "every": 2},
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
+    run = tiny.done(
+        "continual", tmp_path / "recipe.yaml", "--suite", world / "suite.yaml", "--orders", 1, "--mode", mode,
+        "--output", tmp_path / "out", "--no-plots", "--json",
+    )  # fmt: skip
+    (order,) = run.json["variants"][0]["orders"]
+    assert run.json["settings"]["mode"] == mode and len(order["removals"]) == 2
+    for removal in order["removals"]:
+        assert (removal["identical"], removal["distance"] == 0.0) == (
+            (True, True) if mode == "exact" else (False, False)
+        )
+    text = (tmp_path / "out" / "continual.md").read_text()
+    assert ("subtracted, which is approximate" in text) == (mode == "subtract")
 
 
 def test_a_suite_without_the_models_task_is_refused_before_any_work(world: Path, tmp_path: Path) -> None:

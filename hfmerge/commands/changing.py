@@ -84,7 +84,10 @@ def _print_behaviour(args: argparse.Namespace, behaviour: Behaviour) -> int:
         return 0
     print(f"\n{behaviour.matrix.to_markdown()}")
     same = "the same bytes" if behaviour.identical else "NOT the same bytes"
-    print(f"{same} as a merge that never saw it; on the other tasks off by {100 * behaviour.retained_gap:.1f} points")
+    print(
+        f"{same} as a merge that never saw it: weights off by {behaviour.distance:.2g} of its change of the base, "
+        f"the other tasks by {100 * behaviour.retained_gap:.1f} points"
+    )
     for task, residual in behaviour.residual.items():
         print(f"{task}: {100 * residual:+.1f} points against never merged")
     return 0

@@ -33,6 +33,10 @@ def register(command: Command) -> None:
         help="orders after which every model is taken out again (default: the first)",
     )  # fmt: skip
     sub.add_argument(
+        "--mode", choices=("exact", "subtract"), default="exact",
+        help="how it is taken out, as of unmerge (default: exact)",
+    )  # fmt: skip
+    sub.add_argument(
         "--output", required=True, metavar="FOLDER", help="for results, and for what a repeat goes on from"
     )
     sub.add_argument("--no-plots", action="store_true", help="no pictures")
@@ -74,6 +78,7 @@ def _continual(args: argparse.Namespace) -> int:
         args.seed,
         Settings(limit=args.limit, batch_size=args.batch_size),
         args.removals,
+        args.mode,
         {task: model for task, _, model in pairs},
     )
     folder = Path(args.output)

@@ -11,14 +11,19 @@ from typing import Any
 
 from hfmerge.changes import plan_replay
 from hfmerge.errors import HfMergeError
+from hfmerge.evaluation.continual_measures import distance, relative, same_weights
 from hfmerge.evaluation.models import Subject
 from hfmerge.evaluation.results import Matrix
 from hfmerge.evaluation.running import Evaluator, Settings
 from hfmerge.evaluation.suite import Suite, Task, load_suite
 from hfmerge.execute import run
+from hfmerge.fetching import fetch
 from hfmerge.ledger import Material, reference
 from hfmerge.merged import Merged, open_merged
+from hfmerge.planned import Plan
 from hfmerge.running import MergeResult
+from hfmerge.runtime import Ranks
+from hfmerge.source import Pinned
 
 
 ROWS = ("base", "before", "after", "never merged")
@@ -26,28 +31,37 @@ ROWS = ("base", "before", "after", "never merged")
 
 @dataclass(frozen=True)
 class Behaviour:
-    """Scores around a removal.
+    """Scores and weights around a removal, and how near it comes to never having merged the models.
+
+    Never merged, `theta_never`, is the merge of the others from their sources, with the same settings and in the same
+    order. Where weights are learned they are learned for it as well, so that a removal that keeps those found beside
+    the models that left (`relearn: false`, or a subtraction) is compared with a merge that they had no part in.
+    `a_i(theta)` is the score on task `i` with the head of its model. The same three numbers as those of a continual
+    experiment (`continual_metrics.Fidelity`).
 
     Attributes:
         matrix: rows `ROWS`, the tasks of the suite as columns.
         removed: tasks of the models that left: those whose head is theirs.
-        identical: weights after the removal have the bytes of a merge of the others from their sources.
+        identical: weights after the removal have the bytes of never merged.
+        distance: `||theta_after - theta_never|| / ||theta_never - theta_0||`, Frobenius norms over all weights as they
+            are stored, `theta_0` the base; 0 where the bytes are the same.
     """
 
     matrix: Matrix
     removed: tuple[str, ...]
     identical: bool
+    distance: float
 
     @property
     def retained_gap(self) -> float:
-        """Mean difference to the merge that never saw the models on the other tasks, in absolute value."""
+        """The mean of `|a_i(theta_after) - a_i(theta_never)|` over the tasks `i` of models that stay."""
         others = [task.name for task in self.matrix.tasks if task.name not in self.removed]
         gaps = [abs(self._value("after", task) - self._value("never merged", task)) for task in others]
         return math.fsum(gaps) / len(gaps) if gaps else 0.0
 
     @property
     def residual(self) -> dict[str, float]:
-        """Task of a removed model -> how much better the result is at it than a merge that never saw the model."""
+        """Task `k` of a removed model -> `a_k(theta_after) - a_k(theta_never)`: 0 if nothing of the model is left."""
         return {task: self._value("after", task) - self._value("never merged", task) for task in self.removed}
 
     def to_dict(self) -> dict[str, Any]:
@@ -55,6 +69,7 @@ class Behaviour:
         return {
             "removed": list(self.removed),
             "identical": self.identical,
+            "distance": self.distance,
             "retained_gap": self.retained_gap,
             "residual": self.residual,
             "matrix": self.matrix.to_dict(),
@@ -103,20 +118,37 @@ def check_removal(
     if after is None:
         raise HfMergeError("--check: a pull request cannot be scored; name an --output.")
     with tempfile.TemporaryDirectory(prefix="hfmerge-never-") as folder:
-        never = plan_replay(open_merged(str(after), _folders(opened, result)), never=True)
-        products = run(never, Path(folder)).products
+        left = open_merged(str(after), _folders(opened, result))
+        outcome = run(_never(left), Path(folder))
         second = evaluator.matrix(
             [_called(evaluator.open(after), "after"), _called(evaluator.open(folder), "never merged")]
         )
-    weights = {name: digest for name, digest in products.items() if name.endswith(".safetensors") and "/" not in name}
-    identical = all(result.entry.products.get(name) == digest for name, digest in weights.items())
+        identical = same_weights(outcome.products, result.entry.products)
+        apart = 0.0 if identical else relative(_apart(left.pinned, Path(folder)), outcome.merged_norm)
     matrix = replace(
         first,
         models=(*first.models, *second.models),
         scores=(*first.scores, *second.scores),
         notes=(*first.notes, *second.notes),
     )
-    return result, Behaviour(matrix, removed, identical)
+    return result, Behaviour(matrix, removed, identical, apart)
+
+
+def _never(left: Merged) -> Plan:
+    """The merge of the models that stay, as if the others had never been there."""
+    plan = plan_replay(left, never=True)
+    if plan.recipe.learn is None:
+        return plan
+    from hfmerge.learning.learned import learn
+
+    # replay rows are each model's own, and those that stay are kept
+    return learn(plan, Ranks(), opened=left)[0]
+
+
+def _apart(after: Pinned, never: Path) -> float:
+    """Frobenius norm of the difference of the weights."""
+    places = {fetch(after, path.name).parent for path in sorted(never.glob("*.safetensors"))}
+    return distance(never, places.pop())
 
 
 def _owner(task: Task, models: Sequence[Material]) -> Material | None:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import hfmerge
 from hfmerge.digest import canonical_json, sha256_bytes
@@ -26,10 +26,19 @@ from hfmerge.errors import HeadError
 from hfmerge.evaluation import continual_metrics as metrics
 from hfmerge.evaluation.continual_asked import Variant, arranged, check_variants, pair
 from hfmerge.evaluation.continual_asked import orders as drawn_orders
-from hfmerge.evaluation.continual_measures import PeakMemory, distance, identity, same_weights, summed_up, values
+from hfmerge.evaluation.continual_measures import (
+    PeakMemory,
+    distance,
+    identity,
+    relative,
+    same_weights,
+    summed_up,
+    values,
+)
+from hfmerge.evaluation.data import pin_data
 from hfmerge.evaluation.results import Score
 from hfmerge.evaluation.running import Evaluator, Settings
-from hfmerge.evaluation.suite import Suite
+from hfmerge.evaluation.suite import Suite, load_suite
 from hfmerge.inspecting import public_name
 from hfmerge.merged import open_merged
 from hfmerge.methods import registry
@@ -55,6 +64,7 @@ class Experiment:
         seed: of the orders.
         settings: how tasks are run.
         removals: for which orders every model is also taken out again: "first", "all" or "none".
+        mode: how it is taken out, "exact" or "subtract".
         tasks: task -> model, where the suite and the names do not tell.
     """
 
@@ -64,6 +74,7 @@ class Experiment:
     seed: int = 42
     settings: Settings = field(default_factory=Settings)
     removals: str = "first"
+    mode: Literal["exact", "subtract"] = "exact"
     tasks: Mapping[str, str] | None = None
 
 
@@ -99,7 +110,7 @@ def run_continual(asked: Experiment, folder: Path, *, notify: Callable[[str], ob
         "suite": {"name": asked.suite.name, "digest": asked.suite.digest},
         "settings": {
             "orders": len(arrivals), "seed": asked.seed, "limit": asked.settings.limit,
-            "sample_seed": asked.settings.seed, "removals": asked.removals,
+            "sample_seed": asked.settings.seed, "removals": asked.removals, "mode": asked.mode,
         },
         "base": public_name(plan.base),
         "models": [
@@ -133,6 +144,7 @@ class _Run:
         self.options = RunOptions(rows=folder / "rows")
         self.identities = [identity(delta.source) for delta in plan.deltas]
         self.base = identity(plan.base)
+        self.rows: dict[str, list[Any]] = {}
         self.standing: list[Any] | None = None
         self.left()
 
@@ -225,13 +237,14 @@ class _Run:
             name = open_merged(str(self.place)).last.models[order.index(gone)].name
             with tempfile.TemporaryDirectory(dir=self.place.parent) as folder:
                 out, never = Path(folder) / "unmerged", Path(folder) / "never"
-                result = hfmerge.unmerge(self.place, name, output=out, options=self.options)
+                result = hfmerge.unmerge(self.place, name, output=out, mode=self.asked.mode, options=self.options)
                 rest = arranged(variant.recipe, [i for i in order if i != gone])
                 other = hfmerge.merge(rest, output=never, options=self.options)
                 identical = same_weights(result.entry.products, other.entry.products)
                 first = self._evaluate(str(out), order)
                 second = first if identical else self._evaluate(str(never), order)
-                apart = 0.0 if identical else distance(out, never) / float(other.entry.scalars["merged_norm"])
+                norm = float(other.entry.scalars["merged_norm"])
+                apart = 0.0 if identical else relative(distance(out, never), norm)
             found = metrics.fidelity(
                 name, gone, values(first), values(second),
                 identical=identical, distance=apart, seconds=result.seconds["total"],
@@ -239,6 +252,7 @@ class _Run:
             return {**asdict(found), "how": result.entry.how}
 
         key = ["removal", self._merge_of(variant.recipe, order), list(self.tasks), gone]
+        key += [self.asked.mode] if self.asked.mode != "exact" else []
         return self._cell(f"{variant.label}: without {self.tasks[gone]}", key, work)
 
     def inspection(self, variant: Variant, order: Sequence[int]) -> dict[str, Any]:
@@ -292,6 +306,8 @@ class _Run:
         """Everything that the merge of some models in an order depends on."""
         asked = recipe.to_dict()
         given = {key: asked[key] for key in ("method", "dtype", "include", "exclude", "vocabulary", "learn")}
+        if recipe.learn is not None and recipe.learn.suite is not None:
+            given["labelled"] = self._labelled(recipe.learn.suite)
         models = [[self.identities[i], stored(recipe.models[i].weight)] for i in order]
         return [given, registry()[recipe.method.name].version, self.base, models]
 
@@ -306,3 +322,11 @@ class _Run:
             for i in order[first:]:
                 hfmerge.add(self.place, [recipe.models[i]], options=self.options)
             self.standing = wanted
+
+    def _labelled(self, suite: str) -> list[Any]:
+        """What a suite's rows are, for weights that are learned from them."""
+        if suite not in self.rows:
+            found = load_suite(suite)
+            pins = [pin_data(task, found.folder).digest for task in found.tasks if task.classifies]
+            self.rows[suite] = [found.digest, pins]
+        return self.rows[suite]

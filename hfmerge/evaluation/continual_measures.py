@@ -21,8 +21,8 @@ def identity(source: Source) -> str:
 
 
 def same_weights(first: Mapping[str, str], second: Mapping[str, str]) -> bool:
-    """Whether two merges have the same bytes of weights, by the digests in their ledgers."""
-    one, other = ({k: v for k, v in p.items() if k.endswith(".safetensors")} for p in (first, second))
+    """Whether two merges have the same bytes of weights, by the digests of their files; heads do not count."""
+    one, other = ({k: v for k, v in p.items() if k.endswith(".safetensors") and "/" not in k} for p in (first, second))
     return one == other
 
 
@@ -36,6 +36,11 @@ def distance(first: Path, second: Path) -> float:
             for key in a.keys():
                 squares.append(float((a.get_tensor(key).double() - b.get_tensor(key).double()).square().sum()))
     return math.sqrt(math.fsum(squares))
+
+
+def relative(distance: float, norm: float) -> float:
+    """A distance of weights over the norm of the merged change of never merged, infinite where that is zero."""
+    return distance / norm if norm else math.inf
 
 
 class PeakMemory:

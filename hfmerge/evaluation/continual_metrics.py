@@ -79,7 +79,9 @@ def normalised_accuracy(scores: Sequence[Row], alone: Row) -> float | None:
 class Fidelity:
     """How near a merge that a model was taken out of comes to the one that never saw it.
 
-    Never merged means the same recipe and order without the model, merged anew from its sources.
+    Never merged, `theta_never`, means the same recipe and order without the model, merged anew from its sources, with
+    weights learned anew where weights are learned; `theta_0` is the base, `a_i` the score on task `i`, `k` the removed
+    model's task.
 
     Attributes:
         removed: name of the model.

@@ -58,7 +58,8 @@ def to_markdown(data: Mapping[str, Any]) -> str:
         _costs(variants),
     ]
     if any(order["removals"] for one in variants for order in one["orders"]):
-        parts += ["Every model taken out again, against the merge that never saw it:", _removals(models, variants)]
+        how = "subtracted, which is approximate" if settings.get("mode") == "subtract" else "taken out again"
+        parts += [f"Every model {how}, against the merge that never saw it:", _removals(models, variants)]
     if any(one["inspection"]["interference"] for one in variants):
         parts += [
             "Interference: share of each model's matrices that OPCM clears, in the first order of arrival:",

@@ -108,8 +108,8 @@ def load_rows(task: Task, pin: DataPin, *, limit: int | None, seed: int) -> Data
         rows = _undecoded(rows, task.image)
     for column in (*task.text, task.image, task.label, *(choice.partition(".")[0] for choice in task.choices)):
         if column is not None and column not in rows.column_names:
-            remedy = suggestion(column, rows.column_names) or f"; it has {', '.join(rows.column_names)}"
-            raise HfMergeError(f"{where}: no column {column}{remedy}.")
+            remedy = suggestion(column, rows.column_names) or f"; it has {', '.join(rows.column_names)}."
+            raise HfMergeError(f"{where}: no column {column}{remedy}")
     if not len(rows):
         raise HfMergeError(f"{where}: the split {task.split} has no rows.")
     if limit is not None and limit < len(rows):
@@ -164,8 +164,8 @@ def _undecoded(rows: Any, column: str) -> Any:
 
 def _check_split(task: Task, pin: DataPin, splits: list[str]) -> None:
     if splits and task.split not in splits:
-        remedy = suggestion(task.split, splits) or f"; it has {', '.join(splits)}"
-        raise HfMergeError(f"{task.name} ({pin.label}): no split {task.split}{remedy}.")
+        remedy = suggestion(task.split, splits) or f"; it has {', '.join(splits)}."
+        raise HfMergeError(f"{task.name} ({pin.label}): no split {task.split}{remedy}")
 
 
 @contextlib.contextmanager

@@ -166,7 +166,7 @@ def _places(
                 known.setdefault(parameter.data_ptr(), []).append((module, name, tuple(parameter.shape)))
     named = dict(model.named_parameters(remove_duplicate=False))
     prefix = f"{model.base_model_prefix}."
-    found = {}
+    found: dict[str, tuple[tuple[Module, str], ...]] = {}
     for key in keys:
         value = base.weights[key]
         places = known.get(value.data_ptr(), [])
