@@ -24,6 +24,7 @@ from pathlib import Path
 BASE = "sentence-transformers/all-MiniLM-L6-v2"
 LORA = "-lora"
 """What the IDs of adapters end in."""
+SPLITS = ("train", "test")
 
 
 def main() -> int:
@@ -85,15 +86,21 @@ def _labels(bench: Path, task: str) -> dict[str, str]:
 
 
 def _data(bench: Path, task: str, folder: Path) -> Path:
-    """The test set with a card that names the labels, so that `datasets` knows them."""
+    """Training and test set with a card that names the labels, so that `datasets` knows them."""
     import yaml
 
     folder.mkdir(parents=True)
-    shutil.copy2(bench / "data" / task / "test.parquet", folder / "test.parquet")
+    for split in SPLITS:
+        shutil.copy2(bench / "data" / task / f"{split}.parquet", folder / f"{split}.parquet")
     label = {"name": "label", "dtype": {"class_label": {"names": _labels(bench, task)}}}
     texts = [{"name": name, "dtype": "string"} for name in ("text", "label_name")]
     card = {
-        "configs": [{"config_name": "default", "data_files": [{"split": "test", "path": "test.parquet"}]}],
+        "configs": [
+            {
+                "config_name": "default",
+                "data_files": [{"split": split, "path": f"{split}.parquet"} for split in SPLITS],
+            }
+        ],
         "dataset_info": {"features": [texts[0], label, texts[1]]},
     }
     front = yaml.safe_dump(card, sort_keys=False, allow_unicode=True)

@@ -83,7 +83,7 @@ class Evaluator:
         self._progress = progress and self.ranks.main
         self._bar: Any = None
         _check_installed()
-        self.device = _device(self.settings.device)
+        self.device = device_for(self.settings.device)
         self.dtype = self.settings.dtype or ("float32" if self.device == "cpu" else None)
         if self.dtype is not None and self.dtype not in DTYPES:
             raise HfMergeError(f"dtype {self.dtype}: one of {', '.join(DTYPES)} is needed.")
@@ -276,7 +276,7 @@ def evaluate_suite(
     return Evaluator(asked, settings, heads=heads, ranks=ranks, progress=progress).matrix(models)
 
 
-def _device(asked: str | None) -> str:
+def device_for(asked: str | None) -> str:
     """The device to run on: the one asked for, else an accelerator of this process's own, else the CPU."""
     import torch
 

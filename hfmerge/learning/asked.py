@@ -48,7 +48,8 @@ class Learning:
         gamma: what the Fisher information of earlier steps counts when it is carried on.
         relearn: after a model is taken out, learn the weights of the others anew; otherwise they stay.
         precision: of the models while learning; weights and gradients are float32.
-        checkpointing: compute activations twice instead of keeping them.
+        checkpointing: compute activations twice instead of keeping them, and ask one model after another instead of
+            all together.
         seed: of everything drawn at random.
 
     Raises:
@@ -107,7 +108,7 @@ def read_learning(value: Any, section: Section, method: str) -> Learning | None:
         section.report("learn", f"must be a mapping, not {show(value)}; write `learn: {{}}` for its defaults")
         return None
     if method not in LEARNABLE:
-        section.report("learn", f"is for {' and '.join(LEARNABLE)}, not {show(method)}")
+        section.report("learn", f"is for {', '.join(LEARNABLE)}, not {show(method)}")
     inner, before = Section(value, section.at("learn"), section.problems), len(section.problems)
     inner.refuse_unknown([entry.name for entry in dataclasses.fields(Learning)], "key")
     found = _read(inner)

@@ -45,7 +45,7 @@ def fisher(
         learned = list(replay.learned)
         picked = torch.randperm(len(learned), generator=random)[:FISHER_ROWS].tolist()
         for row in picked:
-            leaves = parameters(merged)
+            leaves = parameters(merged, student.model.device)
             inputs, targets = replay.batch([learned[row]], str(student.model.device))
             with student.holding(leaves):
                 logits = student.logits(inputs, "float32").float()
@@ -55,7 +55,8 @@ def fisher(
                 _likelihood(replay.scores, logits.reshape(-1, logits.shape[-1]), random).backward()
             for key, leaf in leaves.items():
                 if leaf.grad is not None:
-                    total[key].addcmul_(leaf.grad, leaf.grad, value=1.0 / (len(picked) * len(students)))
+                    gradient = leaf.grad.cpu()
+                    total[key].addcmul_(gradient, gradient, value=1.0 / (len(picked) * len(students)))
             tick(1)
     return total
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from hfmerge.digest import canonical_json, sha256_bytes, sha256_file
 from hfmerge.errors import HfMergeError
 from hfmerge.evaluation.models import Subject, kind_of, open_subject
+from hfmerge.evaluation.running import device_for
 from hfmerge.evaluation.suite import load_suite
 from hfmerge.learning.asked import HELD, Learning
 from hfmerge.learning.fisher import FISHER_ROWS, fisher, load_fisher, save_fisher
@@ -22,7 +23,7 @@ from hfmerge.learning.progress import Progress
 from hfmerge.learning.replay.making import generate
 from hfmerge.learning.replay.rows import Replay, load_replay, save_replay
 from hfmerge.learning.space import Space
-from hfmerge.learning.students import Student, references, students
+from hfmerge.learning.students import Student, check_tokens, reference, references, students
 from hfmerge.ledger import KeptState, state_file
 from hfmerge.merged import Merged, state_path
 from hfmerge.methods.gram import Gram
@@ -112,6 +113,7 @@ def learn(
         replays = tuple(_found(earlier, ref) for ref in references(plan))
         how = "weights were kept as they had been learned beside all models of the step before"
         return _warned(plan, warnings), Learned(replays, None, None, how)
+    check_tokens(plan)
     progress = Progress(journal, _question(opened, action), shelf)
     replays, rows = _rows(plan, asked, earlier, progress, ranks, notify)
     with Space(plan, groups=asked.groups, budget=HELD, scratch=journal) as space:
@@ -175,23 +177,25 @@ def _rows(
         notify(f"making replay rows of {len(refs)} models; {PRIVACY}")
 
     def made(model: int, ref: str, names: Sequence[str]) -> tuple[Replay | None, list[tuple[Replay, float]]]:
-        subject = open_subject(ref, dtype="float32")
+        subject = open_subject(ref, device=device_for(None), dtype="float32")
+        task = task_of(suite, names) if suite is not None else None
+        if suite is not None and task is None and asked.loss == "labels":
+            raise HfMergeError(f"learn: {suite.name} has no task with the head of {names[0]}; take loss mixed.")
+        some = []
+        if suite is not None and task is not None:
+            # first, as they cost little and may be at fault
+            some = [(labelled_rows(task, suite, subject, split=asked.split, rows=asked.rows, seed=asked.seed), 1.0)]
         own = _found(earlier, ref) if asked.replays else None
         if own is None and asked.replays:
             own = progress.replay(model, _named(subject), asked.replay)
         if own is None and asked.replays:
-            own = generate(subject, kind_of(subject), asked.replay, progress=True)
+            spare = None
+            if asked.replay.generator == "masked":
+                spare = open_subject(reference(plan.base.pinned), device=subject.device, dtype="float32")
+            own = generate(subject, kind_of(subject), asked.replay, spare=spare, progress=True)
             progress.keep_replay(model, asked.replay, own)
-        some = [(own, 1.0)] if own is not None and asked.loss != "labels" else []
-        task = task_of(suite, names) if suite is not None else None
-        if suite is not None and task is None and asked.loss == "labels":
-            raise HfMergeError(f"learn: {suite.name} has no task with the head of {names[0]}; take loss mixed.")
-        if suite is not None and task is not None:
-            some.append(
-                (labelled_rows(task, suite, subject, split=asked.split, rows=asked.rows, seed=asked.seed), 1.0)
-            )
         subject.forget()
-        return own, some
+        return own, [(own, 1.0), *some] if own is not None else some
 
     for model, (delta, ref) in enumerate(zip(plan.deltas, refs, strict=True)):
         names = (delta.source.name, delta.source.slug)

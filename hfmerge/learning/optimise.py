@@ -14,10 +14,13 @@ from hfmerge.learning.asked import Learning
 from hfmerge.learning.progress import NOTHING, Progress
 from hfmerge.learning.space import Space
 from hfmerge.learning.students import Student, parameters
+from hfmerge.learning.together import Part
+from hfmerge.learning.together import losses as together
 from hfmerge.runtime import Ranks
 
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 BETTER = 1e-4
@@ -45,7 +48,7 @@ class Anchor:
     def penalty(self, merged: Mapping[str, Tensor]) -> float:
         """`weight / 2 * sum F (theta - theta_prev)^2`."""
         pieces = [
-            float((self.fisher[key] * (value.detach() - self.merged[key]).square()).double().sum())
+            float((self.fisher[key] * (value - self.merged[key]).square()).double().sum())
             for key, value in merged.items()
         ]
         return self.weight / 2.0 * math.fsum(pieces)
@@ -229,6 +232,10 @@ class _Work:
             raise NonFiniteError(f"learn: the loss on rows held out is not finite ({'; '.join(bad)}); {CALMER}.")
         return math.fsum(loss for _, loss in losses)
 
+    @property
+    def _device(self) -> torch.device:
+        return self.students[0].model.device
+
     def _mine(self) -> list[tuple[int, Student]]:
         return [pair for pair in enumerate(self.students) if pair[0] % self.ranks.world == self.ranks.rank]
 
@@ -238,24 +245,35 @@ class _Work:
 
         losses = []
         with _enough_memory(self.asked):
-            leaves = parameters(self.space.merged(weights))
+            merged = self.space.merged(weights)
+            leaves = parameters(merged, self._device)
+            parts, counts = [], []
             for i, student in self._mine():
-                with student.holding(leaves):
-                    for kind, (replay, share) in enumerate(student.rows):
-                        rows = _drawn(len(replay.learned), self.asked, i, kind, step)
-                        loss = student.loss(replay, rows, self.asked.precision) * (share / len(self.students))
-                        loss.backward()
-                        losses.append((f"{student.name}, rows {rows}", float(loss.detach())))
-            gradients = {key: leaf.grad for key, leaf in leaves.items() if leaf.grad is not None}
+                for kind, (replay, share) in enumerate(student.rows):
+                    parts.append(Part(student, replay, _drawn(len(replay.learned), self.asked, i, kind, step)))
+                    counts.append(share / len(self.students))
+            for some in self._at_once(parts):
+                with contextlib.ExitStack() as stack:
+                    for student in dict.fromkeys(part.student for part in parts[some]):
+                        stack.enter_context(student.holding(leaves))
+                    values = [
+                        loss * count
+                        for loss, count in zip(together(parts[some], self.asked.precision), counts[some], strict=True)
+                    ]
+                    torch.stack(values).sum().backward()
+                for part, value in zip(parts[some], values, strict=True):
+                    losses.append((f"{part.student.name}, rows {list(part.rows)}", float(value.detach())))
+            gradients = {key: leaf.grad.cpu() for key, leaf in leaves.items() if leaf.grad is not None}
             if self.anchor is not None and self.ranks.main:
-                with torch.no_grad():
-                    whole = {
-                        k: gradients[k] if k in gradients else torch.zeros_like(leaf) for k, leaf in leaves.items()
-                    }
-                    self.anchor.pull(whole, leaves)
-                    losses.append((PENALTY, self.anchor.penalty(leaves)))
-                    gradients = whole
+                gradients = {k: gradients[k] if k in gradients else torch.zeros_like(v) for k, v in merged.items()}
+                self.anchor.pull(gradients, merged)
+                losses.append((PENALTY, self.anchor.penalty(merged)))
             return losses, self.space.pulled_back(gradients)
+
+    def _at_once(self, parts: Sequence[Part]) -> list[slice]:
+        """Which parts go through the models together: all, or where memory is to be saved each by itself."""
+        size = 1 if self.asked.checkpointing else max(len(parts), 1)
+        return [slice(at, at + size) for at in range(0, len(parts), size)]
 
     def _held_out(self, weights: Tensor) -> list[tuple[str, float]]:
         """This process's part of the loss on rows held out."""
@@ -264,8 +282,9 @@ class _Work:
         losses = []
         with _enough_memory(self.asked), torch.no_grad():
             merged = self.space.merged(weights)
+            placed = {key: value.to(self._device) for key, value in merged.items()}
             for _, student in self._mine():
-                with student.holding(merged):
+                with student.holding(placed):
                     for replay, share in student.rows:
                         rows = range(len(replay) - replay.held_out, len(replay))
                         for at in range(0, len(rows), self.asked.batch):

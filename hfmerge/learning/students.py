@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from hfmerge.checkpoint.deltas import Delta
 from hfmerge.errors import HeadError, UnsupportedError
 from hfmerge.evaluation.models import Subject, kind_of, open_subject
+from hfmerge.evaluation.running import device_for
 from hfmerge.learning.replay.outputs import divergence
 from hfmerge.learning.replay.rows import Replay
 from hfmerge.planned import Plan
@@ -17,6 +18,7 @@ from hfmerge.source import Pinned, Source
 
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
     from torch.nn import Module
     from transformers import PreTrainedModel
@@ -66,10 +68,7 @@ class Student:
         Args:
             precision: "float32" or "bfloat16".
         """
-        import torch
-
-        device = next(iter(inputs.values())).device.type
-        with torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16"):
+        with autocast(self.model.device.type, precision):
             found: Tensor = self.model(**inputs).logits
         return found
 
@@ -79,26 +78,35 @@ class Student:
         return divergence(replay.scores, targets, self.logits(inputs, precision)).mean()
 
 
+def autocast(device: str, precision: str) -> contextlib.AbstractContextManager[None]:
+    """Matrix products in bfloat16, if that is the precision; nothing is kept of weights for a next pass."""
+    import torch
+
+    return torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16")
+
+
 def references(plan: Plan) -> tuple[str, ...]:
     """How each model of a plan is opened as a model of its own: an adapter on what it lies on, here at least."""
 
     def opened(source: Source) -> str:
         if source.kind != "adapter":
-            return _reference(source.pinned)
+            return reference(source.pinned)
         under = source.beneath.pinned if source.beneath is not None else plan.base.pinned
-        return f"{_reference(under)}+{_reference(source.pinned)}"
+        return f"{reference(under)}+{reference(source.pinned)}"
 
     return tuple(opened(delta.source) for delta in plan.deltas)
 
 
-def _reference(pinned: Pinned) -> str:
+def reference(pinned: Pinned) -> str:
+    """How a source is named where it is opened."""
     return f"{pinned.name}@{pinned.commit}" if pinned.commit else str(pinned.folder)
 
 
 def students(
     plan: Plan, keys: Iterable[str], rows: Sequence[Sequence[tuple[Replay, float]]], *, checkpointing: bool
 ) -> list[Student]:
-    """One for each model of a plan; together they hold the base once, and their heads.
+    """One for each model of a plan; together they hold the base once, and their heads. On an accelerator if there is
+    one: of each process, its own.
 
     Args:
         keys: stored keys of the base that are merged.
@@ -106,16 +114,16 @@ def students(
         checkpointing: compute activations again for gradients.
 
     Raises:
-        UnsupportedError: transformers holds a merged tensor otherwise than the base's file does; see `check_tokens`.
+        UnsupportedError: transformers holds a merged tensor otherwise than the base's file does.
         HeadError, SourceError: a head is missing, or does not fit.
     """
-    check_tokens(plan)
     wanted = tuple(keys)
-    base = open_subject(_reference(plan.base.pinned), dtype="float32")
+    device = device_for(None)
+    base = open_subject(reference(plan.base.pinned), device=device, dtype="float32")
     found = []
     whole: PreTrainedModel | None = None
     for delta, ref, some in zip(plan.deltas, references(plan), rows, strict=True):
-        subject = open_subject(ref, dtype="float32")
+        subject = open_subject(ref, device=device, dtype="float32")
         kind = kind_of(subject)
         if kind in ("causal", "masked"):
             model = whole = base.whole(kind) if whole is None else whole
@@ -198,6 +206,6 @@ def _checkpointed(model: PreTrainedModel) -> None:
                 setattr(module, name, 0.0)
 
 
-def parameters(merged: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Merged values as leaves whose gradient is kept."""
-    return {key: value.detach().requires_grad_() for key, value in merged.items()}
+def parameters(merged: Mapping[str, Tensor], device: torch.device) -> dict[str, Any]:
+    """Merged values as leaves on a device, whose gradient is kept."""
+    return {key: value.detach().to(device).requires_grad_() for key, value in merged.items()}
