@@ -328,7 +328,7 @@ def change(**values: Any) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("edit", "text"),
     [
-        (change(method="opcm"), "learn: is for mdm_oc, gram, task_arithmetic"),
+        (change(method="opcm"), "is for mdm_oc, gram, task_arithmetic"),
         (change(learn={"steps": 0}), "learn.steps"),
         (change(learn={"loss": "labels"}), "learn.suite: is missing"),
         (change(learn={"suite": "glue"}), "learn.suite: has no effect"),

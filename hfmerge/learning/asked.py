@@ -107,9 +107,10 @@ def read_learning(value: Any, section: Section, method: str) -> Learning | None:
     if not isinstance(value, Mapping):
         section.report("learn", f"must be a mapping, not {show(value)}; write `learn: {{}}` for its defaults")
         return None
+    before = len(section.problems)
     if method not in LEARNABLE:
         section.report("learn", f"is for {', '.join(LEARNABLE)}, not {show(method)}")
-    inner, before = Section(value, section.at("learn"), section.problems), len(section.problems)
+    inner = Section(value, section.at("learn"), section.problems)
     inner.refuse_unknown([entry.name for entry in dataclasses.fields(Learning)], "key")
     found = _read(inner)
     return Learning(**found) if len(section.problems) == before else None
