@@ -124,7 +124,9 @@ def environment(threads: int) -> dict[str, str]:
     return {**os.environ, **own}
 
 
-def measure(command: Sequence[str | Path], *, threads: int, scratch: Path | None = None) -> Sample:
+def measure(
+    command: Sequence[str | Path], *, threads: int, scratch: Path | None = None, remember: bool = False
+) -> Sample:
     """Run one command to its end and account for it.
 
     Args:
@@ -132,6 +134,7 @@ def measure(command: Sequence[str | Path], *, threads: int, scratch: Path | None
         threads: for OpenMP and MKL.
         scratch: folder made anew before the command starts (not timed), for everything it writes, and its working
             folder; the repository by default.
+        remember: leave what hfmerge knows of files that it hashed in earlier runs; otherwise it hashes all it reads.
 
     Raises:
         BenchmarkError: the command cannot be started or exits with another status than 0.
@@ -139,6 +142,8 @@ def measure(command: Sequence[str | Path], *, threads: int, scratch: Path | None
     if scratch is not None:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
+    if not remember:
+        shutil.rmtree(CACHE / "hf-home" / "hfmerge" / "digests", ignore_errors=True)
     words = [str(word) for word in command]
     with tempfile.TemporaryFile("w+", errors="replace") as output:
         os.sync()  # so that one run does not pay for writing back what the run before it left in the page cache

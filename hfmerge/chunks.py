@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from hfmerge.checkpoint.reader import Rows
 from hfmerge.estimating import visit_bytes
-from hfmerge.methods import JointMethod
+from hfmerge.methods import AdditiveFold, JointMethod
 from hfmerge.planned import Param, Plan
 
 
@@ -20,23 +20,30 @@ TILE = 1 << 18
 
 @dataclass(frozen=True)
 class Chunk:
-    """What one visit computes: a parameter, or some of its rows, then tile by tile."""
+    """What one visit computes: a parameter, or some of its rows, then tile by tile.
+
+    Attributes:
+        param, rows: see above.
+        tile: elements of a tile, about.
+    """
 
     param: Param
     rows: Rows | None = None
+    tile: int = TILE
 
     def tiles(self) -> list[Chunk]:
         """The chunk in pieces of some rows each; itself if it is a whole parameter."""
         if self.rows is None:
             return [self]
-        step = max(1, TILE // max(1, math.prod(self.shape[1:])))
+        step = max(1, self.tile // max(1, math.prod(self.shape[1:])))
         first, last = self.rows
-        return [Chunk(self.param, (at, min(at + step, last))) for at in range(first, last, step)]
+        return [Chunk(self.param, (at, min(at + step, last)), self.tile) for at in range(first, last, step)]
 
     def start(self, share: int) -> Chunk:
         """The first of `share` equal parts of a chunk that is some rows, one row at least."""
         assert self.rows is not None
-        return Chunk(self.param, (self.rows[0], self.rows[0] + -(-(self.rows[1] - self.rows[0]) // share)))
+        last = self.rows[0] + -(-(self.rows[1] - self.rows[0]) // share)
+        return Chunk(self.param, (self.rows[0], last), self.tile)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -54,6 +61,8 @@ class Chunk:
 def chunks(plan: Plan, params: Iterable[Param]) -> list[Chunk]:
     """Cut parameters into chunks; the cuts depend on the plan alone, so sums over them are the same everywhere."""
     result: list[Chunk] = []
+    # plain sums take pieces of their own size
+    tile = CHUNK if isinstance(plan.method, AdditiveFold) and plan.method.plain else TILE
     for param in params:
         shape = param.slot.shape
         size = math.prod(shape)
@@ -70,7 +79,7 @@ def chunks(plan: Plan, params: Iterable[Param]) -> list[Chunk]:
             if all(delta.sliceable(param.key) for delta in (*plan.deltas, *plan.leaving)):
                 # a survey needs all rows
                 step = shape[0] if surveyed else max(1, CHUNK // (size // shape[0]))
-                result.extend(Chunk(param, (at, min(at + step, shape[0]))) for at in range(0, shape[0], step))
+                result.extend(Chunk(param, (at, min(at + step, shape[0])), tile) for at in range(0, shape[0], step))
                 continue
         result.append(Chunk(param))
     return result

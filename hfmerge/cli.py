@@ -51,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # thousandth object and once more at the end, costs a second or two and frees nothing
         gc.set_threshold(100_000, 50, 50)
         atexit.register(gc.freeze)
+        # hashing lets go of the interpreter every few milliseconds; it should not wait as long to get it back
+        sys.setswitchinterval(0.0005)
         _reuse_freed_memory()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["hub"]:

@@ -10,6 +10,7 @@ from hfmerge.digest import canonical_json, sha256_bytes, sha256_file
 from hfmerge.errors import CorruptFileError
 from hfmerge.fetching import cached, fetch
 from hfmerge.source import Source, weight_files
+from hfmerge.stamps import remembered_digest
 
 
 def folder_digest(files: Mapping[str, str]) -> str:
@@ -17,13 +18,20 @@ def folder_digest(files: Mapping[str, str]) -> str:
     return sha256_bytes(canonical_json(dict(files)))
 
 
-def digests(source: Source, progress: Callable[[int], object] | None = None) -> dict[str, str]:
+def digests(
+    source: Source, progress: Callable[[int], object] | None = None, *, remembered: bool = False
+) -> dict[str, str]:
     """SHA-256 of `weight_files`, read from this machine, and compared with what the Hub recorded for them.
 
     A streamed file is not here to be read: what the Hub recorded for it stands, and is checked while it is streamed.
 
+    Args:
+        source: whose files.
+        progress: see `sha256_file`.
+        remembered: files that have not changed since they were hashed are not read again (see `stamps`).
+
     Raises:
-        CorruptFileError: a file differs from its LFS digest.
+        CorruptFileError: a file cannot be read, or differs from its LFS digest.
     """
     result = {}
     for file in weight_files(source):
@@ -33,7 +41,10 @@ def digests(source: Source, progress: Callable[[int], object] | None = None) -> 
             result[file] = recorded
             continue
         path = fetch(source.pinned, file)
-        result[file] = sha256_file(path, progress)
+        try:
+            result[file] = (remembered_digest if remembered else sha256_file)(path, progress)
+        except OSError as error:
+            raise CorruptFileError(f"{source.pinned.label}: {file} cannot be read: {error.strerror}.") from error
         if recorded is not None and recorded != result[file]:
             raise CorruptFileError(
                 f"{source.pinned.label}: {file} differs from the Hub's digest ({recorded[:12]}...); delete "
@@ -74,9 +85,10 @@ class Digester:
         return self._futures[id(source)][1]
 
     def _digests(self, source: Source) -> dict[str, str]:
-        found = digests(source, self._tick)
+        found = digests(source, self._tick, remembered=True)
         if source.beneath is not None:
-            found |= {f"+{name}": value for name, value in digests(source.beneath, self._tick).items()}
+            beneath = digests(source.beneath, self._tick, remembered=True)
+            found |= {f"+{name}": value for name, value in beneath.items()}
         return found
 
     def _tick(self, count: int) -> None:

@@ -30,6 +30,7 @@ from hfmerge.runfiles import RunFiles
 from hfmerge.runtime import Ranks
 from hfmerge.source import Source, weight_files
 from hfmerge.streaming import Streamed, total
+from hfmerge.trailing import Trail
 
 
 @dataclass(frozen=True)
@@ -121,13 +122,18 @@ def _run(
         mine = {i: hashing.result(one) for i, one in enumerate(wanted) if crew[i % len(crew)] == ranks.rank}
         noted = stack.enter_context(_journal(journal, ranks)) if journal is not None else None
         files = stack.enter_context(RunFiles(plan, folder, ranks, noted))
+        # what several processes write, none of them can follow
+        trail = stack.enter_context(Trail(files.outputs)) if ranks.world == 1 else None
         outcome = Passes(plan, files, ranks, options).merge()
+        hashed = trail.digests() if trail is not None else {}
         parts = ranks.together(lambda: {i: future.result() for i, future in mine.items()})
         found = _one_answer(parts, wanted)
     known = tuple(
         found[0] if i == 0 else found.get(i - start) if i > start else None for i in range(len(plan.deltas) + 1)
     )
-    made = ranks.together(lambda: finish_folder(plan, folder) if ranks.main else _weight_digests(plan, folder, ranks))
+    made = ranks.together(
+        lambda: finish_folder(plan, folder, hashed) if ranks.main else _weight_digests(plan, folder, ranks)
+    )
     products = {name: digest for part in made for name, digest in part.items()}
     return Outcome(**outcome, source_digests=known, products=products)
 

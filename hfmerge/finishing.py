@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,13 @@ from hfmerge.planned import DTYPE_NAMES, Plan
 from hfmerge.runfiles import STATE_FOLDER
 
 
-def finish_folder(plan: Plan, folder: Path) -> dict[str, str]:
-    """Write heads, side files and the index; then give every file's digest, carried states left out."""
+def finish_folder(plan: Plan, folder: Path, hashed: Mapping[str, str]) -> dict[str, str]:
+    """Write heads, side files and the index; then give every file's digest, carried states left out.
+
+    Args:
+        plan, folder: of the run.
+        hashed: digests of weight files that are known already.
+    """
     for model, head in plan.heads:
         write_head(head, plan.deltas[model].source, folder)
     floats = {p.slot.dtype for p in plan.params if plan.base.tensors[p.key].floating}
@@ -35,4 +41,5 @@ def finish_folder(plan: Plan, folder: Path) -> dict[str, str]:
         total = sum(param.slot.nbytes for param in plan.params)
         write_index(folder, {param.key: param.file for param in plan.params}, total)
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return {name: sha256_file(folder / name) for name in files if not name.startswith(f"{STATE_FOLDER}/")}
+    products = [name for name in files if not name.startswith(f"{STATE_FOLDER}/")]
+    return {name: hashed.get(name) or sha256_file(folder / name) for name in products}

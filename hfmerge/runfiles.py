@@ -20,6 +20,7 @@ from hfmerge.methods import FoldMethod
 from hfmerge.planned import Param, Plan, needs_two_passes
 from hfmerge.runtime import Ranks
 from hfmerge.source import Pinned, Place, Source
+from hfmerge.stacking import Memory
 from hfmerge.taskvector import TaskVector, from_tensors
 
 
@@ -41,12 +42,14 @@ class RunFiles:
         states: number of models -> writer of the state kept after them.
         scratch: what the first pass leaves for the second where no kept state does.
         start: models that the prior state stands for.
+        memory: buffers of the threads that visit.
         journal: where finished chunks are noted, if they are.
     """
 
     def __init__(self, plan: Plan, folder: Path, ranks: Ranks, journal: Journal | None = None):
         self.plan, self.folder, self.ranks, self.journal = plan, folder, ranks, journal
         self.start = plan.start
+        self.memory = Memory()
         self.base = Reader(plan.base)
         self.models = [DeltaReader(delta) for delta in plan.deltas]
         self.leaving = [DeltaReader(delta) for delta in plan.leaving]

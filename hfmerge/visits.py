@@ -16,10 +16,11 @@ from hfmerge.chunks import Chunk
 from hfmerge.errors import GridOverflowError, NonFiniteError
 from hfmerge.journal import checksum
 from hfmerge.methods import Carry, FoldMethod, JointMethod
-from hfmerge.methods.additive import staying
+from hfmerge.methods.additive import AdditiveFold, staying
 from hfmerge.methods.base import SAMPLED, Measure
 from hfmerge.planned import DTYPE_NAMES, Param, state_name
 from hfmerge.runfiles import RunFiles, carried
+from hfmerge.stacking import merged
 from hfmerge.taskvector import WHOLE, Block, Dense, LowRank, TaskVector, cut, squared_norm, zero
 from hfmerge.weights import weight_at
 
@@ -136,14 +137,17 @@ class Visit:
         import torch
 
         method = self.plan.method
-        if isinstance(method, FoldMethod):
+        deviation: float | None = None
+        dependent: tuple[int, ...] = ()
+        at_once = self._at_once(method) if isinstance(method, FoldMethod) else None
+        if at_once is not None:
+            squares, changes = at_once
+        elif isinstance(method, FoldMethod):
             squares, carries, deviation = self._fold(method)
-            dependent: tuple[int, ...] = ()
             changes = self._read_out(method, carries)
         else:
             assert isinstance(method, JointMethod)
             squares, changes, dependent = self._combine(method, known)
-            deviation = None
         norms = Norms(tuple(squares), math.fsum(_finite_square(change) for change in changes), deviation, dependent)
         if write:
             self._write(changes, 1.0)
@@ -206,6 +210,36 @@ class Visit:
             self._store(self.files.scratch, carries, count)
         deviation = max((found for found in deviations if found is not None), default=None)
         return squares, [carry for carry in carries if carry is not None], deviation
+
+    def _at_once(self, method: FoldMethod) -> tuple[list[float], list[TaskVector]] | None:
+        """Squared norms and read-out of all models in few calls; None where they have to come one by one."""
+        import torch
+
+        param, files, count = self.chunk.param, self.files, len(self.files.models)
+        plain = isinstance(method, AdditiveFold) and method.plain and files.prior is None and not self.plan.subtracted
+        if not plain or len(param.blocks) != 1 or not param.blocks[0].is_whole:
+            return None
+        if self.plan.vocabulary is not None and param.vocab_axis is not None:
+            return None
+        entry = self.plan.base.tensors[param.key]
+        names = [name for model in files.models if (name := model.lies_as(param.key, entry)) is not None]
+        if len(names) < count:
+            return None
+        assert isinstance(method, AdditiveFold)
+        first = 0 if self.chunk.rows is None else self.chunk.rows[0] * math.prod(entry.shape[1:])
+        writers = [writer for writer in (files.states.get(count), files.scratch) if writer is not None]
+        dtype = torch.float32 if SIZES[param.slot.dtype] < 4 else torch.float64
+        weights = self.plan.weights_of(param)
+        found = merged(
+            method, files.models, names, self.base(), first, weights, files.memory, dtype=dtype, keep=bool(writers)
+        )
+        if found is None:
+            return None
+        if found.sum is not None:
+            carries = [_settled(method, param, param.blocks[0], count, {"S": Dense(found.sum)})]
+            for writer in writers:
+                self._store(writer, carries, count)
+        return found.squares, [Dense(found.change)]
 
     def _combine(
         self, method: JointMethod, known: Sequence[float] | None

@@ -16,7 +16,7 @@ LAYERS = [
     [
         *("taskvector", "environment", "options", "pool", "watch", "runtime", "fields", "yamlio"),
         *("source", "headers", "asking", "commits", "fetching", "ordered", "ranged", "blockstore", "remote"),
-        *("spans", "streaming", "describing", "digesting", "dsse", "signers"),
+        *("spans", "streaming", "describing", "stamps", "digesting", "dsse", "signers"),
     ],
     ["methods.base", "methods.spectral", "methods.trimming"],
     ["methods.additive"],
@@ -30,7 +30,7 @@ LAYERS = [
     ["archives", "planned", "card", "templates", "journal", "removal", "comparing"],
     ["estimating", "matching", "marked", "spectra"],
     ["planning", "scorecard"],
-    ["merged", "workspace", "chunks", "identity"],
+    ["merged", "workspace", "chunks", "identity", "stacking", "trailing"],
     ["disks", "vanished", "starting", "steps", "pictures"],
     ["recovering", "runfiles", "treeview"],
     ["visits", "finishing", "changes", "statebranch", "measuring"],

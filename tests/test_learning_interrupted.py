@@ -133,9 +133,7 @@ def test_a_start_that_is_not_a_number_is_an_error(models: dict[str, Path], tmp_p
 
 
 def test_out_of_memory_says_what_to_lower() -> None:
-    with pytest.raises(
-        HfMergeError, match=r"out of memory; lower batch \(now 16\), or set checkpointing: true"
-    ):
+    with pytest.raises(HfMergeError, match=r"out of memory; lower batch \(now 16\), or set checkpointing: true"):
         with _enough_memory(Learning()):
             torch.empty(1 << 50)
     with pytest.raises(HfMergeError) as caught, _enough_memory(Learning(checkpointing=True, precision="bfloat16")):

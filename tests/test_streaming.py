@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -286,3 +288,31 @@ def test_a_hub_without_ranges(world: World, tmp_path: Path) -> None:
     world.storage.faults(Fault(whole=True))
     run = world.streaming.run("merge", *asked("linear"), "--stream", "--output", tmp_path / "out")
     assert run.code == 1 and "sends the whole file instead of a part; run again without --stream" in run.err
+
+
+@pytest.mark.parametrize("method", ["linear", "ties --option scope=model"])
+def test_a_killed_run_that_streams_is_gone_on_with(world: World, method: str, tmp_path: Path) -> None:
+    """SIGKILL between two tensors, twice; what was finished is not read again, and the bytes are those of one run."""
+    name, *flags = method.split()
+    command = ["merge", *asked(name), *flags, "--output"]
+    again = [*command, tmp_path / "out", "--stream", "--json"]
+    environment = {"HF_ENDPOINT": world.hub.endpoint, "HF_HOME": str(world.home), "OMP_NUM_THREADS": "1"}
+    journal = tmp_path / ".out.hfmerge-journal"
+    done = 0
+    for goal in (5, 15):
+        world.storage.faults(Fault(delay=0.05))
+        process = tiny.start(*again, **environment)
+        while process.poll() is None and done < goal:
+            done = sum(path.read_bytes().count(b"\n") for path in journal.glob("*.jsonl"))
+            time.sleep(0.002)
+        process.kill()
+        assert tiny.finish(process).code == -signal.SIGKILL, "it was done before"
+    world.storage.faults()
+    run = world.streaming.done(*again, "--resume")
+    assert "hfmerge: resuming: " in run.err and run.json["reused"] >= 15
+    world.plain.done(*command, tmp_path / "plain")
+    assert tiny.files(tmp_path / "out") == tiny.files(tmp_path / "plain")
+    told = run.json["streamed"]
+    assert told["received"] <= world.size("org/base", "org/a", "org/b") + 500_000
+    assert told["verified"] or told["unverified"]
+    assert not journal.exists()

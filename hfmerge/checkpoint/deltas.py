@@ -14,7 +14,7 @@ from hfmerge.checkpoint.names import Origin
 from hfmerge.checkpoint.reader import Reader, Rows
 from hfmerge.checkpoint.vocabulary import Vocabulary, aligned_change, extended_factors
 from hfmerge.errors import ShapeError
-from hfmerge.source import Source
+from hfmerge.source import Source, TensorEntry
 from hfmerge.taskvector import Dense, TaskVector
 
 
@@ -109,6 +109,14 @@ class DeltaReader:
         if key in self.delta.lora:
             for name in (self.delta.lora[key].down_key, self.delta.lora[key].up_key):
                 self.reader.check_finite(name)
+
+    def lies_as(self, key: str, entry: TensorEntry) -> str | None:
+        """The stored tensor that is this model's value for one of the base, of its shape and unconverted, or None."""
+        origin = self.delta.full.get(key)
+        if origin is None or origin.convert is not None or key in self.delta.lora:
+            return None
+        own = self.delta.source.tensors[origin.keys[0]]
+        return origin.keys[0] if own.shape == entry.shape and own.floating else None
 
     def new_value(self, key: str, rows: Rows | None = None) -> Tensor | None:
         """The model's own float32 value for a stored tensor of the base, or some rows; None if it has no dense one."""

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hfmerge.checkpoint.writer import SIZES, TORCH_NAMES
+from hfmerge.checkpoint.writer import SIZES, TORCH_NAMES, bytes_of
 from hfmerge.errors import CorruptFileError, NonFiniteError
 from hfmerge.fetching import fetch
 from hfmerge.headers import Header, load_pickle, read_header
@@ -54,6 +54,31 @@ class _Opened:
         """Close a descriptor; a streamed file belongs to its run."""
         if not isinstance(self.file, RemoteFile):
             os.close(self.file)
+
+
+@dataclass(frozen=True)
+class Window:
+    """One stored tensor, of which pieces are read in the order its elements lie.
+
+    Attributes:
+        file, start: where it begins; None, and `data` holds it, of a pickled checkpoint.
+        where: for messages.
+        itemsize: bytes of an element.
+    """
+
+    file: _Opened | None
+    start: int
+    where: str
+    itemsize: int
+    data: memoryview | None = None
+
+    def read_into(self, first: int, view: memoryview) -> None:
+        """Fill `view` with the bytes of the elements from the one numbered `first` on."""
+        at = first * self.itemsize
+        if self.file is not None:
+            self.file.read_into(self.start + at, view, self.where)
+        elif self.data is not None:
+            view[:] = self.data[at : at + len(view)]
 
 
 class Reader:
@@ -103,15 +128,7 @@ class Reader:
         if isinstance(handle, dict):
             tensor: Tensor = handle[key] if rows is None else handle[key][rows[0] : rows[1]]
             return tensor.clone()
-        if key not in handle.header.entries or not _same(handle.header.entries[key], entry):
-            raise CorruptFileError(
-                f"{self.source.pinned.label}: {entry.file}: {key} has changed since the plan was made."
-            )
-        if entry.nbytes != math.prod(entry.shape) * SIZES[entry.dtype]:
-            raise CorruptFileError(
-                f"{self.source.pinned.label}: {entry.file}: {key} is {entry.dtype} {entry.shape} in {entry.nbytes} "
-                "bytes; its header is broken, get the file again."
-            )
+        self._check(handle, key, entry)
         start, shape = handle.header.offsets[key], entry.shape
         if rows is not None:
             start += entry.nbytes // entry.shape[0] * rows[0]
@@ -123,6 +140,32 @@ class Reader:
             view = tensor.view(-1).view(torch.uint8).numpy().data
             handle.read_into(start, view, f"{self.source.pinned.label}: {entry.file}: {key}")
         return tensor
+
+    def window(self, key: str) -> Window:
+        """A tensor to be read piece by piece into memory that is there.
+
+        Raises:
+            CorruptFileError: as for `stored`.
+        """
+        entry = self.source.tensors[key]
+        handle = self._handle(entry.file)
+        where = f"{self.source.pinned.label}: {entry.file}: {key}"
+        if isinstance(handle, dict):
+            return Window(None, 0, where, SIZES[entry.dtype], bytes_of(handle[key]))
+        self._check(handle, key, entry)
+        return Window(handle, handle.header.offsets[key], where, SIZES[entry.dtype])
+
+    def _check(self, handle: _Opened, key: str, entry: TensorEntry) -> None:
+        """The open file still holds the tensor that was planned with."""
+        if key not in handle.header.entries or not _same(handle.header.entries[key], entry):
+            raise CorruptFileError(
+                f"{self.source.pinned.label}: {entry.file}: {key} has changed since the plan was made."
+            )
+        if entry.nbytes != math.prod(entry.shape) * SIZES[entry.dtype]:
+            raise CorruptFileError(
+                f"{self.source.pinned.label}: {entry.file}: {key} is {entry.dtype} {entry.shape} in {entry.nbytes} "
+                "bytes; its header is broken, get the file again."
+            )
 
     def value(self, key: str, rows: Rows | None = None) -> Tensor:
         """The tensor, or some rows of it, as float32, in memory of its own; not checked for NaN and Inf."""

@@ -97,7 +97,7 @@ class SafetensorsWriter:
         self.slots = dict(slots)
         header, self._offsets = header_bytes(slots, {"format": "pt"} if metadata is None else metadata)
         self._missing = {name: slot.nbytes for name, slot in self.slots.items()}
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
         with disk_errors(path):
             self._fd = os.open(path, os.O_RDWR | (os.O_CREAT if create else 0), 0o644)
             if not create:
@@ -137,6 +137,18 @@ class SafetensorsWriter:
         """Count some bytes of a tensor as written; for those that an earlier process wrote, and that are intact."""
         with self._lock:
             self._missing[name] -= nbytes
+            if not self._missing[name]:
+                self._lock.notify_all()
+
+    def order(self) -> list[tuple[str, int]]:
+        """The tensors as they lie in the file, each with the offset of its end."""
+        names = sorted(self.slots, key=lambda name: self._offsets[name])
+        return [(name, self._offsets[name] + self.slots[name].nbytes) for name in names]
+
+    def wait_for(self, name: str, seconds: float) -> bool:
+        """Whether all of a tensor is written; waits for it so long."""
+        with self._lock:
+            return self._lock.wait_for(lambda: not self._missing[name], seconds)
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
         """A tensor written before, or some rows of it, read back."""

@@ -40,9 +40,13 @@ class AdditiveFold(FoldMethod):
 
     The carried state of a block holds one dense sum for each of `terms`, over the models whose change is dense, if
     there are any, and the scaled factors of each other model, called `T1`, `T2`, ... in order of arrival.
+
+    Class attributes:
+        plain: the only term is the model's change itself, so that changes may be summed up many at a time.
     """
 
     additive: ClassVar[bool] = True
+    plain: ClassVar[bool] = False
 
     sums: Sums = field(
         default="float64", metadata={"help": "type of the exact sums; float32 halves the state and is coarser"}
@@ -60,6 +64,21 @@ class AdditiveFold(FoldMethod):
     def step_size(self) -> float:
         """What terms are rounded to multiples of."""
         return 2.0 ** -(GRIDS[self.sums] if self.grid is None else self.grid)
+
+    @property
+    def limit(self) -> float:
+        """What sums may reach."""
+        return 2.0 ** (BITS[self.sums] - 1) * self.step_size
+
+    def multiples(self, changes: Tensor, weights: Sequence[float]) -> Tensor:
+        """The terms of several changes, float32 (models, ...), as multiples of the step; takes the place of them."""
+        import torch
+
+        # multiplying by a power of two is exact
+        factors = [weight / self.step_size for weight in weights]
+        if len(set(factors)) == 1:
+            return changes.mul_(factors[0]).round_()
+        return changes.mul_(torch.tensor(factors, dtype=changes.dtype).view(-1, *[1] * (changes.dim() - 1))).round_()
 
     def terms(self, tau: TaskVector, *, matrix: bool) -> dict[str, Tensor]:
         """One model's terms: name -> floating tensor, of the shape `sum_shapes` gives, not rounded yet.
@@ -155,7 +174,7 @@ class AdditiveFold(FoldMethod):
             # of one dtype, as mixed ones are slow
             result = multiples.to(dtype)
             torch.add(total.to(dtype), result, alpha=sign * step, out=result)
-        limit = 2.0 ** (BITS[self.sums] - 1) * step
+        limit = self.limit
         if largest * 4096.0 <= limit or not result.numel():
             return result
         low, high = (float(edge) for edge in result.aminmax())

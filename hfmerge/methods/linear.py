@@ -26,6 +26,7 @@ class Linear(AdditiveFold):
     version: ClassVar[int] = 2
     normalises_weights: ClassVar[bool] = True
     elementwise: ClassVar[bool] = True
+    plain: ClassVar[bool] = True
     citations: ClassVar[tuple[Citation, ...]] = (
         Citation(
             "Model soups: averaging weights of multiple fine-tuned models improves accuracy without increasing "
@@ -53,6 +54,7 @@ class TaskArithmetic(AdditiveFold):
     name: ClassVar[str] = "task_arithmetic"
     version: ClassVar[int] = 2
     elementwise: ClassVar[bool] = True
+    plain: ClassVar[bool] = True
     citations: ClassVar[tuple[Citation, ...]] = (
         Citation(
             "Editing Models with Task Arithmetic",

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from hfmerge.methods.base import Citation, JointMethod, Survey
-from hfmerge.methods.trimming import PART, Histograms, KthMagnitudes, kth_magnitude, parts, trim
+from hfmerge.methods.trimming import Histograms, KthMagnitudes, kth_magnitude, parts, trim
 from hfmerge.taskvector import Dense, TaskVector
 
 
@@ -92,7 +92,7 @@ class Ties(JointMethod):
             for votes, value in zip(parts(sums), trimmed(model), strict=True):
                 votes += value
         # Inf against -Inf elects nothing; a large block's signs take a byte each
-        elected = sums.sign().nan_to_num_(0.0) if size <= PART else _signs(sums)
+        elected = sums.sign().nan_to_num_(0.0) if size * len(taus) <= HELD else _signs(sums)
         sums.zero_()
         shares = torch.zeros_like(sums)
         for model, weight in enumerate(weights):

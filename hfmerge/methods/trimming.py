@@ -101,7 +101,8 @@ class KthMagnitude:
             array = np.abs(flat.numpy(), out=self._buffer[: flat.numel()])
             below, over = array < self._high, array > self._low
             ends = [int(np.count_nonzero(x)) for x in (array <= self._high, below, array >= self._low, over)]
-            inside = array[below & over]
+            # a third of the time of indexing with the mask
+            inside = array.compress(below & over)
         else:
             magnitudes = flat.abs()
             under, beyond = magnitudes < self._high, magnitudes > self._low

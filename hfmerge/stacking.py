@@ -1,0 +1,169 @@
+"""Sums over all models at once, on memory that stays in a core's cache: fewer and larger calls than one model a time.
+
+A call on a few thousand elements costs as much in Python as in arithmetic, and fresh memory for its result costs more
+than both. So the changes of all models lie in one buffer, piece by piece, and buffers are used again.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hfmerge.checkpoint.deltas import DeltaReader
+from hfmerge.checkpoint.writer import TORCH_NAMES, bytes_of
+from hfmerge.methods import AdditiveFold
+from hfmerge.taskvector import Dense
+
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+PIECE = 1 << 18
+"""Elements of all models' changes together that are computed on at a time: one MiB."""
+SPAN = 4
+"""Pieces that are read at a time."""
+ROW = 1024
+"""Elements of a change whose squares are summed in float32, as in `taskvector.squared_norm`."""
+
+
+class Buffers:
+    """Memory for what one thread reads of several models, and for what it computes of a piece of that.
+
+    Attributes:
+        length: elements of a piece.
+        changes: (models, length), float32.
+        zeros, sums, term: (length,), float64.
+        stored: what is read, SPAN pieces long: (models, ...) of one dtype, or one tensor a model if dtypes differ.
+        into: where pieces of `stored` go, all of `changes` or one row for each.
+        views: per model, the bytes of what is read of it.
+    """
+
+    def __init__(self, dtypes: Sequence[str]):
+        import torch
+
+        count = len(dtypes)
+        self.length = max(ROW, PIECE // count // ROW * ROW)
+        self.changes = torch.empty(count, self.length)
+        self.zeros = torch.zeros(self.length, dtype=torch.float64)
+        self.sums, self.term = torch.empty_like(self.zeros), torch.empty_like(self.zeros)
+        kinds = [getattr(torch, TORCH_NAMES[dtype]) for dtype in dtypes]
+        if len(set(kinds)) == 1:
+            self.stored = [torch.empty(count, SPAN * self.length, dtype=kinds[0])]
+            self.into = [self.changes]
+            self.views = [bytes_of(row) for row in self.stored[0]]
+        else:
+            self.stored = [torch.empty(SPAN * self.length, dtype=kind) for kind in kinds]
+            self.into = list(self.changes)
+            self.views = [bytes_of(row) for row in self.stored]
+
+
+class Memory(threading.local):
+    """The buffers of each thread, one set for the dtypes that it met last."""
+
+    def __init__(self) -> None:
+        self._dtypes: tuple[str, ...] = ()
+        self._buffers: Buffers | None = None
+
+    def buffers(self, dtypes: tuple[str, ...]) -> Buffers:
+        """For models of these stored dtypes."""
+        if self._buffers is None or self._dtypes != dtypes:
+            self._dtypes, self._buffers = dtypes, Buffers(dtypes)
+        return self._buffers
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a fold finds in some rows of a tensor.
+
+    Attributes:
+        change: what the method reads out of the sum.
+        squares: squared norm of each model's change.
+        sum: of all terms, float64; None where it is not asked for.
+    """
+
+    change: Tensor
+    squares: list[float]
+    sum: Tensor | None
+
+
+def merged(
+    method: AdditiveFold,
+    models: Sequence[DeltaReader],
+    names: Sequence[str],
+    base: Tensor,
+    first: int,
+    weights: Sequence[float],
+    memory: Memory,
+    *,
+    dtype: torch.dtype,
+    keep: bool,
+) -> Merged | None:
+    """Sum and read-out of all models in some rows of a tensor, bit for bit as by `step` and `emit`, model by model.
+
+    Args:
+        method: a plain one.
+        models, names, weights: their readers, stored tensors of the base's shape, and weights.
+        base: float32 values of the rows.
+        first: how many elements of the tensor come before them.
+        memory: of the thread.
+        dtype: of the change.
+        keep: the sum is wanted too.
+
+    Returns:
+        None where terms may be so large, or not numbers, that each has to be looked at by itself.
+    """
+    import torch
+
+    origin, count = base.reshape(-1), len(models)
+    size = origin.numel()
+    use = memory.buffers(
+        tuple(model.delta.source.tensors[name].dtype for model, name in zip(models, names, strict=True))
+    )
+    windows = [model.reader.window(name) for model, name in zip(models, names, strict=True)]
+    norms = torch.empty(count, size // ROW)
+    change = torch.empty(size, dtype=dtype)
+    total = torch.empty(size, dtype=torch.float64) if keep else None
+    ends = [0.0] * count
+    for at in range(0, size, SPAN * use.length):
+        span = min(SPAN * use.length, size - at)
+        for window, view in zip(windows, use.views, strict=True):
+            window.read_into(first + at, view[: span * window.itemsize])
+        read = [each[..., :span].split(use.length, -1) for each in use.stored]
+        origins, outs = origin[at : at + span].split(use.length), change[at : at + span].split(use.length)
+        found = norms[:, at // ROW : (at + span) // ROW].split(use.length // ROW, 1)
+        kept = None if total is None else total[at : at + span].split(use.length)
+        for i, (part, out) in enumerate(zip(origins, outs, strict=True)):
+            length = len(part)
+            whole = length // ROW * ROW
+            changes, sums, term, zeros = use.changes, use.sums, use.term, use.zeros
+            if length < use.length:
+                changes, sums, term, zeros = changes[:, :length], sums[:length], term[:length], zeros[:length]
+            for into, pieces in zip(use.into, read, strict=True):
+                (into if length == use.length else into[..., :length]).copy_(pieces[i])
+            changes.sub_(part)
+            if whole:
+                rows = changes[:, :whole].view(count, -1, ROW)
+                torch.linalg.vector_norm(rows, dim=2, out=found[i])
+            if whole < length:
+                ends = [float(torch.linalg.vector_norm(each[whole:], dtype=torch.float64)) for each in changes]
+            one, *others = method.multiples(changes, weights)
+            sums.copy_(one)
+            for other in others:
+                # first of the same dtype: mixed ones are slow
+                sums.add_(term.copy_(other))
+            # added to zero, as minus zero alone could not be told from it in a sum
+            torch.add(zeros, sums, alpha=method.step_size, out=sums)
+            out.copy_(method.emit({"S": Dense(sums)}, weights, matrix=False).to_dense())
+            if kept is not None:
+                kept[i].copy_(sums)
+    lengths = norms.double()
+    squares = [float(torch.dot(each, each)) + end**2 for each, end in zip(lengths, ends, strict=True)]
+    # no partial sum can exceed the bound; not a number fails every comparison
+    bound = math.fsum(abs(weight) * math.sqrt(square) for weight, square in zip(weights, squares, strict=True))
+    if not bound <= method.limit:
+        return None
+    return Merged(change.view(base.shape), squares, None if total is None else total.view(base.shape))

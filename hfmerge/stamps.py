@@ -1,0 +1,87 @@
+"""Digests of files on this machine, remembered as git's index does it: for as long as a file's stamp stays.
+
+A file counts as unchanged while its device, inode, size, and both times, of its content (mtime) and of its inode
+(ctime), are what they were when it was hashed. Whoever writes to a file changes them, and nobody can set the ctime
+back. A file that was changed a moment before it was hashed is not remembered: a further change could leave the same
+times. What no stamp can show, such as a disk that gives back other bytes than were written, is found by those who hash
+for themselves, as `verify` does.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from hfmerge.digest import sha256_bytes, sha256_file
+
+
+SETTLED = 2_000_000_000
+"""Nanoseconds that a change must lie back: the coarsest times that file systems keep are two seconds apart."""
+KEPT = 4096
+"""How many files are remembered; the oldest go first."""
+
+
+def remembered_digest(path: str | Path, progress: Callable[[int], object] | None = None) -> str:
+    """SHA-256 of a file, from memory if it is as it was when it was hashed.
+
+    Args:
+        path: the file.
+        progress: as for `sha256_file`; not called for what is remembered.
+    """
+    real = os.path.realpath(path)
+    note = _folder() / f"{sha256_bytes(real.encode())}.json"
+    now, stamp = time.time_ns(), _stamp(real)
+    known = _noted(note)
+    if known is not None and known[0] == stamp:
+        return known[1]
+    found = sha256_file(real, progress)
+    if _stamp(real) == stamp and now - max(stamp[-2:]) > SETTLED:
+        _keep(note, stamp, found)
+    return found
+
+
+def _stamp(path: str) -> list[int]:
+    found = os.stat(path)
+    return [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+
+
+def _folder() -> Path:
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HOME) / "hfmerge" / "digests"
+
+
+def _noted(note: Path) -> tuple[list[int], str] | None:
+    """Stamp and digest, or None where there is no note that can be read."""
+    try:
+        stamp, digest = json.loads(note.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError) as error:
+        logging.getLogger(__name__).info("%s: cannot be read (%s); hashed again.", note, error)
+        return None
+    return stamp, digest
+
+
+def _keep(note: Path, stamp: list[int], digest: str) -> None:
+    """Write the note whole or not at all; a home that cannot be written costs time only."""
+    try:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=note.parent, suffix=".tmp")
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                json.dump([stamp, digest], file)
+            os.replace(name, note)
+        except BaseException:  # Ctrl-C too must leave no half file
+            Path(name).unlink(missing_ok=True)
+            raise
+        kept = sorted(note.parent.glob("*.json"), key=lambda each: each.stat().st_mtime)
+        for old in kept[:-KEPT]:
+            old.unlink(missing_ok=True)
+    except OSError as error:
+        logging.getLogger(__name__).info("%s: cannot be kept: %s", note, error)
