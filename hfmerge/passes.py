@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, replace
 from typing import Any
@@ -216,10 +217,14 @@ class Passes:
             total=total, desc=title, unit="B", unit_scale=True, name="hfmerge", disable=not self.ranks.main or None
         )
         visits = overlapped(work, visited, needs, threads=core_count() + AHEAD, memory=self._budget(max(needs)))
-        results = []
+        left = Counter(chunk.param.key for chunk in visited)
+        done, results = 0, []
         with contextlib.closing(bar), contextlib.closing(visits):
             for chunk, result in zip(visited, visits, strict=True):
                 results.append(result)
+                left[chunk.param.key] -= 1
+                done += not left[chunk.param.key]
+                bar.set_postfix_str(f"{done}/{len(left)} parameters", refresh=False)
                 bar.update(chunk.nbytes)
                 self.ranks.check()
         return results
