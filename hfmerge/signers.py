@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -215,9 +216,5 @@ def _passphrase(path: str) -> str | None:
 
 
 def _need_cryptography() -> None:
-    try:
-        import cryptography  # noqa: F401
-    except ImportError as error:
-        raise CertificateError(
-            "signatures need the library cryptography: `pip install 'hfmerge[certify]'`."
-        ) from error
+    if find_spec("cryptography") is None:
+        raise CertificateError("signatures need the library cryptography: `pip install 'hfmerge[certify]'`.")

@@ -12,12 +12,12 @@ from __future__ import annotations
 import json
 import logging
 import os
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from hfmerge.digest import sha256_bytes, sha256_file
+from hfmerge.notes import keep_note
 
 
 SETTLED = 2_000_000_000
@@ -41,7 +41,7 @@ def remembered_digest(path: str | Path, progress: Callable[[int], object] | None
         return known[1]
     found = sha256_file(real, progress)
     if _stamp(real) == stamp and now - max(stamp[-2:]) > SETTLED:
-        _keep(note, stamp, found)
+        keep_note(note, [stamp, found], KEPT)
     return found
 
 
@@ -66,22 +66,3 @@ def _noted(note: Path) -> tuple[list[int], str] | None:
         logging.getLogger(__name__).info("%s: cannot be read (%s); hashed again.", note, error)
         return None
     return stamp, digest
-
-
-def _keep(note: Path, stamp: list[int], digest: str) -> None:
-    """Write the note whole or not at all; a home that cannot be written costs time only."""
-    try:
-        note.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=note.parent, suffix=".tmp")
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                json.dump([stamp, digest], file)
-            os.replace(name, note)
-        except BaseException:  # Ctrl-C too must leave no half file
-            Path(name).unlink(missing_ok=True)
-            raise
-        kept = sorted(note.parent.glob("*.json"), key=lambda each: each.stat().st_mtime)
-        for old in kept[:-KEPT]:
-            old.unlink(missing_ok=True)
-    except OSError as error:
-        logging.getLogger(__name__).info("%s: cannot be kept: %s", note, error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -54,7 +55,7 @@ def find_states(api: Any, repo_id: str, files: Sequence[str]) -> dict[str, str]:
         if not wanted:
             break
         oid = str(commit.commit_id)
-        infos = patiently(lambda wanted=wanted, oid=oid: api.get_paths_info(repo_id, wanted, revision=oid))  # type: ignore[misc]
+        infos = patiently(partial(api.get_paths_info, repo_id, wanted, revision=oid))
         found |= {str(info.path): oid for info in infos if _as_named(info)}
     return found
 

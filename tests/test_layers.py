@@ -16,7 +16,7 @@ LAYERS = [
     [
         *("taskvector", "environment", "options", "pool", "watch", "runtime", "fields", "yamlio"),
         *("source", "headers", "asking", "commits", "fetching", "ordered", "ranged", "blockstore", "remote"),
-        *("spans", "streaming", "describing", "stamps", "digesting", "dsse", "signers"),
+        *("spans", "streaming", "describing", "notes", "stamps", "digesting", "dsse", "signers"),
     ],
     ["methods.base", "methods.spectral", "methods.trimming"],
     ["methods.additive"],

@@ -9,14 +9,13 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
-import os
-import tempfile
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from hfmerge.digest import canonical_json, sha256_bytes
+from hfmerge.notes import keep_note
 
 
 CACHED_FILES = 256
@@ -44,7 +43,7 @@ def recall(kind: str, question: Any, ask: Callable[[], Any], *, most: int = CACH
         logging.getLogger(__name__).warning("%s: cannot be read (%s); worked out again.", path, error)
     answer = ask()
     if answer is not None:
-        _keep(path, answer, most)
+        keep_note(path, answer, most)
     return answer
 
 
@@ -66,22 +65,3 @@ def _makers() -> list[str]:
     files = [here.parent / "taskvector.py", *sorted(here.glob("*.py"))]
     code = sha256_bytes(b"".join(file.read_bytes() for file in files))
     return [importlib.metadata.version("transformers"), code]
-
-
-def _keep(path: Path, answer: Any, most: int) -> None:
-    """Write the answer whole or not at all; a home that cannot be written costs time only."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                json.dump(answer, file, separators=(",", ":"))
-            os.replace(name, path)
-        except BaseException:  # Ctrl-C too must leave no half file
-            Path(name).unlink(missing_ok=True)
-            raise
-        kept = sorted(path.parent.glob("*.json"), key=lambda file: file.stat().st_mtime)
-        for old in kept[:-most]:
-            old.unlink(missing_ok=True)
-    except OSError as error:
-        logging.getLogger(__name__).info("%s: cannot be kept: %s", path, error)

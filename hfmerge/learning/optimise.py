@@ -1,4 +1,4 @@
-"""Learns the weights of a plan's models by gradient, all models frozen: AdamW on one number a model and layer."""
+"""Learns the weights of a plan's models by gradient, all models frozen: AdamW on one number a model and group."""
 
 from __future__ import annotations
 

@@ -1,0 +1,31 @@
+"""Small JSON files in a folder of the user's home: written whole or not at all, and only so many of them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+
+def keep_note(path: Path, value: Any, most: int) -> None:
+    """Write a JSON value; of more than `most` notes in its folder the oldest go. A home that cannot be written costs
+    time only.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                json.dump(value, file, separators=(",", ":"))
+            os.replace(name, path)
+        except BaseException:  # Ctrl-C too must leave no half file
+            Path(name).unlink(missing_ok=True)
+            raise
+        kept = sorted(path.parent.glob("*.json"), key=lambda file: file.stat().st_mtime)
+        for old in kept[:-most]:
+            old.unlink(missing_ok=True)
+    except OSError as error:
+        logging.getLogger(__name__).info("%s: cannot be kept: %s", path, error)
