@@ -14,15 +14,20 @@ import socket
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from hfmerge.errors import HfMergeError
 from hfmerge.watch import Watch, accept, connect, listen, lost_contact
 
 
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
 T = TypeVar("T")
 PATIENCE = timedelta(hours=24)
 """How long a process waits for another: as long as the largest spectral decompositions may take."""
+ARRIVAL = timedelta(minutes=10)
+"""How long the processes that came wait for the others when a run begins; torchrun's own rendezvous waits as long."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +173,7 @@ def current_ranks() -> Ranks:
     """This process's rank as the launcher set it; starts the process group on first use.
 
     Raises:
-        HfMergeError: the launcher was asked for several processes and started one.
+        HfMergeError: the launcher was asked for several processes and started one; the others do not come.
     """
     wanted = int(os.environ.get("WORLD_SIZE", "1"))
     if "WORLD_SIZE" not in os.environ and {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys():
@@ -179,16 +184,37 @@ def current_ranks() -> Ranks:
         )
     if wanted <= 1:
         return Ranks()
+    import torch.distributed
     from accelerate import PartialState
 
+    met = {} if torch.distributed.is_initialized() else {"store": _meet(wanted)}
     # on the CPU backend even beside accelerators: what crosses processes are small Python objects
-    state = PartialState(cpu=True, timeout=PATIENCE)
-    if state.num_processes != wanted:
-        raise HfMergeError(
-            f"{wanted} processes were asked for and {state.num_processes} runs; use `torchrun --nproc_per_node "
-            f"{wanted}` or `accelerate launch --multi_gpu` (`--cpu` starts one process)."
-        )
+    state = PartialState(cpu=True, timeout=PATIENCE, **met)
     return Ranks(state.process_index, state.num_processes, _state=state)
+
+
+def _meet(wanted: int) -> Store:
+    """Where the processes find one another, once all have come; left to itself, torch waits for that with `PATIENCE`.
+
+    Raises:
+        HfMergeError: not all come; the launcher has not said where.
+    """
+    import torch.distributed as distributed
+
+    try:
+        store, _, _ = next(distributed.rendezvous("env://", timeout=ARRIVAL))
+    except ValueError as error:
+        raise HfMergeError(
+            f"WORLD_SIZE asks for {wanted} processes, and {error}; use `torchrun` or `accelerate launch --multi_gpu`."
+        ) from error
+    except distributed.DistError as error:
+        raise HfMergeError(
+            f"process {os.environ['RANK']} of {wanted}: not all processes have come to "
+            f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} within {ARRIVAL.total_seconds():.0f} seconds "
+            f"({str(error).splitlines()[0]}); see what the others printed, and run the same command again."
+        ) from error
+    store.set_timeout(PATIENCE)
+    return distributed.PrefixStore("hfmerge", store)
 
 
 def shares(costs: Sequence[float], world: int, allowed: Sequence[Sequence[int]] | None = None) -> list[int]:

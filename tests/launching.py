@@ -63,22 +63,22 @@ def ranks(
         machines: as if each were on a machine of its own.
         before: a command that starts each of them.
     """
+    return [start(*command, env=env, together=False, before=before) for env in environments(world, machines=machines)]
+
+
+def environments(world: int, *, machines: bool = False) -> list[dict[str, str]]:
+    """What a launcher tells each process of a run; see `ranks`."""
     port = str(free_port())
     return [
-        start(
-            *command,
-            env={
-                "RANK": str(rank),
-                "LOCAL_RANK": "0" if machines else str(rank),
-                "GROUP_RANK": str(rank) if machines else "0",
-                "WORLD_SIZE": str(world),
-                "LOCAL_WORLD_SIZE": "1" if machines else str(world),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port,
-                "OMP_NUM_THREADS": "1",
-            },
-            together=False,
-            before=before,
-        )
+        {
+            "RANK": str(rank),
+            "LOCAL_RANK": "0" if machines else str(rank),
+            "GROUP_RANK": str(rank) if machines else "0",
+            "WORLD_SIZE": str(world),
+            "LOCAL_WORLD_SIZE": "1" if machines else str(world),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "OMP_NUM_THREADS": "1",
+        }
         for rank in range(world)
     ]

@@ -223,3 +223,28 @@ def test_a_killed_process_is_named_and_the_other_stops_between_two_parameters(ro
     tiny.done(*merge(root, tmp_path / "out"))
     tiny.done(*merge(root, tmp_path / "never-killed"))
     assert tiny.files(tmp_path / "out") == tiny.files(tmp_path / "never-killed")
+
+
+LATE = """
+import sys
+from datetime import timedelta
+from hfmerge import runtime
+from hfmerge.cli import main
+runtime.ARRIVAL = timedelta(seconds=2)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_process_whose_fellows_never_come_says_so_and_ends(root: Path, tmp_path: Path) -> None:
+    told = {
+        "process 0 of 2: not all processes have come": launching.environments(2)[0],
+        "process 1 of 2: not all processes have come": launching.environments(2)[1],
+        "MASTER_PORT expected, but not set; use `torchrun`": {**launching.environments(2)[0], "MASTER_PORT": ""},
+    }
+    crew = [
+        launching.start("-c", LATE, *merge(root, tmp_path / "out"), env=env, together=False) for env in told.values()
+    ]
+    for process, words in zip(crew, told, strict=True):
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == 1 and words in said and "Traceback" not in said, said
+    assert not (tmp_path / "out").exists()

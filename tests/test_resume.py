@@ -248,6 +248,28 @@ def test_the_command_itself(root: Path, undisturbed: Callable[[str], dict[str, s
     assert tiny.everything(out) == undisturbed(title) and left_nothing(out)
 
 
+@pytest.mark.parametrize("title", VARIANTS)
+def test_one_of_two_processes_is_killed_again_and_again(
+    title: str, root: Path, undisturbed: Callable[[str], dict[str, str]], tmp_path: Path
+) -> None:
+    """SIGKILL of either process after random numbers of finished steps: the other ends in order, two more go on."""
+    out, chance = tmp_path / "out", random.Random(title)
+    total = TENSORS if title.startswith("one pass") else 2 * TENSORS
+    before = 0
+    for goal in sorted(chance.sample(range(1, total - 20), KILLS)):
+        victim, goal = chance.randrange(2), max(goal, before + 1)
+        arguments = command(root, out, *VARIANTS[title])
+        crew = [tiny.fork(tmp_path, arguments, env=env) for env in launching.environments(2)]
+        kill_when(crew[victim], lambda goal=goal: noted(out) >= goal)
+        killed, other = crew[victim].end(), crew[1 - victim].end()
+        assert killed.code == -signal.SIGKILL and other.code == 1, other.err
+        assert f"process {victim} of 2" in other.err and "Traceback" not in other.err, other.err
+        assert not out.exists() and noted(out) >= max(before, goal), "an attempt forgot what one before had finished"
+        before = noted(out)
+    assert reused(tiny.done(*command(root, out, *VARIANTS[title]))) > 0
+    assert tiny.everything(out) == undisturbed(title) and left_nothing(out)
+
+
 def test_one_of_several_processes_is_killed(
     root: Path, undisturbed: Callable[[str], dict[str, str]], tmp_path: Path
 ) -> None:

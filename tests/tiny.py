@@ -342,25 +342,36 @@ class Child:
         return Run(self.process.exitcode, "", self.log.read_text())
 
 
-def fork(folder: Path, arguments: Sequence[object], *, hold: str = "", limit: int = 0) -> Child:
+def fork(
+    folder: Path,
+    arguments: Sequence[object],
+    *,
+    hold: str = "",
+    limit: int = 0,
+    env: Mapping[str, str] | None = None,
+) -> Child:
     """Run a command in a process of its own, forked from a server that has imported everything once.
 
     Args:
         folder: for the files by which it is held, and its output.
         hold: "write": in the middle of the weights; "rename": when the old folder is away, the new one not yet there.
         limit: greatest length of a file in bytes, as `ulimit -f` sets it.
+        env: set in its environment, before the command looks at it.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tiny", "transformers.models.llama.modeling_llama", "hfmerge.api"])
     name = f"child-{len(list(folder.glob('child-*.log')))}"
     ready, go, log = (folder / f"{name}.{suffix}" for suffix in ("ready", "go", "log"))
     log.touch()
-    process = context.Process(target=_forked, args=([str(a) for a in arguments], hold, limit, ready, go, log))
+    words = [str(argument) for argument in arguments]
+    process = context.Process(target=_forked, args=(words, hold, limit, env or {}, ready, go, log))
     process.start()
     return Child(process, ready, go, log)
 
 
-def _forked(arguments: list[str], hold: str, limit: int, ready: Path, go: Path, log: Path) -> None:
+def _forked(
+    arguments: list[str], hold: str, limit: int, env: Mapping[str, str], ready: Path, go: Path, log: Path
+) -> None:
     import resource
 
     from hfmerge import workspace
@@ -373,6 +384,7 @@ def _forked(arguments: list[str], hold: str, limit: int, ready: Path, go: Path, 
                 return
             time.sleep(0.01)
 
+    os.environ.update(env)
     with open(log, "w", buffering=1) as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         if hold == "write":
             write, seen = SafetensorsWriter.write, itertools.count()
