@@ -32,6 +32,7 @@ METHODS: dict[str, list[str]] = {
     "task-arithmetic": ["--method", "task_arithmetic", "--option", "scale=0.3"],
     "ties": ["--method", "ties", "--option", "density=0.2", "--option", "scope=model"],
     "opcm": ["--method", "opcm", "--option", "alpha=0.5", "--option", "variant=code"],
+    "mdm_oc": ["--method", "mdm_oc", "--norm", "mean"],
     "gram": ["--method", "gram"],
     "iso_c": ["--method", "iso_c"],
 }

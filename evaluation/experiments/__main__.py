@@ -5,6 +5,7 @@
     python -m evaluation.experiments alpha BENCH       # OPCM's alpha from 0.1 to 0.9: score, norm, interference
     python -m evaluation.experiments similarity BENCH  # task vectors of the six encoders, nothing merged
     python -m evaluation.experiments mdm_oc BENCH      # weights learned from replay or few rows, against fixed ones
+    python -m evaluation.experiments mdm_oc_adapters BENCH  # the same of four LoRA adapters
     python -m evaluation.experiments mdm_oc_ablation BENCH  # without consolidation, replay, orthogonality
 
 BENCH is described in `import_bench`. Results go to evaluation/results/<experiment>/. With `--keep FOLDER` the Hub, the
@@ -45,8 +46,10 @@ class Experiment:
 
 
 BOTH = ("opcm.yaml", "task_arithmetic.yaml")
-LEARNED = ("mdm_oc", "mdm_oc_replay", "mdm_oc_labelled", "gram", "gram_labelled", "ties", "average")
-ABLATED = ("mdm_oc", "mdm_oc_replay", "mdm_oc_no_ewc", "not_orthogonal_replay", "gram", "gram_replay")
+LEARNED = ("mdm_oc", "mdm_oc_replay", "mdm_oc_labelled", "gram", "gram_replay", "gram_labelled", "ties", "average")
+ABLATED = ("mdm_oc", "mdm_oc_replay", "mdm_oc_no_ewc", "not_orthogonal_replay")
+ADAPTERS = ("mdm_oc", "mdm_oc_replay", "mdm_oc_labelled", "gram", "gram_labelled", "ties", "average")
+ADAPTERS += ("iso_c", "opcm", "task_arithmetic")
 EXPERIMENTS = {
     "quickstart": Experiment(
         tuple(f"quickstart/{name}" for name in BOTH),
@@ -61,8 +64,13 @@ EXPERIMENTS = {
     ),
     "similarity": Experiment(BOTH[:1], ()),
     "mdm_oc": Experiment(
-        tuple(f"mdm_oc/{name}.yaml" for name in LEARNED) + BOTH[:1],
+        tuple(f"mdm_oc/{name}.yaml" for name in LEARNED) + BOTH,
         ("--suite", "text-encoders", "--orders", "5", "--limit", "100", "--removals", "none"),
+    ),
+    "mdm_oc_adapters": Experiment(
+        tuple(f"mdm_oc_adapters/{name}.yaml" for name in ADAPTERS),
+        ("--suite", "evaluation/experiments/mdm_oc_adapters/suite.yaml", "--orders", "5")
+        + ("--limit", "100", "--removals", "none"),
     ),
     "mdm_oc_ablation": Experiment(
         tuple(f"mdm_oc/{name}.yaml" for name in ABLATED),

@@ -1,0 +1,149 @@
+"""What one chunk reads and writes: the base, the change of every model, the merged values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from hfmerge.checkpoint.vocabulary import extended_base
+from hfmerge.checkpoint.writer import TORCH_NAMES, SafetensorsWriter
+from hfmerge.chunks import Chunk
+from hfmerge.errors import NonFiniteError
+from hfmerge.journal import checksum
+from hfmerge.planned import DTYPE_NAMES
+from hfmerge.runfiles import RunFiles
+from hfmerge.taskvector import Block, TaskVector, cut, squared_norm, zero
+
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class ChunkData:
+    """The data of one chunk, for one thread.
+
+    Attributes:
+        wrote: file and tensor -> checksum of what was written to it, for the journal; empty without one.
+    """
+
+    def __init__(self, files: RunFiles, chunk: Chunk, wrote: dict[tuple[str, str], int] | None = None):
+        self.files, self.plan, self.chunk = files, files.plan, chunk
+        self.wrote = {} if wrote is None else wrote
+        self._base: Tensor | None = None
+
+    def base(self) -> Tensor:
+        """The base's float32 value in the output's rows, in memory of this object's own; read at the first use."""
+        if self._base is None:
+            param = self.chunk.param
+            value = self.files.base.value(param.key, self.chunk.rows)
+            vocabulary = self.plan.vocabulary
+            if vocabulary is not None and vocabulary.added and param.vocab_axis is not None:
+                rows = [model.new_value(param.key) for model in self.files.models]
+                value = extended_base(vocabulary, value, rows, param.vocab_axis)
+            self._base = value
+        return self._base
+
+    def task_vector(self, model: int) -> TaskVector | None:
+        """One model's change, read anew at every call; None where it has none."""
+        aligned = None
+        param = self.chunk.param
+        if self.plan.vocabulary is not None and param.vocab_axis is not None:
+            aligned = (self.plan.vocabulary, model, param.vocab_axis)
+        return self.files.models[model].task_vector(param.key, self.base, aligned, self.chunk.rows)
+
+    def taus(self, block: Block) -> Sequence[TaskVector]:
+        """The task vectors of one block, each read anew when indexed, so that memory does not grow with the models."""
+        return _LazyTaus(self, block)
+
+    def squared_norm(self, model: int, tau: TaskVector | None) -> float:
+        """Of one model's change; not a number means that the model or the base is not, which is refused by name.
+
+        Where the recipe allows such values they count as zero in norms, but no matrix with them can be taken apart.
+        """
+        if tau is None:
+            return 0.0
+        square = tau.squared_norm()
+        if math.isfinite(square):
+            return square
+        param, method = self.chunk.param, self.plan.method
+        if not self.plan.recipe.allow_nonfinite:
+            self.files.models[model].check_finite(param.key)
+            self.files.base.check_finite(param.key)
+        elif method.matrixwise and any(block.matrix for block in param.blocks):
+            raise NonFiniteError(
+                f"{self.files.models[model].delta.source.pinned.label}: {param.key} holds NaN or Inf, and "
+                f"{method.name} cannot take such a matrix apart; repair the source, or leave the tensor out with "
+                "`exclude`."
+            )
+        return finite_square(tau)
+
+    def write(self, changes: Sequence[TaskVector], scale: float) -> None:
+        """`base + scale * change` into the output, rounded once; the base in memory is used up."""
+        import torch
+
+        value = self.base()
+        for block, change in zip(self.chunk.param.blocks, changes, strict=True):
+            if change.is_zero:
+                continue
+            dense = change.to_dense()
+            if dense.dtype == torch.float64 and value.dtype != torch.float64:
+                value = value.double()
+            if block.is_whole:
+                value.add_(dense, alpha=scale)
+            else:
+                block.put(value, block.take(value).add(dense, alpha=scale))
+        self.emit(value)
+
+    def emit(self, value: Tensor) -> None:
+        """Values of all rows into the output, rounded to its dtype.
+
+        Raises:
+            NonFiniteError: they do not fit it, and the recipe does not allow that.
+        """
+        import torch
+
+        param = self.chunk.param
+        cast = value.to(getattr(torch, TORCH_NAMES[param.slot.dtype]))
+        if not self.plan.recipe.allow_nonfinite:
+            checked = cast.float() if param.slot.dtype == "F16" else value
+            if not math.isfinite(squared_norm(checked)) and not bool(checked.isfinite().all()):
+                raise NonFiniteError(
+                    f"{param.key}: the merged values do not fit {DTYPE_NAMES[param.slot.dtype]}; choose a wider dtype "
+                    "or a smaller norm."
+                )
+        for target in self.files.places(param):
+            self.put(self.files.outputs[target.file], target.key, cast)
+
+    def put(self, writer: SafetensorsWriter, name: str, tensor: Tensor) -> None:
+        """A tensor, or the chunk's rows of it, into a file; noted for the journal."""
+        data = writer.write(name, tensor, None if self.chunk.rows is None else self.chunk.rows[0])
+        if self.files.journal is not None:
+            place = (writer.path.name, name)
+            self.wrote[place] = checksum(data, self.wrote.get(place, 0))
+
+
+class _LazyTaus(Sequence[TaskVector]):
+    def __init__(self, data: ChunkData, block: Block):
+        self.data, self.block = data, block
+
+    def __len__(self) -> int:
+        return len(self.data.files.models)
+
+    def __getitem__(self, index: Any) -> Any:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return part_of(self.data.task_vector(index), self.block, self.data.chunk)
+
+
+def part_of(tau: TaskVector | None, block: Block, chunk: Chunk) -> TaskVector:
+    """One block of a model's change, zero where it has none."""
+    return zero(block.shape(chunk.shape)) if tau is None else cut(tau, block)
+
+
+def finite_square(change: TaskVector) -> float:
+    """Squared norm of the finite elements, whose squares may exceed float32."""
+    square = change.squared_norm()
+    if math.isfinite(square):
+        return square
+    return float(change.to_dense().double().nan_to_num(0.0, 0.0, 0.0).square().sum())

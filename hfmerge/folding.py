@@ -1,0 +1,217 @@
+"""Fold methods on one chunk: all models' changes into the carry, the carry into the kept states, and read out.
+
+A carry in memory is kept in exactly the form that its state file would give back, so going on from a state equals
+starting from the sources.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from hfmerge.checkpoint.reader import Rows
+from hfmerge.checkpoint.writer import SIZES, TORCH_NAMES, SafetensorsWriter
+from hfmerge.chunkdata import ChunkData, part_of
+from hfmerge.errors import GridOverflowError
+from hfmerge.methods import Carry, FoldMethod
+from hfmerge.methods.additive import AdditiveFold, staying
+from hfmerge.planned import Param, state_name
+from hfmerge.runfiles import carried
+from hfmerge.stacking import merged
+from hfmerge.taskvector import Block, Dense, LowRank, TaskVector, cut, zero
+from hfmerge.weights import weight_at
+
+
+WATCHED = 8
+"""Of one in so many parameters, the last step of an approximating method is compared with the exact one."""
+
+
+@dataclass(frozen=True)
+class Folded:
+    """What a fold finds in one chunk.
+
+    Attributes:
+        squares: squared norm of each new model's change.
+        changes: the merged change of every block.
+        deviation: see `FoldMethod.deviation`; None where it was not measured.
+    """
+
+    squares: list[float]
+    changes: list[TaskVector]
+    deviation: float | None = None
+
+
+class Folding:
+    """One fold method on one chunk."""
+
+    def __init__(self, data: ChunkData, method: FoldMethod):
+        self.data, self.method = data, method
+        self.files, self.plan, self.chunk = data.files, data.plan, data.chunk
+
+    def fold(self) -> Folded:
+        """Fold all models in, keep the states that are asked for, read out."""
+        at_once = self._at_once()
+        if at_once is not None:
+            return at_once
+        squares, carries, deviation = self._one_by_one()
+        return Folded(squares, self._read_out(carries), deviation)
+
+    def reread(self) -> list[TaskVector]:
+        """The merged change of every block, from what `fold` kept."""
+        count, param = len(self.files.models), self.chunk.param
+        kept = self.files.scratch or self.files.states[count]
+        read = partial(carried, kept.slots, kept.read)
+        return self._read_out([self._carry_in(read, block, param.ranks) for block in param.blocks])
+
+    def _one_by_one(self) -> tuple[list[float], list[Carry], float | None]:
+        method = self.method
+        param, start, count = self.chunk.param, self.files.start, len(self.files.models)
+        carries: list[Carry | None] = [self._prior_carry(block) for block in param.blocks]
+        squares, deviations = [], []
+        weights = self.plan.weights_of(param)
+        watched = zlib.crc32(param.key.encode()) % WATCHED == 0
+        for i in range(start, count):
+            tau = self.data.task_vector(i)
+            squares.append(self.data.squared_norm(i, tau))
+            for b, block in enumerate(param.blocks):
+                part = zero(block.shape(self.chunk.shape)) if tau is None else cut(tau, block)
+                if watched and i + 1 == count:
+                    deviations.append(method.deviation(carries[b], part, weights[i], matrix=block.matrix))
+                try:
+                    carry = method.step(carries[b], part, weights[i], matrix=block.matrix)
+                except GridOverflowError as error:
+                    raise GridOverflowError(f"{param.key}: {error}") from error
+                carries[b] = _settled(method, param, block, i + 1, carry)
+            if i + 1 in self.files.states:
+                self._store(self.files.states[i + 1], carries, i + 1)
+        if start == count and count in self.files.states:
+            self._store(self.files.states[count], carries, count)
+        if self.files.scratch is not None:
+            self._store(self.files.scratch, carries, count)
+        deviation = max((found for found in deviations if found is not None), default=None)
+        return squares, [carry for carry in carries if carry is not None], deviation
+
+    def _at_once(self) -> Folded | None:
+        """All models in few calls; None where they have to come one by one."""
+        import torch
+
+        method = self.method
+        param, files, count = self.chunk.param, self.files, len(self.files.models)
+        plain = isinstance(method, AdditiveFold) and method.plain and files.prior is None and not self.plan.subtracted
+        if not plain or len(param.blocks) != 1 or not param.blocks[0].is_whole:
+            return None
+        if self.plan.vocabulary is not None and param.vocab_axis is not None:
+            return None
+        entry = self.plan.base.tensors[param.key]
+        names = [name for model in files.models if (name := model.lies_as(param.key, entry)) is not None]
+        if len(names) < count:
+            return None
+        assert isinstance(method, AdditiveFold)
+        first = 0 if self.chunk.rows is None else self.chunk.rows[0] * math.prod(entry.shape[1:])
+        writers = [writer for writer in (files.states.get(count), files.scratch) if writer is not None]
+        dtype = torch.float32 if SIZES[param.slot.dtype] < 4 else torch.float64
+        weights = self.plan.weights_of(param)
+        found = merged(
+            method,
+            files.models,
+            names,
+            self.data.base(),
+            first,
+            weights,
+            files.memory,
+            dtype=dtype,
+            keep=bool(writers),
+        )
+        if found is None:
+            return None
+        if found.sum is not None:
+            carries = [_settled(method, param, param.blocks[0], count, {"S": Dense(found.sum)})]
+            for writer in writers:
+                self._store(writer, carries, count)
+        return Folded(found.squares, [Dense(found.change)])
+
+    def _prior_carry(self, block: Block) -> Carry | None:
+        """What the prior state holds of a block, without the models that leave; None where there is none."""
+        method, prior, state = self.method, self.plan.prior, self.files.prior
+        if prior is None or state is None or not (prior.count or prior.held):
+            return None
+        param = self.chunk.param
+        ranks = prior.ranks(param)
+        carry = self._carry_in(state.read, block, ranks)
+        if not prior.held:
+            return carry
+        for j, reader in enumerate(self.files.leaving):
+            if param.leaving[j] is None:
+                tau = reader.task_vector(param.key, self.data.base, None, self.chunk.rows)
+                part = part_of(tau, block, self.chunk)
+                weight = weight_at(self.plan.leaving_weights[j], param.key)
+                carry = method.unstep(carry, part, weight, matrix=block.matrix)
+        order = sorted((i for i, model in enumerate(prior.held) if model >= 0), key=lambda i: prior.held[i])
+        carry = staying(carry, ranks, order)
+        if not prior.count:
+            return None
+        return _settled(method, param, block, prior.count, carry)
+
+    def _carry_in(
+        self,
+        read: Callable[[str, Rows | None], TaskVector],
+        block: Block,
+        ranks: Sequence[int | None],
+    ) -> Carry:
+        """A block's carry from a state of models whose changes have these ranks."""
+        param = self.chunk.param
+        forms = self.method.carry_form(block.shape(param.slot.shape), ranks, matrix=block.matrix)
+        stored = any(rank != 0 for rank in ranks)
+        return {
+            name: read(state_name(param, block, name), self.chunk.rows)
+            if stored and form.rank != 0
+            else zero(block.shape(self.chunk.shape))
+            for name, form in forms.items()
+        }
+
+    def _read_out(self, carries: Sequence[Carry]) -> list[TaskVector]:
+        """The merged change of every block; approximately without what the recipe subtracts."""
+        import torch
+
+        param, weights = self.chunk.param, self.plan.weights_of(self.chunk.param)
+        counted = [weight for i, weight in enumerate(weights) if i not in self.plan.subtracted]
+        taus = [(weights[i], self.data.task_vector(i)) for i in self.plan.subtracted]
+        changes = []
+        for block, carry in zip(param.blocks, carries, strict=True):
+            for weight, tau in taus:
+                if tau is not None:
+                    carry = self.method.unstep(carry, cut(tau, block), weight, matrix=block.matrix)
+            change = self.method.emit(carry, counted, matrix=block.matrix)
+            # what is rounded to 16 bits does not need more, and twice the bytes take twice the time
+            changes.append(change.to(torch.float32) if SIZES[param.slot.dtype] < 4 else change)
+        return changes
+
+    def _store(self, writer: SafetensorsWriter, carries: Sequence[Carry | None], count: int) -> None:
+        param = self.chunk.param
+        if all(rank == 0 for rank in param.ranks[:count]):
+            return
+        for block, carry in zip(param.blocks, carries, strict=True):
+            assert carry is not None
+            for name, value in carry.items():
+                if value.is_zero:
+                    continue
+                for suffix, tensor in value.tensors().items():
+                    self.data.put(writer, f"{state_name(param, block, name)}{suffix}", tensor)
+
+
+def _settled(method: FoldMethod, param: Param, block: Block, count: int, carry: Carry) -> Carry:
+    """A carry in exactly the form its state file would give back: dtype, contiguous, factored or dense as planned."""
+    import torch
+
+    forms = method.carry_form(block.shape(param.slot.shape), param.ranks[:count], matrix=block.matrix)
+    result: Carry = {}
+    for name, form in forms.items():
+        value = carry[name].to(getattr(torch, TORCH_NAMES[form.dtype]))
+        if form.rank is None or not isinstance(value, LowRank):
+            result[name] = Dense(value.to_dense().contiguous())
+        else:
+            result[name] = LowRank(value.up.contiguous(), value.down.contiguous())
+    return result
