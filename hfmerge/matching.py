@@ -168,5 +168,6 @@ def _labels(config: Mapping[str, Any]) -> list[str]:
 
 
 def some(names: Sequence[str]) -> str:
+    """The first three names, and how many more there are."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more

@@ -15,6 +15,8 @@ from test_replay import TOKENS, wordpieces
 from hfmerge import merge
 from hfmerge.errors import HeadError, HfMergeError, RecipeError, SourceError, UnsupportedError
 from hfmerge.recipe import parse_recipe
+from hfmerge.running import MergeResult
+from hfmerge.weights import weight_at
 
 
 LABELS = {"a": ["red", "green"], "b": ["x", "y", "z"]}
@@ -35,12 +37,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return found
 
 
-def learned(models: dict[str, Path], out: Path, learn: dict[str, Any] | None = None, **more: Any) -> Any:
+def learned(models: dict[str, Path], out: Path, learn: dict[str, Any] | None = None, **more: Any) -> MergeResult:
     data = {
         "base": str(models["base"]), "models": [str(models["a"]), str(models["b"])], "method": "mdm_oc",
         "learn": {**LEARN, **(learn or {})}, **more,
     }  # fmt: skip
-    return merge(parse_recipe(data, "test"), output=out).entry
+    return merge(parse_recipe(data, "test"), output=out)
 
 
 def suite(folder: Path, rows: list[dict[str, Any]], **changes: Any) -> str:
@@ -86,7 +88,7 @@ def test_labelled_rows_that_do_not_fit(
 
 
 def test_faultless_rows_are_taken(models: dict[str, Path], tmp_path: Path) -> None:
-    entry = learned(models, tmp_path / "out", {"loss": "labels", "suite": suite(tmp_path, GOOD), "rows": 8})
+    entry = learned(models, tmp_path / "out", {"loss": "labels", "suite": suite(tmp_path, GOOD), "rows": 8}).entry
     assert entry.learned["steps"] == 2
 
 
@@ -120,10 +122,31 @@ def test_nothing_to_learn(kept: dict[str, Any], models: dict[str, Path], tmp_pat
 
 
 def test_whole_numbers_and_what_is_left_out_have_no_weights(models: dict[str, Path], tmp_path: Path) -> None:
-    entry = learned(models, tmp_path / "out", include=["embeddings.*", "encoder.layer.1.*"])
+    entry = learned(models, tmp_path / "out", include=["embeddings.*", "encoder.layer.1.*"]).entry
     assert entry.learned["groups"] == ["embeddings", "encoder.layer.1"]
     before, after = tiny.tensors(models["base"]), tiny.tensors(tmp_path / "out")
     assert torch.equal(before["embeddings.position_ids"], after["embeddings.position_ids"])
     same = [key for key in before if torch.equal(before[key], after[key])]
     assert all(key.startswith(("encoder.layer.0.", "pooler.")) or key.endswith("position_ids") for key in same)
     assert any(key.startswith("pooler.") for key in same)
+
+
+def test_weights_that_no_loss_depends_on(models: dict[str, Path], tmp_path: Path) -> None:
+    """A pooler of zeros lets nothing through, so that all below it has no part in what the heads say."""
+
+    def cut(state: dict[str, torch.Tensor]) -> None:
+        for key in [key for key in state if key.endswith("pooler.dense.weight")]:
+            state[key] = torch.zeros_like(state[key])
+
+    deaf = {name: Path(shutil.copytree(place, tmp_path / name)) for name, place in models.items()}
+    for place in deaf.values():
+        tiny.edit(place, cut)
+    result = learned(deaf, tmp_path / "out")
+    told = "learn: no loss depends on embeddings, encoder.layer.0, encoder.layer.1; the weights there stay where"
+    assert [warning for warning in result.warnings if told in warning]
+    for model in result.entry.models:
+        deep = [f"encoder.layer.{i}.attention.self.query.weight" for i in range(2)]
+        weights = {weight_at(model.weight, key) for key in ("embeddings.word_embeddings.weight", *deep)}
+        assert weights == {0.7071} != {weight_at(model.weight, "pooler.dense.bias")}
+    heard = learned(models, tmp_path / "heard")
+    assert not [warning for warning in heard.warnings if "no loss depends" in warning]

@@ -25,6 +25,7 @@ from hfmerge.learning.replay.rows import Replay, load_replay, save_replay
 from hfmerge.learning.space import Space
 from hfmerge.learning.students import Student, check_tokens, reference, references, students
 from hfmerge.ledger import KeptState, state_file
+from hfmerge.matching import some
 from hfmerge.merged import Merged, state_path
 from hfmerge.methods.gram import Gram
 from hfmerge.planned import Plan
@@ -139,6 +140,11 @@ def learn(
         warnings.append(
             f"{found.fault} No further steps were made: the weights are the best of the {found.steps} before."
         )
+    if found.idle:
+        warnings.append(
+            f"learn: no loss depends on {some([space.groups[i] for i in found.idle])}; the weights there stay where "
+            "they started."
+        )
     plan = dataclasses.replace(plan, recipe=dataclasses.replace(plan.recipe, models=entries))
     return _warned(plan, warnings), Learned(replays, information, found, how, space.groups)
 
@@ -181,10 +187,10 @@ def _rows(
         task = task_of(suite, names) if suite is not None else None
         if suite is not None and task is None and asked.loss == "labels":
             raise HfMergeError(f"learn: {suite.name} has no task with the head of {names[0]}; take loss mixed.")
-        some = []
+        few = []
         if suite is not None and task is not None:
             # first, as they cost little and may be at fault
-            some = [(labelled_rows(task, suite, subject, split=asked.split, rows=asked.rows, seed=asked.seed), 1.0)]
+            few = [(labelled_rows(task, suite, subject, split=asked.split, rows=asked.rows, seed=asked.seed), 1.0)]
         own = _found(earlier, ref) if asked.replays else None
         if own is None and asked.replays:
             own = progress.replay(model, _named(subject), asked.replay)
@@ -195,13 +201,13 @@ def _rows(
             own = generate(subject, kind_of(subject), asked.replay, spare=spare, progress=True)
             progress.keep_replay(model, asked.replay, own)
         subject.forget()
-        return own, [(own, 1.0), *some] if own is not None else some
+        return own, [(own, 1.0), *few] if own is not None else few
 
     for model, (delta, ref) in enumerate(zip(plan.deltas, refs, strict=True)):
         names = (delta.source.name, delta.source.slug)
-        own, some = ranks.on_main(partial(made, model, ref, names))
+        own, learned_from = ranks.on_main(partial(made, model, ref, names))
         replays.append(own)
-        rows.append(some)
+        rows.append(learned_from)
     return tuple(replays), rows
 
 

@@ -69,12 +69,14 @@ class Found:
             model, at every look.
         steps: that were made.
         fault: why no further step could be made; None: none that could be was left out.
+        idle: groups whose weights stayed where they started, as no loss depends on them.
     """
 
     weights: Tensor = field(repr=False)
     curve: tuple[Look, ...]
     steps: int
     fault: str | None = None
+    idle: tuple[int, ...] = ()
 
 
 def optimise(
@@ -126,7 +128,7 @@ def optimise(
         if not course.step:
             raise
         fault = str(error)
-    return Found(course.best, tuple(course.curve), course.step, fault)
+    return Found(course.best, tuple(course.curve), course.step, fault, course.idle())
 
 
 class _Course:
@@ -167,6 +169,11 @@ class _Course:
             self._least = math.inf if judged is None else judged
         else:
             self.waited += 1
+
+    def idle(self) -> tuple[int, ...]:
+        """Groups whose gradient was zero in every step, by the mean of its squares; none before the first."""
+        squares = self._adam.state[self.weights].get("exp_avg_sq")
+        return () if squares is None else tuple((squares == 0).all(0).nonzero()[:, 0].tolist())
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; all that the next step depends on."""
