@@ -52,8 +52,10 @@ def with_estimate(plan: Plan) -> Plan:
     needs = sorted(
         (visit_bytes(p, p.slot.shape, p.touched and plan.method.matrixwise) for p in plan.params), reverse=True
     )
-    memory = IMPORT_BYTES + sum(needs[: workers + AHEAD]) + stream_memory(plan)
-    disk = output + state + scratch + sum(plan.base.pinned.files[n].size for n in plan.side_files)
+    # learning is done, and its scratch space free, when the merge begins
+    learning, spilled = plan.learning_bytes
+    memory = IMPORT_BYTES + max(learning, sum(needs[: workers + AHEAD]) + stream_memory(plan))
+    disk = max(spilled, output + state + scratch + sum(plan.base.pinned.files[n].size for n in plan.side_files))
     sources = _copies(plan) if plan.recipe.keep_sources else 0
     estimate = Estimate(
         sum(wanted.values()), stream, read, output, state, disk + sources, memory, seconds + sources / 60e6, sources

@@ -15,6 +15,7 @@ from hfmerge.checkpoint.vocabulary import Vocabulary
 from hfmerge.checkpoint.writer import Slot
 from hfmerge.learning.asked import HELD
 from hfmerge.methods import FoldMethod, MergeMethod
+from hfmerge.methods.gram import Gram
 from hfmerge.recipe import Recipe
 from hfmerge.source import Source
 from hfmerge.streaming import Streaming
@@ -177,20 +178,28 @@ class Plan:
         ]
         return [*self.method.choices(found.count(True), found.count(False)), *self._learning()]
 
+    @property
+    def learning_bytes(self) -> tuple[int, int]:
+        """Memory beside the activations, and scratch space on the disk, that learning needs; zero without it."""
+        asked = self.recipe.learn
+        if asked is None:
+            return 0, 0
+        size = 4 * sum(math.prod(param.slot.shape) for param in self.params if param.touched)
+        parts = size * len(self.deltas)
+        # the base under all heads, the merged values, their gradient; with consolidation also values and information
+        memory = min(HELD, parts) + size * (5 if asked.ewc else 3)
+        return memory, max(0, parts - HELD) if isinstance(self.method, Gram) else 0
+
     def _learning(self) -> list[str]:
         """What learning the weights needs, if they are learned."""
         asked = self.recipe.learn
         if asked is None:
             return []
-        size = 4 * sum(math.prod(param.slot.shape) for param in self.params if param.touched)
-        held = min(HELD, size * len(self.deltas))
-        # the base under all heads, the merged values, their gradient; with consolidation also values and information
-        need = held + size * (5 if asked.ewc else 3)
         rows = f"{asked.replay.rows} replay rows of each model" if asked.replays else "no replay rows"
         return [
             f"learn: {asked.loss}, one weight a model" + ("" if asked.groups == "model" else f" and {asked.groups}")
-            + f", at most {asked.steps} steps of {asked.batch} rows a model; {rows}; about {need / 1e9:.2f} GB of "
-            "memory beside the activations"
+            + f", at most {asked.steps} steps of {asked.batch} rows a model; {rows}; about "
+            f"{self.learning_bytes[0] / 1e9:.2f} GB of memory beside the activations"
         ]  # fmt: skip
 
     def slots(self) -> dict[str, dict[str, Slot]]:

@@ -175,7 +175,7 @@ def test_plan_downloads_no_weights(world: World, capsys: pytest.CaptureFixture[s
         (world.folders[name] / "model.safetensors").stat().st_size for name in ("org/base", *world.models)
     )
     assert not [p for p in (tmp_path / "home").rglob("*.safetensors")]
-    assert data["heads"]["org/b"] == ["b0", "b1", "b2"]
+    assert data["heads"]["org/b"] == ["b0", "b1", "b2"] and data["weights"] == [1.0] * len(world.models)
 
 
 def test_revisions_are_pinned_before_anything_is_read(world: World, tmp_path: Path) -> None:

@@ -142,6 +142,23 @@ def test_parts_of_gram_are_what_the_weights_multiply(kinds: str, side: Any) -> N
     torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-6)
 
 
+def test_the_plan_says_what_learning_takes(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory for the changes, or for what `gram` computes of them room on the disk."""
+    weights = 4 * sum(value.numel() for value in tiny.tensors(models["base"]).values())
+    assert planned(models).learning_bytes == (6 * weights, 0) == planned(models, name="gram").learning_bytes
+    held = planned(models, learn={**QUICK, "ewc": 1.0})
+    assert held.learning_bytes == (8 * weights, 0) and held.estimate.memory > 8 * weights
+    monkeypatch.setattr("hfmerge.planned.HELD", 0)
+    plan = planned(models, name="gram")
+    assert plan.learning_bytes == (3 * weights, 3 * weights) and plan.estimate.disk >= 3 * weights
+    with Space(plan, groups="layer", budget=0, scratch=tmp_path) as space:
+        space.merged(space.start([0.5] * 3))
+        taken = sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors"))
+    assert 3 * weights <= taken <= 3 * weights + 500 * len(plan.params)
+
+
 def test_learning_brings_the_merge_nearer_to_its_models(models: dict[str, Path], tmp_path: Path) -> None:
     result = merge(recipe(models, learn={**QUICK, "steps": 40}), output=tmp_path / "out")
     learned = result.entry.learned

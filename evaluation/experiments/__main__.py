@@ -7,6 +7,8 @@
     python -m evaluation.experiments mdm_oc BENCH      # weights learned from replay or few rows, against fixed ones
     python -m evaluation.experiments mdm_oc_adapters BENCH  # the same of four LoRA adapters
     python -m evaluation.experiments mdm_oc_ablation BENCH  # without consolidation, replay, orthogonality
+    python -m evaluation.experiments mdm_oc_removal BENCH      # every one of three models taken out again
+    python -m evaluation.experiments mdm_oc_subtraction BENCH  # the same by subtraction, as in the paper
 
 BENCH is described in `import_bench`. Results go to evaluation/results/<experiment>/. With `--keep FOLDER` the Hub, the
 caches and what was measured stay there, and the same command goes on where it was stopped.
@@ -50,6 +52,8 @@ LEARNED = ("mdm_oc", "mdm_oc_replay", "mdm_oc_labelled", "gram", "gram_replay", 
 ABLATED = ("mdm_oc", "mdm_oc_replay", "mdm_oc_no_ewc", "not_orthogonal_replay")
 ADAPTERS = ("mdm_oc", "mdm_oc_replay", "mdm_oc_labelled", "gram", "gram_labelled", "ties", "average")
 ADAPTERS += ("iso_c", "opcm", "task_arithmetic")
+REMOVED = ("mdm_oc_removal/mdm_oc.yaml", "mdm_oc_removal/mdm_oc_replay.yaml")
+REMOVAL = ("--suite", "evaluation/experiments/mdm_oc_removal/suite.yaml", "--orders", "1", "--limit", "100")
 EXPERIMENTS = {
     "quickstart": Experiment(
         tuple(f"quickstart/{name}" for name in BOTH),
@@ -76,6 +80,8 @@ EXPERIMENTS = {
         tuple(f"mdm_oc/{name}.yaml" for name in ABLATED),
         ("--suite", "text-encoders", "--orders", "2", "--limit", "100", "--removals", "none"),
     ),
+    "mdm_oc_removal": Experiment(REMOVED, REMOVAL),
+    "mdm_oc_subtraction": Experiment(REMOVED, (*REMOVAL, "--mode", "subtract")),
 }
 
 

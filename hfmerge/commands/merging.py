@@ -150,10 +150,13 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _plan_data(planned: Plan) -> dict[str, Any]:
+    from hfmerge.weights import stored
+
     return {
         "base": planned.base.pinned.label,
         "architecture": planned.base_layout.architecture,
         "models": [delta.source.pinned.label for delta in planned.deltas],
+        "weights": [stored(entry.weight) for entry in planned.recipe.models],
         "method": planned.recipe.method.to_dict(),
         "heads": {planned.deltas[model].source.name: list(head.labels) for model, head in planned.heads},
         "tensors": [
