@@ -50,8 +50,8 @@ class Experiment:
 BOTH = ("opcm.yaml", "task_arithmetic.yaml")
 LEARNED = ("mdm_oc", "mdm_oc_replay", "mdm_oc_labelled", "gram", "gram_replay", "gram_labelled", "ties", "average")
 ABLATED = ("mdm_oc", "mdm_oc_replay", "mdm_oc_no_ewc", "not_orthogonal_replay")
-ADAPTERS = ("mdm_oc", "mdm_oc_replay", "mdm_oc_labelled", "gram", "gram_labelled", "ties", "average")
-ADAPTERS += ("iso_c", "opcm", "task_arithmetic")
+ADAPTERS = ("mdm_oc", "mdm_oc_replay", "mdm_oc_labelled", "gram", "iso_c", "ties", "average", "opcm")
+ADAPTERS += ("task_arithmetic",)
 REMOVED = ("mdm_oc_removal/mdm_oc.yaml", "mdm_oc_removal/mdm_oc_replay.yaml")
 REMOVAL = ("--suite", "evaluation/experiments/mdm_oc_removal/suite.yaml", "--orders", "1", "--limit", "100")
 EXPERIMENTS = {
