@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import multiprocessing.process
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -385,6 +386,8 @@ def _forked(
             time.sleep(0.01)
 
     os.environ.update(env)
+    # a shell without job control has what it runs in the background ignore Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with open(log, "w", buffering=1) as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         if hold == "write":
             write, seen = SafetensorsWriter.write, itertools.count()
