@@ -35,6 +35,7 @@ from hfmerge.running import (
     MergeResult,
     apply_change,
     build,
+    device_name,
     folder_for,
     opened_merge,
     pinned_recipe,
@@ -89,8 +90,10 @@ def merge(
         early = digester.start if ranks.world == 1 else None
         ranks = with_disks(ranks, target, options.storage)
         pinned = pinned_recipe(asked, ranks)
-        planned = for_machines(ranks.each(partial(make_plan, pinned, origin=origin, on_source=early)), ranks)
-        with folder_for(target, planned, ranks, replace=False, resume=options.resume) as place:
+        planned = ranks.each(partial(make_plan, pinned, origin=origin, on_source=early))
+        device = device_name(planned, ranks, options)
+        planned = for_machines(planned, ranks, device)
+        with folder_for(target, planned, ranks, device, replace=False, resume=options.resume) as place:
             planned, learned = weights_found(planned, place, ranks, options)
             entry, seconds, notes, outcome = build(
                 planned, place, ranks, None, None, digester, options, learned=learned
@@ -222,6 +225,7 @@ def verify(
     merged: str | Path,
     *,
     replay: bool = False,
+    device: str | None = None,
     sources: Mapping[str, str] | None = None,
     certificate: str | Path | None = None,
     public_key: str | Path | None = None,
@@ -231,6 +235,7 @@ def verify(
     """Check ledger, files and card of a merge; with `replay`, merge again and compare bytes. See `Report.ok`.
 
     Args:
+        device: where a replay computes, as `RunOptions.device`.
         certificate: also check this certificate of removal, signed by one of the keys in `public_key` or
             `allowed_signers`, unless `allow_unsigned`.
 
@@ -238,7 +243,7 @@ def verify(
         SourceError: the merge cannot be reached. CertificateError: certificate or keys cannot be read.
     """
     if certificate is None:
-        return verify_merge(str(merged), replay=replay, sources=sources)
+        return verify_merge(str(merged), replay=replay, device=device, sources=sources)
     return verify_certified(
         str(merged),
         certificate,
@@ -246,6 +251,7 @@ def verify(
         signers=allowed_signers,
         unsigned=allow_unsigned,
         replay=replay,
+        device=device,
         sources=sources,
     )
 

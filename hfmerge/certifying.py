@@ -100,12 +100,13 @@ def verify_certified(
     signers: str | Path | None = None,
     unsigned: bool = False,
     replay: bool = False,
+    device: str | None = None,
     sources: Mapping[str, str] | None = None,
 ) -> Report:
     """Check a merge, and a certificate of removal against it.
 
     Args:
-        ref, replay, sources: see `verify_merge`.
+        ref, replay, device, sources: see `verify_merge`.
         certificate: file that `make_certificate` gave.
         public_key: file of the key, or keys, that are trusted.
         signers: file of allowed signers, in OpenSSH's form.
@@ -128,7 +129,7 @@ def verify_certified(
     def also(merged: Merged) -> list[Check]:
         return [signature, *(check_statement(envelope, merged, now) if signature.ok else ())]
 
-    return verify_merge(ref, replay=replay, sources=sources, also=also)
+    return verify_merge(ref, replay=replay, device=device, sources=sources, also=also)
 
 
 def _signed(envelope: Envelope, key: Ed25519PrivateKey | None) -> tuple[Envelope, str | None]:

@@ -30,6 +30,7 @@ class ChunkData:
     def __init__(self, files: RunFiles, chunk: Chunk, wrote: dict[tuple[str, str], int] | None = None):
         self.files, self.plan, self.chunk = files, files.plan, chunk
         self.wrote = {} if wrote is None else wrote
+        self._put: list[tuple[SafetensorsWriter, str, int]] = []
         self._base: Tensor | None = None
 
     def base(self) -> Tensor:
@@ -118,9 +119,17 @@ class ChunkData:
     def put(self, writer: SafetensorsWriter, name: str, tensor: Tensor) -> None:
         """A tensor, or the chunk's rows of it, into a file; noted for the journal."""
         data = writer.write(name, tensor, None if self.chunk.rows is None else self.chunk.rows[0])
+        self._put.append((writer, name, len(data)))
         if self.files.journal is not None:
             place = (writer.path.name, name)
             self.wrote[place] = checksum(data, self.wrote.get(place, 0))
+
+    def take_back(self) -> None:
+        """Count what was put into files as not written; for a whole parameter that is computed again."""
+        for writer, name, nbytes in self._put:
+            writer.claim(name, -nbytes)
+        self._put.clear()
+        self.wrote.clear()
 
 
 class _LazyTaus(Sequence[TaskVector]):

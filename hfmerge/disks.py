@@ -17,6 +17,7 @@ from pathlib import Path
 
 from hfmerge.checkpoint.writer import header_bytes
 from hfmerge.chunks import Chunk, cost
+from hfmerge.device import CPU
 from hfmerge.digest import canonical_json, sha256_bytes
 from hfmerge.environment import differences, environment
 from hfmerge.errors import HfMergeError, OutputError
@@ -107,8 +108,11 @@ def own_params(plan: Plan, ranks: Ranks) -> tuple[Param, ...]:
     return tuple(param for param in plan.params if at[param.file] == ranks.disk)
 
 
-def for_machines(plan: Plan, ranks: Ranks) -> Plan:
+def for_machines(plan: Plan, ranks: Ranks, device: str = CPU) -> Plan:
     """The plan as several machines can carry it out: without a common disk no state is kept, since it is one file.
+
+    Args:
+        device: what computes in this process, by its name in the ledger.
 
     Raises:
         HfMergeError: a machine sees other models than rank 0, as folders of one name may differ.
@@ -116,7 +120,7 @@ def for_machines(plan: Plan, ranks: Ranks) -> Plan:
     if ranks.world == 1:
         return plan
     warnings = list(plan.warnings)
-    everyone = ranks.gather((environment(), _fingerprint(plan)))
+    everyone = ranks.gather((environment(device), _fingerprint(plan)))
     for rank, (there, fingerprint) in enumerate(everyone):
         if fingerprint != everyone[0][1]:
             raise HfMergeError(

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hfmerge.checkpoint.reader import Reader
+from hfmerge.device import CPU, device_for
 from hfmerge.digest import sha256_file
 from hfmerge.digesting import Digester
 from hfmerge.disks import own_params
@@ -48,6 +49,7 @@ class Outcome:
             were compared; None where nothing was.
         dependent: per model, parameters in which its change was left out (see `JointMethod.dependent`).
         reused: chunks that an earlier, killed attempt had finished; one of two passes counts twice.
+        device: what computed, for the ledger's environment.
         streamed: what was read from the Hub without keeping it, by all processes; None where nothing was to be.
     """
 
@@ -60,6 +62,7 @@ class Outcome:
     deviation: float | None = None
     dependent: tuple[int, ...] = ()
     reused: int = 0
+    device: str = CPU
     streamed: Streamed | None = None
 
 
@@ -111,6 +114,7 @@ def _run(
     options: RunOptions,
 ) -> Outcome:
     start = plan.start
+    device = ranks.each(lambda: device_for(options.device, spectral=plan.method.matrixwise, notify=options.notify))
     ranks.each(lambda: _fetch_all(plan) if ranks.leads else None)
     ranks.each(lambda: _fetch_all(plan))
     ranks.on_main(lambda: _check_ties(plan))
@@ -124,7 +128,8 @@ def _run(
         files = stack.enter_context(RunFiles(plan, folder, ranks, noted))
         # what several processes write, none of them can follow
         trail = stack.enter_context(Trail(files.outputs)) if ranks.world == 1 else None
-        outcome = Passes(plan, files, ranks, options).merge()
+        stack.enter_context(device.exact())
+        outcome = Passes(plan, files, ranks, options, device).merge()
         hashed = trail.digests() if trail is not None else {}
         parts = ranks.together(lambda: {i: future.result() for i, future in mine.items()})
         found = _one_answer(parts, wanted)

@@ -11,11 +11,14 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 from hfmerge.checkpoint.reader import Rows
 from hfmerge.checkpoint.writer import SIZES, TORCH_NAMES, SafetensorsWriter
 from hfmerge.chunkdata import ChunkData, part_of
+from hfmerge.device import CPU, Device
 from hfmerge.errors import GridOverflowError
+from hfmerge.estimating import visit_bytes
 from hfmerge.methods import Carry, FoldMethod
 from hfmerge.methods.additive import AdditiveFold, staying
 from hfmerge.planned import Param, state_name
@@ -24,6 +27,8 @@ from hfmerge.stacking import merged
 from hfmerge.taskvector import Block, Dense, LowRank, TaskVector, cut, zero
 from hfmerge.weights import weight_at
 
+
+Result = TypeVar("Result")
 
 WATCHED = 8
 """Of one in so many parameters, the last step of an approximating method is compared with the exact one."""
@@ -45,22 +50,47 @@ class Folded:
 
 
 class Folding:
-    """One fold method on one chunk."""
+    """One fold method on one chunk; what it reads and gives back lies in the CPU's memory, wherever it computes."""
 
-    def __init__(self, data: ChunkData, method: FoldMethod):
-        self.data, self.method = data, method
+    def __init__(self, data: ChunkData, method: FoldMethod, device: Device):
+        self.data, self.method, self.device = data, method, device
         self.files, self.plan, self.chunk = data.files, data.plan, data.chunk
+        self._place = CPU
 
     def fold(self) -> Folded:
         """Fold all models in, keep the states that are asked for, read out."""
         at_once = self._at_once()
         if at_once is not None:
             return at_once
-        squares, carries, deviation = self._one_by_one()
-        return Folded(squares, self._read_out(carries), deviation)
+        return self._placed(self._fold)
 
     def reread(self) -> list[TaskVector]:
         """The merged change of every block, from what `fold` kept."""
+        return self._placed(self._reread)
+
+    def _placed(self, work: Callable[[], Result]) -> Result:
+        """`work`, on the device if there are matrices."""
+        param = self.chunk.param
+        if not any(block.matrix for block in param.blocks):
+            return work()
+
+        def at(place: str) -> Result:
+            self._place = place
+            # an earlier try may have written some of it before it found no more room
+            self.data.take_back()
+            return work()
+
+        return self.device.run(at, visit_bytes(param, self.chunk.shape, True), param.key)
+
+    def _there(self, tau: TaskVector) -> TaskVector:
+        """A change where this chunk is computed."""
+        return tau if self._place == CPU else tau.to(self._place)
+
+    def _fold(self) -> Folded:
+        squares, carries, deviation = self._one_by_one()
+        return Folded(squares, self._read_out(carries), deviation)
+
+    def _reread(self) -> list[TaskVector]:
         count, param = len(self.files.models), self.chunk.param
         kept = self.files.scratch or self.files.states[count]
         read = partial(carried, kept.slots, kept.read)
@@ -77,7 +107,7 @@ class Folding:
             tau = self.data.task_vector(i)
             squares.append(self.data.squared_norm(i, tau))
             for b, block in enumerate(param.blocks):
-                part = zero(block.shape(self.chunk.shape)) if tau is None else cut(tau, block)
+                part = self._there(part_of(tau, block, self.chunk))
                 if watched and i + 1 == count:
                     deviations.append(method.deviation(carries[b], part, weights[i], matrix=block.matrix))
                 try:
@@ -146,7 +176,7 @@ class Folding:
         for j, reader in enumerate(self.files.leaving):
             if param.leaving[j] is None:
                 tau = reader.task_vector(param.key, self.data.base, None, self.chunk.rows)
-                part = part_of(tau, block, self.chunk)
+                part = self._there(part_of(tau, block, self.chunk))
                 weight = weight_at(self.plan.leaving_weights[j], param.key)
                 carry = method.unstep(carry, part, weight, matrix=block.matrix)
         order = sorted((i for i, model in enumerate(prior.held) if model >= 0), key=lambda i: prior.held[i])
@@ -166,9 +196,11 @@ class Folding:
         forms = self.method.carry_form(block.shape(param.slot.shape), ranks, matrix=block.matrix)
         stored = any(rank != 0 for rank in ranks)
         return {
-            name: read(state_name(param, block, name), self.chunk.rows)
-            if stored and form.rank != 0
-            else zero(block.shape(self.chunk.shape))
+            name: self._there(
+                read(state_name(param, block, name), self.chunk.rows)
+                if stored and form.rank != 0
+                else zero(block.shape(self.chunk.shape))
+            )
             for name, form in forms.items()
         }
 
@@ -183,10 +215,11 @@ class Folding:
         for block, carry in zip(param.blocks, carries, strict=True):
             for weight, tau in taus:
                 if tau is not None:
-                    carry = self.method.unstep(carry, cut(tau, block), weight, matrix=block.matrix)
+                    carry = self.method.unstep(carry, self._there(cut(tau, block)), weight, matrix=block.matrix)
             change = self.method.emit(carry, counted, matrix=block.matrix)
             # what is rounded to 16 bits does not need more, and twice the bytes take twice the time
-            changes.append(change.to(torch.float32) if SIZES[param.slot.dtype] < 4 else change)
+            change = change.to(torch.float32) if SIZES[param.slot.dtype] < 4 else change
+            changes.append(change if self._place == CPU else change.to(CPU))
         return changes
 
     def _store(self, writer: SafetensorsWriter, carries: Sequence[Carry | None], count: int) -> None:
@@ -198,7 +231,7 @@ class Folding:
             for name, value in carry.items():
                 if value.is_zero:
                     continue
-                for suffix, tensor in value.tensors().items():
+                for suffix, tensor in value.to(CPU).tensors().items():
                     self.data.put(writer, f"{state_name(param, block, name)}{suffix}", tensor)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hfmerge.checkpoint.vocabulary import TOKENIZER_FILES
+from hfmerge.device import CPU
 from hfmerge.digest import canonical_json, sha256_bytes
 from hfmerge.environment import environment
 from hfmerge.planned import Plan
@@ -16,8 +17,11 @@ from hfmerge.source import Source, weight_files
 from hfmerge.weights import stored
 
 
-def work_of(plan: Plan) -> dict[str, str]:
+def work_of(plan: Plan, device: str = CPU) -> dict[str, str]:
     """Part of the work, as a user would name it -> a digest of it.
+
+    Args:
+        device: what computes, by its name in the ledger.
 
     The files of a folder are known by size and by the times of their last changes: hashing them before every run would
     cost more than most interrupted runs.
@@ -27,7 +31,7 @@ def work_of(plan: Plan) -> dict[str, str]:
     models = [[_identity(delta.source), stored(entry.weight)] for delta, entry in entries]
     leaving = [[_identity(d.source) for d in plan.leaving], [stored(weight) for weight in plan.leaving_weights]]
     facts: dict[str, Any] = {
-        "environment": environment(),
+        "environment": environment(device),
         "base": _identity(plan.base),
         "models": models,
         "method": [method.name, method.version, repr(method), plan.norm],

@@ -1,4 +1,4 @@
-"""How a run uses the machines it runs on: nothing here changes a byte of its result."""
+"""How a run uses the machines it runs on: nothing here but `device` changes a byte of its result."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ class RunOptions:
         notify: told in one line what is taken over from a killed run, and which bound cannot be kept.
         rows: folder where replay rows are kept and found again by model and by how they are made, for experiments that
             learn from the same rows many times; nothing deletes them there. None: they are made anew.
+        device: where spectral methods compute: "cpu" or None, "auto", "cuda", "cuda:1" (see `device`). The last bits
+            differ between devices, and the ledger says which it was.
     """
 
     storage: str = "auto"
@@ -33,6 +35,7 @@ class RunOptions:
     max_memory: int | None = None
     notify: Callable[[str], object] | None = None
     rows: Path | None = None
+    device: str | None = None
 
 
 DEFAULT = RunOptions()

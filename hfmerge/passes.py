@@ -15,6 +15,7 @@ from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 from hfmerge.chunks import Chunk, chunks, cost, held
+from hfmerge.device import Device
 from hfmerge.disks import disk_of_files
 from hfmerge.estimating import stream_memory
 from hfmerge.journal import Finished, Key, Region
@@ -30,6 +31,8 @@ from hfmerge.visits import Norms, Visit
 
 MEASURED: Key = ("measured", "", None)
 """The journal's key of what a joint method found out about all parameters."""
+MOVED: Key = ("moved", "", None)
+"""The journal's key of this: a matrix found no room on the device and was computed on the CPU."""
 CHECKING = 0.1
 """Time of comparing a finished chunk with its checksum, as a share of merging it element by element."""
 
@@ -83,12 +86,14 @@ def _or_copy(work: Callable[[Visit], Norms | None]) -> Callable[[Visit], Norms |
 class Passes:
     """The passes of one run over its chunks, and the sums between them."""
 
-    def __init__(self, plan: Plan, files: RunFiles, ranks: Ranks, options: RunOptions):
+    def __init__(self, plan: Plan, files: RunFiles, ranks: Ranks, options: RunOptions, device: Device):
         self.plan, self.files, self.ranks, self.notify = plan, files, ranks, options.notify
         self.max_memory = options.max_memory
         self.resident = resident_memory()  # before the first visit: what visits free is theirs to use again
         self.past = files.journal.past.finished if files.journal is not None else {}
         self.reused = 0
+        self.moved = MOVED in self.past
+        self.device = replace(device, moved=self._note_moved)
 
     def merge(self) -> dict[str, Any]:
         """Make all passes; squared norms, scale, kept states and so on, by their names in `execute.Outcome`."""
@@ -130,7 +135,14 @@ class Passes:
             "deviation": max(deviations, default=None),
             "dependent": tuple(sum(i in n.dependent for n in norms) for i in range(len(plan.deltas))),
             "reused": self.reused,
+            "device": self.device.recorded(moved=any(self.ranks.gather(self.moved))),
         }
+
+    def _note_moved(self) -> None:
+        """So that the ledger says it, even if this run is killed and another goes on."""
+        if not self.moved and self.files.journal is not None:
+            self.files.journal.note(MOVED, Finished(None))
+        self.moved = True
 
     def _announce(self, *passes: _Pass) -> None:
         """Say how many tensors earlier attempts finished, as far as the journal knows."""
@@ -199,7 +211,7 @@ class Passes:
         done = self.past.get(key)
         if done is not None and self.files.intact(chunk, done):
             return None if done.found is None else Norms.of(done.found), True
-        visit = Visit(self.files, chunk)
+        visit = Visit(self.files, chunk, self.device)
         norms = work(visit)
         if journal is not None and each.name is not None:
             wrote = tuple(Region(file, tensor, value) for (file, tensor), value in visit.wrote.items())

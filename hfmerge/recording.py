@@ -171,7 +171,7 @@ def _entry(
         },
         states=outcome.states,
         products=outcome.products,
-        environment=environment(),
+        environment=environment(outcome.device),
     )
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from hfmerge.card import restrictive
 from hfmerge.changes import Change
+from hfmerge.device import device_for
 from hfmerge.digesting import Digester
 from hfmerge.disks import for_machines, stand_ins
 from hfmerge.errors import HfMergeError, OutputError, PushError
@@ -94,14 +95,19 @@ def pinned_recipe(recipe: Recipe, ranks: Ranks) -> Recipe:
     return dataclasses.replace(recipe, base=pinned_ref(recipe.base, ranks), models=models)
 
 
+def device_name(planned: Plan, ranks: Ranks, options: RunOptions) -> str:
+    """What will compute in this process; a device that cannot is refused here, before anything is loaded."""
+    return ranks.each(lambda: device_for(options.device, spectral=planned.method.matrixwise)).name
+
+
 @contextlib.contextmanager
 def folder_for(
-    target: str | Path | None, planned: Plan, ranks: Ranks, *, replace: bool, resume: bool | None
+    target: str | Path | None, planned: Plan, ranks: Ranks, device: str, *, replace: bool, resume: bool | None
 ) -> Iterator[Workspace]:
     """The folder to build in, held by one process a disk: a workspace that becomes `target`, or a temporary one."""
     with contextlib.ExitStack() as stack:
         places = ranks.together(
-            lambda: stack.enter_context(_place(target, planned, replace, resume)) if ranks.leads else None
+            lambda: stack.enter_context(_place(target, planned, device, replace, resume)) if ranks.leads else None
         )
         place = places[ranks.on_disk(ranks.disk)[0]]
         assert place is not None
@@ -110,13 +116,13 @@ def folder_for(
 
 
 def _place(
-    target: str | Path | None, planned: Plan, replace: bool, resume: bool | None
+    target: str | Path | None, planned: Plan, device: str, replace: bool, resume: bool | None
 ) -> contextlib.AbstractContextManager[Workspace]:
     if target is None and resume:
         raise OutputError("--resume: what only goes to the Hub is not kept here; name an --output, or leave it out.")
     if target is None:
         return _temporary(planned)
-    work = work_of(planned)
+    work = work_of(planned, device)
     return workspace(Path(target), needed=planned.estimate.disk, replace=replace, work=work, resume=resume)
 
 
@@ -151,7 +157,8 @@ def apply_change(
     start = time.monotonic()
     ranks = with_disks(ranks, target, options.storage)
     change = ranks.each(make)
-    change = dataclasses.replace(change, plan=for_machines(change.plan, ranks))
+    device = device_name(change.plan, ranks, options)
+    change = dataclasses.replace(change, plan=for_machines(change.plan, ranks, device))
     if change.action in ("unmerge", "subtract") and options.notify is not None and ranks.main:
         need = change.plan.estimate
         options.notify(
@@ -164,7 +171,7 @@ def apply_change(
     parent = opened.pinned.commit if own else None
     destination = Destination(push_to, None, create_pr, parent) if push_to is not None else None
     stays = own and target is None
-    with folder_for(target, change.plan, ranks, replace=replace, resume=options.resume) as place:
+    with folder_for(target, change.plan, ranks, device, replace=replace, resume=options.resume) as place:
         plan, learned = weights_found(change.plan, place, ranks, options, opened, change.action)
         change = dataclasses.replace(change, plan=plan)
         entry, seconds, notes, outcome = build(

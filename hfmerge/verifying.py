@@ -20,6 +20,7 @@ from hfmerge.errors import HfMergeError, LedgerError, NotFoundError
 from hfmerge.fetching import fetch, pin
 from hfmerge.ledger import ARCHIVES, FOLDER, Entry
 from hfmerge.merged import STATE_BRANCH, Merged, open_merged
+from hfmerge.options import RunOptions
 from hfmerge.source import Place
 from hfmerge.workspace import recover
 
@@ -63,6 +64,7 @@ def verify_merge(
     ref: str,
     *,
     replay: bool = False,
+    device: str | None = None,
     sources: Mapping[str, str] | None = None,
     also: Callable[[Merged], Sequence[Check]] | None = None,
 ) -> Report:
@@ -71,6 +73,7 @@ def verify_merge(
     Args:
         ref: `org/name[@revision]` or a folder.
         replay: also merge again from the pinned sources and compare bytes.
+        device: where it computes then, see `RunOptions.device`.
         sources: name of a folder material -> where it lies now.
         also: further checks of the merge, once it is open.
 
@@ -82,11 +85,15 @@ def verify_merge(
         merged = open_merged(ref, sources)
     except LedgerError as error:
         return Report(ref, (Check("ledger", False, str(error)),))
-    return check_merged(merged, replay=replay, also=also)
+    return check_merged(merged, replay=replay, device=device, also=also)
 
 
 def check_merged(
-    merged: Merged, *, replay: bool = False, also: Callable[[Merged], Sequence[Check]] | None = None
+    merged: Merged,
+    *,
+    replay: bool = False,
+    device: str | None = None,
+    also: Callable[[Merged], Sequence[Check]] | None = None,
 ) -> Report:
     """Check a merge that is open already; see `verify_merge`."""
     checks = [Check("ledger", True, f"{len(merged.entries)} entries, each names its parent's digest")]
@@ -95,7 +102,7 @@ def check_merged(
     checks.extend(_published_states(merged) if merged.pinned.folder is None else [])
     checks.extend(also(merged) if also is not None else ())
     if replay:
-        checks.append(_replay(merged))
+        checks.append(_replay(merged, device))
     return Report(merged.pinned.label, tuple(checks))
 
 
@@ -218,7 +225,7 @@ def _published_states(merged: Merged) -> list[Check]:
     return checks
 
 
-def _replay(merged: Merged) -> Check:
+def _replay(merged: Merged, asked: str | None) -> Check:
     """Merge again from the sources alone and compare every product.
 
     Bytes have to agree where the arithmetic is the ledger's; elsewhere weights may differ by what other arithmetic
@@ -227,12 +234,12 @@ def _replay(merged: Merged) -> Check:
     from hfmerge.changes import plan_replay
     from hfmerge.execute import run
 
-    apart = differences(merged.last.environment, environment())
     wanted = merged.last.products
     try:
         plan = plan_replay(merged)
         with tempfile.TemporaryDirectory(prefix="hfmerge-replay-") as folder:
-            products = run(plan, Path(folder)).products
+            outcome = run(plan, Path(folder), options=RunOptions(device=asked))
+            products, apart = outcome.products, differences(merged.last.environment, environment(outcome.device))
             names = sorted(name for name in {*wanted, *products} if wanted.get(name) != products.get(name))
             elements = sum(math.prod(param.slot.shape) for param in plan.params if param.touched)
             change = float(merged.last.scalars["merged_norm"]) / math.sqrt(max(1, elements))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from hfmerge.chunkdata import ChunkData, finite_square, part_of
 from hfmerge.chunks import Chunk
+from hfmerge.device import Device
 from hfmerge.folding import Folding
 from hfmerge.methods import FoldMethod, JointMethod
 from hfmerge.methods.base import SAMPLED, Measure
@@ -51,11 +52,12 @@ class Visit:
     """The work on one chunk, on one thread; its methods are the passes, of which one is called, once.
 
     Attributes:
+        device: where fold methods take matrices apart.
         wrote: file and tensor -> checksum of what was written to it, for the journal; empty without one.
     """
 
-    def __init__(self, files: RunFiles, chunk: Chunk, wrote: dict[tuple[str, str], int] | None = None):
-        self.files, self.plan, self.chunk = files, files.plan, chunk
+    def __init__(self, files: RunFiles, chunk: Chunk, device: Device, wrote: dict[tuple[str, str], int] | None = None):
+        self.files, self.plan, self.chunk, self.device = files, files.plan, chunk, device
         self.wrote = {} if wrote is None else wrote
         self.data = ChunkData(files, chunk, self.wrote)
 
@@ -76,7 +78,7 @@ class Visit:
             return self._merge(known, write)
         if isinstance(method, JointMethod) and known is None:
             known = self._surveyed(method, tiles)
-        found = [Visit(self.files, tile, self.wrote)._merge(known, write) for tile in tiles]
+        found = [Visit(self.files, tile, self.device, self.wrote)._merge(known, write) for tile in tiles]
         models = tuple(math.fsum(norms) for norms in zip(*(norms.models for norms in found), strict=True))
         dependent = tuple(sorted({model for norms in found for model in norms.dependent}))
         return Norms(models, math.fsum(norms.read_out for norms in found), dependent=dependent)
@@ -85,7 +87,7 @@ class Visit:
         """The second pass: read what the first one kept, and write `base + scale * change`."""
         method, param = self.plan.method, self.chunk.param
         if isinstance(method, FoldMethod):
-            changes = Folding(self.data, method).reread()
+            changes = Folding(self.data, method, self.device).reread()
         else:
             assert self.files.scratch is not None
             whole = self.files.scratch.read(param.key, self.chunk.rows)
@@ -111,7 +113,7 @@ class Visit:
         deviation: float | None = None
         dependent: tuple[int, ...] = ()
         if isinstance(method, FoldMethod):
-            folded = Folding(self.data, method).fold()
+            folded = Folding(self.data, method, self.device).fold()
             squares, changes, deviation = folded.squares, folded.changes, folded.deviation
         else:
             assert isinstance(method, JointMethod)

@@ -14,7 +14,7 @@ PACKAGE = Path(hfmerge.__file__).parent
 LAYERS = [
     ["version", "errors", "digest"],
     [
-        *("taskvector", "environment", "options", "pool", "watch", "runtime", "fields", "yamlio"),
+        *("taskvector", "environment", "device", "options", "pool", "watch", "runtime", "fields", "yamlio"),
         *("source", "headers", "asking", "commits", "fetching", "ordered", "ranged", "blockstore", "remote"),
         *("spans", "streaming", "describing", "notes", "stamps", "digesting", "dsse", "signers"),
     ],

@@ -134,7 +134,10 @@ class SafetensorsWriter:
         return data
 
     def claim(self, name: str, nbytes: int) -> None:
-        """Count some bytes of a tensor as written; for those that an earlier process wrote, and that are intact."""
+        """Count some bytes of a tensor as written; for those that an earlier process wrote, and that are intact.
+
+        A negative number takes back what will be written again.
+        """
         with self._lock:
             self._missing[name] -= nbytes
             if not self._missing[name]:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from hfmerge.commands.shared import Command, given_sources, print_json, source_flag
+from hfmerge.commands.shared import Command, device_flag, given_sources, print_json, source_flag
 from hfmerge.errors import CertificateError, HfMergeError
 
 
@@ -34,6 +34,7 @@ def register(command: Command) -> None:
     )
     sub.add_argument("merged", metavar="MERGED")
     sub.add_argument("--replay", action="store_true", help="merge again from the sources and compare every byte")
+    device_flag(sub)
     sub.add_argument("--certificate", metavar="FILE", help="also check a certificate of removal")
     sub.add_argument("--public-key", metavar="FILE", help="the key, or keys, whose signature counts")
     sub.add_argument("--allowed-signers", metavar="FILE", help="the same as a file of OpenSSH")
@@ -140,6 +141,7 @@ def _verify(args: argparse.Namespace) -> int:
     report = api.verify(
         args.merged,
         replay=args.replay,
+        device=args.device,
         sources=given_sources(args),
         certificate=args.certificate,
         public_key=args.public_key,

@@ -36,6 +36,15 @@ def run_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--max-memory", metavar="SIZE", help="what each process should stay below: 4GB, 800MiB (default: no bound)"
     )
+    device_flag(sub)
+
+
+def device_flag(sub: argparse.ArgumentParser) -> None:
+    """Where spectral methods compute."""
+    sub.add_argument(
+        "--device",
+        help="where spectral methods compute: cpu, auto, cuda, cuda:1; bytes are those of one kind (default: cpu)",
+    )
 
 
 def change_flags(sub: argparse.ArgumentParser, *, reads: bool = True) -> None:
@@ -82,7 +91,7 @@ def run_options(args: argparse.Namespace) -> RunOptions:
     from hfmerge.options import RunOptions, parse_size
 
     memory = parse_size(args.max_memory) if args.max_memory is not None else None
-    return RunOptions(args.storage, args.resume, memory, notify)
+    return RunOptions(args.storage, args.resume, memory, notify, device=args.device)
 
 
 def notify(line: str) -> None:
