@@ -6,7 +6,7 @@
 Imports the models, merges all sources once a method, evaluates base, sources and merges on the suite of that name,
 puts the results into the card of one merge, and writes evaluation/results/<name>.json, .md and .csv, and a picture;
 <name>-summary.md is the part of it that compares methods: each source on its own task, the base's encoder under their
-heads, the merges, and what training gives where results/baselines/ has it for the same rows (see train_baselines).
+heads, the merges, and what training gives where results/baselines*/ have it for the same rows (see train_baselines).
 For the quickstart also what recipes/quickstart/recipe.yaml makes, whose card then has its results and pictures.
 """
 
@@ -100,7 +100,7 @@ def make_table(args: argparse.Namespace, environment: dict[str, str], work: Path
     hfmerge("verify", merges[-1])
     results = args.output / f"{name}.json"
     hfmerge("plot", str(results), "--output", str(args.output / f"{name}-figures"))
-    trained = load_baselines(args.output / "baselines" / "baselines.json") if name == "text-encoders" else {}
+    trained = load_baselines(args.output) if name == "text-encoders" else {}
     text = summary(load_results(results), sources, dict(zip(METHODS, merges, strict=True)), trained)
     (args.output / f"{name}-summary.md").write_text(text, encoding="utf-8")
     print(f"\n{text}")
@@ -122,16 +122,18 @@ def merge_of_recipe(stem: Path, sources: list[str], work: Path, hfmerge: Callabl
     hfmerge("verify", MERGED)
 
 
-def load_baselines(path: Path) -> dict[str, dict[str, tuple[float, int]]]:
-    """Column -> task -> score and rows of what was trained in place of merging; {} if it was not."""
-    if not path.is_file():
-        return {}
-    data = json.loads(path.read_text(encoding="utf-8"))
-    columns = {"sequential training": data["sequential"][0]["final"], "multi-task training": data["multi_task"]}
-    return {
-        column: {task: (found[str(i)], data["test_rows"][i]) for i, task in enumerate(data["tasks"])}
-        for column, found in columns.items()
-    }
+def load_baselines(results: Path) -> dict[str, dict[str, tuple[float, int]]]:
+    """Column -> task -> score and rows of what was trained in place of merging; {} if nothing was."""
+    trained = {}
+    for path in sorted(results.glob("baselines*/baselines.json")):
+        data = json.loads(path.read_text(encoding="utf-8"))
+        many = f"{data['settings']['rows']} rows"
+        columns = {f"sequential training, {many}": run["final"] for run in data["sequential"][:1]}
+        columns[f"multi-task training, {many}"] = data["multi_task"]
+        for column, found in columns.items():
+            scores = {task: (found[str(i)], data["test_rows"][i]) for i, task in enumerate(data["tasks"])}
+            trained[column] = scores
+    return trained
 
 
 def summary(
