@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from hfmerge.checkpoint.vocabulary import extended_base
 from hfmerge.checkpoint.writer import TORCH_NAMES, SafetensorsWriter
-from hfmerge.chunks import Chunk
+from hfmerge.chunks import Chunk, pieces
 from hfmerge.errors import NonFiniteError
 from hfmerge.journal import checksum
 from hfmerge.planned import DTYPE_NAMES
 from hfmerge.runfiles import RunFiles
-from hfmerge.taskvector import Block, TaskVector, cut, squared_norm, zero
+from hfmerge.taskvector import Block, Dense, TaskVector, cut, squared_norm, zero
 
 
 if TYPE_CHECKING:
@@ -57,16 +57,17 @@ class ChunkData:
         """The task vectors of one block, each read anew when indexed, so that memory does not grow with the models."""
         return _LazyTaus(self, block)
 
-    def squared_norm(self, model: int, tau: TaskVector | None) -> float:
-        """Of one model's change; not a number means that the model or the base is not, which is refused by name.
+    def squared_norms(self, model: int, tau: TaskVector | None) -> tuple[float, ...]:
+        """Of one model's change, see `norms_of`; not a number means that model or base is not: refused by name.
 
         Where the recipe allows such values they count as zero in norms, but no matrix with them can be taken apart.
         """
         if tau is None:
-            return 0.0
-        square = tau.squared_norm()
-        if math.isfinite(square):
-            return square
+            return (0.0,)
+        parts = self._parts(tau)
+        squares = tuple(part.squared_norm() for part in parts)
+        if all(map(math.isfinite, squares)):
+            return squares
         param, method = self.chunk.param, self.plan.method
         if not self.plan.recipe.allow_nonfinite:
             self.files.models[model].check_finite(param.key)
@@ -77,7 +78,15 @@ class ChunkData:
                 f"{method.name} cannot take such a matrix apart; repair the source, or leave the tensor out with "
                 "`exclude`."
             )
-        return finite_square(tau)
+        return tuple(map(_finite_square, parts))
+
+    def norms_of(self, change: TaskVector) -> tuple[float, ...]:
+        """Squared norms of a change's pieces (see `chunks.pieces`), of finite elements."""
+        return tuple(map(_finite_square, self._parts(change)))
+
+    def _parts(self, change: TaskVector) -> list[TaskVector]:
+        rows = pieces(self.plan, self.chunk) if isinstance(change, Dense) else []
+        return [Dense(change.to_dense()[first:last]) for first, last in rows] or [change]
 
     def write(self, changes: Sequence[TaskVector], scale: float) -> None:
         """`base + scale * change` into the output, rounded once; the base in memory is used up."""
@@ -150,7 +159,7 @@ def part_of(tau: TaskVector | None, block: Block, chunk: Chunk) -> TaskVector:
     return zero(block.shape(chunk.shape)) if tau is None else cut(tau, block)
 
 
-def finite_square(change: TaskVector) -> float:
+def _finite_square(change: TaskVector) -> float:
     """Squared norm of the finite elements, whose squares may exceed float32."""
     square = change.squared_norm()
     if math.isfinite(square):

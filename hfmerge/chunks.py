@@ -1,4 +1,4 @@
-"""How the work is cut into chunks: a whole parameter, or some rows of one whose method works element by element."""
+"""How the work is cut into chunks, a whole parameter or some rows of one, and what a chunk takes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from hfmerge.checkpoint.reader import Rows
-from hfmerge.estimating import visit_bytes
-from hfmerge.methods import AdditiveFold, JointMethod
+from hfmerge.methods import AdditiveFold, FoldMethod, JointMethod
 from hfmerge.planned import Param, Plan
 
 
@@ -59,30 +58,42 @@ class Chunk:
 
 
 def chunks(plan: Plan, params: Iterable[Param]) -> list[Chunk]:
-    """Cut parameters into chunks; the cuts depend on the plan alone, so sums over them are the same everywhere."""
+    """Cut parameters into chunks."""
     result: list[Chunk] = []
-    # plain sums take pieces of their own size
-    tile = CHUNK if isinstance(plan.method, AdditiveFold) and plan.method.plain else TILE
     for param in params:
-        shape = param.slot.shape
-        size = math.prod(shape)
         aligned = param.vocab_axis is not None and plan.vocabulary is not None
-        surveyed = isinstance(plan.method, JointMethod) and plan.method.survey(1, 1) is not None and _is_one(param)
-        # a norm is summed up as the chunks are cut, and must not depend on which models take part
-        if (
-            (plan.method.elementwise or surveyed)
-            and plan.norm == "none"
-            and not aligned
-            and len(shape) > 1
-            and size > TILE
-        ):
-            if all(delta.sliceable(param.key) for delta in (*plan.deltas, *plan.leaving)):
-                # a survey needs all rows
-                step = shape[0] if surveyed else max(1, CHUNK // (size // shape[0]))
-                result.extend(Chunk(param, (at, min(at + step, shape[0])), tile) for at in range(0, shape[0], step))
-                continue
-        result.append(Chunk(param))
+        cut = [] if aligned else _cut(plan, param)
+        sliceable = all(delta.sliceable(param.key) for delta in (*plan.deltas, *plan.leaving))
+        result.extend(cut if cut and sliceable else [Chunk(param)])
     return result
+
+
+def pieces(plan: Plan, chunk: Chunk) -> list[Rows]:
+    """Rows of a whole parameter whose norms are summed up one by one; none if its norm is that of the whole.
+
+    They are those in which it would be visited if all models could be read in rows: which models can must not show in
+    a norm, as it takes part in the bytes.
+    """
+    cut = _cut(plan, chunk.param) if chunk.rows is None else []
+    return [tile.rows for each in cut for tile in each.tiles() if tile.rows is not None]
+
+
+def _cut(plan: Plan, param: Param) -> list[Chunk]:
+    """The chunks of a large parameter whose rows the method takes one by one; they follow from method and shape."""
+    shape, method = param.slot.shape, plan.method
+    size = math.prod(shape)
+    if len(shape) < 2 or size <= TILE:
+        return []
+    surveyed = isinstance(method, JointMethod) and method.survey(1, 1) is not None and _is_one(param)
+    # what is no matrix to a spectral method is summed
+    summed = isinstance(method, FoldMethod) and _is_one(param) and not param.blocks[0].matrix
+    if not (method.elementwise or surveyed or summed):
+        return []
+    # plain sums take pieces of their own size
+    tile = CHUNK if isinstance(method, AdditiveFold) and method.plain else TILE
+    # a survey needs all rows
+    step = shape[0] if surveyed else max(1, CHUNK // (size // shape[0]))
+    return [Chunk(param, (at, min(at + step, shape[0])), tile) for at in range(0, shape[0], step)]
 
 
 def cost(plan: Plan, chunk: Chunk) -> float:
@@ -102,6 +113,20 @@ def held(plan: Plan, chunk: Chunk) -> int:
     return visit_bytes(param, shape, plan.method.matrixwise)
 
 
+def visit_bytes(param: Param, shape: tuple[int, ...], spectral: bool) -> int:
+    """About the bytes that computing a parameter, or a piece of it of this shape, holds at its peak.
+
+    The base and a task vector in float32 with what they are read from; of a spectral method the accumulator, the task
+    vector, its projection and their sum in float64, square matrices of the smaller side, and what the libraries hold
+    for them: measured, 60 bytes an element.
+    """
+    size = math.prod(shape)
+    if not spectral or not any(block.matrix for block in param.blocks):
+        return 24 * size
+    sides = [min(found) for block in param.blocks if len(found := block.shape(shape)) == 2 and block.matrix]
+    return 60 * size + 60 * max(side * side for side in sides)
+
+
 def _is_one(param: Param) -> bool:
-    """The parameter is one block, so that a survey of its rows is one of the block."""
+    """The parameter is one block, so that what is done with its rows is done with the block's."""
     return len(param.blocks) == 1 and param.blocks[0].expert is None and param.blocks[0].axis is None

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 from hfmerge.archives import kept_files
 from hfmerge.blockstore import MEMORY
+from hfmerge.chunks import chunks, held
 from hfmerge.fetching import cached
 from hfmerge.methods import JointMethod
-from hfmerge.planned import Estimate, Param, Plan, needs_two_passes
+from hfmerge.planned import Estimate, Plan, needs_two_passes
 from hfmerge.pool import AHEAD, core_count
 
 
@@ -49,9 +49,7 @@ def with_estimate(plan: Plan) -> Plan:
     seconds = (
         3.0 + (sum(wanted.values()) + stream) / 50e6 + (read + output + state) / 500e6 + spectral / (10e9 * workers)
     )
-    needs = sorted(
-        (visit_bytes(p, p.slot.shape, p.touched and plan.method.matrixwise) for p in plan.params), reverse=True
-    )
+    needs = sorted((held(plan, chunk) for chunk in chunks(plan, plan.params)), reverse=True)
     # learning is done, and its scratch space free, when the merge begins
     learning, spilled = plan.learning_bytes
     memory = IMPORT_BYTES + max(learning, sum(needs[: workers + AHEAD]) + stream_memory(plan))
@@ -75,20 +73,6 @@ def _copies(plan: Plan) -> int:
     return total
 
 
-def visit_bytes(param: Param, shape: tuple[int, ...], spectral: bool) -> int:
-    """About the bytes that computing a parameter, or a piece of it of this shape, holds at its peak.
-
-    The base and a task vector in float32 with what they are read from; of a spectral method the accumulator, the task
-    vector, its projection and their sum in float64, square matrices of the smaller side, and what the libraries hold
-    for them: measured, 60 bytes an element.
-    """
-    size = math.prod(shape)
-    if not spectral or not any(block.matrix for block in param.blocks):
-        return 24 * size
-    sides = [min(found) for block in param.blocks if len(found := block.shape(shape)) == 2 and block.matrix]
-    return 60 * size + 60 * max(side * side for side in sides)
-
-
 def stream_memory(plan: Plan) -> int:
     """Bytes that streamed blocks may hold: more where whole parameters of all models are read side by side."""
     if plan.streaming is None:
@@ -105,7 +89,7 @@ def stream_readers(plan: Plan) -> int:
 
 
 def _sliced(plan: Plan) -> bool:
-    return plan.method.elementwise and plan.norm == "none"
+    return plan.method.elementwise
 
 
 def _streamed(plan: Plan) -> int:

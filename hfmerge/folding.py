@@ -16,9 +16,9 @@ from typing import TypeVar
 from hfmerge.checkpoint.reader import Rows
 from hfmerge.checkpoint.writer import SIZES, TORCH_NAMES, SafetensorsWriter
 from hfmerge.chunkdata import ChunkData, part_of
+from hfmerge.chunks import visit_bytes
 from hfmerge.device import CPU, Device
 from hfmerge.errors import GridOverflowError
-from hfmerge.estimating import visit_bytes
 from hfmerge.methods import Carry, FoldMethod
 from hfmerge.methods.additive import AdditiveFold, staying
 from hfmerge.planned import Param, state_name
@@ -39,12 +39,12 @@ class Folded:
     """What a fold finds in one chunk.
 
     Attributes:
-        squares: squared norm of each new model's change.
+        squares: squared norms of the pieces of each new model's change.
         changes: the merged change of every block.
         deviation: see `FoldMethod.deviation`; None where it was not measured.
     """
 
-    squares: list[float]
+    squares: list[tuple[float, ...]]
     changes: list[TaskVector]
     deviation: float | None = None
 
@@ -96,7 +96,7 @@ class Folding:
         read = partial(carried, kept.slots, kept.read)
         return self._read_out([self._carry_in(read, block, param.ranks) for block in param.blocks])
 
-    def _one_by_one(self) -> tuple[list[float], list[Carry], float | None]:
+    def _one_by_one(self) -> tuple[list[tuple[float, ...]], list[Carry], float | None]:
         method = self.method
         param, start, count = self.chunk.param, self.files.start, len(self.files.models)
         carries: list[Carry | None] = [self._prior_carry(block) for block in param.blocks]
@@ -105,7 +105,7 @@ class Folding:
         watched = zlib.crc32(param.key.encode()) % WATCHED == 0
         for i in range(start, count):
             tau = self.data.task_vector(i)
-            squares.append(self.data.squared_norm(i, tau))
+            squares.append(self.data.squared_norms(i, tau))
             for b, block in enumerate(param.blocks):
                 part = self._there(part_of(tau, block, self.chunk))
                 if watched and i + 1 == count:
@@ -161,7 +161,7 @@ class Folding:
             carries = [_settled(method, param, param.blocks[0], count, {"S": Dense(found.sum)})]
             for writer in writers:
                 self._store(writer, carries, count)
-        return Folded(found.squares, [Dense(found.change)])
+        return Folded([(square,) for square in found.squares], [Dense(found.change)])
 
     def _prior_carry(self, block: Block) -> Carry | None:
         """What the prior state holds of a block, without the models that leave; None where there is none."""

@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hfmerge.chunks import visit_bytes
 from hfmerge.errors import Problem, RecipeError
-from hfmerge.estimating import stream_memory, stream_readers, visit_bytes
+from hfmerge.estimating import stream_memory, stream_readers
 from hfmerge.measuring import HELD, Changes, Measured, measure
 from hfmerge.methods.opcm import OPCM
 from hfmerge.options import RunOptions

@@ -12,6 +12,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, replace
+from itertools import chain
 from typing import Any
 
 from hfmerge.chunks import Chunk, chunks, cost, held
@@ -113,9 +114,10 @@ class Passes:
         known = self._known()
         found = self._over(merging, _or_copy(lambda visit: visit.merge(known, write=not two)))
         norms = [n for n in found if n is not None]
-        squares = tuple(math.fsum(n.models[i] for n in norms) for i in range(len(plan.deltas) - self.files.start))
+        new = range(len(plan.deltas) - self.files.start)
+        squares = tuple(math.fsum(chain(*(n.models[i] for n in norms))) for i in new)
         squared_norms = (*(plan.prior.squared_norms if plan.prior else ()), *squares)
-        read_out = math.sqrt(math.fsum(n.read_out for n in norms))
+        read_out = math.sqrt(math.fsum(chain(*(n.read_out for n in norms))))
         deviations = [n.deviation for n in norms if n.deviation is not None]
         scale = 1.0
         if two:

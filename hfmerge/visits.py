@@ -6,9 +6,10 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from hfmerge.chunkdata import ChunkData, finite_square, part_of
+from hfmerge.chunkdata import ChunkData, part_of
 from hfmerge.chunks import Chunk
 from hfmerge.device import Device
 from hfmerge.folding import Folding
@@ -30,14 +31,14 @@ class Norms:
     """What the first pass found out about one chunk.
 
     Attributes:
-        models: squared Frobenius norm of each new model's task vector.
-        read_out: squared Frobenius norm of the merged task vector before any scaling.
+        models: squared Frobenius norms of the pieces of each new model's task vector (see `chunks.pieces`).
+        read_out: those of the merged task vector before any scaling.
         deviation: of an approximating method's last step, see `FoldMethod.deviation`; None where it was not measured.
         dependent: models whose change was left out, see `JointMethod.dependent`.
     """
 
-    models: tuple[float, ...]
-    read_out: float
+    models: tuple[tuple[float, ...], ...]
+    read_out: tuple[float, ...]
     deviation: float | None = None
     dependent: tuple[int, ...] = ()
 
@@ -45,7 +46,7 @@ class Norms:
     def of(cls, noted: Sequence[Any]) -> Norms:
         """From what a journal noted of it."""
         models, read_out, deviation, dependent = noted
-        return cls(tuple(models), read_out, deviation, tuple(dependent))
+        return cls(tuple(map(tuple, models)), tuple(read_out), deviation, tuple(dependent))
 
 
 class Visit:
@@ -79,9 +80,9 @@ class Visit:
         if isinstance(method, JointMethod) and known is None:
             known = self._surveyed(method, tiles)
         found = [Visit(self.files, tile, self.device, self.wrote)._merge(known, write) for tile in tiles]
-        models = tuple(math.fsum(norms) for norms in zip(*(norms.models for norms in found), strict=True))
+        models = tuple(tuple(chain(*squares)) for squares in zip(*(norms.models for norms in found), strict=True))
         dependent = tuple(sorted({model for norms in found for model in norms.dependent}))
-        return Norms(models, math.fsum(norms.read_out for norms in found), dependent=dependent)
+        return Norms(models, tuple(chain(*(norms.read_out for norms in found))), dependent=dependent)
 
     def rescale(self, scale: float) -> None:
         """The second pass: read what the first one kept, and write `base + scale * change`."""
@@ -118,7 +119,8 @@ class Visit:
         else:
             assert isinstance(method, JointMethod)
             squares, changes, dependent = self._combine(method, known)
-        norms = Norms(tuple(squares), math.fsum(finite_square(change) for change in changes), deviation, dependent)
+        read_out = tuple(chain(*map(self.data.norms_of, changes)))
+        norms = Norms(tuple(squares), read_out, deviation, dependent)
         if write:
             self.data.write(changes, 1.0)
         elif self.files.scratch is not None and isinstance(method, JointMethod):
@@ -152,7 +154,7 @@ class Visit:
 
     def _combine(
         self, method: JointMethod, known: Sequence[float] | None
-    ) -> tuple[list[float], list[TaskVector], tuple[int, ...]]:
+    ) -> tuple[list[tuple[float, ...]], list[TaskVector], tuple[int, ...]]:
         models = len(self.files.models)
         weights = list(self.plan.weights_of(self.chunk.param))
         for i in self.plan.subtracted:
@@ -162,7 +164,7 @@ class Visit:
         squares = []
         for i in range(models):
             tau = self.data.task_vector(i)
-            squares.append(self.data.squared_norm(i, tau))
+            squares.append(self.data.squared_norms(i, tau))
             if models * math.prod(self.chunk.shape) <= HELD:
                 held.append(tau)
         changes = []
@@ -173,7 +175,7 @@ class Visit:
             found = method.examine(taus) if known is None else known
             changes.append(method.combine(taus, weights, partial(_taken, block, self.data.base), found))
             dependent.update(() if found is None else method.dependent(found))
-        return squares, changes, tuple(sorted(model for model in dependent if squares[model] > 0.0))
+        return squares, changes, tuple(sorted(model for model in dependent if any(squares[model])))
 
 
 def _taken(block: Block, base: Callable[[], Tensor]) -> Tensor:
