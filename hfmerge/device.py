@@ -65,10 +65,10 @@ class Device:
             self._say(f"{what} needs about {need / 1e9:.2f} GB, and one matrix has {self.room / 1e9:.2f} GB of")
             return work(CPU)
         with self._turns:
-            try:
+            with contextlib.suppress(torch.OutOfMemoryError):
                 return work(self.place)
-            except torch.OutOfMemoryError:
-                torch.get_device_module(self.place).empty_cache()
+            # only now is nothing held any more of what that try had made
+            torch.get_device_module(self.place).empty_cache()
         self._say(f"{what} found no room in the memory of")
         if self.moved is not None:
             self.moved()
@@ -130,6 +130,7 @@ def device_for(asked: str | None, *, spectral: bool, notify: Callable[[str], obj
         place = f"{wanted.type}:{index}"
         torch.linalg.eigvalsh(torch.eye(2, dtype=torch.float64, device=place)).cpu()
         name, memory = str(kind.get_device_name(place)), int(kind.get_device_properties(place).total_memory)
+    # each kind of device, and of missing device, has an error of its own
     except (RuntimeError, AssertionError, TypeError, AttributeError, NotImplementedError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise HfMergeError(

@@ -20,11 +20,11 @@ from hfmerge.weights import stored
 def work_of(plan: Plan, device: str = CPU) -> dict[str, str]:
     """Part of the work, as a user would name it -> a digest of it.
 
-    Args:
-        device: what computes, by its name in the ledger.
-
     The files of a folder are known by size and by the times of their last changes: hashing them before every run would
     cost more than most interrupted runs.
+
+    Args:
+        device: what computes, by its name in the ledger.
     """
     method, recipe, prior = plan.method, plan.recipe, plan.prior
     entries = zip(plan.deltas, recipe.models, strict=True)

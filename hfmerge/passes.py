@@ -110,7 +110,8 @@ class Passes:
         copying = _Pass("copied", "Copying", tuple(Chunk(param) for param in untouched))
         if plan.streaming is not None:
             merging, writing, copying = _in_one_walk(plan, merging, writing, copying)
-        self._announce(merging, writing, copying)
+        # before any process adds to the journal
+        self.ranks.on_main(lambda: self._announce(merging, writing, copying))
         known = self._known()
         found = self._over(merging, _or_copy(lambda visit: visit.merge(known, write=not two)))
         norms = [n for n in found if n is not None]
@@ -148,7 +149,7 @@ class Passes:
 
     def _announce(self, *passes: _Pass) -> None:
         """Say how many tensors earlier attempts finished, as far as the journal knows."""
-        if not self.past or self.notify is None or not self.ranks.main:
+        if not self.past or self.notify is None:
             return
         parts = []
         for each in passes:

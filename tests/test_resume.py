@@ -286,9 +286,7 @@ def test_one_of_several_processes_is_killed(
         for rank in victims:
             crew[rank].kill()
         told = [process.communicate(timeout=120)[1] for process in crew]
-        # a process that is killed at once may not have come to say it
-        assert "hfmerge: resuming: " in told[0] or 0 in victims, told
-        assert "resuming" not in told[1], told
+        assert "hfmerge: resuming: " in told[0] and "resuming" not in told[1], told
         assert all(crew[rank].returncode == -signal.SIGKILL for rank in victims)
         for rank in {0, 1} - {*victims}:
             assert crew[rank].returncode == 1 and "Traceback" not in told[rank], told[rank]
