@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from hfmerge.checkpoint.reader import Rows
 from hfmerge.methods import AdditiveFold, FoldMethod, JointMethod
@@ -15,6 +16,11 @@ CHUNK = 1 << 20
 """Elements of a chunk that is some rows of a larger parameter: enough that handing it out costs nothing beside it."""
 TILE = 1 << 18
 """Elements of a tile: all that is computed of it stays near a core, and calls cost little beside the work on it."""
+
+TOGETHER = 16
+"""Matrices that an accelerator takes apart in one call, at most."""
+STACKED = 1 << 24
+"""Elements of them together: larger ones fill it one by one."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +100,37 @@ def _cut(plan: Plan, param: Param) -> list[Chunk]:
     # a survey needs all rows
     step = shape[0] if surveyed else max(1, CHUNK // (size // shape[0]))
     return [Chunk(param, (at, min(at + step, shape[0])), tile) for at in range(0, shape[0], step)]
+
+
+def alike(found: Iterable[Chunk], room: int | None, place: Callable[[Chunk], object]) -> list[tuple[Chunk, ...]]:
+    """Chunks in groups whose matrices an accelerator takes apart together, as one of them would not fill it.
+
+    They have equal shapes, and models change them in equal forms. What is no matrix is a group of its own.
+
+    Args:
+        room: bytes that a group may take there.
+        place: what the chunks of a group have in common besides.
+    """
+    groups: list[list[Chunk]] = []
+    begun: dict[Any, list[Chunk]] = {}
+    for chunk in found:
+        blocks = chunk.param.blocks
+        shapes = tuple((block.shape(chunk.shape), block.matrix) for block in blocks)
+        key = (chunk.shape, shapes, chunk.param.ranks, place(chunk))
+        size = math.prod(chunk.shape)
+        many = min(TOGETHER, STACKED // size if size else 0)
+        if room is not None:
+            many = min(many, room // visit_bytes(chunk.param, chunk.shape, True))
+        if many < 2 or not any(block.matrix for block in blocks):
+            groups.append([chunk])
+            continue
+        if key not in begun:
+            begun[key] = []
+            groups.append(begun[key])
+        begun[key].append(chunk)
+        if len(begun[key]) == many:
+            del begun[key]
+    return [tuple(group) for group in groups]
 
 
 def cost(plan: Plan, chunk: Chunk) -> float:

@@ -9,11 +9,14 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, TypeVar
 
 from hfmerge.errors import HfMergeError
+from hfmerge.lockstep import Company, leave
 
 
 T = TypeVar("T")
@@ -42,7 +45,7 @@ class Device:
     room: int | None = None
     notify: Callable[[str], object] | None = None
     moved: Callable[[], object] | None = None
-    _turns: threading.BoundedSemaphore = field(
+    _turns: contextlib.AbstractContextManager[Any] = field(
         default_factory=lambda: threading.BoundedSemaphore(TURNS), repr=False, compare=False
     )
 
@@ -69,10 +72,26 @@ class Device:
                 return work(self.place)
             # only now is nothing held any more of what that try had made
             torch.get_device_module(self.place).empty_cache()
+        leave()
         self._say(f"{what} found no room in the memory of")
         if self.moved is not None:
             self.moved()
         return work(CPU)
+
+    def together(self, works: Sequence[Callable[[Device], T]]) -> list[T]:
+        """Results of works on matrices of equal shape, which this device takes apart in common calls.
+
+        Args:
+            works: each is called on a thread of its own, with this device as it is to use it; their matrices fit the
+                room of one.
+        """
+        import torch
+
+        company = Company(len(works))
+        # they have their turn together
+        inside = replace(self, _turns=contextlib.nullcontext())
+        with self._turns, ThreadPoolExecutor(len(works), "hfmerge", torch.set_num_threads, (1,)) as pool:
+            return list(pool.map(company.run, range(len(works)), [partial(work, inside) for work in works]))
 
     def recorded(self, *, moved: bool) -> str:
         """What the ledger says: the device's name, and whether something was moved off it by chance."""

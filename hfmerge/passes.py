@@ -10,13 +10,14 @@ import contextlib
 import math
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
+from functools import partial
 from itertools import chain
 from typing import Any
 
-from hfmerge.chunks import Chunk, chunks, cost, held
-from hfmerge.device import Device
+from hfmerge.chunks import Chunk, alike, chunks, cost, held, visit_bytes
+from hfmerge.device import CPU, Device
 from hfmerge.disks import disk_of_files
 from hfmerge.estimating import stream_memory
 from hfmerge.journal import Finished, Key, Region
@@ -36,6 +37,10 @@ MOVED: Key = ("moved", "", None)
 """The journal's key of this: a matrix found no room on the device and was computed on the CPU."""
 CHECKING = 0.1
 """Time of comparing a finished chunk with its checksum, as a share of merging it element by element."""
+
+Group = tuple[Chunk, ...]
+Visited = tuple[Norms | None, bool]
+"""What a visit found out, and whether an earlier attempt did."""
 
 
 @dataclass(frozen=True)
@@ -190,59 +195,85 @@ class Passes:
         return first.settle()
 
     def _over(self, each: _Pass, work: Callable[[Visit], Norms | None]) -> list[Norms | None]:
-        """Run `work` over a pass's chunks, this rank's share on its pool; all results in the chunks' order."""
+        """Run `work` over a pass's chunks, this rank's share on its pool; all results, in the same order on all."""
         crews = [self.ranks.on_disk(disk) for disk in range(self.ranks.disk_count)]
         at = disk_of_files(self.plan, self.ranks)
-        allowed = [crews[at[chunk.param.file]] for chunk in each.chunks]
+        groups = self._groups(each, at)
+        noted = [self._noted(each, group) is not None for group in groups]
         costs = [
-            CHECKING * chunk.nbytes if each.key(chunk) in self.past else cost(self.plan, chunk)
-            for chunk in each.chunks
+            sum(CHECKING * chunk.nbytes if known else cost(self.plan, chunk) for chunk in group)
+            for group, known in zip(groups, noted, strict=True)
         ]
-        owners = shares(costs, self.ranks.world, allowed)
-        mine = [chunk for chunk, owner in zip(each.chunks, owners, strict=True) if owner == self.ranks.rank]
-        self.files.expect([chunk.param.key for chunk in mine if each.key(chunk) not in self.past])
+        owners = shares(costs, self.ranks.world, [crews[at[group[0].param.file]] for group in groups])
+        mine = [i for i, owner in enumerate(owners) if owner == self.ranks.rank]
+        self.files.expect([chunk.param.key for i in mine if not noted[i] for chunk in groups[i]])
         parts = self.ranks.together(
-            lambda: self._on_pool(mine, lambda chunk: self._visit(each, work, chunk), each.title)
+            lambda: self._on_pool([groups[i] for i in mine], lambda group: self._visits(each, work, group), each.title)
         )
-        self.reused += sum(reused for part in parts for _, reused in part)
+        self.reused += sum(reused for part in parts for found in part for _, reused in found)
         cursors = [iter(part) for part in parts]
-        return [next(cursors[owner])[0] for owner in owners]
+        return [norms for owner in owners for norms, _ in next(cursors[owner])]
 
-    def _visit(self, each: _Pass, work: Callable[[Visit], Norms | None], chunk: Chunk) -> tuple[Norms | None, bool]:
-        """Do the work on one chunk, unless an earlier attempt did: then True, with what it found out."""
-        key, journal = each.key(chunk), self.files.journal
-        done = self.past.get(key)
-        if done is not None and self.files.intact(chunk, done):
-            return None if done.found is None else Norms.of(done.found), True
-        visit = Visit(self.files, chunk, self.device)
+    def _groups(self, each: _Pass, at: Mapping[str, int]) -> list[Group]:
+        """What is visited together: chunks one by one, but on an accelerator matrices of equal shape."""
+        # streamed files pass by in their own order
+        if self.device.place == CPU or each.name is None or self.plan.streaming is not None:
+            return [(chunk,) for chunk in each.chunks]
+        return alike(each.chunks, self.device.room, lambda chunk: at[chunk.param.file])
+
+    def _noted(self, each: _Pass, group: Group) -> list[tuple[Chunk, Finished]] | None:
+        """What earlier attempts noted of a group that they finished."""
+        found = [(chunk, self.past[key]) for chunk in group if (key := each.key(chunk)) in self.past]
+        return found if len(found) == len(group) else None
+
+    def _visits(self, each: _Pass, work: Callable[[Visit], Norms | None], group: Group) -> list[Visited]:
+        """Do the work on a group, unless an earlier attempt did all of it: bytes may tell what goes into one call."""
+        done = self._noted(each, group)
+        if done is not None and self.files.intact(done):
+            return [(None if noted.found is None else Norms.of(noted.found), True) for _, noted in done]
+        visits = [partial(self._visit, each, work, chunk) for chunk in group]
+        return self.device.together(visits) if len(visits) > 1 else [visits[0](self.device)]
+
+    def _visit(self, each: _Pass, work: Callable[[Visit], Norms | None], chunk: Chunk, device: Device) -> Visited:
+        journal, visit = self.files.journal, Visit(self.files, chunk, device)
         norms = work(visit)
         if journal is not None and each.name is not None:
             wrote = tuple(Region(file, tensor, value) for (file, tensor), value in visit.wrote.items())
-            journal.note(key, Finished(None if norms is None else astuple(norms), wrote))
+            journal.note(each.key(chunk), Finished(None if norms is None else astuple(norms), wrote))
         return norms, False
 
-    def _on_pool(self, visited: Sequence[Chunk], work: Callable[[Chunk], Any], title: str) -> list[Any]:
+    def _on_pool(
+        self, visited: Sequence[Group], work: Callable[[Group], list[Visited]], title: str
+    ) -> list[list[Visited]]:
         from huggingface_hub.utils import tqdm
 
         if not visited:
             return []
-        needs = [held(self.plan, chunk) for chunk in visited]
-        total = sum(chunk.nbytes for chunk in visited)
+        needs = [self._held(group) for group in visited]
+        total = sum(chunk.nbytes for group in visited for chunk in group)
         bar = tqdm(
             total=total, desc=title, unit="B", unit_scale=True, name="hfmerge", disable=not self.ranks.main or None
         )
         visits = overlapped(work, visited, needs, threads=core_count() + AHEAD, memory=self._budget(max(needs)))
-        left = Counter(chunk.param.key for chunk in visited)
+        left = Counter(chunk.param.key for group in visited for chunk in group)
         done, results = 0, []
         with contextlib.closing(bar), contextlib.closing(visits):
-            for chunk, result in zip(visited, visits, strict=True):
+            for group, result in zip(visited, visits, strict=True):
                 results.append(result)
-                left[chunk.param.key] -= 1
-                done += not left[chunk.param.key]
+                for chunk in group:
+                    left[chunk.param.key] -= 1
+                    done += not left[chunk.param.key]
                 bar.set_postfix_str(f"{done}/{len(left)} parameters", refresh=False)
-                bar.update(chunk.nbytes)
+                bar.update(sum(chunk.nbytes for chunk in group))
                 self.ranks.check()
         return results
+
+    def _held(self, group: Group) -> int:
+        """About the bytes that a group's visits hold in the CPU's memory at their peak."""
+        if len(group) == 1:
+            return held(self.plan, group[0])
+        # what is float64 lies on the accelerator
+        return sum(visit_bytes(chunk.param, chunk.shape, False) for chunk in group)
 
     def _budget(self, largest: int) -> int | None:
         """Bytes that visits may hold together, of what the process may use and does not use yet."""

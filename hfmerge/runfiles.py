@@ -133,21 +133,22 @@ class RunFiles:
         """Where a parameter's value goes: its own tensor, then those tied to it."""
         return [param, *self._tied.get(param.key, ())]
 
-    def intact(self, chunk: Chunk, done: Finished) -> bool:
-        """Whether a chunk's bytes are on the disk as the journal says; they then count as written."""
+    def intact(self, done: Sequence[tuple[Chunk, Finished]]) -> bool:
+        """Whether all chunks' bytes are on the disk as the journal says; they then count as written."""
         writers = {w.path.name: w for w in (*self.outputs.values(), *self.states.values(), self.scratch) if w}
         sizes = []
-        for region in done.wrote:
-            writer = writers.get(region.file)
-            if writer is None or region.tensor not in writer.slots:
-                return False
-            found, size = 0, 0
-            for tile in chunk.tiles():
-                data = bytes_of(writer.read(region.tensor, tile.rows))
-                found, size = checksum(data, found), size + len(data)
-            if found != region.checksum:
-                return False
-            sizes.append((writer, region.tensor, size))
+        for chunk, finished in done:
+            for region in finished.wrote:
+                writer = writers.get(region.file)
+                if writer is None or region.tensor not in writer.slots:
+                    return False
+                found, size = 0, 0
+                for tile in chunk.tiles():
+                    data = bytes_of(writer.read(region.tensor, tile.rows))
+                    found, size = checksum(data, found), size + len(data)
+                if found != region.checksum:
+                    return False
+                sizes.append((writer, region.tensor, size))
         for writer, tensor, size in sizes:
             writer.claim(tensor, size)
         return True

@@ -100,7 +100,8 @@ def test_it_computes_there_what_the_cpu_would(root: Path, tmp_path: Path, title:
         assert tiny.files(tmp_path / "there") == tiny.files(tmp_path / "here")
     # matrices are taken apart there, and nowhere else
     kernels = {"gram": "aten::linalg_cholesky_ex", "randomized": "aten::linalg_qr"}
-    assert saw["done"][kernels.get(title, "aten::_linalg_eigh")] > 10
+    kernel = kernels.get(title, "aten::_linalg_eigh")
+    assert saw["done"][kernel] > 4 and saw["together"][kernel] > 20, "those of equal shape in one call"
     assert saw["left"] == 0 < saw["most"], "all memory is given back"
     assert saw["places"] == ["pretend:0"]
     assert saw["precisions"] == ["highest"] and saw["after"] == "high", "no TF32, and only for the time of a run"
@@ -168,6 +169,31 @@ def test_another_device_is_other_work(root: Path, tmp_path: Path) -> None:
     assert run.code == -9
     run = tiny.cli(*merge(root, tmp_path / "out", *FLAGS["code"], "--resume"))
     assert run.code == 1 and "environment" in run.err
+
+
+def test_what_goes_into_one_call_does_not_depend_on_processes_or_on_a_kill(root: Path, tmp_path: Path) -> None:
+    """On a device whose results show it."""
+    run, saw = beside(tmp_path, [merge(root, tmp_path / "plain", *FLAGS["code"], *ON)], company=1)
+    assert run.code == 0 and saw["together"]["aten::_linalg_eigh"] > 10
+    tiny.done(*merge(root, tmp_path / "here", *FLAGS["code"]))
+    assert tiny.files(tmp_path / "plain") != tiny.files(tmp_path / "here"), "the device does not show it"
+    killed = merge(root, tmp_path / "killed", *FLAGS["code"], *ON)
+    run, _ = beside(tmp_path, [killed], company=1, die=600)
+    assert run.code == -9, run.err
+    [journal] = tmp_path.glob(".killed.hfmerge-journal/*.jsonl")
+    lines = journal.read_bytes().splitlines(keepends=True)
+    kept = [line for line in lines if b'"model.layers.0.mlp.down_proj.weight"' not in line]
+    assert len(kept) < len(lines)
+    # of two matrices in one call one was not finished
+    journal.write_bytes(b"".join(kept))
+    run, _ = beside(tmp_path, [killed], company=1)
+    assert run.code == 0 and "resuming" in run.err
+    calls = [merge(root, tmp_path / "two", *FLAGS["code"], *ON)]
+    process = launching.torchrun(2, str(PROGRAM), str(tmp_path / "of-two"), "company=1", "--", json.dumps(calls))
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, out
+    for name in ("killed", "two"):
+        assert tiny.files(tmp_path / name) == tiny.files(tmp_path / "plain"), name
 
 
 def test_each_process_of_a_machine_takes_its_own(root: Path, tmp_path: Path) -> None:

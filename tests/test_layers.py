@@ -14,7 +14,18 @@ PACKAGE = Path(hfmerge.__file__).parent
 LAYERS = [
     ["version", "errors", "digest"],
     [
-        *("taskvector", "environment", "device", "options", "pool", "watch", "runtime", "fields", "yamlio"),
+        *(
+            "taskvector",
+            "environment",
+            "lockstep",
+            "device",
+            "options",
+            "pool",
+            "watch",
+            "runtime",
+            "fields",
+            "yamlio",
+        ),
         *("source", "headers", "asking", "commits", "fetching", "ordered", "ranged", "blockstore", "remote"),
         *("spans", "streaming", "describing", "notes", "stamps", "digesting", "dsse", "signers"),
     ],

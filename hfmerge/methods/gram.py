@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from hfmerge.lockstep import apart
 from hfmerge.methods.additive import AdditiveFold
 from hfmerge.methods.base import Citation
 from hfmerge.methods.spectral import polar
@@ -142,7 +143,7 @@ class Gram(AdditiveFold):
             return sums["S"] / len(weights)
         gram = sums["G"].clone()
         gram.diagonal().add_(len(weights) * self._prior(len(gram)))
-        return self._turned(torch.cholesky_solve(self._turned(sums["A"]).T, torch.linalg.cholesky(gram)).T)
+        return self._turned(torch.cholesky_solve(self._turned(sums["A"]).T, apart(torch.linalg.cholesky, gram)).T)
 
     def _turned(self, value: Tensor) -> Tensor:
         return value.T.contiguous() if self.side == "left" else value

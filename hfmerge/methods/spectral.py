@@ -27,6 +27,7 @@ import math
 from typing import TYPE_CHECKING, Literal
 
 from hfmerge.errors import HfMergeError
+from hfmerge.lockstep import apart, lapack_error
 
 
 if TYPE_CHECKING:
@@ -85,8 +86,8 @@ def cleared_by_gram(
     import torch
 
     try:
-        squares, vectors = torch.linalg.eigh(total.T @ total)
-    except _lapack_error():
+        squares, vectors = apart(torch.linalg.eigh, total.T @ total)
+    except lapack_error():
         return None
     squares = squares.flip(0).clamp_min(0.0)
     singular = squares.sqrt()
@@ -163,7 +164,7 @@ def cleared_by_sketch(
         return None
     rounded = total.float()
     gram = rounded.T @ rounded
-    squares = torch.linalg.eigvalsh(gram).flip(0).clamp_min(0.0).double()
+    squares = apart(torch.linalg.eigvalsh, gram).flip(0).clamp_min(0.0).double()
     r, rank = split(squares.sqrt(), shape, alpha)
     if rank == 0 or r == 0:
         return None
@@ -173,9 +174,9 @@ def cleared_by_sketch(
         return None
     seed = torch.Generator().manual_seed(n * 1_000_003 + width)
     start = torch.randn(n, width, generator=seed).to(total.device)
-    block = torch.linalg.qr(_filtered(gram, start, float(squares[width - 1]), float(squares[0])).double())[0]
+    block = apart(torch.linalg.qr, _filtered(gram, start, float(squares[width - 1]), float(squares[0])).double())[0]
     images = total @ block
-    found, turn = torch.linalg.eigh(images.T @ images)
+    found, turn = apart(torch.linalg.eigh, images.T @ images)
     lead = turn.flip(1)[:, :r]
     # the turn has made the images orthogonal
     return _without_block(tau, (images @ lead) / found.flip(0)[:r].sqrt(), block @ lead, variant)
@@ -197,7 +198,7 @@ def _filtered(gram: Tensor, block: Tensor, edge: float, top: float) -> Tensor:
         before, block = block, torch.addmm(block, gram, block, beta=-1.0, alpha=scale)
         for _ in range(steps - 1):
             before, block = block, torch.addmm(block, gram, block, beta=-2.0, alpha=2.0 * scale).sub_(before)
-        block = torch.linalg.qr(block)[0]
+        block = apart(torch.linalg.qr, block)[0]
     return block
 
 
@@ -228,9 +229,9 @@ def polar(matrix: Tensor) -> tuple[Tensor, Tensor]:
         turned, singular = polar(matrix.T)
         return turned.T, singular
     try:
-        squares, vectors = torch.linalg.eigh(matrix.T @ matrix)
+        squares, vectors = apart(torch.linalg.eigh, matrix.T @ matrix)
         singular, v = squares.flip(0).clamp_min(0.0).sqrt(), vectors.flip(1)
-    except _lapack_error():
+    except lapack_error():
         _, singular, vt = _svd(matrix)
         v = vt.T
     rank = split(singular, (matrix.shape[0], matrix.shape[1]), 1.0)[1]
@@ -242,7 +243,7 @@ def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Thin `U, s, V^T`; a second try has the matrix's triangular factor, so another sequence of roundings."""
     import torch
 
-    not_converging = _lapack_error()
+    not_converging = lapack_error()
     try:
         u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
     except not_converging:
@@ -256,11 +257,3 @@ def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             ) from error
         u = q @ u
     return u, s, vt
-
-
-def _lapack_error() -> type[Exception]:
-    import torch
-
-    # documented, though the module does not re-export it, and type checkers disagree on whether it is there
-    error: type[Exception] = getattr(torch.linalg, "LinAlgError")  # noqa: B009
-    return error
