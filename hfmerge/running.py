@@ -18,6 +18,7 @@ from hfmerge.changes import Change
 from hfmerge.device import device_for
 from hfmerge.digesting import Digester
 from hfmerge.disks import for_machines, stand_ins
+from hfmerge.environment import differences, environment
 from hfmerge.errors import HfMergeError, OutputError, PushError
 from hfmerge.execute import Outcome, run
 from hfmerge.fetching import pin
@@ -164,6 +165,7 @@ def apply_change(
         options.notify(
             f"{change.action}: {change.how}; reads {need.read / 1e9:.2f} GB, {need.download / 1e9:.2f} to load"
         )
+    _tell_mixture(opened, change.plan, device, ranks, options)
     replace = (
         opened.pinned.folder is not None and target is not None and Path(target).resolve() == opened.pinned.folder
     )
@@ -183,6 +185,21 @@ def apply_change(
     if target is not None and destination is not None:
         pushed = ranks.on_main(partial(push_written, Path(target), destination))
     return result_of(target, entry, change.plan, pushed, start, seconds, notes, world=ranks.world, outcome=outcome)
+
+
+def _tell_mixture(opened: Merged, planned: Plan, device: str, ranks: Ranks, options: RunOptions) -> None:
+    """Say that a change goes on from a state of other arithmetic than it will be computed with."""
+    # other methods' sums have the same bits everywhere
+    if planned.prior is None or not planned.method.matrixwise:
+        return
+    state = planned.prior.path.name
+    made = next((e for e in opened.entries if any(Path(kept.file).name == state for kept in e.states)), opened.last)
+    apart = differences(made.environment, environment(device))
+    if apart and options.notify is not None and ranks.main:
+        options.notify(
+            f"the kept state was made with {'; '.join(apart)}: the last bits will be of both. Compute where it was "
+            "made, or merge all models again, for bytes that one of them gives alone."
+        )
 
 
 def weights_found(

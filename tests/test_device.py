@@ -171,6 +171,17 @@ def test_another_device_is_other_work(root: Path, tmp_path: Path) -> None:
     assert run.code == 1 and "environment" in run.err
 
 
+def test_going_on_where_other_arithmetic_began_is_said(root: Path, tmp_path: Path) -> None:
+    said = "the kept state was made with device cpu, here Pretended 1"
+    for method, told in (("opcm", True), ("linear", False)):
+        out = tmp_path / method
+        here = tiny.done(*merge(root, out, "--method", method), "--state", "all")
+        run, _ = beside(tmp_path, [["add", str(out), str(root / "m3"), "--quiet", *ON]])
+        assert run.code == 0 and (said in run.err) is told, run.err
+        again = tiny.done("unmerge", out, "--remove", root / "m3", "--quiet")
+        assert "the kept state was made" not in here.err + again.err
+
+
 def test_what_goes_into_one_call_does_not_depend_on_processes_or_on_a_kill(root: Path, tmp_path: Path) -> None:
     """On a device whose results show it."""
     run, saw = beside(tmp_path, [merge(root, tmp_path / "plain", *FLAGS["code"], *ON)], company=1)
