@@ -37,7 +37,7 @@ cards: install
 	$(BIN)/python model_cards/render.py
 
 bench: install
-	$(BIN)/python -m benchmarks --date $$(date +%F)
+	$(BIN)/python -m benchmarks --date $$(date +%F) $(if $(RUNS),--runs $(RUNS))
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -6,7 +6,7 @@ import argparse
 from datetime import date
 from pathlib import Path
 
-from benchmarks import common, evaluation, linear, lora, opcm, reversal, scaling, spectral, startup
+from benchmarks import common, elements, evaluation, linear, lora, opcm, reversal, scaling, spectral, startup
 
 
 def main() -> None:
@@ -24,6 +24,7 @@ def main() -> None:
     parts = (
         lambda: startup.run(startup.parser().parse_args(shared)),
         lambda: linear.run(linear.parser().parse_args([*shared, "--methods", *linear.TASKS])),
+        lambda: elements.run(elements.parser().parse_args(shared)),
         lambda: opcm.run(opcm.parser().parse_args(shared)),
         lambda: spectral.run(spectral.parser().parse_args(shared)),
         lambda: lora.run(lora.parser().parse_args(shared)),

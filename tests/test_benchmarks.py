@@ -19,6 +19,7 @@ ROOT = Path(__file__).parent.parent
 SCRIPTS = {
     "startup": ((), "`--help`, whole command"),
     "linear": (("--methods", "ties"), "ties, peak memory"),
+    "elements": ((), "`ties`: trim, elect, average"),
     "opcm": (("--kinds", "bert", "--models", "2"), "of it eigenvectors in float64"),
     "spectral": ((), "randomized projection of 320 x 300: deviation, `code`"),
     "lora": (("--adapters", "2"), "difference to the dense path"),
