@@ -58,8 +58,7 @@ def import_bench(bench: Path, work: Path) -> None:
         folder = work / "full" / task
         unpack = [sys.executable, str(bench / "unpack.py"), str(bench / "full" / task), str(folder)]
         subprocess.run([*unpack, "--base", str(base_folder())], check=True, stdout=subprocess.DEVNULL)
-        upload(folder, model_id(task))
-        upload(_data(bench, task, work / "data" / task), f"bench/{task}", repo_type="dataset")
+        upload_task(bench, task, folder, work / "data" / task)
     for task in tasks_of(bench, "adapters"):
         upload(_adapter(bench, task, work / "adapters" / task), model_id(task) + LORA)
 
@@ -72,6 +71,12 @@ def base_folder() -> Path:
     return Path(spec.origin).parent / "model"
 
 
+def upload_task(bench: Path, task: str, model: Path, data: Path) -> None:
+    """Put a fine-tune on the Hub and the rows of its task, which get their card in the folder `data`."""
+    upload(model, model_id(task))
+    upload(_data(bench, task, data), f"bench/{task}", repo_type="dataset")
+
+
 def upload(folder: Path, repo_id: str, repo_type: str = "model") -> None:
     """Put a folder on the Hub that the environment names."""
     from hfmerge.hubserver.importer import import_folder
@@ -80,7 +85,8 @@ def upload(folder: Path, repo_id: str, repo_type: str = "model") -> None:
     print(f"   {repo_id}@{commit[:8]}", flush=True)
 
 
-def _labels(bench: Path, task: str) -> dict[str, str]:
+def labels_of(bench: Path, task: str) -> dict[str, str]:
+    """Number -> name of a task's labels."""
     names: dict[str, str] = json.loads((bench / "full" / task / "config.json").read_text(encoding="utf-8"))["id2label"]
     return names
 
@@ -89,10 +95,10 @@ def _data(bench: Path, task: str, folder: Path) -> Path:
     """Training and test set with a card that names the labels, so that `datasets` knows them."""
     import yaml
 
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for split in SPLITS:
         shutil.copy2(bench / "data" / task / f"{split}.parquet", folder / f"{split}.parquet")
-    label = {"name": "label", "dtype": {"class_label": {"names": _labels(bench, task)}}}
+    label = {"name": "label", "dtype": {"class_label": {"names": labels_of(bench, task)}}}
     texts = [{"name": name, "dtype": "string"} for name in ("text", "label_name")]
     card = {
         "configs": [
@@ -111,7 +117,7 @@ def _data(bench: Path, task: str, folder: Path) -> Path:
 def _adapter(bench: Path, task: str, folder: Path) -> Path:
     """The adapter with a config.json beside it that names its labels."""
     shutil.copytree(bench / "adapters" / task, folder)
-    names = _labels(bench, task)
+    names = labels_of(bench, task)
     config = {
         "architectures": ["BertForSequenceClassification"],
         "model_type": "bert",

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evaluation.import_bench import base_folder, tasks_of
+from evaluation.import_bench import base_folder, labels_of, tasks_of
 from hfmerge.evaluation import continual_metrics as metrics
 from hfmerge.evaluation.continual_asked import orders
 from hfmerge.evaluation.results import table
@@ -84,12 +84,12 @@ def main() -> int:
         print(f"skipped: {args.bench} is not there")
         return 0
     tasks = tasks_of(args.bench, "full")
-    train = [_rows(args.bench, task, "train", i, args.rows) for i, task in enumerate(tasks)]
-    test = [_rows(args.bench, task, "test", i, args.limit) for i, task in enumerate(tasks)]
-    classes = [_classes(args.bench, task) for task in tasks]
-    collate = _collator()
+    train = [rows_of(args.bench, task, "train", i, args.rows) for i, task in enumerate(tasks)]
+    test = [rows_of(args.bench, task, "test", i, args.limit) for i, task in enumerate(tasks)]
+    classes = [len(labels_of(args.bench, task)) for task in tasks]
+    collate = collator()
     start = time.monotonic()
-    together = _trained(ManyHeads(classes), [row for rows in train for row in rows], collate, args)
+    together = trained(ManyHeads(classes), [row for rows in train for row in rows], collate, args.epochs, args.seed)
     multi = {i: together.accuracy(test[i], i, collate) for i in range(len(tasks))}
     print(f"multi-task: mean {sum(multi.values()) / len(multi):.3f}, {time.monotonic() - start:.0f} s", flush=True)
     found = []
@@ -97,7 +97,7 @@ def main() -> int:
         torch.manual_seed(args.seed)
         model, scores = ManyHeads(classes), []
         for t, i in enumerate(order):
-            model = _trained(model, train[i], collate, args)
+            model = trained(model, train[i], collate, args.epochs, args.seed)
             known = range(t + 1) if t + 1 == len(order) else (t,)
             scores.append({p: model.accuracy(test[order[p]], order[p], collate) for p in known})
             print(f"sequential: {tasks[i]} {scores[t][t]:.3f}, {time.monotonic() - start:.0f} s", flush=True)
@@ -125,7 +125,7 @@ def main() -> int:
     return 0
 
 
-def _rows(bench: Path, task: str, split: str, number: int, limit: int | None) -> list[dict[str, Any]]:
+def rows_of(bench: Path, task: str, split: str, number: int, limit: int | None) -> list[dict[str, Any]]:
     """Tokenised rows of one task, a seeded sample."""
     from datasets import Dataset
     from transformers import AutoTokenizer
@@ -140,17 +140,14 @@ def _rows(bench: Path, task: str, split: str, number: int, limit: int | None) ->
     return [{"input_ids": row, "task": number, "labels": label} for row, label in zip(ids, labels, strict=True)]
 
 
-def _classes(bench: Path, task: str) -> int:
-    return len(json.loads((bench / "full" / task / "config.json").read_text(encoding="utf-8"))["id2label"])
-
-
-def _collator() -> Any:
+def collator() -> Any:
+    """Pads rows to a batch."""
     from transformers import AutoTokenizer, DataCollatorWithPadding
 
     return DataCollatorWithPadding(AutoTokenizer.from_pretrained(base_folder()))
 
 
-def _trained(model: ManyHeads, rows: Sequence[Mapping[str, Any]], collate: Any, args: argparse.Namespace) -> ManyHeads:
+def trained(model: ManyHeads, rows: Sequence[Mapping[str, Any]], collate: Any, epochs: int, seed: int) -> ManyHeads:
     """Train on rows of one or of all tasks."""
     from transformers import Trainer, TrainingArguments
 
@@ -160,8 +157,8 @@ def _trained(model: ManyHeads, rows: Sequence[Mapping[str, Any]], collate: Any, 
     ]
     with tempfile.TemporaryDirectory() as folder:
         settings = TrainingArguments(
-            output_dir=folder, num_train_epochs=args.epochs, per_device_train_batch_size=32, warmup_steps=0.06,
-            seed=args.seed, logging_strategy="no", save_strategy="no", report_to=[], disable_tqdm=True,
+            output_dir=folder, num_train_epochs=epochs, per_device_train_batch_size=32, warmup_steps=0.06,
+            seed=seed, logging_strategy="no", save_strategy="no", report_to=[], disable_tqdm=True,
             remove_unused_columns=False, train_sampling_strategy="group_by_length",
             use_cpu=not torch.cuda.is_available(), dataloader_pin_memory=False,
         )  # fmt: skip

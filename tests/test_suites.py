@@ -159,7 +159,9 @@ def test_the_tables_in_the_readme_are_those_that_were_measured(name: str) -> Non
             assert cells[columns.index(method)] == f"{score.value:.3f}"
 
 
-@pytest.mark.parametrize(("name", "parts"), [("orders", (1, 5, 7, 9)), ("alpha", (1,)), ("quickstart", (1,))])
+@pytest.mark.parametrize(
+    ("name", "parts"), [("orders", (1, 5, 7, 9)), ("eight", (1, 3, 5)), ("alpha", (1,)), ("quickstart", (1,))]
+)
 def test_the_continual_tables_in_the_readme_are_those_that_were_measured(name: str, parts: Sequence[int]) -> None:
     folder = Path(__file__).resolve().parents[1] / "evaluation"
     readme = (folder / "README.md").read_text(encoding="utf-8")

@@ -2,6 +2,7 @@
 
     python -m evaluation.experiments quickstart        # four adapters and the project's own sentences; for everybody
     python -m evaluation.experiments orders BENCH      # OPCM against task arithmetic, six encoders, ten orders
+    python -m evaluation.experiments eight BENCH       # the same of eight: two of the six split by their labels
     python -m evaluation.experiments alpha BENCH       # OPCM's alpha from 0.1 to 0.9: score, norm, interference
     python -m evaluation.experiments similarity BENCH  # task vectors of the six encoders, nothing merged
     python -m evaluation.experiments mdm_oc BENCH      # weights learned from replay or few rows, against fixed ones
@@ -40,11 +41,13 @@ class Experiment:
         recipes: files beside this one.
         flags: of `hfmerge continual`; empty: the recipe's models are inspected instead.
         bench: needs the models of BENCH.
+        halves: needs those of `split_tasks` too.
     """
 
     recipes: tuple[str, ...]
     flags: tuple[str, ...]
     bench: bool = True
+    halves: bool = False
 
 
 BOTH = ("opcm.yaml", "task_arithmetic.yaml")
@@ -61,6 +64,12 @@ EXPERIMENTS = {
         bench=False,
     ),
     "orders": Experiment(BOTH, ("--suite", "text-encoders", "--orders", "10", "--limit", "100")),
+    "eight": Experiment(
+        tuple(f"eight/{name}" for name in BOTH),
+        ("--suite", "evaluation/experiments/eight/suite.yaml", "--orders", "10", "--limit", "100")
+        + ("--seed", "42", "--removals", "first"),
+        halves=True,
+    ),
     "alpha": Experiment(
         BOTH[:1],
         ("--suite", "text-encoders", "--orders", "1", "--limit", "100", "--removals", "none")
@@ -109,14 +118,24 @@ def main() -> int:
             def run(*command: str) -> None:
                 subprocess.run([sys.executable, *command], env=environment, cwd=ROOT, check=True)
 
-            mark = work / f"imported-{'bench' if chosen.bench else 'quickstart'}"
-            if not mark.exists():
-                importer = ["-m", "evaluation.import_bench", str(args.bench)]
-                run(*(importer if chosen.bench else ["recipes/quickstart/demo.py", "--upload"]))
-                mark.touch()
+            for name, importer in importers(chosen, args.bench, work).items():
+                mark = work / f"imported-{name}"
+                if not mark.exists():
+                    run(*importer)
+                    mark.touch()
             measure(chosen, run, work / args.experiment)
     publish(work / args.experiment, args.output / args.experiment)
     return 0
+
+
+def importers(chosen: Experiment, bench: Path, work: Path) -> dict[str, list[str]]:
+    """Name -> command that puts on the Hub what the experiment needs."""
+    if not chosen.bench:
+        return {"quickstart": ["recipes/quickstart/demo.py", "--upload"]}
+    found = {"bench": ["-m", "evaluation.import_bench", str(bench)]}
+    if chosen.halves:
+        found["halves"] = ["-m", "evaluation.split_tasks", str(bench), "--work", str(work / "halves")]
+    return found
 
 
 def measure(chosen: Experiment, run: Callable[..., None], folder: Path) -> None:
