@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hfmerge.checkpoint.reader import Rows
-from hfmerge.methods import AdditiveFold, FoldMethod, JointMethod
+from hfmerge.methods import AdditiveFold, FoldMethod, JointMethod, MergeMethod
 from hfmerge.planned import Param, Plan
 
 
@@ -102,7 +102,9 @@ def _cut(plan: Plan, param: Param) -> list[Chunk]:
     return [Chunk(param, (at, min(at + step, shape[0])), tile) for at in range(0, shape[0], step)]
 
 
-def alike(found: Iterable[Chunk], room: int | None, place: Callable[[Chunk], object]) -> list[tuple[Chunk, ...]]:
+def alike(
+    method: MergeMethod, found: Iterable[Chunk], room: int | None, place: Callable[[Chunk], object]
+) -> list[tuple[Chunk, ...]]:
     """Chunks in groups whose matrices an accelerator takes apart together, as one of them would not fill it.
 
     They have equal shapes, and models change them in equal forms. What is no matrix is a group of its own.
@@ -120,7 +122,7 @@ def alike(found: Iterable[Chunk], room: int | None, place: Callable[[Chunk], obj
         size = math.prod(chunk.shape)
         many = min(TOGETHER, STACKED // size if size else 0)
         if room is not None:
-            many = min(many, room // visit_bytes(chunk.param, chunk.shape, True))
+            many = min(many, room // visit_bytes(chunk.param, chunk.shape, method))
         if many < 2 or not any(block.matrix for block in blocks):
             groups.append([chunk])
             continue
@@ -147,21 +149,24 @@ def held(plan: Plan, chunk: Chunk) -> int:
     if not param.touched and plan.base.tensors[param.key].dtype == param.slot.dtype:
         return chunk.nbytes
     shape = max((tile.shape for tile in chunk.tiles()), key=math.prod)
-    return visit_bytes(param, shape, plan.method.matrixwise)
+    return visit_bytes(param, shape, plan.method)
 
 
-def visit_bytes(param: Param, shape: tuple[int, ...], spectral: bool) -> int:
+def visit_bytes(param: Param, shape: tuple[int, ...], method: MergeMethod | None) -> int:
     """About the bytes that computing a parameter, or a piece of it of this shape, holds at its peak.
 
     The base and a task vector in float32 with what they are read from; of a spectral method the accumulator, the task
     vector, its projection and their sum in float64, square matrices of the smaller side, and what the libraries hold
-    for them: measured, 60 bytes an element.
+    for them: measured, 60 bytes an element, or what the method says.
+
+    Args:
+        method: None for what stays in the CPU's memory where an accelerator takes matrices apart.
     """
     size = math.prod(shape)
-    if not spectral or not any(block.matrix for block in param.blocks):
+    if method is None or not method.matrixwise or not any(block.matrix for block in param.blocks):
         return 24 * size
     sides = [min(found) for block in param.blocks if len(found := block.shape(shape)) == 2 and block.matrix]
-    return 60 * size + 60 * max(side * side for side in sides)
+    return method.element_bytes * size + 60 * max(side * side for side in sides)
 
 
 def _is_one(param: Param) -> bool:

@@ -80,7 +80,7 @@ class Folding:
             self.data.take_back()
             return work()
 
-        return self.device.run(at, visit_bytes(param, self.chunk.shape, True), param.key)
+        return self.device.run(at, visit_bytes(param, self.chunk.shape, self.method), param.key)
 
     def _there(self, tau: TaskVector) -> TaskVector:
         """A change where this chunk is computed."""

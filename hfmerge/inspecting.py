@@ -192,7 +192,7 @@ def _over(
     from huggingface_hub.utils import tqdm
 
     needs = [
-        visit_bytes(param, param.slot.shape, True) + 4 * min(HELD, len(plan.deltas) * math.prod(param.slot.shape))
+        visit_bytes(param, param.slot.shape, OPCM()) + 4 * min(HELD, len(plan.deltas) * math.prod(param.slot.shape))
         for param in params
     ]
     budget = None

@@ -219,7 +219,7 @@ class Passes:
         # streamed files pass by in their own order
         if self.device.place == CPU or each.name is None or self.plan.streaming is not None:
             return [(chunk,) for chunk in each.chunks]
-        return alike(each.chunks, self.device.room, lambda chunk: at[chunk.param.file])
+        return alike(self.plan.method, each.chunks, self.device.room, lambda chunk: at[chunk.param.file])
 
     def _noted(self, each: _Pass, group: Group) -> list[tuple[Chunk, Finished]] | None:
         """What earlier attempts noted of a group that they finished."""
@@ -273,7 +273,7 @@ class Passes:
         if len(group) == 1:
             return held(self.plan, group[0])
         # what is float64 lies on the accelerator
-        return sum(visit_bytes(chunk.param, chunk.shape, False) for chunk in group)
+        return sum(visit_bytes(chunk.param, chunk.shape, None) for chunk in group)
 
     def _budget(self, largest: int) -> int | None:
         """Bytes that visits may hold together, of what the process may use and does not use yet."""

@@ -15,7 +15,7 @@ from hfmerge.checkpoint.vocabulary import Vocabulary
 from hfmerge.checkpoint.writer import Slot
 from hfmerge.learning.asked import HELD
 from hfmerge.methods import FoldMethod, MergeMethod
-from hfmerge.methods.gram import Gram
+from hfmerge.methods.base import InParts
 from hfmerge.recipe import Recipe
 from hfmerge.source import Source
 from hfmerge.streaming import Streaming
@@ -188,7 +188,7 @@ class Plan:
         parts = size * len(self.deltas)
         # the base under all heads, the merged values, their gradient; with consolidation also values and information
         memory = min(HELD, parts) + size * (5 if asked.ewc else 3)
-        return memory, max(0, parts - HELD) if isinstance(self.method, Gram) else 0
+        return memory, max(0, parts - HELD) if isinstance(self.method, InParts) else 0
 
     def _learning(self) -> list[str]:
         """What learning the weights needs, if they are learned."""

@@ -25,6 +25,7 @@ from hfmerge.learning.space import Space, group_of
 from hfmerge.learning.students import students
 from hfmerge.ledger import Entry
 from hfmerge.methods.gram import Gram
+from hfmerge.methods.subspace import MdmOcSubspace
 from hfmerge.planned import Plan
 from hfmerge.planning import make_plan
 from hfmerge.recipe import parse_recipe
@@ -94,7 +95,7 @@ def test_merged_values_are_those_of_a_merge_with_these_weights(
         torch.testing.assert_close(value, stored[key], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", ["mdm_oc", "gram"])
+@pytest.mark.parametrize("method", ["mdm_oc", "mdm_oc_subspace", "gram"])
 @pytest.mark.parametrize(("budget", "groups"), [(0, "layer"), (1 << 30, "layer"), (1 << 30, "parameter")])
 def test_gradients_in_the_weights_are_those_of_autograd(
     budget: int, groups: Any, method: str, models: dict[str, Path], tmp_path: Path
@@ -116,28 +117,32 @@ def test_gradients_in_the_weights_are_those_of_autograd(
                 # the loss is linear in the weights
                 expected = loss(start + nudge) - loss(start - nudge)
                 assert float(found[model, group]) == pytest.approx(expected, rel=1e-3, abs=2e-3)
-        spilled = method == "gram" and not budget
+        spilled = method != "mdm_oc" and not budget
         assert len(list(tmp_path.rglob("*.safetensors"))) == (len(space.params) if spilled else 0)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("kinds", ["ddd", "lll", "dld", "dlz", "zlz"])
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_parts_of_gram_are_what_the_weights_multiply(kinds: str, side: Any) -> None:
+@pytest.mark.parametrize("kinds", ["ddd", "lll", "dld", "dlz", "zlz", "ldl"])
+@pytest.mark.parametrize(
+    "method",
+    [Gram(side="left", beta=0.2), Gram(side="right", beta=0.2), MdmOcSubspace(), MdmOcSubspace(variant="paper")],
+)
+def test_parts_are_what_the_weights_multiply(kinds: str, method: Any) -> None:
     generator = torch.Generator().manual_seed(1)
 
     def change(kind: str) -> TaskVector:
         up, down = torch.randn(7, 2, generator=generator), torch.randn(2, 5, generator=generator)
         return {"d": Dense(torch.randn(7, 5, generator=generator)), "l": LowRank(up, down), "z": zero((7, 5))}[kind]
 
-    taus, weights, method = [change(kind) for kind in kinds], [0.3, 1.4, 0.8], Gram(side=side, beta=0.2)
+    taus, weights = [change(kind) for kind in kinds], [0.3, 1.4, 0.8]
     carry = None
     for tau, weight in zip(taus, weights, strict=True):
         carry = method.step(carry, tau, weight, matrix=True)
     assert carry is not None
     expected = method.emit(carry, weights, matrix=True).to_dense()
     parts = method.parts(taus, matrix=True)
-    assert [isinstance(part, LowRank) for part in parts] == [isinstance(tau, LowRank) for tau in taus]
+    ranks = [tau.rank if isinstance(tau, LowRank) else None for tau in taus]
+    assert [part.rank if isinstance(part, LowRank) else None for part in parts] == method.part_ranks((7, 5), ranks)
     found = sum(weight * part.to_dense() for weight, part in zip(weights, parts, strict=True))
     torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-6)
 
@@ -181,7 +186,7 @@ def test_one_weight_a_model_within_bounds(models: dict[str, Path], tmp_path: Pat
     assert all(isinstance(weight, float) and 0.55 <= weight <= 0.6 for weight in weights)
 
 
-@pytest.mark.parametrize("method", ["mdm_oc", "gram"])
+@pytest.mark.parametrize("method", ["mdm_oc", "mdm_oc_subspace", "gram"])
 def test_a_model_leaves_with_its_rows_and_the_others_learn_anew(
     method: str, models: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -215,7 +220,7 @@ def test_weights_stay_where_they_shall_not_be_learned_again(models: dict[str, Pa
     assert before.learned is not None and after.learned["replay"] == before.learned["replay"][1:]
 
 
-@pytest.mark.parametrize("method", ["mdm_oc", "task_arithmetic"])
+@pytest.mark.parametrize("method", ["mdm_oc", "mdm_oc_subspace", "task_arithmetic"])
 def test_a_new_model_goes_on_from_the_weights_of_the_others(
     method: str, models: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -345,7 +350,7 @@ def change(**values: Any) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("edit", "text"),
     [
-        (change(method="opcm"), "is for mdm_oc, gram, task_arithmetic"),
+        (change(method="opcm"), "is for mdm_oc, mdm_oc_subspace, gram, task_arithmetic"),
         (change(learn={"steps": 0}), "learn.steps"),
         (change(learn={"loss": "labels"}), "learn.suite: is missing"),
         (change(learn={"suite": "glue"}), "learn.suite: has no effect"),

@@ -6,6 +6,7 @@
     python -m evaluation.experiments alpha BENCH       # OPCM's alpha from 0.1 to 0.9: score, norm, interference
     python -m evaluation.experiments similarity BENCH  # task vectors of the six encoders, nothing merged
     python -m evaluation.experiments mdm_oc BENCH      # weights learned from replay or few rows, against fixed ones
+    python -m evaluation.experiments mdm_oc_subspace BENCH  # OPCM's projections, with weights learned from replay
     python -m evaluation.experiments mdm_oc_adapters BENCH  # the same of four LoRA adapters
     python -m evaluation.experiments mdm_oc_ablation BENCH  # without consolidation, replay, orthogonality
     python -m evaluation.experiments mdm_oc_removal BENCH      # every one of three models taken out again
@@ -78,6 +79,10 @@ EXPERIMENTS = {
     "similarity": Experiment(BOTH[:1], ()),
     "mdm_oc": Experiment(
         tuple(f"mdm_oc/{name}.yaml" for name in LEARNED) + BOTH,
+        ("--suite", "text-encoders", "--orders", "5", "--limit", "100", "--removals", "none"),
+    ),
+    "mdm_oc_subspace": Experiment(
+        ("mdm_oc/mdm_oc_subspace_replay.yaml", *BOTH[:1]),
         ("--suite", "text-encoders", "--orders", "5", "--limit", "100", "--removals", "none"),
     ),
     "mdm_oc_adapters": Experiment(

@@ -2,11 +2,11 @@
 
 `theta_p = theta_0,p + sum_t c_t d_t,p` with `c = M_p a`, where `a` are the weights that hold for parameter p, and M_p
 and the parts d follow from the method: the changes themselves and the identity for task arithmetic, or `L^-T` of
-Gram-Schmidt for MDM-OC; for `gram` what each change adds to its solution, and the identity. So the gradient of a loss
-in the weights is `M_p^T <grad_p, d_t,p>`, summed over the parameters of a group: it needs the gradient in the merged
-model alone, and each part once more. What does not fit the memory that is given is read again for every step: changes
-from their files, parts that had to be computed from a scratch file. Factors stay factors, and no model but the merged
-one is ever held.
+Gram-Schmidt for MDM-OC; of `gram` and `mdm_oc_subspace` what each change adds, and the identity. So the gradient of a
+loss in the weights is `M_p^T <grad_p, d_t,p>`, summed over the parameters of a group: it needs the gradient in the
+merged model alone, and each part once more. What does not fit the memory that is given is read again for every step:
+changes from their files, parts that had to be computed from a scratch file. Factors stay factors, and no model but the
+merged one is ever held.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from hfmerge.checkpoint.reader import Reader
 from hfmerge.checkpoint.writer import disk_errors
 from hfmerge.errors import UnsupportedError
 from hfmerge.learning.asked import Groups
-from hfmerge.methods.gram import Gram
+from hfmerge.methods.base import InParts
 from hfmerge.methods.linear import TaskArithmetic
 from hfmerge.methods.mdm_oc import MdmOc, gram, shares
 from hfmerge.planned import Param, Plan
@@ -68,7 +68,10 @@ class Space:
         self._models = [DeltaReader(delta) for delta in plan.deltas]
         self._held: dict[str, list[TaskVector | None]] = {}
         for param in self.params:
-            need = sum(_bytes(param, rank) for rank in param.ranks)
+            ranks: Sequence[int | None] = param.ranks
+            if isinstance(plan.method, InParts):
+                ranks = plan.method.part_ranks(param.slot.shape, ranks)
+            need = sum(_bytes(param, rank) for rank in ranks)
             if need <= budget:
                 budget -= need
                 self._held[param.key] = []
@@ -152,7 +155,7 @@ class Space:
         held = self._held.get(param.key)
         if held:
             return held
-        if not isinstance(self.plan.method, Gram):
+        if not isinstance(self.plan.method, InParts):
             parts = self._taus(param)
         elif held is None and (place := self._place(param)).exists():
             return _loaded(place, len(self._models))
@@ -167,8 +170,8 @@ class Space:
     def _place(self, param: Param) -> Path:
         return Path(self._scratch.name) / f"{self.params.index(param)}.safetensors"
 
-    def _solved(self, param: Param, method: Gram) -> list[TaskVector | None]:
-        """What each model adds to the solution of `gram`."""
+    def _solved(self, param: Param, method: InParts) -> list[TaskVector | None]:
+        """What each model adds by a method that has to compute it."""
         import torch
 
         taus = self._taus(param)
@@ -201,8 +204,9 @@ class Space:
         import torch
 
         method, count = self.plan.method, len(self._models)
-        if isinstance(method, TaskArithmetic | Gram):
-            same = torch.eye(count, dtype=torch.float64) * (1.0 if isinstance(method, Gram) else method.scale)
+        if isinstance(method, TaskArithmetic | InParts):
+            scale = method.scale if isinstance(method, TaskArithmetic) else 1.0
+            same = torch.eye(count, dtype=torch.float64) * scale
             return {(param.key, block): same for param in self.params for block in param.blocks}
         if not isinstance(method, MdmOc):
             raise UnsupportedError(f"learn: {method.name} is not linear in the models' weights; take mdm_oc or gram.")

@@ -11,12 +11,13 @@ from hfmerge.methods.linear import Linear, TaskArithmetic
 from hfmerge.methods.mdm_oc import MdmOc
 from hfmerge.methods.opcm import OPCM
 from hfmerge.methods.slerp import Slerp
+from hfmerge.methods.subspace import MdmOcSubspace
 from hfmerge.methods.ties import Ties
 
 
 __all__ = ["AdditiveFold", "Carry", "Citation", "FoldMethod", "Form", "JointMethod", "MergeMethod", "registry"]
 
-BUILT_IN: tuple[type[MergeMethod], ...] = (OPCM, Linear, TaskArithmetic, Gram, IsoC, MdmOc, Ties, Slerp)
+BUILT_IN: tuple[type[MergeMethod], ...] = (OPCM, Linear, TaskArithmetic, Gram, IsoC, MdmOc, MdmOcSubspace, Ties, Slerp)
 
 
 def registry() -> dict[str, type[MergeMethod]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 from hfmerge.errors import UnsupportedError
 from hfmerge.taskvector import TaskVector, summed_rank
@@ -45,6 +45,7 @@ class MergeMethod:
         normalises_weights: the weights are divided by their sum, so a zero sum is an error.
         default_norm: the `norm` a recipe gets when it names none.
         matrixwise: the cost of a matrix is m n min(m, n) (spectral), not m n.
+        element_bytes: what a visit of a matrix holds for each element at its peak, if `matrixwise`; measured.
         elementwise: every element is computed by itself, so that large tensors may be visited in slices of rows.
         citations: for the card.
     """
@@ -54,6 +55,7 @@ class MergeMethod:
     normalises_weights: ClassVar[bool] = False
     default_norm: ClassVar[str] = "none"
     matrixwise: ClassVar[bool] = False
+    element_bytes: ClassVar[int] = 60
     elementwise: ClassVar[bool] = False
     version: ClassVar[int] = 1
     citations: ClassVar[tuple[Citation, ...]] = ()
@@ -76,6 +78,22 @@ class MergeMethod:
             subtracted: indices of the models that were subtracted.
         """
         return None
+
+
+@runtime_checkable
+class InParts(Protocol):
+    """A method whose merged change is `sum w_t d_t`, with parts `d_t` that no weight changes."""
+
+    def parts(self, taus: Sequence[TaskVector], *, matrix: bool) -> list[TaskVector]:
+        """All `d_t` of one block; factors stay factors.
+
+        Args:
+            taus: of all models, in their order, without weights; zero where a model changes nothing.
+            matrix: the block is a real matrix.
+        """
+
+    def part_ranks(self, shape: tuple[int, ...], ranks: Sequence[int | None]) -> list[int | None]:
+        """Ranks of the parts of a matrix of this shape, from those of the models' changes; None: dense."""
 
 
 @dataclass(frozen=True)

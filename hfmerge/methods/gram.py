@@ -99,11 +99,7 @@ class Gram(AdditiveFold):
         """`d_t` with which the merged change is `sum w_t d_t` for weights `w_t` that are not zero.
 
         `C_t` does not depend on the weight of its model, so the result is linear in the weights:
-        `d_t = tau_t C_t G^-1`. Factors stay factors.
-
-        Args:
-            taus: of all models, in their order, without weights; zero where a model changes nothing.
-            matrix: the block is a real matrix.
+        `d_t = tau_t C_t G^-1`. See `InParts`.
         """
         import torch
 
@@ -128,6 +124,9 @@ class Gram(AdditiveFold):
             else:
                 found.append(LowRank(result, tau.down) if left else LowRank(tau.up, result))
         return found
+
+    def part_ranks(self, shape: tuple[int, ...], ranks: Sequence[int | None]) -> list[int | None]:
+        return list(ranks)
 
     def sum_shapes(self, shape: tuple[int, ...], *, matrix: bool) -> dict[str, tuple[int, ...]]:
         if not matrix:
