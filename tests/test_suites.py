@@ -160,7 +160,14 @@ def test_the_tables_in_the_readme_are_those_that_were_measured(name: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("name", "parts"), [("orders", (1, 5, 7, 9)), ("eight", (1, 3, 5)), ("alpha", (1,)), ("quickstart", (1,))]
+    ("name", "parts"),
+    [
+        ("orders", (1, 5, 7, 9)),
+        ("eight", (1, 3, 5)),
+        ("alpha", (1,)),
+        ("quickstart", (1,)),
+        ("mdm_oc_subspace", (1, 3)),
+    ],
 )
 def test_the_continual_tables_in_the_readme_are_those_that_were_measured(name: str, parts: Sequence[int]) -> None:
     folder = Path(__file__).resolve().parents[1] / "evaluation"

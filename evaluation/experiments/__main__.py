@@ -83,7 +83,7 @@ EXPERIMENTS = {
     ),
     "mdm_oc_subspace": Experiment(
         ("mdm_oc/mdm_oc_subspace_replay.yaml", *BOTH[:1]),
-        ("--suite", "text-encoders", "--orders", "5", "--limit", "100", "--removals", "none"),
+        ("--suite", "text-encoders", "--orders", "3", "--limit", "100", "--removals", "none"),
     ),
     "mdm_oc_adapters": Experiment(
         tuple(f"mdm_oc_adapters/{name}.yaml" for name in ADAPTERS),
