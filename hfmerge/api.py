@@ -155,9 +155,9 @@ def unmerge(
 
     Args:
         merged, output, push_to, create_pr, sources, stream, options: as for `add`.
-        mode: "subtract" is for methods whose result depends on the order: opcm, of which nothing but the models that
-            leave is read, and mdm_oc. It is approximate and no removal: what later models were projected off stays,
-            and so do the models in the state and in the ledger, which records the gap.
+        mode: "subtract" is for methods whose result depends on the order: opcm and mdm_oc_subspace, of which nothing
+            but the models that leave is read, and mdm_oc. It is approximate and no removal: what later models were
+            projected off stays, and so do the models in the state and in the ledger, which records the gap.
         measure: of a subtraction, also merge again without the models, to measure the gap.
         remove: names as the ledger lists them; also of models within a merge that was merged, which is then merged
             again without them and replaced.

@@ -1,4 +1,4 @@
-"""How the work is cut into chunks, a whole parameter or some rows of one, and what a chunk takes."""
+"""How the work is cut into chunks, a parameter or some rows of one; which go together; what a chunk takes."""
 
 from __future__ import annotations
 

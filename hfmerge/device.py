@@ -1,4 +1,4 @@
-"""Where matrices are taken apart: on the CPU, or on an accelerator that knows float64, tensor by tensor.
+"""Where matrices are taken apart: on the CPU, or on an accelerator that knows float64, one or several of a shape.
 
 Only spectral methods go there. The others are bound by reading, hashing and writing, which an accelerator does not
 speed up, and so they give the bytes of the CPU whatever is asked for.
