@@ -78,7 +78,10 @@ def steps() -> list[Callable[[], Any]]:
 def measure(runs: int, threads: int) -> list[float]:
     """Least seconds of a call of each step, on so many threads at once, an element of a model."""
     from hfmerge.chunks import TILE
+    from hfmerge.cli import reuse_freed_memory
 
+    # as the command line does
+    reuse_freed_memory()
     own = [steps() for _ in range(threads)]
     found = []
     for step in range(len(STEPS)):

@@ -25,11 +25,14 @@ class ChunkData:
 
     Attributes:
         wrote: file and tensor -> checksum of what was written to it, for the journal; empty without one.
+        remember: changes that were read are kept for the next time.
     """
 
     def __init__(self, files: RunFiles, chunk: Chunk, wrote: dict[tuple[str, str], int] | None = None):
         self.files, self.plan, self.chunk = files, files.plan, chunk
         self.wrote = {} if wrote is None else wrote
+        self.remember = False
+        self._changes: dict[int, TaskVector | None] = {}
         self._put: list[tuple[SafetensorsWriter, str, int]] = []
         self._base: Tensor | None = None
 
@@ -46,15 +49,20 @@ class ChunkData:
         return self._base
 
     def task_vector(self, model: int) -> TaskVector | None:
-        """One model's change, read anew at every call; None where it has none."""
+        """One model's change, read anew at every call unless it is remembered; None where it has none."""
+        if model in self._changes:
+            return self._changes[model]
         aligned = None
         param = self.chunk.param
         if self.plan.vocabulary is not None and param.vocab_axis is not None:
             aligned = (self.plan.vocabulary, model, param.vocab_axis)
-        return self.files.models[model].task_vector(param.key, self.base, aligned, self.chunk.rows)
+        change = self.files.models[model].task_vector(param.key, self.base, aligned, self.chunk.rows)
+        if self.remember:
+            self._changes[model] = change
+        return change
 
     def taus(self, block: Block) -> Sequence[TaskVector]:
-        """The task vectors of one block, each read anew when indexed, so that memory does not grow with the models."""
+        """The task vectors of one block, each read when indexed, so that memory need not grow with the models."""
         return _LazyTaus(self, block)
 
     def squared_norms(self, model: int, tau: TaskVector | None) -> tuple[float, ...]:

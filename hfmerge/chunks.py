@@ -16,6 +16,8 @@ CHUNK = 1 << 20
 """Elements of a chunk that is some rows of a larger parameter: enough that handing it out costs nothing beside it."""
 TILE = 1 << 18
 """Elements of a tile: all that is computed of it stays near a core, and calls cost little beside the work on it."""
+REMEMBERED = 1 << 24
+"""Elements of all models' changes that stay in memory from a survey to their merging; more are read again."""
 
 TOGETHER = 16
 """Matrices that an accelerator takes apart in one call, at most."""
@@ -149,7 +151,16 @@ def held(plan: Plan, chunk: Chunk) -> int:
     if not param.touched and plan.base.tensors[param.key].dtype == param.slot.dtype:
         return chunk.nbytes
     shape = max((tile.shape for tile in chunk.tiles()), key=math.prod)
-    return visit_bytes(param, shape, plan.method)
+    kept = 4 * (len(plan.deltas) + 1) * math.prod(chunk.shape) if remembered(plan, chunk) else 0
+    return visit_bytes(param, shape, plan.method) + kept
+
+
+def remembered(plan: Plan, chunk: Chunk) -> bool:
+    """What is read of a chunk when its rows are surveyed stays in memory until they are merged."""
+    method, models = plan.method, len(plan.deltas)
+    if not isinstance(method, JointMethod) or chunk.rows is None or method.measure(models) is not None:
+        return False
+    return models * math.prod(chunk.shape) <= REMEMBERED
 
 
 def visit_bytes(param: Param, shape: tuple[int, ...], method: MergeMethod | None) -> int:

@@ -32,7 +32,7 @@ from hfmerge.errors import HfMergeError, LostProcessError
 from hfmerge.version import __version__
 
 
-def _reuse_freed_memory() -> None:
+def reuse_freed_memory() -> None:
     """Have glibc keep the memory of freed tensors for the next; by default every tensor gets fresh, zeroed pages."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         atexit.register(gc.freeze)
         # hashing lets go of the interpreter every few milliseconds; it should not wait as long to get it back
         sys.setswitchinterval(0.0005)
-        _reuse_freed_memory()
+        reuse_freed_memory()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["hub"]:
         return _hub(arguments[1:])

@@ -9,8 +9,8 @@ from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from hfmerge.chunkdata import ChunkData, part_of
-from hfmerge.chunks import Chunk
+from hfmerge.chunkdata import ChunkData
+from hfmerge.chunks import Chunk, remembered
 from hfmerge.device import Device
 from hfmerge.folding import Folding
 from hfmerge.methods import FoldMethod, JointMethod
@@ -77,9 +77,13 @@ class Visit:
         method, tiles = self.plan.method, self.chunk.tiles()
         if len(tiles) == 1:
             return self._merge(known, write)
+        visits = [Visit(self.files, tile, self.device, self.wrote) for tile in reversed(tiles)]
         if isinstance(method, JointMethod) and known is None:
-            known = self._surveyed(method, tiles)
-        found = [Visit(self.files, tile, self.device, self.wrote)._merge(known, write) for tile in tiles]
+            known = self._surveyed(method, visits)
+        found = []
+        while visits:
+            # what it remembers goes with it
+            found.append(visits.pop()._merge(known, write))
         models = tuple(tuple(chain(*squares)) for squares in zip(*(norms.models for norms in found), strict=True))
         dependent = tuple(sorted({model for norms in found for model in norms.dependent}))
         return Norms(models, tuple(chain(*(norms.read_out for norms in found))), dependent=dependent)
@@ -130,8 +134,8 @@ class Visit:
             self.data.put(self.files.scratch, self.chunk.param.key, whole)
         return norms
 
-    def _surveyed(self, method: JointMethod, tiles: Sequence[Chunk]) -> list[float]:
-        """What a method that is given its rows tile by tile has to know about all of them."""
+    def _surveyed(self, method: JointMethod, visits: Sequence[Visit]) -> list[float]:
+        """What a method that is given its rows tile by tile, the last visit's first, has to know about all of them."""
         import torch
 
         def dense(data: ChunkData) -> Iterator[Tensor]:
@@ -142,11 +146,14 @@ class Visit:
         survey = method.survey(len(self.files.models), math.prod(self.chunk.shape))
         assert survey is not None
         if survey.samples:
-            for tile in tiles:
-                survey.sample(dense(ChunkData(self.files, tile.start(SAMPLED))))
+            for visit in reversed(visits):
+                survey.sample(dense(ChunkData(self.files, visit.chunk.start(SAMPLED))))
+        keep = remembered(self.plan, self.chunk)
+        for visit in visits:
+            visit.data.remember = keep
         while True:
-            for tile in tiles:
-                data = ChunkData(self.files, tile)
+            for visit in reversed(visits):
+                data = visit.data if keep else ChunkData(self.files, visit.chunk)
                 survey.add(dense(data), data.base)
             found = survey.settle()
             if found is not None:
@@ -159,19 +166,12 @@ class Visit:
         weights = list(self.plan.weights_of(self.chunk.param))
         for i in self.plan.subtracted:
             weights[i] = 0.0
+        self.data.remember |= models * math.prod(self.chunk.shape) <= HELD
         dependent: set[int] = set()
-        held: list[TaskVector | None] = []
-        squares = []
-        for i in range(models):
-            tau = self.data.task_vector(i)
-            squares.append(self.data.squared_norms(i, tau))
-            if models * math.prod(self.chunk.shape) <= HELD:
-                held.append(tau)
+        squares = [self.data.squared_norms(i, self.data.task_vector(i)) for i in range(models)]
         changes = []
         for block in self.chunk.param.blocks:
-            taus: Sequence[TaskVector] = self.data.taus(block)
-            if held:
-                taus = [part_of(tau, block, self.chunk) for tau in held]
+            taus = self.data.taus(block)
             found = method.examine(taus) if known is None else known
             changes.append(method.combine(taus, weights, partial(_taken, block, self.data.base), found))
             dependent.update(() if found is None else method.dependent(found))

@@ -27,6 +27,7 @@ FLAGS = {
     "randomized": ("--method", "opcm", "--option", "spectral=randomized"),
     "gram": ("--method", "gram", "--norm", "mean"),
     "iso_c": ("--method", "iso_c"),
+    "mdm_oc_iso": ("--method", "mdm_oc_iso"),
 }
 
 

@@ -33,6 +33,7 @@ LAYERS = [
     ["methods.additive"],
     [
         "methods.gram",
+        "methods.isotropic",
         "methods.linear",
         "methods.mdm_oc",
         "methods.opcm",

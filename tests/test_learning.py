@@ -25,6 +25,7 @@ from hfmerge.learning.space import Space, group_of
 from hfmerge.learning.students import students
 from hfmerge.ledger import Entry
 from hfmerge.methods.gram import Gram
+from hfmerge.methods.isotropic import MdmOcIso
 from hfmerge.methods.subspace import MdmOcSubspace
 from hfmerge.planned import Plan
 from hfmerge.planning import make_plan
@@ -95,7 +96,7 @@ def test_merged_values_are_those_of_a_merge_with_these_weights(
         torch.testing.assert_close(value, stored[key], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", ["mdm_oc", "mdm_oc_subspace", "gram"])
+@pytest.mark.parametrize("method", ["mdm_oc", "mdm_oc_iso", "mdm_oc_subspace", "gram"])
 @pytest.mark.parametrize(("budget", "groups"), [(0, "layer"), (1 << 30, "layer"), (1 << 30, "parameter")])
 def test_gradients_in_the_weights_are_those_of_autograd(
     budget: int, groups: Any, method: str, models: dict[str, Path], tmp_path: Path
@@ -125,7 +126,10 @@ def test_gradients_in_the_weights_are_those_of_autograd(
 @pytest.mark.parametrize("kinds", ["ddd", "lll", "dld", "dlz", "zlz", "ldl"])
 @pytest.mark.parametrize(
     "method",
-    [Gram(side="left", beta=0.2), Gram(side="right", beta=0.2), MdmOcSubspace(), MdmOcSubspace(variant="paper")],
+    [
+        *(Gram(side="left", beta=0.2), Gram(side="right", beta=0.2)),
+        *(MdmOcSubspace(), MdmOcSubspace(variant="paper"), MdmOcIso(grid=44)),
+    ],
 )
 def test_parts_are_what_the_weights_multiply(kinds: str, method: Any) -> None:
     generator = torch.Generator().manual_seed(1)
@@ -186,7 +190,7 @@ def test_one_weight_a_model_within_bounds(models: dict[str, Path], tmp_path: Pat
     assert all(isinstance(weight, float) and 0.55 <= weight <= 0.6 for weight in weights)
 
 
-@pytest.mark.parametrize("method", ["mdm_oc", "mdm_oc_subspace", "gram"])
+@pytest.mark.parametrize("method", ["mdm_oc", "mdm_oc_iso", "mdm_oc_subspace", "gram"])
 def test_a_model_leaves_with_its_rows_and_the_others_learn_anew(
     method: str, models: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -350,7 +354,7 @@ def change(**values: Any) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("edit", "text"),
     [
-        (change(method="opcm"), "is for mdm_oc, mdm_oc_subspace, gram, task_arithmetic"),
+        (change(method="opcm"), "is for mdm_oc, mdm_oc_iso, mdm_oc_subspace, gram, task_arithmetic"),
         (change(learn={"steps": 0}), "learn.steps"),
         (change(learn={"loss": "labels"}), "learn.suite: is missing"),
         (change(learn={"suite": "glue"}), "learn.suite: has no effect"),

@@ -8,6 +8,7 @@
     python -m evaluation.experiments mdm_oc BENCH      # weights learned from replay or few rows, against fixed ones
     python -m evaluation.experiments mdm_oc_subspace BENCH  # OPCM's projections, with weights learned from replay
     python -m evaluation.experiments mdm_oc_adapters BENCH  # the same of four LoRA adapters
+    python -m evaluation.experiments mdm_oc_iso BENCH  # isotropic shares of adapters, with learned weights
     python -m evaluation.experiments mdm_oc_ablation BENCH  # without consolidation, replay, orthogonality
     python -m evaluation.experiments mdm_oc_removal BENCH      # every one of three models taken out again
     python -m evaluation.experiments mdm_oc_subtraction BENCH  # the same by subtraction, as in the paper
@@ -56,6 +57,7 @@ LEARNED = ("mdm_oc", "mdm_oc_replay", "mdm_oc_labelled", "gram", "gram_replay", 
 ABLATED = ("mdm_oc", "mdm_oc_replay", "mdm_oc_no_ewc", "not_orthogonal_replay")
 ADAPTERS = ("mdm_oc", "mdm_oc_replay", "mdm_oc_labelled", "gram", "iso_c", "ties", "average", "opcm")
 ADAPTERS += ("task_arithmetic",)
+ISOTROPIC = ("mdm_oc_iso_labelled", "mdm_oc_iso_replay", "iso_c")
 REMOVED = ("mdm_oc_removal/mdm_oc.yaml", "mdm_oc_removal/mdm_oc_replay.yaml")
 REMOVAL = ("--suite", "evaluation/experiments/mdm_oc_removal/suite.yaml", "--orders", "1", "--limit", "100")
 EXPERIMENTS = {
@@ -83,10 +85,15 @@ EXPERIMENTS = {
     ),
     "mdm_oc_subspace": Experiment(
         ("mdm_oc/mdm_oc_subspace_replay.yaml", *BOTH[:1]),
-        ("--suite", "text-encoders", "--orders", "3", "--limit", "100", "--removals", "none"),
+        ("--suite", "text-encoders", "--orders", "5", "--limit", "100", "--removals", "none"),
     ),
     "mdm_oc_adapters": Experiment(
         tuple(f"mdm_oc_adapters/{name}.yaml" for name in ADAPTERS),
+        ("--suite", "evaluation/experiments/mdm_oc_adapters/suite.yaml", "--orders", "5")
+        + ("--limit", "100", "--removals", "none"),
+    ),
+    "mdm_oc_iso": Experiment(
+        tuple(f"mdm_oc_adapters/{name}.yaml" for name in ISOTROPIC),
         ("--suite", "evaluation/experiments/mdm_oc_adapters/suite.yaml", "--orders", "5")
         + ("--limit", "100", "--removals", "none"),
     ),

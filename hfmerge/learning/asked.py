@@ -15,7 +15,7 @@ from hfmerge.learning.replay.asked import ReplayAsked, read_replay
 Loss = Literal["distill", "labels", "mixed"]
 Groups = Literal["parameter", "layer", "model"]
 
-LEARNABLE = ("mdm_oc", "mdm_oc_subspace", "gram", "task_arithmetic")
+LEARNABLE = ("mdm_oc", "mdm_oc_iso", "mdm_oc_subspace", "gram", "task_arithmetic")
 """Methods whose merged change is linear in the models' weights, matrix by matrix."""
 HELD = 1 << 30
 """Bytes of changes that stay in memory between steps; more are read again for every step."""

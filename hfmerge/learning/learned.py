@@ -28,6 +28,7 @@ from hfmerge.ledger import KeptState, state_file
 from hfmerge.matching import some
 from hfmerge.merged import Merged, state_path
 from hfmerge.methods.gram import Gram
+from hfmerge.methods.isotropic import MdmOcIso
 from hfmerge.planned import Plan
 from hfmerge.runtime import Ranks
 
@@ -161,7 +162,7 @@ def _question(opened: Merged | None, action: str) -> str:
 def _start(space: Space, plan: Plan, asked: Learning, count: int) -> Tensor:
     """Where the weights start: the first `count` where they are; a new model's at the one given for it, if any."""
     weights = [entry.weight for entry in plan.recipe.models]
-    usual = 1.0 if isinstance(plan.method, Gram) else 1.0 / math.sqrt(len(weights))
+    usual = 1.0 if isinstance(plan.method, Gram | MdmOcIso) else 1.0 / math.sqrt(len(weights))
     level = usual if asked.start is None else asked.start
     return space.start([w if i < count or (count and w != 1.0) else level for i, w in enumerate(weights)])
 

@@ -2,11 +2,11 @@
 
 `theta_p = theta_0,p + sum_t c_t d_t,p` with `c = M_p a`, where `a` are the weights that hold for parameter p, and M_p
 and the parts d follow from the method: the changes themselves and the identity for task arithmetic, or `L^-T` of
-Gram-Schmidt for MDM-OC; of `gram` and `mdm_oc_subspace` what each change adds, and the identity. So the gradient of a
-loss in the weights is `M_p^T <grad_p, d_t,p>`, summed over the parameters of a group: it needs the gradient in the
-merged model alone, and each part once more. What does not fit the memory that is given is read again for every step:
-changes from their files, parts that had to be computed from a scratch file. Factors stay factors, and no model but the
-merged one is ever held.
+Gram-Schmidt for MDM-OC; of other methods (`methods.base.InParts`) what each change adds, and the identity. So the
+gradient of a loss in the weights is `M_p^T <grad_p, d_t,p>`, summed over the parameters of a group: it needs the
+gradient in the merged model alone, and each part once more. What does not fit the memory that is given is read again
+for every step: changes from their files, parts that had to be computed from a scratch file. Factors stay factors, and
+no model but the merged one is ever held.
 """
 
 from __future__ import annotations

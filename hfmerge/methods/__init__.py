@@ -6,7 +6,8 @@ from importlib.metadata import entry_points
 
 from hfmerge.methods.additive import AdditiveFold
 from hfmerge.methods.base import Carry, Citation, FoldMethod, Form, JointMethod, MergeMethod
-from hfmerge.methods.gram import Gram, IsoC
+from hfmerge.methods.gram import Gram
+from hfmerge.methods.isotropic import IsoC, MdmOcIso
 from hfmerge.methods.linear import Linear, TaskArithmetic
 from hfmerge.methods.mdm_oc import MdmOc
 from hfmerge.methods.opcm import OPCM
@@ -17,7 +18,10 @@ from hfmerge.methods.ties import Ties
 
 __all__ = ["AdditiveFold", "Carry", "Citation", "FoldMethod", "Form", "JointMethod", "MergeMethod", "registry"]
 
-BUILT_IN: tuple[type[MergeMethod], ...] = (OPCM, Linear, TaskArithmetic, Gram, IsoC, MdmOc, MdmOcSubspace, Ties, Slerp)
+BUILT_IN: tuple[type[MergeMethod], ...] = (
+    *(OPCM, Linear, TaskArithmetic, Gram, IsoC),
+    *(MdmOc, MdmOcIso, MdmOcSubspace, Ties, Slerp),
+)
 
 
 def registry() -> dict[str, type[MergeMethod]]:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from hfmerge.errors import GridOverflowError
 from hfmerge.methods.base import Carry, FoldMethod, Form
-from hfmerge.taskvector import Dense, LowRank, TaskVector
+from hfmerge.taskvector import Dense, LowRank, TaskVector, zero
 
 
 if TYPE_CHECKING:
@@ -80,11 +80,15 @@ class AdditiveFold(FoldMethod):
             return changes.mul_(factors[0]).round_()
         return changes.mul_(torch.tensor(factors, dtype=changes.dtype).view(-1, *[1] * (changes.dim() - 1))).round_()
 
+    def taken(self, tau: TaskVector, weight: float, *, matrix: bool) -> TaskVector:
+        """What is kept of one model, as factors or as the terms of it: the change times its weight."""
+        return tau.scaled(weight)
+
     def terms(self, tau: TaskVector, *, matrix: bool) -> dict[str, Tensor]:
         """One model's terms: name -> floating tensor, of the shape `sum_shapes` gives, not rounded yet.
 
         Args:
-            tau: the model's change, times its weight.
+            tau: what is kept of the model, see `taken`.
             matrix: the block is a real matrix.
         """
         return {"S": tau.to_dense()}
@@ -111,14 +115,14 @@ class AdditiveFold(FoldMethod):
         """The state with one model more."""
         held = {name: value for name, value in (carry or {}).items() if not value.is_zero}
         if not isinstance(tau, LowRank):
-            return self._with(held, tau.scaled(weight), 1.0, matrix=matrix)
+            return self._with(held, self.taken(tau, weight, matrix=matrix), 1.0, matrix=matrix)
         if tau.is_zero:
             return held or {"T1": tau}
-        return {**held, f"T{len(_factors(held)) + 1}": tau.scaled(weight)}
+        return {**held, f"T{len(_factors(held)) + 1}": self.taken(tau, weight, matrix=matrix)}
 
     def unstep(self, carry: Carry, tau: TaskVector, weight: float, *, matrix: bool) -> Carry:
         """The state with a dense change less: bit for bit the one that never held it. For factors see `staying`."""
-        return self._with(carry, tau.scaled(weight), -1.0, matrix=matrix)
+        return self._with(carry, self.taken(tau, weight, matrix=matrix), -1.0, matrix=matrix)
 
     def emit(self, carry: Carry, weights: Sequence[float], *, matrix: bool) -> TaskVector:
         """Multiply out what is kept as factors, add it to the sums, and read them out."""
@@ -137,10 +141,13 @@ class AdditiveFold(FoldMethod):
         # a change that is no matrix has no factors: what does not touch it is a tensor of zeros
         dense = any(rank is None for rank in ranks) or len(shape) != 2
         sums = self.sum_shapes(shape, matrix=matrix) if dense else {}
-        low = [rank for rank in ranks if rank] or ([] if dense else [0])
+        low = [rank for rank in ranks if rank]
+        if not dense and not low:
+            return {"T1": Form(shape, 0, "F32")}
+        kept = self.taken(zero(shape), 1.0, matrix=matrix).shape if low else shape
         return {
             **{name: Form(form, None, dtype) for name, form in sums.items()},
-            **{f"T{i}": Form(shape, rank, "F32") for i, rank in enumerate(low, 1)},
+            **{f"T{i}": Form(kept, rank, "F32") for i, rank in enumerate(low, 1)},
         }
 
     def _with(self, carry: Carry, tau: TaskVector, sign: float, *, matrix: bool) -> Carry:

@@ -1,12 +1,11 @@
-"""Additive spectral folds: `gram`, interference-free in closed form, and `iso_c`, all directions made equally strong.
+"""Merging in closed form, `gram`: the change nearest to every model's on the inputs that its task vector speaks of.
 
-Both keep sums over models only, so a model joins at the cost of one and leaves exactly (see `additive.py`); joint
+It keeps sums over models only, so a model joins at the cost of one and leaves exactly (see `additive.py`); joint
 merging and merging one by one are the same.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -14,7 +13,6 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from hfmerge.lockstep import apart
 from hfmerge.methods.additive import AdditiveFold
 from hfmerge.methods.base import Citation
-from hfmerge.methods.spectral import polar
 from hfmerge.taskvector import Dense, LowRank, TaskVector
 
 
@@ -166,41 +164,3 @@ def _spoken(near: Tensor, core: Tensor | None) -> Tensor:
     c = near.T @ (near if core is None else core @ near)
     square = float(c.trace())
     return c / square if square > 0.0 else c
-
-
-@dataclass(frozen=True)
-class IsoC(AdditiveFold):
-    """The sum of task vectors with all its singular values replaced by their mean.
-
-    `scale * mean(s) * U V^T` of `sum w_t tau_t = U diag(s) V^T` for a matrix, over the numerical rank
-    (`s_i > s_1 * eps * max(m, n)`, eps of float32), as directions beyond it are nobody's; else
-    `scale * sum w_t tau_t / T`. Weights are scaled to a mean of 1.
-
-    Source: "No Task Left Behind: Isotropic Model Merging with Common and Task-Specific Subspaces", arXiv 2502.04959.
-    Departure: directions and mean are those of the numerical rank, so that adapters can be merged; there the rank is
-    full.
-    """
-
-    name: ClassVar[str] = "iso_c"
-    matrixwise: ClassVar[bool] = True
-    normalises_weights: ClassVar[bool] = True
-    citations: ClassVar[tuple[Citation, ...]] = (
-        Citation(
-            "No Task Left Behind: Isotropic Model Merging with Common and Task-Specific Subspaces",
-            "https://arxiv.org/abs/2502.04959",
-            "@inproceedings{marczak2025no,\n  title     = {No Task Left Behind: Isotropic Model Merging with Common "
-            "and Task-Specific Subspaces},\n  author    = {Daniel Marczak and others},\n  booktitle = {ICML},\n"
-            "  year      = {2025}\n}",
-        ),
-    )
-
-    scale: float = field(default=1.0, metadata={"help": "factor of the merged task vector"})
-
-    def read_out(self, sums: Mapping[str, Tensor], weights: Sequence[float], *, matrix: bool) -> Tensor:
-        """See the class."""
-        total = sums["S"] * (len(weights) / math.fsum(weights))
-        if not matrix:
-            return total * (self.scale / len(weights))
-        isotropic, singular = polar(total)
-        mean = float(singular.mean()) if len(singular) else 0.0
-        return isotropic * (self.scale * mean)

@@ -223,11 +223,31 @@ def polar(matrix: Tensor) -> tuple[Tensor, Tensor]:
     Args:
         matrix: (m, n), float64.
     """
-    import torch
-
     if matrix.shape[0] < matrix.shape[1]:
         turned, singular = polar(matrix.T)
         return turned.T, singular
+    v, s = _right(matrix)
+    return ((matrix @ v) / s) @ v.T, s
+
+
+def directions(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Right singular vectors (n, rank) of a matrix up to its numerical rank, and singular values, descending; float64.
+
+    As exact as `polar`.
+
+    Args:
+        matrix: (m, n), float64.
+    """
+    if matrix.shape[0] >= matrix.shape[1]:
+        return _right(matrix)
+    u, s = _right(matrix.T)
+    return (matrix.T @ u) / s, s
+
+
+def _right(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """See `directions`; of a matrix with m >= n."""
+    import torch
+
     try:
         squares, vectors = apart(torch.linalg.eigh, matrix.T @ matrix)
         singular, v = squares.flip(0).clamp_min(0.0).sqrt(), vectors.flip(1)
@@ -235,8 +255,7 @@ def polar(matrix: Tensor) -> tuple[Tensor, Tensor]:
         _, singular, vt = _svd(matrix)
         v = vt.T
     rank = split(singular, (matrix.shape[0], matrix.shape[1]), 1.0)[1]
-    s, v = singular[:rank], v[:, :rank].contiguous()
-    return ((matrix @ v) / s) @ v.T, s
+    return v[:, :rank].contiguous(), singular[:rank]
 
 
 def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
