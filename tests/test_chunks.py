@@ -10,7 +10,9 @@ import pytest
 import tiny
 import torch
 
-from hfmerge.chunks import TILE, chunks, pieces
+import hfmerge
+from hfmerge.checkpoint.reader import Reader, Rows
+from hfmerge.chunks import TILE, chunks, held, pieces
 from hfmerge.flags import recipe_from_flags
 from hfmerge.planning import make_plan
 from hfmerge.taskvector import squared_norm
@@ -66,6 +68,34 @@ def test_which_tensors_are_merged_in_rows(root: Path, method: str, rows: set[str
             continue
         for tile in chunk.tiles():
             assert tile.shape[0] * tile.shape[1] <= 4 * TILE
+
+
+@pytest.mark.parametrize(("method", "times"), [("ties", 1), ("mdm_oc", 1), ("opcm", 0)])
+def test_rows_that_are_surveyed_are_read_once_if_there_is_room(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, times: int
+) -> None:
+    """And the plan knows what is kept of them; either way the bytes are the same."""
+    models = [str(root / "m1"), str(root / "m2")]
+    recipe = recipe_from_flags(models=models, base=str(root / "base"), method=method)
+    plan = make_plan(recipe)
+    [chunk] = [chunk for chunk in chunks(plan, plan.params) if chunk.param.key == UP]
+    stored, read = Reader.stored, {"rows": 0}
+
+    def counted(reader: Reader, key: str, rows: Rows | None = None) -> torch.Tensor:
+        if key == UP and not reader.source.pinned.label.startswith("base@"):
+            read["rows"] += 8500 if rows is None else rows[1] - rows[0]
+        return stored(reader, key, rows)
+
+    monkeypatch.setattr(Reader, "stored", counted)
+    kept = held(plan, chunk)
+    hfmerge.merge(recipe, output=tmp_path / "kept")
+    once, read["rows"] = read["rows"], 0
+    monkeypatch.setattr("hfmerge.chunks.REMEMBERED", 0)
+    assert kept - held(plan, chunk) == times * 4 * 3 * 8500 * 128
+    hfmerge.merge(recipe, output=tmp_path / "again")
+    assert 2 * 8500 <= once < 2 * 8500 * 1.2
+    assert read["rows"] - once == times * 2 * 8500
+    assert tiny.files(tmp_path / "kept") == tiny.files(tmp_path / "again")
 
 
 @pytest.mark.parametrize("method", ["linear", "opcm", "ties", "task_arithmetic"])
