@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
 from datetime import date
 from pathlib import Path
 
-from benchmarks import common, elements, evaluation, linear, lora, opcm, reversal, scaling, spectral, startup
+from benchmarks import common, linear
+
+
+STEPS = ("elements", "spectral", "evaluation")
+"""Benchmarks of single steps, whose runs are many and short."""
 
 
 def main() -> None:
-    """Parse, run one benchmark after the other, write the file after each, so that a late failure loses nothing."""
+    """Parse, run one benchmark after the other, write the file after each, so that a late failure loses nothing.
+
+    Each runs in a process of its own: what a parent holds counts in the peak memory of its children.
+    """
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--date", type=date.fromisoformat, required=True, help="of the run, YYYY-MM-DD")
     parser.add_argument("--output", type=Path, default=common.HERE / "RESULTS.md", help="(default: %(default)s)")
@@ -18,23 +27,16 @@ def main() -> None:
     parser.add_argument("--runs", type=int, help="counted runs of commands, not of steps (default: as each one says)")
     parser.add_argument("--no-peers", action="store_true", help="time hfmerge alone and install nothing")
     options = parser.parse_args()
-    steps = ["--threads", str(options.threads), *(["--no-peers"] if options.no_peers else [])]
-    shared = steps if options.runs is None else [*steps, "--runs", str(options.runs)]
+    shared = ["--threads", str(options.threads), *(["--no-peers"] if options.no_peers else [])]
     text = f"# Benchmark results, {options.date.isoformat()}\n\nWhat is measured and how: [README.md](README.md).\n"
-    parts = (
-        lambda: startup.run(startup.parser().parse_args(shared)),
-        lambda: linear.run(linear.parser().parse_args([*shared, "--methods", *linear.TASKS])),
-        lambda: elements.run(elements.parser().parse_args(steps)),
-        lambda: opcm.run(opcm.parser().parse_args(shared)),
-        lambda: spectral.run(spectral.parser().parse_args(steps)),
-        lambda: lora.run(lora.parser().parse_args(shared)),
-        lambda: reversal.run(reversal.parser().parse_args(shared)),
-        lambda: evaluation.run(evaluation.parser().parse_args(steps)),
-        lambda: scaling.run(scaling.parser().parse_args(shared)),
-    )
+    parts = ("startup", "linear", "elements", "opcm", "spectral", "lora", "reversal", "evaluation", "scaling")
     for part in parts:
-        section = part()
-        print(section)
+        flags = [*shared, *(["--methods", *linear.TASKS] if part == "linear" else [])]
+        if options.runs is not None and part not in STEPS:
+            flags += ["--runs", str(options.runs)]
+        command = [sys.executable, "-m", f"benchmarks.{part}", *flags]
+        section = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+        print(section, flush=True)
         text += "\n" + section
         options.output.write_text(text)
 

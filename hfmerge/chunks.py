@@ -10,6 +10,7 @@ from typing import Any
 from hfmerge.checkpoint.reader import Rows
 from hfmerge.methods import AdditiveFold, FoldMethod, JointMethod, MergeMethod
 from hfmerge.planned import Param, Plan
+from hfmerge.pool import AHEAD
 
 
 CHUNK = 1 << 20
@@ -138,11 +139,12 @@ def alike(
 
 
 def cost(plan: Plan, chunk: Chunk) -> float:
-    """Relative time of a visit: m n min(m, n) of its matrices for spectral methods, bytes otherwise."""
+    """Relative time of a visit: of matrices m n min(m, n), or another side, for spectral methods, bytes otherwise."""
     if not plan.method.matrixwise:
         return float(chunk.nbytes)
     shapes = [block.shape(chunk.shape) for block in chunk.param.blocks if block.matrix]
-    return chunk.nbytes + float(sum(math.prod(shape) * min(shape) for shape in shapes))
+    sides = _sides(chunk.param, chunk.shape, plan.method)
+    return chunk.nbytes + float(sum(math.prod(shape) * side for shape, side in zip(shapes, sides, strict=True)))
 
 
 def held(plan: Plan, chunk: Chunk) -> int:
@@ -153,6 +155,14 @@ def held(plan: Plan, chunk: Chunk) -> int:
     shape = max((tile.shape for tile in chunk.tiles()), key=math.prod)
     kept = 4 * (len(plan.deltas) + 1) * math.prod(chunk.shape) if remembered(plan, chunk) else 0
     return visit_bytes(param, shape, plan.method) + kept
+
+
+def ahead(plan: Plan) -> int:
+    """Visits under way beyond the cores: none where dense matrices are taken apart, which reading is nothing to."""
+    slow = plan.method.matrixwise and any(
+        rank is None and block.matrix for param in plan.params for rank in param.ranks for block in param.blocks
+    )
+    return 0 if slow and plan.streaming is None else AHEAD
 
 
 def remembered(plan: Plan, chunk: Chunk) -> bool:
@@ -167,8 +177,8 @@ def visit_bytes(param: Param, shape: tuple[int, ...], method: MergeMethod | None
     """About the bytes that computing a parameter, or a piece of it of this shape, holds at its peak.
 
     The base and a task vector in float32 with what they are read from; of a spectral method the accumulator, the task
-    vector, its projection and their sum in float64, square matrices of the smaller side, and what the libraries hold
-    for them: measured, 60 bytes an element, or what the method says.
+    vector, its projection and their sum in float64, the method's square matrices, and what the libraries hold for
+    them: as many bytes an element as the method says, which were measured.
 
     Args:
         method: None for what stays in the CPU's memory where an accelerator takes matrices apart.
@@ -176,8 +186,14 @@ def visit_bytes(param: Param, shape: tuple[int, ...], method: MergeMethod | None
     size = math.prod(shape)
     if method is None or not method.matrixwise or not any(block.matrix for block in param.blocks):
         return 24 * size
-    sides = [min(found) for block in param.blocks if len(found := block.shape(shape)) == 2 and block.matrix]
-    return method.element_bytes * size + 60 * max(side * side for side in sides)
+    side = max(_sides(param, shape, method))
+    return method.element_bytes * size + method.square_bytes * side * side
+
+
+def _sides(param: Param, shape: tuple[int, ...], method: MergeMethod) -> list[int]:
+    """Sides of the square matrices that a matrixwise method makes of a parameter's matrices."""
+    low = all(rank is not None for rank in param.ranks)
+    return [method.square_side(block.shape(shape), low=low) for block in param.blocks if block.matrix]
 
 
 def _is_one(param: Param) -> bool:

@@ -6,7 +6,7 @@ import dataclasses
 
 from hfmerge.archives import kept_files
 from hfmerge.blockstore import MEMORY
-from hfmerge.chunks import chunks, held
+from hfmerge.chunks import ahead, chunks, held
 from hfmerge.fetching import cached
 from hfmerge.methods import JointMethod
 from hfmerge.planned import Estimate, Plan, needs_two_passes
@@ -52,7 +52,7 @@ def with_estimate(plan: Plan) -> Plan:
     needs = sorted((held(plan, chunk) for chunk in chunks(plan, plan.params)), reverse=True)
     # learning is done, and its scratch space free, when the merge begins
     learning, spilled = plan.learning_bytes
-    memory = IMPORT_BYTES + max(learning, sum(needs[: workers + AHEAD]) + stream_memory(plan))
+    memory = IMPORT_BYTES + max(learning, sum(needs[: workers + ahead(plan)]) + stream_memory(plan))
     disk = max(spilled, output + state + scratch + sum(plan.base.pinned.files[n].size for n in plan.side_files))
     sources = _copies(plan) if plan.recipe.keep_sources else 0
     estimate = Estimate(

@@ -16,7 +16,7 @@ from functools import partial
 from itertools import chain
 from typing import Any
 
-from hfmerge.chunks import Chunk, alike, chunks, cost, held, visit_bytes
+from hfmerge.chunks import Chunk, ahead, alike, chunks, cost, held, visit_bytes
 from hfmerge.device import CPU, Device
 from hfmerge.disks import disk_of_files
 from hfmerge.estimating import stream_memory
@@ -254,7 +254,9 @@ class Passes:
         bar = tqdm(
             total=total, desc=title, unit="B", unit_scale=True, name="hfmerge", disable=not self.ranks.main or None
         )
-        visits = overlapped(work, visited, needs, threads=core_count() + AHEAD, memory=self._budget(max(needs)))
+        # an accelerator waits for what is read
+        threads = core_count() + (ahead(self.plan) if self.device.place == CPU else AHEAD)
+        visits = overlapped(work, visited, needs, threads=threads, memory=self._budget(max(needs)))
         left = Counter(chunk.param.key for group in visited for chunk in group)
         done, results = 0, []
         with contextlib.closing(bar), contextlib.closing(visits):

@@ -12,13 +12,14 @@ import torch
 
 import hfmerge
 from hfmerge.checkpoint.reader import Reader, Rows
-from hfmerge.chunks import TILE, chunks, held, pieces
+from hfmerge.chunks import TILE, chunks, held, pieces, visit_bytes
 from hfmerge.flags import recipe_from_flags
 from hfmerge.planning import make_plan
 from hfmerge.taskvector import squared_norm
 
 
 EMBEDDING, HEAD, UP = "model.embed_tokens.weight", "lm_head.weight", "model.layers.0.mlp.up_proj.weight"
+DOWN = "model.layers.0.mlp.down_proj.weight"
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +97,20 @@ def test_rows_that_are_surveyed_are_read_once_if_there_is_room(
     assert 2 * 8500 <= once < 2 * 8500 * 1.2
     assert read["rows"] - once == times * 2 * 8500
     assert tiny.files(tmp_path / "kept") == tiny.files(tmp_path / "again")
+
+
+@pytest.mark.parametrize(
+    ("method", "model", "larger"), [("opcm", "m1", 1), ("gram", "m1", 34), ("gram", "a1", 1 / 34)]
+)
+def test_the_estimate_knows_which_square_matrix_a_method_makes(
+    root: Path, tmp_path: Path, method: str, model: str, larger: float
+) -> None:
+    """Of (8500, 128) and (128, 8500): the smaller one; `gram` that of the inputs, for adapters of the outputs."""
+    tiny.adapter(root / "a1", {UP.removesuffix(".weight"): (8500, 128), DOWN.removesuffix(".weight"): (128, 8500)}, 1)
+    plan = make_plan(recipe_from_flags(models=[str(root / model)], base=str(root / "base"), method=method))
+    params = {param.key: param for param in plan.params}
+    tall, wide = (visit_bytes(params[key], params[key].slot.shape, plan.method) for key in (UP, DOWN))
+    assert wide / tall == pytest.approx(larger, rel=0.1)
 
 
 @pytest.mark.parametrize("method", ["linear", "opcm", "ties", "task_arithmetic"])

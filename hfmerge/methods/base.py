@@ -46,6 +46,7 @@ class MergeMethod:
         default_norm: the `norm` a recipe gets when it names none.
         matrixwise: the cost of a matrix is m n min(m, n) (spectral), not m n.
         element_bytes: what a visit of a matrix holds for each element at its peak, if `matrixwise`; measured.
+        square_bytes: the same for each element of a square matrix of `square_side`.
         elementwise: every element is computed by itself, so that large tensors may be visited in slices of rows.
         citations: for the card.
     """
@@ -56,6 +57,7 @@ class MergeMethod:
     default_norm: ClassVar[str] = "none"
     matrixwise: ClassVar[bool] = False
     element_bytes: ClassVar[int] = 60
+    square_bytes: ClassVar[int] = 60
     elementwise: ClassVar[bool] = False
     version: ClassVar[int] = 1
     citations: ClassVar[tuple[Citation, ...]] = ()
@@ -67,6 +69,10 @@ class MergeMethod:
             low, dense: number of matrices that adapters alone change, and of the others.
         """
         return []
+
+    def square_side(self, shape: tuple[int, ...], *, low: bool) -> int:
+        """Side of the square matrices that a matrixwise method makes of a matrix; `low`: only adapters change it."""
+        return min(shape)
 
     def gap_bound(self, norms: Sequence[float], subtracted: Sequence[int]) -> float | None:
         """Greatest norm by which a merged change with models subtracted may be off the one that never saw them.

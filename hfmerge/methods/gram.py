@@ -47,6 +47,7 @@ class Gram(AdditiveFold):
 
     name: ClassVar[str] = "gram"
     matrixwise: ClassVar[bool] = True
+    square_bytes: ClassVar[int] = 30
     citations: ClassVar[tuple[Citation, ...]] = (
         Citation(
             "Whoever Started the Interference Should End It: Guiding Data-Free Model Merging via Task Vectors",
@@ -69,6 +70,10 @@ class Gram(AdditiveFold):
         beta = self.beta if self.beta is not None else LOW_BETA if low else FULL_BETA
         side: Side = self.side if self.side != "auto" else "left" if low else "right"
         return replace(self, beta=beta, side=side)
+
+    def square_side(self, shape: tuple[int, ...], *, low: bool) -> int:
+        """Of `G`, which is the larger one of a wide matrix."""
+        return shape[0] if self.fitted(low=low).side == "left" else shape[1]
 
     def choices(self, low: int, dense: int) -> list[str]:
         if self.beta is not None and self.side != "auto":
