@@ -12,7 +12,7 @@ import torch
 
 import hfmerge
 from hfmerge.checkpoint.reader import Reader, Rows
-from hfmerge.chunks import TILE, chunks, held, pieces, visit_bytes
+from hfmerge.chunks import TILE, ahead, chunks, held, pieces, visit_bytes
 from hfmerge.flags import recipe_from_flags
 from hfmerge.planning import make_plan
 from hfmerge.taskvector import squared_norm
@@ -111,6 +111,14 @@ def test_the_estimate_knows_which_square_matrix_a_method_makes(
     params = {param.key: param for param in plan.params}
     tall, wide = (visit_bytes(params[key], params[key].slot.shape, plan.method) for key in (UP, DOWN))
     assert wide / tall == pytest.approx(larger, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("method", "model", "more"), [("opcm", "m1", 0), ("gram", "m1", 0), ("opcm", "a0", 1), ("linear", "m1", 1)]
+)
+def test_nothing_is_read_ahead_of_dense_matrices(root: Path, method: str, model: str, more: int) -> None:
+    plan = make_plan(recipe_from_flags(models=[str(root / model)], base=str(root / "base"), method=method))
+    assert ahead(plan) == more
 
 
 @pytest.mark.parametrize("method", ["linear", "opcm", "ties", "task_arithmetic"])

@@ -167,6 +167,7 @@ def test_the_tables_in_the_readme_are_those_that_were_measured(name: str) -> Non
         ("alpha", (1,)),
         ("quickstart", (1,)),
         ("mdm_oc_subspace", (1, 3)),
+        ("mdm_oc_iso", (1, 3)),
     ],
 )
 def test_the_continual_tables_in_the_readme_are_those_that_were_measured(name: str, parts: Sequence[int]) -> None:
