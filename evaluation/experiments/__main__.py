@@ -9,6 +9,7 @@
     python -m evaluation.experiments mdm_oc_subspace BENCH  # OPCM's projections, with weights learned from replay
     python -m evaluation.experiments mdm_oc_adapters BENCH  # the same of four LoRA adapters
     python -m evaluation.experiments mdm_oc_iso BENCH  # isotropic shares of adapters, with learned weights
+    python -m evaluation.experiments mdm_oc_iso_removal BENCH  # each of the four adapters taken out again
     python -m evaluation.experiments mdm_oc_ablation BENCH  # without consolidation, replay, orthogonality
     python -m evaluation.experiments mdm_oc_removal BENCH      # every one of three models taken out again
     python -m evaluation.experiments mdm_oc_subtraction BENCH  # the same by subtraction, as in the paper
@@ -96,6 +97,10 @@ EXPERIMENTS = {
         tuple(f"mdm_oc_adapters/{name}.yaml" for name in ISOTROPIC),
         ("--suite", "evaluation/experiments/mdm_oc_adapters/suite.yaml", "--orders", "5")
         + ("--limit", "100", "--removals", "none"),
+    ),
+    "mdm_oc_iso_removal": Experiment(
+        ("mdm_oc_adapters/mdm_oc_iso_replay.yaml",),
+        ("--suite", "evaluation/experiments/mdm_oc_adapters/suite.yaml", "--orders", "1", "--limit", "100"),
     ),
     "mdm_oc_ablation": Experiment(
         tuple(f"mdm_oc/{name}.yaml" for name in ABLATED),
