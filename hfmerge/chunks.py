@@ -158,7 +158,7 @@ def held(plan: Plan, chunk: Chunk) -> int:
 
 
 def ahead(plan: Plan) -> int:
-    """Visits under way beyond the cores: none where dense matrices are taken apart, which reading is nothing to."""
+    """Visits under way beyond the cores: none where dense matrices are taken apart, much longer work than reading."""
     slow = plan.method.matrixwise and any(
         rank is None and block.matrix for param in plan.params for rank in param.ranks for block in param.blocks
     )

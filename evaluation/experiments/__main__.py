@@ -7,7 +7,7 @@
     python -m evaluation.experiments similarity BENCH  # task vectors of the six encoders, nothing merged
     python -m evaluation.experiments mdm_oc BENCH      # weights learned from replay or few rows, against fixed ones
     python -m evaluation.experiments mdm_oc_subspace BENCH  # OPCM's projections, with weights learned from replay
-    python -m evaluation.experiments mdm_oc_adapters BENCH  # the same of four LoRA adapters
+    python -m evaluation.experiments mdm_oc_adapters BENCH  # as mdm_oc, of four LoRA adapters
     python -m evaluation.experiments mdm_oc_iso BENCH  # isotropic shares of adapters, with learned weights
     python -m evaluation.experiments mdm_oc_iso_removal BENCH  # each of the four adapters taken out again
     python -m evaluation.experiments mdm_oc_ablation BENCH  # without consolidation, replay, orthogonality
