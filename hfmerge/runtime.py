@@ -6,6 +6,7 @@ accelerate is not even imported. Only small Python objects cross processes; tens
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import os
@@ -187,9 +188,13 @@ def current_ranks() -> Ranks:
     import torch.distributed
     from accelerate import PartialState
 
-    met = {} if torch.distributed.is_initialized() else {"store": _meet(wanted)}
+    begun = torch.distributed.is_initialized()
+    met = {} if begun else {"store": _meet(wanted)}
     # on the CPU backend even beside accelerators: what crosses processes are small Python objects
     state = PartialState(cpu=True, timeout=PATIENCE, **met)
+    if not begun:
+        # a thread of the group that lets go of its last tensor once the interpreter is gone would abort the process
+        atexit.register(state.destroy_process_group)
     return Ranks(state.process_index, state.num_processes, _state=state)
 
 

@@ -198,6 +198,26 @@ def test_processes_that_end_in_order_are_not_missed() -> None:
     assert [process.returncode for process in crew] == [0, 0, 0] and not any(said), said
 
 
+ENDING = """
+import atexit, sys
+import torch.distributed
+from hfmerge.runtime import processes
+atexit.register(lambda: print("begun", torch.distributed.is_initialized()))
+if sys.argv[1] == "theirs":
+    torch.distributed.init_process_group("gloo")
+with processes() as ranks:
+    print("heard", ranks.gather(ranks.rank))
+"""
+
+
+@pytest.mark.parametrize("owner", ["ours", "theirs"])
+def test_the_process_group_ends_before_the_interpreter_does(owner: str) -> None:
+    crew = launching.ranks(2, "-c", ENDING, owner)
+    said = [process.communicate(timeout=60)[0].splitlines() for process in crew]
+    # who has begun it ends it
+    assert said == [["heard [0, 1]", f"begun {owner == 'theirs'}"]] * 2
+
+
 DYING = """
 import os, signal, sys, time
 from hfmerge.cli import main
