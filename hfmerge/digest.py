@@ -1,12 +1,19 @@
-"""SHA-256 of bytes, files and JSON values: the only identity hfmerge trusts."""
+"""SHA-256 of bytes, files and JSON values: the only identity hfmerge trusts.
+
+As a program it hashes one file for another process, and is ready for that at once: it imports next to nothing.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+import sys
+
+
+TYPE_CHECKING = False  # as `typing` has it, without importing it
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+    from typing import Any
 
 
 CHUNK = 1 << 22
@@ -40,4 +47,10 @@ def git_blob_id(data: bytes) -> str:
 
 def canonical_json(value: Any) -> bytes:
     """One byte sequence for one value: sorted keys, two-space indent, UTF-8, newline at the end."""
+    import json
+
     return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+if __name__ == "__main__":
+    print(sha256_file(sys.argv[1]))

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import subprocess
+import sys
+import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from subprocess import DEVNULL, PIPE
 
+from hfmerge import digest
 from hfmerge.digest import canonical_json, sha256_bytes, sha256_file
 from hfmerge.errors import CorruptFileError
 from hfmerge.fetching import cached, fetch
@@ -13,22 +21,23 @@ from hfmerge.source import Source, weight_files
 from hfmerge.stamps import remembered_digest
 
 
+LARGE = 1 << 27
+"""Bytes of a file that is hashed in a process of its own."""
+
+
 def folder_digest(files: Mapping[str, str]) -> str:
     """One SHA-256 that stands for a folder: of the canonical JSON of its files' digests."""
     return sha256_bytes(canonical_json(dict(files)))
 
 
-def digests(
-    source: Source, progress: Callable[[int], object] | None = None, *, remembered: bool = False
-) -> dict[str, str]:
+def digests(source: Source, hasher: Callable[[Path], str] = sha256_file) -> dict[str, str]:
     """SHA-256 of `weight_files`, read from this machine, and compared with what the Hub recorded for them.
 
     A streamed file is not here to be read: what the Hub recorded for it stands, and is checked while it is streamed.
 
     Args:
         source: whose files.
-        progress: see `sha256_file`.
-        remembered: files that have not changed since they were hashed are not read again (see `stamps`).
+        hasher: gives the SHA-256 of the file at a path.
 
     Raises:
         CorruptFileError: a file cannot be read, or differs from its LFS digest.
@@ -42,7 +51,7 @@ def digests(
             continue
         path = fetch(source.pinned, file)
         try:
-            result[file] = (remembered_digest if remembered else sha256_file)(path, progress)
+            result[file] = hasher(path)
         except OSError as error:
             raise CorruptFileError(f"{source.pinned.label}: {file} cannot be read: {error.strerror}.") from error
         if recorded is not None and recorded != result[file]:
@@ -61,14 +70,14 @@ class Digester:
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, "hfmerge-digest")
+        self._apart = Apart()
         self._futures: dict[int, tuple[Source, Future[dict[str, str]]]] = {}
-        self._stopped = False
 
     def __enter__(self) -> Digester:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._stopped = True
+        self._apart.close()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def start(self, source: Source) -> None:
@@ -85,12 +94,58 @@ class Digester:
         return self._futures[id(source)][1]
 
     def _digests(self, source: Source) -> dict[str, str]:
-        found = digests(source, self._tick, remembered=True)
+        # what has not changed since it was hashed is not read again
+        hasher = partial(remembered_digest, hasher=self._apart.sha256)
+        found = digests(source, hasher)
         if source.beneath is not None:
-            beneath = digests(source.beneath, self._tick, remembered=True)
-            found |= {f"+{name}": value for name, value in beneath.items()}
+            found |= {f"+{name}": value for name, value in digests(source.beneath, hasher).items()}
         return found
 
+
+class Apart:
+    """Hashes large files in processes of their own, so that neither side waits for the other's interpreter.
+
+    One thread calls `sha256`; `close` may come from another.
+    """
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+        self._closed = False
+        self._lock = threading.Lock()
+
+    def close(self) -> None:
+        """What is being hashed is given up."""
+        with self._lock:
+            self._closed = True
+            if self._process is not None:
+                self._process.kill()
+
+    def sha256(self, path: str) -> str:
+        """SHA-256 of a file.
+
+        Raises:
+            OSError: it cannot be read.
+            CancelledError: `close` was called.
+        """
+        found = self._asked(path) if os.path.getsize(path) >= LARGE else None
+        # whatever went wrong there is met here as well
+        return found or sha256_file(path, self._tick)
+
+    def _asked(self, path: str) -> str | None:
+        """The digest as `digest.py` prints it; None if that process failed or could not be started."""
+        # without site-packages and the user's settings it starts in a hundredth of a second
+        call = [sys.executable, "-I", "-S", digest.__file__, path]
+        with self._lock:
+            if self._closed:
+                raise CancelledError
+            try:
+                self._process = subprocess.Popen(call, stdin=DEVNULL, stdout=PIPE, stderr=DEVNULL, text=True)
+            except OSError as error:
+                logging.getLogger(__name__).info("hashing in this process: %s", error)
+                return None
+        said, _ = self._process.communicate()
+        return said.strip() if self._process.returncode == 0 else None
+
     def _tick(self, count: int) -> None:
-        if self._stopped:
+        if self._closed:
             raise CancelledError

@@ -26,12 +26,12 @@ KEPT = 4096
 """How many files are remembered; the oldest go first."""
 
 
-def remembered_digest(path: str | Path, progress: Callable[[int], object] | None = None) -> str:
+def remembered_digest(path: str | Path, hasher: Callable[[str], str] = sha256_file) -> str:
     """SHA-256 of a file, from memory if it is as it was when it was hashed.
 
     Args:
         path: the file.
-        progress: as for `sha256_file`; not called for what is remembered.
+        hasher: what hashes it if that is not remembered.
     """
     real = os.path.realpath(path)
     note = _folder() / f"{sha256_bytes(real.encode())}.json"
@@ -39,7 +39,7 @@ def remembered_digest(path: str | Path, progress: Callable[[int], object] | None
     known = _noted(note)
     if known is not None and known[0] == stamp:
         return known[1]
-    found = sha256_file(real, progress)
+    found = hasher(real)
     if _stamp(real) == stamp and now - max(stamp[-2:]) > SETTLED:
         keep_note(note, [stamp, found], KEPT)
     return found

@@ -191,7 +191,7 @@ def test_joint_methods_hold_at_most_three_tensors(name: str) -> None:
 def language(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """A base and three fine-tunes with a matrix that is visited in several tiles."""
     root = tmp_path_factory.mktemp("language")
-    base = tiny.build("BertModel", tiny.config("bert", vocab_size=19001))
+    base = tiny.build("BertModel", tiny.config("bert", vocab_size=40001))
     models = [base, *(tiny.fine_tune(base, seed, 0.02 * seed) for seed in (1, 2, 3))]
     return [tiny.save(model, root / f"m{i}") for i, model in enumerate(models)]
 
