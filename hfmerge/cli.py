@@ -33,9 +33,12 @@ from hfmerge.version import __version__
 
 
 def reuse_freed_memory() -> None:
-    """Have glibc keep the memory of freed tensors for the next; by default every tensor gets fresh, zeroed pages."""
+    """Have glibc keep the memory of freed tensors for the next; by default every tensor gets fresh, zeroed pages.
+
+    Who has set `MALLOC_MMAP_THRESHOLD_` (bytes) has decided otherwise: larger tensors go back to the system at once.
+    """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
+    if mallopt is not None and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
         mallopt(_MMAP_THRESHOLD, _KEPT_BYTES)
         mallopt(_TRIM_THRESHOLD, 4 * _KEPT_BYTES)
 

@@ -8,12 +8,14 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 import hfmerge
+from hfmerge import cli
 from hfmerge.errors import HfMergeError
 from hfmerge.options import parse_size
 from hfmerge.pool import overlapped
@@ -137,3 +139,16 @@ def test_sizes(text: str, size: int) -> None:
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(HfMergeError, match="is not a size"):
         parse_size(text)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's own settings")
+@pytest.mark.parametrize("own", [False, True])
+def test_who_has_set_up_the_memory_of_glibc_has_decided(monkeypatch: pytest.MonkeyPatch, own: bool) -> None:
+    settings: list[tuple[int, int]] = []
+    monkeypatch.setattr(cli.ctypes, "CDLL", lambda name: SimpleNamespace(mallopt=lambda *one: settings.append(one)))
+    if own:
+        monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "4194304")
+    else:
+        monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
+    cli.reuse_freed_memory()
+    assert [which for which, _ in settings] == ([] if own else [-3, -1])
