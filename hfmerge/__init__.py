@@ -12,20 +12,7 @@ from hfmerge.version import __version__
 
 
 if TYPE_CHECKING:
-    from hfmerge.api import (
-        MergeResult,
-        add,
-        certify,
-        evaluate,
-        inspect,
-        merge,
-        plan,
-        purge_history,
-        push,
-        unmerge,
-        unmerge_checked,
-        verify,
-    )
+    from hfmerge.api import MergeResult, add, merge, plan, unmerge
     from hfmerge.certifying import Certificate
     from hfmerge.checkpoint.heads import load_with_head
     from hfmerge.comparing import Difference
@@ -34,6 +21,7 @@ if TYPE_CHECKING:
     from hfmerge.evaluation.results import Matrix, Score
     from hfmerge.evaluation.running import Settings
     from hfmerge.evaluation.suite import Suite, load_suite
+    from hfmerge.examining import certify, evaluate, inspect, purge_history, push, unmerge_checked, verify
     from hfmerge.hub import Pushed
     from hfmerge.inspecting import Inspection
     from hfmerge.learning.asked import Learning
@@ -46,20 +34,7 @@ if TYPE_CHECKING:
     from hfmerge.weights import PatternWeights
 
 _HOMES = {
-    "hfmerge.api": (
-        "MergeResult",
-        "add",
-        "certify",
-        "evaluate",
-        "inspect",
-        "merge",
-        "plan",
-        "purge_history",
-        "push",
-        "unmerge",
-        "unmerge_checked",
-        "verify",
-    ),
+    "hfmerge.api": ("MergeResult", "add", "merge", "plan", "unmerge"),
     "hfmerge.certifying": ("Certificate",),
     "hfmerge.checkpoint.heads": ("load_with_head",),
     "hfmerge.errors": ("HfMergeError", "RecipeError"),
@@ -67,6 +42,7 @@ _HOMES = {
     "hfmerge.evaluation.results": ("Matrix", "Score"),
     "hfmerge.evaluation.running": ("Settings",),
     "hfmerge.evaluation.suite": ("Suite", "load_suite"),
+    "hfmerge.examining": ("certify", "evaluate", "inspect", "purge_history", "push", "unmerge_checked", "verify"),
     "hfmerge.hub": ("Pushed",),
     "hfmerge.inspecting": ("Inspection",),
     "hfmerge.comparing": ("Difference",),

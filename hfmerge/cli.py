@@ -40,11 +40,11 @@ def reuse_freed_memory() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
         mallopt(_MMAP_THRESHOLD, _KEPT_BYTES)
-        mallopt(_TRIM_THRESHOLD, 4 * _KEPT_BYTES)
+        mallopt(_TRIM_THRESHOLD, 8 * _KEPT_BYTES)
 
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
-_KEPT_BYTES = 32 << 20
+_KEPT_BYTES = 16 << 20  # more than a piece of an elementwise merge; fresh pages cost little beside the work on larger tensors
 
 
 def main(argv: Sequence[str] | None = None) -> int:

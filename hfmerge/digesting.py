@@ -133,6 +133,9 @@ class Apart:
 
     def _asked(self, path: str) -> str | None:
         """The digest as `digest.py` prints it; None if that process failed or could not be started."""
+        if getattr(sys, "frozen", False) or not sys.executable:
+            # a program that Python is built into would start itself
+            return None
         # without site-packages and the user's settings it starts in a hundredth of a second
         call = [sys.executable, "-I", "-S", digest.__file__, path]
         with self._lock:

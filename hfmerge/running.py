@@ -31,7 +31,7 @@ from hfmerge.merged import Merged, open_merged
 from hfmerge.options import RunOptions
 from hfmerge.planned import Plan
 from hfmerge.publishing import Destination, publish, with_disks
-from hfmerge.recipe import ModelEntry, Recipe
+from hfmerge.recipe import ModelEntry, Recipe, load_recipe
 from hfmerge.recording import adopt_card, keep_foreign_files, readable_card, record
 from hfmerge.runtime import Ranks
 from hfmerge.source import parse_ref
@@ -94,6 +94,13 @@ def _pin_text(ref: str) -> str:
 def pinned_recipe(recipe: Recipe, ranks: Ranks) -> Recipe:
     models = tuple(ModelEntry(pinned_ref(entry.model, ranks), entry.weight) for entry in recipe.models)
     return dataclasses.replace(recipe, base=pinned_ref(recipe.base, ranks), models=models)
+
+
+def given_recipe(recipe: Recipe | str | Path) -> tuple[Recipe, str]:
+    """The recipe a verb was called with, and what to call it in messages."""
+    if isinstance(recipe, Recipe):
+        return recipe, "recipe"
+    return load_recipe(recipe), str(recipe)
 
 
 def device_name(planned: Plan, ranks: Ranks, options: RunOptions) -> str:

@@ -48,8 +48,12 @@ def test_the_same_digest(started: list[list[str]], tmp_path: Path, name: str) ->
     assert len(started) == 1
 
 
-def test_only_large_files_have_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("why", ["small", "frozen", "embedded"])
+def test_some_files_have_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str) -> None:
     monkeypatch.setattr(digesting.subprocess, "Popen", None)
+    if why != "small":
+        monkeypatch.setattr(digesting, "LARGE", 0)
+        monkeypatch.setattr(sys, *(("frozen", True) if why == "frozen" else ("executable", "")), raising=False)
     path = written(tmp_path)
     assert Apart().sha256(str(path)) == sha256_file(path)
 
@@ -81,7 +85,7 @@ def test_what_cannot_be_read_is_an_error(started: list[list[str]], tmp_path: Pat
 def test_closing_gives_up_what_is_being_hashed(started: list[list[str]], tmp_path: Path) -> None:
     endless = tmp_path / "sparse"
     with open(endless, "wb") as file:
-        file.truncate(1 << 42)
+        file.truncate(1 << 38)
     apart, raised = Apart(), []
 
     def hashing() -> None:

@@ -66,6 +66,7 @@ LAYERS = [
     ["running"],
     ["nesting", "restoring", "evaluation.checking"],
     ["api", "lifecycle"],
+    ["examining"],
     ["evaluation.continual"],
     ["commands"],
     ["cli"],
@@ -124,5 +125,5 @@ def test_public_names_exist_and_no_module_hides_one() -> None:
     for name in names:
         assert getattr(hfmerge, name) is not None
         assert not (PACKAGE / f"{name}.py").exists() and not (PACKAGE / name).is_dir()
-    importlib.import_module("hfmerge.api")
+    importlib.import_module("hfmerge.examining")
     assert callable(hfmerge.plan) and callable(hfmerge.verify) and callable(hfmerge.unmerge)

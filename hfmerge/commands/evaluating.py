@@ -56,14 +56,14 @@ def _evaluate(args: argparse.Namespace) -> int:
             raise HfMergeError(f"--{name.replace('_', '-')}: must be at least 1.")
     if args.quiet:
         os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
-    from hfmerge import api
+    from hfmerge import examining
     from hfmerge.evaluation.results import save_results
     from hfmerge.evaluation.running import Settings
 
     settings = Settings(
         args.limit, args.seed, args.batch_size, args.device, args.dtype, not args.no_cache, args.skip_missing
     )
-    matrix = api.evaluate(
+    matrix = examining.evaluate(
         args.models, args.suite, tasks=args.task, heads=heads, settings=settings, progress=not args.quiet
     )
     if not first_process():

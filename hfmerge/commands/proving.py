@@ -36,9 +36,9 @@ def register(command: Command) -> None:
 
 
 def _certify(args: argparse.Namespace) -> int:
-    from hfmerge import api
+    from hfmerge import examining
 
-    made = api.certify(
+    made = examining.certify(
         args.merged,
         args.removed,
         key=args.key,
@@ -63,9 +63,11 @@ def _certify(args: argparse.Namespace) -> int:
 
 
 def _purge(args: argparse.Namespace) -> int:
-    from hfmerge import api
+    from hfmerge import examining
 
-    purged = api.purge_history(args.repo_id, delete_files=args.delete_files, confirm=None if args.yes else _confirmed)
+    purged = examining.purge_history(
+        args.repo_id, delete_files=args.delete_files, confirm=None if args.yes else _confirmed
+    )
     if purged is None:
         print("nothing was changed", file=sys.stderr)
         return 1

@@ -18,9 +18,9 @@ def register(command: Command) -> None:
 
 
 def _push(args: argparse.Namespace) -> int:
-    from hfmerge import api
+    from hfmerge import examining
 
-    pushed = api.push(args.folder, args.repo_id, private=args.private, create_pr=args.create_pr)
+    pushed = examining.push(args.folder, args.repo_id, private=args.private, create_pr=args.create_pr)
     if args.json:
         print_json({**vars(pushed), "notes": list(pushed.notes)})
         return 0

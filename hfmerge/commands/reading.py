@@ -134,11 +134,11 @@ def _differences(found: Difference) -> Iterator[str]:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from hfmerge import api
+    from hfmerge import examining
 
     if args.certificate is None and (args.public_key or args.allowed_signers or args.allow_unsigned):
         raise CertificateError("--public-key, --allowed-signers and --allow-unsigned go with --certificate FILE.")
-    report = api.verify(
+    report = examining.verify(
         args.merged,
         replay=args.replay,
         device=args.device,
