@@ -44,7 +44,7 @@ def reuse_freed_memory() -> None:
 
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
-_KEPT_BYTES = 16 << 20  # more than a piece of an elementwise merge; fresh pages cost little beside the work on larger tensors
+_KEPT_BYTES = 16 << 20  # more than a piece of an elementwise merge; fresh pages cost little beside work on more
 
 
 def main(argv: Sequence[str] | None = None) -> int:
