@@ -34,7 +34,9 @@ def run_flags(sub: argparse.ArgumentParser) -> None:
         help="insist on going on from a killed run, or on starting anew (default: go on if it was the same work)",
     )
     sub.add_argument(
-        "--max-memory", metavar="SIZE", help="what each process should stay below: 4GB, 800MiB (default: no bound)"
+        "--max-memory",
+        metavar="SIZE",
+        help="what each process should stay below: 4GB, 800MiB (default: what `plan` says, as many visits as cores)",
     )
     device_flag(sub)
 
