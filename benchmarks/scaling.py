@@ -14,15 +14,12 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from unittest import mock
 
 from benchmarks import common
 from benchmarks.common import Row, Sample
 from benchmarks.linear import RUNS, linked, our_command
 from benchmarks.opcm import our_command as opcm_command
-from benchmarks.opcm import run_ours as run_opcm
 
 
 COUNTS = (2, 4, 8, 16)
@@ -54,11 +51,14 @@ def rows_of_counts(options: argparse.Namespace) -> list[Row]:
     rows = growth("linear", COUNTS, options.runs, lambda count: merge(base, repeated(models, count), options.threads))
     base, towers = common.generate_models("clip-vision", OPCM_COUNTS[-1], quick=options.quick)
     merge(base, towers, options.threads)
-    runner = partial(run_opcm, alpha=0.5, variant="code", threads=options.threads)
-    rows += growth("OPCM", OPCM_COUNTS, options.runs, lambda count: runner(base, towers[:count]))
-    with mock.patch.dict(os.environ, MALLOC_MMAP_THRESHOLD_=str(MAPPED)):
-        what = f"OPCM, `MALLOC_MMAP_THRESHOLD_={MAPPED}`"
-        return rows + growth(what, OPCM_COUNTS, options.runs, lambda count: runner(base, towers[:count]))
+    scratch, setting = RUNS / "hfmerge-scaling", f"MALLOC_MMAP_THRESHOLD_={MAPPED}"
+
+    def opcm(count: int, *before: str) -> Sample:
+        command = [*before, *opcm_command(base, towers[:count], 0.5, "code", scratch / "out")]
+        return common.measure(command, threads=options.threads, scratch=scratch)
+
+    rows += growth("OPCM", OPCM_COUNTS, options.runs, opcm)
+    return rows + growth(f"OPCM, `{setting}`", OPCM_COUNTS, options.runs, lambda count: opcm(count, "env", setting))
 
 
 def repeated(models: Sequence[Path], count: int) -> list[Path]:

@@ -33,7 +33,7 @@ from hfmerge.version import __version__
 
 
 def reuse_freed_memory() -> None:
-    """Have glibc keep the memory of freed tensors for the next; by default every tensor gets fresh, zeroed pages.
+    """Have glibc keep the memory of freed tensors for the next, up to `_KEPT_BYTES`; by default each gets fresh pages.
 
     Who has set `MALLOC_MMAP_THRESHOLD_` (bytes) has decided otherwise: larger tensors go back to the system at once.
     """

@@ -65,8 +65,8 @@ class Ties(JointMethod):
     ) -> TaskVector:
         """Two sweeps over the models (elect, then average), so that little more than two tensors are held.
 
-        What is computed on the way lies in pieces of a core's cache. The task vectors of a small block are kept from
-        the first sweep to the second, those of a large one are asked for again.
+        What is computed on the way lies in pieces that a cache holds (see `trimming.PART`). The task vectors of a
+        small block are kept from the first sweep to the second, those of a large one are asked for again.
         """
         import torch
 
