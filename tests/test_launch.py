@@ -202,7 +202,12 @@ ENDING = """
 import atexit, sys
 import torch.distributed
 from hfmerge.runtime import processes
-atexit.register(lambda: print("begun", torch.distributed.is_initialized()))
+def last():
+    begun = torch.distributed.is_initialized()
+    print("begun", begun)
+    if begun:
+        torch.distributed.destroy_process_group()
+atexit.register(last)
 if sys.argv[1] == "theirs":
     torch.distributed.init_process_group("gloo")
 with processes() as ranks:
@@ -216,6 +221,7 @@ def test_the_process_group_ends_before_the_interpreter_does(owner: str) -> None:
     said = [process.communicate(timeout=60)[0].splitlines() for process in crew]
     # who has begun it ends it
     assert said == [["heard [0, 1]", f"begun {owner == 'theirs'}"]] * 2
+    assert [process.returncode for process in crew] == [0, 0]
 
 
 DYING = """

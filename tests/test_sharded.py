@@ -30,8 +30,11 @@ from hfmerge.cli import main
 from hfmerge.runtime import current_ranks
 ranks = current_ranks()
 assert ranks.world == int(sys.argv[1]), ranks
-group = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
-assert group.options._timeout.total_seconds() >= 12 * 3600, "shorter than a large decomposition may take"
+def patience():
+    # no name may hold the group when the interpreter ends: its threads would outlive the group's end
+    group = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
+    return group.options._timeout.total_seconds()
+assert patience() >= 12 * 3600, "shorter than a large decomposition may take"
 for arguments in json.loads(sys.argv[2]):
     code = main(arguments)
     if code:
