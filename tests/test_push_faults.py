@@ -164,7 +164,7 @@ def test_what_follows_the_commit_is_told_not_raised(world: World, tmp_path: Path
 def test_somebody_else_s_commit_is_not_taken_for_ours(world: World, tmp_path: Path) -> None:
     """The request is lost, and before it is sent again somebody else commits."""
     repo_id, second = published(world, "meanwhile", "xet", tmp_path)
-    world.proxy.faults(Fault("POST .*/commit/main", drop=True, times=1), Fault("GET .*/commits/main", delay=1.5))
+    world.proxy.faults(Fault("POST .*/commit/main", drop=True, times=1), Fault("GET .*/commits/main", delay=4.0))
     with ThreadPoolExecutor(1) as pool:
         push = pool.submit(world.shells["xet"].run, "push", second, repo_id)
         while not world.proxy.requests("POST .*/commit/main"):

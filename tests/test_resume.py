@@ -36,6 +36,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 }
 KILLS = 5
 """Per variant of the random moments."""
+MARGIN = 10
+"""Steps that a command may go on for after the moment at which it is to be killed, before it waits for that."""
 TENSORS = 12 * 11 + 2
 """Of the model that is merged."""
 
@@ -80,11 +82,7 @@ def partial(out: Path) -> Path:
 
 
 def noted(out: Path) -> int:
-    """Lines of the journal."""
-    try:
-        return sum(path.read_bytes().count(b"\n") for path in journal(out).glob("*.jsonl"))
-    except FileNotFoundError:  # a run has just come to its end
-        return 0
+    return tiny.noted(journal(out))
 
 
 def reused(run: tiny.Run) -> int:
@@ -98,8 +96,22 @@ def left_nothing(out: Path) -> bool:
     return not [path for path in out.parent.iterdir() if path.name.startswith(f".{out.name}.")]
 
 
+SLOW = """
+import sys, time
+from hfmerge.cli import main
+from hfmerge.journal import Journal
+note = Journal.note
+def slow(self, *given):
+    time.sleep(0.005)
+    note(self, *given)
+Journal.note = slow
+sys.exit(main(sys.argv[1:]))
+"""
+"""The command line, slow enough to be met in the middle."""
+
+
 def kill_when(child: tiny.Child, moment: Callable[[], bool]) -> None:
-    """Send SIGKILL as soon as the moment has come, unless the command is done before."""
+    """Send SIGKILL as soon as the moment has come, unless the command is done before; `MARGIN` keeps it from that."""
     while child.process.is_alive() and not moment():
         time.sleep(0.001)
     if child.process.is_alive() and child.process.pid is not None:
@@ -108,7 +120,7 @@ def kill_when(child: tiny.Child, moment: Callable[[], bool]) -> None:
 
 def killed_midway(root: Path, out: Path, *flags: object, lines: int = 30) -> int:
     """Kill a merge in its first third; how many steps it had noted."""
-    child = tiny.fork(out.parent, command(root, out, *flags))
+    child = tiny.fork(out.parent, command(root, out, *flags), steps=lines + MARGIN)
     kill_when(child, lambda: noted(out) >= lines)
     assert child.end().code == -signal.SIGKILL
     assert partial(out).is_dir() and not out.exists() and noted(out) >= lines
@@ -126,7 +138,9 @@ def test_killed_again_and_again(
     moments = [*((goal, 60.0) for goal in goals), *((10**6, chance.uniform(0.05, 1.0)) for _ in range(2))]
     before, killed = 0, 0
     for goal, seconds in moments:
-        child, end = tiny.fork(tmp_path, command(root, out, *VARIANTS[title])), time.monotonic() + seconds
+        wait = min(goal + MARGIN, total - 1) if killed < len(goals) else 0
+        child = tiny.fork(tmp_path, command(root, out, *VARIANTS[title]), steps=wait)
+        end = time.monotonic() + seconds
         kill_when(child, lambda goal=goal, end=end: noted(out) >= goal or time.monotonic() > end)
         run = child.end()
         if run.code == 0:
@@ -237,11 +251,16 @@ def test_killed_when_all_is_done(root: Path, undisturbed: Callable[[str], dict[s
 def test_the_command_itself(root: Path, undisturbed: Callable[[str], dict[str, str]], tmp_path: Path) -> None:
     """`python -m hfmerge` killed from outside, and run again by hand."""
     out, title = tmp_path / "out", "two passes, scratch"
-    process = tiny.start(*command(root, out, *VARIANTS[title]))
-    while process.poll() is None and noted(out) < 160:
-        time.sleep(0.001)
-    process.kill()
-    assert tiny.finish(process).code == -signal.SIGKILL and 160 <= noted(out)
+    for _ in range(5):
+        process = tiny.start(*command(root, out, *VARIANTS[title]))
+        while process.poll() is None and noted(out) < 160:
+            time.sleep(0.001)
+        process.kill()
+        if tiny.finish(process).code == -signal.SIGKILL and not out.exists():
+            break
+        # it was done before it could be killed
+        shutil.rmtree(out)
+    assert 160 <= noted(out)
     run = tiny.finish(tiny.start(*command(root, out, *VARIANTS[title]), "--resume"))
     assert run.code == 0 and reused(run) >= 160, run.err
     assert f"hfmerge: resuming: {TENSORS} of {TENSORS} tensors merged, " in run.err
@@ -259,7 +278,7 @@ def test_one_of_two_processes_is_killed_again_and_again(
     for goal in sorted(chance.sample(range(1, total - 20), KILLS)):
         victim, goal = chance.randrange(2), max(goal, before + 1)
         arguments = command(root, out, *VARIANTS[title])
-        crew = [tiny.fork(tmp_path, arguments, env=env) for env in launching.environments(2)]
+        crew = [tiny.fork(tmp_path, arguments, steps=goal + MARGIN, env=env) for env in launching.environments(2)]
         kill_when(crew[victim], lambda goal=goal: noted(out) >= goal)
         killed, other = crew[victim].end(), crew[1 - victim].end()
         assert killed.code == -signal.SIGKILL and other.code == 1, other.err
@@ -278,7 +297,7 @@ def test_one_of_several_processes_is_killed(
     arguments = [str(item) for item in command(root, out, *VARIANTS[title])]
     killed_midway(root, out, *VARIANTS[title])
     for victims in ((1,), (0, 1)):
-        crew = launching.ranks(2, "-m", "hfmerge", *arguments, "--resume")
+        crew = launching.ranks(2, "-c", SLOW, *arguments, "--resume")
         reached = noted(out)
         goal = reached + chance.randint(5, 40)
         while all(process.poll() is None for process in crew) and noted(out) < goal:
@@ -302,9 +321,8 @@ def test_a_killed_launcher_run_is_finished_by_one_process(
     out, title = tmp_path / "out", "histograms first"
     script = tmp_path / "worker.py"
     script.write_text(
-        "import os, pathlib, sys\nfrom hfmerge.cli import main\n"
-        "pathlib.Path(sys.argv[1], 'pid-' + os.environ['RANK']).write_text(str(os.getpid()))\n"
-        "sys.exit(main(sys.argv[2:]))\n"
+        "import os, pathlib, sys\n"
+        "pathlib.Path(sys.argv.pop(1), 'pid-' + os.environ['RANK']).write_text(str(os.getpid()))\n" + SLOW
     )
     arguments = [str(item) for item in command(root, out, *VARIANTS[title])]
     process = launching.torchrun(2, str(script), str(tmp_path), *arguments)
@@ -486,7 +504,7 @@ def test_changes_of_a_merge(verb: str, root: Path, tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "merged", tmp_path / "plain" / "merged")
     more = {"add": [root / "m3"], "unmerge": ["--remove", "m0"]}[verb]
     before, out = tiny.everything(tmp_path / "merged"), tmp_path / "merged"
-    child = tiny.fork(tmp_path, [verb, out, *more, "--quiet", "--json"])
+    child = tiny.fork(tmp_path, [verb, out, *more, "--quiet", "--json"], steps=150 + MARGIN)
     kill_when(child, lambda: noted(out) >= 150)
     assert child.end().code == -signal.SIGKILL
     assert tiny.everything(out) == before and tiny.done("verify", out).code == 0

@@ -304,6 +304,14 @@ def tokenizer(folder: Path, tokens: Sequence[str]) -> Path:
     return folder
 
 
+def noted(journal: Path) -> int:
+    """Lines of a run's journal: finished steps of all its processes and attempts."""
+    try:
+        return sum(path.read_bytes().count(b"\n") for path in journal.glob("*.jsonl"))
+    except FileNotFoundError:  # the run has just come to its end
+        return 0
+
+
 @dataclass(frozen=True)
 class Child:
     """A command that runs in a process of its own and may be held at a given point.
@@ -348,6 +356,7 @@ def fork(
     arguments: Sequence[object],
     *,
     hold: str = "",
+    steps: int = 0,
     limit: int = 0,
     env: Mapping[str, str] | None = None,
 ) -> Child:
@@ -356,6 +365,7 @@ def fork(
     Args:
         folder: for the files by which it is held, and its output.
         hold: "write": in the middle of the weights; "rename": when the old folder is away, the new one not yet there.
+        steps: hold it before it notes another step, once its journal has so many of all processes; 0: nowhere.
         limit: greatest length of a file in bytes, as `ulimit -f` sets it.
         env: set in its environment, before the command looks at it.
     """
@@ -365,18 +375,26 @@ def fork(
     ready, go, log = (folder / f"{name}.{suffix}" for suffix in ("ready", "go", "log"))
     log.touch()
     words = [str(argument) for argument in arguments]
-    process = context.Process(target=_forked, args=(words, hold, limit, env or {}, ready, go, log))
+    process = context.Process(target=_forked, args=(words, hold, steps, limit, env or {}, ready, go, log))
     process.start()
     return Child(process, ready, go, log)
 
 
 def _forked(
-    arguments: list[str], hold: str, limit: int, env: Mapping[str, str], ready: Path, go: Path, log: Path
+    arguments: list[str],
+    hold: str,
+    steps: int,
+    limit: int,
+    env: Mapping[str, str],
+    ready: Path,
+    go: Path,
+    log: Path,
 ) -> None:
     import resource
 
     from hfmerge import workspace
     from hfmerge.checkpoint.writer import SafetensorsWriter
+    from hfmerge.journal import Finished, Journal, Key
 
     def held() -> None:
         ready.touch()
@@ -408,6 +426,15 @@ def _forked(
                 rename(source, target)
 
             workspace.os.rename = late  # type: ignore[attr-defined]
+        if steps:
+            note = Journal.note
+
+            def paused(self: Journal, key: Key, done: Finished) -> None:
+                if noted(self.folder) >= steps:
+                    held()
+                note(self, key, done)
+
+            Journal.note = paused  # type: ignore[method-assign]
         if limit:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         code = main(arguments)
