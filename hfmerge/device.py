@@ -1,7 +1,8 @@
-"""Where matrices are taken apart: on the CPU, or on an accelerator that knows float64, one or several of a shape.
+"""Where a process computes: on the CPU or on an accelerator of its own, and how matrices are taken apart there.
 
-Only spectral methods go there. The others are bound by reading, hashing and writing, which an accelerator does not
-speed up, and so they give the bytes of the CPU whatever is asked for.
+Merging goes to an accelerator with spectral methods alone, and one that knows float64. The others are bound by
+reading, hashing and writing, which an accelerator does not speed up, and so they give the bytes of the CPU whatever is
+asked for. Learning and evaluating run whole models there.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ TURNS = 2
 """Matrices on an accelerator at once: one is computed while another comes or goes."""
 USABLE = 0.9
 """Share of an accelerator's memory that matrices may fill."""
+ERRORS = (RuntimeError, AssertionError, TypeError, AttributeError, NotImplementedError)
+"""Each kind of device, and of missing device, has an error of its own."""
 
 
 @dataclass(frozen=True)
@@ -97,32 +100,97 @@ class Device:
         """What the ledger says: the device's name, and whether something was moved off it by chance."""
         return f"{self.name}, in part {CPU}" if moved else self.name
 
-    @contextlib.contextmanager
-    def exact(self) -> Iterator[None]:
-        """Products of float32 are rounded as float32's, not as TF32's, whatever the process had set."""
-        import torch
-
-        if self.place == CPU:
-            yield
-            return
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(before)
-
     def _say(self, why: str) -> None:
         if self.notify is not None:
             self.notify(f"{why} {self.name}; computed on the CPU.")
 
 
-def device_for(asked: str | None, *, spectral: bool, notify: Callable[[str], object] | None = None) -> Device:
-    """The device for a run.
+def place_for(asked: str) -> str:
+    """Where this process computes, as torch names it: "cpu", "cuda:1".
 
     Args:
-        asked: "cpu" or None, "auto" (an accelerator if there is a fit one), or as torch names it: "cuda", "cuda:1". Of
-            several processes on a machine, each takes its own of those that "cuda" may be.
+        asked: "cpu", "auto" (an accelerator if there is one), or as torch names it: "cuda", "cuda:1". Of several
+            processes on a machine, each takes its own of those that "cuda" may be, or shares one if they are fewer.
+
+    Raises:
+        HfMergeError: there is no such device.
+    """
+    import torch
+
+    if asked == "auto":
+        found = torch.accelerator.current_accelerator(check_available=True)
+        asked = CPU if found is None else found.type
+    if asked == CPU:
+        return CPU
+    try:
+        wanted = torch.device(asked)
+        if wanted.type == CPU:
+            return CPU
+        count = torch.get_device_module(wanted.type).device_count()
+        own = int(os.environ.get("LOCAL_RANK", "0")) % max(1, count)
+        place = f"{wanted.type}:{own if wanted.index is None else wanted.index}"
+        torch.empty(1, device=place).cpu()
+    except ERRORS as error:
+        raise HfMergeError(f"--device {asked}: {_first_line(error)}; leave it out, or say cpu.") from error
+    return place
+
+
+def name_of(place: str) -> str:
+    """What the ledger says of a device: "cpu", or the model of the accelerator."""
+    import torch
+
+    if place == CPU:
+        return CPU
+    kind = place.partition(":")[0]
+    # Apple's devices tell no name
+    tell = getattr(torch.get_device_module(kind), "get_device_name", None)
+    return kind if tell is None else str(tell(place))
+
+
+@contextlib.contextmanager
+def full_float32(place: str) -> Iterator[None]:
+    """Products of float32 are rounded as float32's on an accelerator, not as TF32's, whatever the process had set."""
+    import torch
+
+    if place == CPU:
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextlib.contextmanager
+def repeatable(place: str) -> Iterator[None]:
+    """As `full_float32`; and what an accelerator would add up in any order, as gradients are, it adds up in one."""
+    import torch
+
+    if place == CPU:
+        yield
+        return
+    before, warned = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    # cuBLAS wants it said there, and before its first product
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # what can be had in no other way is done as it can, and torch warns of it
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with full_float32(place):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warned)
+
+
+def device_for(asked: str | None, *, spectral: bool, notify: Callable[[str], object] | None = None) -> Device:
+    """The device on which a run takes matrices apart.
+
+    Args:
+        asked: None for the CPU, or as for `place_for`, where "auto" is an accelerator that can do it.
         spectral: the method takes matrices apart.
         notify: told what is computed on the CPU instead.
 
@@ -131,32 +199,27 @@ def device_for(asked: str | None, *, spectral: bool, notify: Callable[[str], obj
     """
     import torch
 
-    if asked in (None, CPU):
+    place = place_for(asked or CPU)
+    kind = place.partition(":")[0]
+    if place == CPU or (asked == "auto" and kind == "mps"):
         return Device()
-    if asked == "auto":
-        found = torch.accelerator.current_accelerator(check_available=True)
-        if found is None or found.type == "mps":
-            return Device()
-        asked = found.type
-    assert asked is not None
-    mates = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    try:
-        wanted = torch.device(asked)
-        kind = torch.get_device_module(wanted.type)
-        count = kind.device_count()
-        sharing = mates if wanted.index is not None else -(-mates // max(1, count))
-        index = wanted.index if wanted.index is not None else int(os.environ.get("LOCAL_RANK", "0")) % max(1, count)
-        place = f"{wanted.type}:{index}"
-        torch.linalg.eigvalsh(torch.eye(2, dtype=torch.float64, device=place)).cpu()
-        name, memory = str(kind.get_device_name(place)), int(kind.get_device_properties(place).total_memory)
-    # each kind of device, and of missing device, has an error of its own
-    except (RuntimeError, AssertionError, TypeError, AttributeError, NotImplementedError) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise HfMergeError(
-            f"--device {asked}: cannot take a float64 matrix apart there ({first}); leave it out for the CPU."
-        ) from error
     if not spectral:
         if notify is not None:
-            notify(f"--device {asked}: this method is bound by reading and writing; computed on the CPU.")
+            notify(f"--device {asked}: this method is bound by reading and writing; merged on the CPU.")
         return Device()
-    return Device(place, name, int(USABLE * memory / (TURNS * sharing)), notify)
+    module = torch.get_device_module(kind)
+    try:
+        torch.linalg.eigvalsh(torch.eye(2, dtype=torch.float64, device=place)).cpu()
+        memory = int(module.get_device_properties(place).total_memory)
+    except ERRORS as error:
+        raise HfMergeError(
+            f"--device {asked}: cannot take a float64 matrix apart there ({_first_line(error)}); leave it out for the "
+            "CPU."
+        ) from error
+    mates = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    sharing = mates if asked == place else -(-mates // max(1, module.device_count()))
+    return Device(place, name_of(place), int(USABLE * memory / (TURNS * sharing)), notify)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

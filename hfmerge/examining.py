@@ -59,7 +59,7 @@ def unmerge_checked(
         unmerge, merged, names, output=output, push_to=push_to, create_pr=create_pr, sources=sources, stream=stream,
         mode=mode, measure=measure, options=options,
     )  # fmt: skip
-    return check_removal(open_merged(str(merged), sources), names, suite, change, settings)
+    return check_removal(open_merged(str(merged), sources), names, suite, change, settings, options)
 
 
 def verify(

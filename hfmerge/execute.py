@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hfmerge.checkpoint.reader import Reader
-from hfmerge.device import CPU, device_for
+from hfmerge.device import CPU, device_for, full_float32
 from hfmerge.digest import sha256_file
 from hfmerge.digesting import Digester
 from hfmerge.disks import own_params
@@ -128,7 +128,7 @@ def _run(
         files = stack.enter_context(RunFiles(plan, folder, ranks, noted))
         # what several processes write, none of them can follow
         trail = stack.enter_context(Trail(files.outputs)) if ranks.world == 1 else None
-        stack.enter_context(device.exact())
+        stack.enter_context(full_float32(device.place))
         outcome = Passes(plan, files, ranks, options, device).merge()
         hashed = trail.digests() if trail is not None else {}
         parts = ranks.together(lambda: {i: future.result() for i, future in mine.items()})

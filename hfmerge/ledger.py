@@ -149,8 +149,9 @@ class Entry:
         products: path -> SHA-256 of every file of the output but card, ledger and states.
         environment: versions and device the bytes depend on.
         restored: of "restore" the step it went back to; else None.
-        learned: of learned weights how they were found (`how`, `groups`, `steps`, `curve`), of each model what made
-            its `replay` rows and their SHA-256, and that of carried `fisher` information; else None.
+        learned: of learned weights how they were found (`how`, `groups`, `steps`, `curve`, `device`; where that is
+            missing, on the CPU), of each model what made its `replay` rows and their SHA-256, and that of carried
+            `fisher` information; else None.
     """
 
     step: int

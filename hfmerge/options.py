@@ -26,8 +26,8 @@ class RunOptions:
         notify: told in one line what is taken over from a killed run, and which bound cannot be kept.
         rows: folder where replay rows are kept and found again by model and by how they are made, for experiments that
             learn from the same rows many times; nothing deletes them there. None: they are made anew.
-        device: where spectral methods compute: "cpu" or None, "auto", "cuda", "cuda:1" (see `device`). The last bits
-            differ between devices, and the ledger says which it was.
+        device: where spectral methods compute and weights are learned: "cpu" or None, "auto", "cuda", "cuda:1" (see
+            `device`). The last bits differ between devices, and the ledger says which it was.
     """
 
     storage: str = "auto"

@@ -226,8 +226,9 @@ def weights_found(
     from hfmerge.learning.learned import learn
 
     return learn(
-        planned, ranks, journal=place.journal, shelf=options.rows, opened=opened, action=action, notify=options.notify
-    )
+        planned, ranks, journal=place.journal, shelf=options.rows, opened=opened, action=action, notify=options.notify,
+        device=options.device,
+    )  # fmt: skip
 
 
 def result_of(

@@ -7,11 +7,13 @@ brought back before it is written. Arithmetic is the CPU's, so bytes can be comp
 
 runs the command lines in JSON one after another and writes to REPORT what the device saw. Names: `memory`, the bytes
 that the device says it has; `free`, those it has; `die`, the number of the allocation at which the process is killed;
-`company`: eigenvalues come out a little differently, by how many matrices are taken apart in one call.
+`devices`, how many there are, 2 unless told otherwise (torch computes gradients on the first alone); `company`:
+eigenvalues come out a little differently, by how many matrices are taken apart in one call.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -23,12 +25,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import tiny
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 
-DEVICES = 2
+PROGRAM = Path(__file__)
+ON = ("--device", "pretend")
+"""How a command asks for the device."""
 NAME = "Pretended 1"
 DECOMPOSITIONS = ("aten::_linalg_eigh", "aten::linalg_qr", "aten::linalg_cholesky_ex")
 
@@ -38,6 +43,7 @@ class Memory:
 
     def __init__(self) -> None:
         self.size, self.free, self.die = 1 << 34, 1 << 34, 0
+        self.devices = 2
         self.held: dict[int, list[int]] = {}
         self.now = self.most = self.times = 0
         self.company = 0
@@ -45,6 +51,7 @@ class Memory:
         self.together: Counter[str] = Counter()
         self.places: set[str] = set()
         self.precisions: set[str] = set()
+        self.orders: set[bool] = set()
         self.lock = threading.RLock()
 
     def take(self, raw: torch.Tensor) -> int:
@@ -52,7 +59,7 @@ class Memory:
         storage = raw.untyped_storage()
         with self.lock:
             known = self.held.get(storage.data_ptr())
-            if known is not None and storage.nbytes():
+            if known is not None:
                 known[0] += 1
                 return storage.data_ptr()
             self.times += 1
@@ -92,7 +99,7 @@ class Module:
         return None
 
     def device_count(self) -> int:
-        return DEVICES
+        return MEMORY.devices
 
     def current_device(self) -> int:
         return 0
@@ -102,6 +109,18 @@ class Module:
 
     def get_device_properties(self, device: Any = None) -> SimpleNamespace:
         return SimpleNamespace(total_memory=MEMORY.size)
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16]
+
+    def get_rng_state(self, device: Any = None) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_rng_state(self, state: torch.Tensor, device: Any = None) -> None:
+        torch.set_rng_state(state)
+
+    def manual_seed_all(self, seed: int) -> None:
+        return None
 
     def empty_cache(self) -> None:
         MEMORY.done["empty_cache"] += 1
@@ -124,6 +143,12 @@ class Pretended(torch.Tensor):
         MEMORY.places.add(str(device))
         return self
 
+    def data_ptr(self) -> int:
+        return self.raw.data_ptr()
+
+    def tolist(self) -> Any:
+        return self.raw.tolist()
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -131,6 +156,9 @@ class Pretended(torch.Tensor):
         MEMORY.done[name] += 1
         if name == "aten::mm":
             MEMORY.precisions.add(torch.get_float32_matmul_precision())
+        if name == "aten::embedding_dense_backward":
+            # a sum that real devices make in any order, unless told otherwise
+            MEMORY.orders.add(torch.are_deterministic_algorithms_enabled())
         if name == "aten::copy_":
             _raw(args[0]).copy_(_raw(args[1]))
             return args[0]
@@ -175,6 +203,21 @@ def _empty_strided(size: Any, stride: Any, *, dtype: Any = None, device: Any = N
     return Pretended(torch.empty_strided(size, stride, dtype=dtype), torch.device(device))
 
 
+def _copy_from(given: torch.Tensor, into: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+    _raw(into).copy_(_raw(given))
+    return into
+
+
+def beside(folder: Path, calls: list[list[str]], **settings: int) -> tuple[tiny.Run, dict[str, Any]]:
+    """Run commands beside the device, in a process of their own; what it said, and what the device saw."""
+    report = folder / f"report-{len(list(folder.glob('report-*')))}"
+    given = [f"{name}={value}" for name, value in settings.items()]
+    code = "import sys; from pretended import main; sys.exit(main())"
+    run = tiny.finish(tiny.start(report, *given, "--", json.dumps(calls), code=code))
+    found = report.with_name(f"{report.name}.0")
+    return run, json.loads(found.read_text()) if found.exists() else {}
+
+
 def main() -> int:
     """Run commands beside the device; see the module."""
     from hfmerge.cli import main as run
@@ -183,18 +226,23 @@ def main() -> int:
     for setting in sys.argv[2:at]:
         name, _, value = setting.partition("=")
         setattr(MEMORY, {"memory": "size"}.get(name, name), int(value))
+    # inference tensors cannot be wrapped
+    torch.inference_mode = torch.no_grad  # type: ignore[assignment,misc]
     _setup_privateuseone_for_python_backend("pretend", Module())
     library = torch.library.Library("aten", "IMPL")
     library.impl("empty.memory_format", _empty, "PrivateUse1")
     library.impl("empty_strided", _empty_strided, "PrivateUse1")
+    library.impl("_copy_from", _copy_from, "PrivateUse1")
     torch.set_float32_matmul_precision("high")
+    # what is only garbage because it refers to itself counts as left
+    gc.disable()
     code = 0
     for arguments in json.loads(sys.argv[at + 1]):
         code = code or run(arguments)
     report = {
-        "left": MEMORY.now, "most": MEMORY.most, "done": dict(MEMORY.done), "places": sorted(MEMORY.places),
-        "precisions": sorted(MEMORY.precisions), "together": dict(MEMORY.together),
-        "after": torch.get_float32_matmul_precision(),
+        "left": MEMORY.now, "most": MEMORY.most, "times": MEMORY.times, "done": dict(MEMORY.done),
+        "places": sorted(MEMORY.places), "precisions": sorted(MEMORY.precisions), "together": dict(MEMORY.together),
+        "orders": sorted(MEMORY.orders), "after": torch.get_float32_matmul_precision(),
     }  # fmt: skip
     rank = os.environ.get("RANK", "0")
     Path(f"{sys.argv[1]}.{rank}").write_text(json.dumps(report), encoding="utf-8")

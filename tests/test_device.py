@@ -13,14 +13,13 @@ import launching
 import pytest
 import tiny
 import torch
+from pretended import ON, PROGRAM, beside
 from safetensors.torch import load_file
 
 from hfmerge.device import device_for
 from hfmerge.errors import HfMergeError
 
 
-PROGRAM = Path(__file__).parent / "pretended.py"
-ON = ("--device", "pretend")
 FLAGS = {
     "code": ("--method", "opcm", "--state", "all"),
     "paper": ("--method", "opcm", "--option", "variant=paper", "--norm", "none"),
@@ -51,16 +50,6 @@ def merge(root: Path, out: Path, *flags: object, wide: bool = False) -> list[str
     names = [f"{'wide-' * wide}{name}" for name in ("m1", "m2", "base")]
     models = [str(root / name) for name in names[:2]]
     return ["merge", *models, "--base", str(root / names[2]), "--output", str(out), "--quiet", *map(str, flags)]
-
-
-def beside(folder: Path, calls: list[list[str]], **settings: int) -> tuple[tiny.Run, dict[str, Any]]:
-    """Run commands beside the pretended device."""
-    report = folder / f"report-{len(list(folder.glob('report-*')))}"
-    given = [f"{name}={value}" for name, value in settings.items()]
-    code = "import sys; from pretended import main; sys.exit(main())"
-    run = tiny.finish(tiny.start(report, *given, "--", json.dumps(calls), code=code))
-    found = report.with_name(f"{report.name}.0")
-    return run, json.loads(found.read_text()) if found.exists() else {}
 
 
 def life(root: Path, out: Path, title: str, *flags: object) -> list[list[str]]:

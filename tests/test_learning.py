@@ -289,7 +289,7 @@ def test_recomputed_activations_and_shared_rows_change_nothing(models: dict[str,
     asked = Learning(**{**QUICK, "replay": ReplayAsked(**FEW), "steps": 3})
     from hfmerge.learning.learned import _rows
 
-    _, rows = _rows(plan, asked, {}, NOTHING, Ranks(), None)
+    _, rows = _rows(plan, asked, {}, NOTHING, Ranks(), None, "cpu")
     found = []
     with Space(plan, groups="layer") as space:
         start = space.start([0.5, 0.5, 0.5])

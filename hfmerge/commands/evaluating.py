@@ -30,7 +30,7 @@ def register(command: Command) -> None:
     sub.add_argument("--limit", type=int, metavar="N", help="rows of each task at most, a seeded sample")
     sub.add_argument("--seed", type=int, default=0, help="of samples and intervals (default: 0)")
     sub.add_argument("--batch-size", type=int, default=32, metavar="N", help="rows in a batch (default: 32)")
-    sub.add_argument("--device", help="cpu, cuda, cuda:1 (default: an accelerator if there is one)")
+    sub.add_argument("--device", help="cpu, auto, cuda, cuda:1 (default: auto, an accelerator if there is one)")
     sub.add_argument("--dtype", help="of the weights (default: float32 on the CPU, as stored elsewhere)")
     sub.add_argument("--no-cache", action="store_true", help="compute every score anew and keep none")
     sub.add_argument("--skip-missing", action="store_true", help="leave a cell empty where a model has no head for it")

@@ -42,10 +42,11 @@ def run_flags(sub: argparse.ArgumentParser) -> None:
 
 
 def device_flag(sub: argparse.ArgumentParser) -> None:
-    """Where spectral methods compute."""
+    """Where spectral methods compute and weights are learned."""
     sub.add_argument(
         "--device",
-        help="where spectral methods compute: cpu, auto, cuda, cuda:1; bytes are those of one kind (default: cpu)",
+        help="where spectral methods compute and weights are learned: cpu, auto, cuda, cuda:1; bytes are those of one "
+        "kind (default: cpu)",
     )
 
 

@@ -20,6 +20,7 @@ from hfmerge.execute import run
 from hfmerge.fetching import fetch
 from hfmerge.ledger import Material, reference
 from hfmerge.merged import Merged, open_merged
+from hfmerge.options import DEFAULT, RunOptions
 from hfmerge.planned import Plan
 from hfmerge.running import MergeResult
 from hfmerge.runtime import Ranks
@@ -86,6 +87,7 @@ def check_removal(
     suite: Suite | str | Path,
     remove: Callable[[], MergeResult],
     settings: Settings | None = None,
+    options: RunOptions = DEFAULT,
 ) -> tuple[MergeResult, Behaviour]:
     """Score a merge, take models out, score what is left, and merge the others from their sources beside it.
 
@@ -94,6 +96,8 @@ def check_removal(
         names: of the models that leave.
         suite: its tasks need heads of their own (`head`), since the merge loses those of the removed models.
         remove: does it.
+        settings: of the evaluation.
+        options: as `remove` has them, for the merge without the models.
 
     Raises:
         HfMergeError: no task of the suite is a removed model's; or what evaluating and merging raise.
@@ -119,7 +123,7 @@ def check_removal(
         raise HfMergeError("--check: a pull request cannot be scored; name an --output.")
     with tempfile.TemporaryDirectory(prefix="hfmerge-never-") as folder:
         left = open_merged(str(after), _folders(opened, result))
-        outcome = run(_never(left), Path(folder))
+        outcome = run(_never(left, options.device), Path(folder), options=replace(options, resume=None, notify=None))
         second = evaluator.matrix(
             [_called(evaluator.open(after), "after"), _called(evaluator.open(folder), "never merged")]
         )
@@ -134,7 +138,7 @@ def check_removal(
     return result, Behaviour(matrix, removed, identical, apart)
 
 
-def _never(left: Merged) -> Plan:
+def _never(left: Merged, device: str | None) -> Plan:
     """The merge of the models that stay, as if the others had never been there."""
     plan = plan_replay(left, never=True)
     if plan.recipe.learn is None:
@@ -142,7 +146,7 @@ def _never(left: Merged) -> Plan:
     from hfmerge.learning.learned import learn
 
     # replay rows are each model's own, and those that stay are kept
-    return learn(plan, Ranks(), opened=left)[0]
+    return learn(plan, Ranks(), opened=left, device=device)[0]
 
 
 def _apart(after: Pinned, never: Path) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hfmerge.checkpoint.remembered import recall
+from hfmerge.device import place_for
 from hfmerge.errors import HeadError, HfMergeError
 from hfmerge.evaluation.batches import Runner
 from hfmerge.evaluation.data import DataPin, limited, pin_data
@@ -39,7 +39,7 @@ class Settings:
         limit: rows of each task at most, a seeded sample.
         seed: of samples and of bootstrap intervals.
         batch_size: rows in a batch.
-        device: as torch names it; None: an accelerator if there is one.
+        device: see `place_for`; None: "auto".
         dtype: of the weights; None: float32 on the CPU, as stored elsewhere.
         cache: take scores that were computed before, and keep new ones.
         skip_missing: leave a score out where a model has no head for a task, instead of raising.
@@ -83,7 +83,7 @@ class Evaluator:
         self._progress = progress and self.ranks.main
         self._bar: Any = None
         _check_installed()
-        self.device = device_for(self.settings.device)
+        self.device = place_for(self.settings.device or "auto")
         self.dtype = self.settings.dtype or ("float32" if self.device == "cpu" else None)
         if self.dtype is not None and self.dtype not in DTYPES:
             raise HfMergeError(f"dtype {self.dtype}: one of {', '.join(DTYPES)} is needed.")
@@ -274,18 +274,6 @@ def evaluate_suite(
         raise HfMergeError("no model to evaluate; name at least one.")
     asked = asked.select(tasks) if tasks else asked
     return Evaluator(asked, settings, heads=heads, ranks=ranks, progress=progress).matrix(models)
-
-
-def device_for(asked: str | None) -> str:
-    """The device to run on: the one asked for, else an accelerator of this process's own, else the CPU."""
-    import torch
-
-    found = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=asked or found)
-    except (RuntimeError, AssertionError) as error:
-        raise HfMergeError(f"device {asked or found}: {str(error).splitlines()[0]}") from error
-    return asked or found
 
 
 def _check_installed() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -10,10 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hfmerge.device import CPU, name_of, place_for, repeatable
 from hfmerge.digest import canonical_json, sha256_bytes, sha256_file
 from hfmerge.errors import HfMergeError
 from hfmerge.evaluation.models import Subject, kind_of, open_subject
-from hfmerge.evaluation.running import device_for
 from hfmerge.evaluation.suite import load_suite
 from hfmerge.learning.asked import HELD, Learning
 from hfmerge.learning.fisher import FISHER_ROWS, fisher, load_fisher, save_fisher
@@ -51,6 +52,7 @@ class Learned:
         found: weights and curve; None where the weights stayed as they were.
         how: one line.
         groups: of the weights.
+        device: what computed them, by its name: "cpu", or the model of an accelerator.
     """
 
     replays: tuple[Replay | None, ...]
@@ -58,6 +60,7 @@ class Learned:
     found: Found | None
     how: str
     groups: tuple[str, ...] = ()
+    device: str = CPU
 
     def keep(self, folder: Path) -> dict[str, Any]:
         """Write replay rows and Fisher information into the output; what the ledger records of learning."""
@@ -77,7 +80,7 @@ class Learned:
         steps = 0 if self.found is None else self.found.steps
         return {
             "how": self.how, "groups": list(self.groups), "steps": steps, "curve": curve, "replay": rows,
-            "fisher": kept,
+            "fisher": kept, "device": self.device,
         }  # fmt: skip
 
 
@@ -90,6 +93,7 @@ def learn(
     opened: Merged | None = None,
     action: str = "merge",
     notify: Callable[[str], object] | None = None,
+    device: str | None = None,
 ) -> tuple[Plan, Learned]:
     """The plan with the weights that its recipe's `learn` asks for.
 
@@ -99,9 +103,10 @@ def learn(
         opened, action: the merge that the plan goes on from, and how; None for a first merge. Only "add" goes on from
             weights that were learned; "unmerge" keeps or learns them as asked, and "subtract" keeps them.
         notify: told what is about to happen.
+        device: see `RunOptions.device`.
 
     Raises:
-        HfMergeError: see `students`, `generate`, `labelled_rows`, `optimise`.
+        HfMergeError: see `place_for`, `students`, `generate`, `labelled_rows`, `optimise`.
     """
     asked = plan.recipe.learn
     assert asked is not None
@@ -114,13 +119,19 @@ def learn(
     if action == "subtract" or (action == "unmerge" and not asked.relearn):
         replays = tuple(_found(earlier, ref) for ref in references(plan))
         how = "weights were kept as they had been learned beside all models of the step before"
-        return _warned(plan, warnings), Learned(replays, None, None, how)
+        return _warned(plan, warnings), Learned(replays, None, None, how, device=_device(opened))
     check_tokens(plan)
-    progress = Progress(journal, _question(opened, action), shelf)
-    replays, rows = _rows(plan, asked, earlier, progress, ranks, notify)
-    with Space(plan, groups=asked.groups, budget=HELD, scratch=journal) as space:
+    place = ranks.each(lambda: place_for(device or CPU))
+    if notify is not None and ranks.main:
+        for line in _of_devices(opened, device, place):
+            notify(line)
+    progress = Progress(journal, _question(opened, action, name_of(place)), shelf)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(repeatable(place))
+        replays, rows = _rows(plan, asked, earlier, progress, ranks, notify, place)
+        space = stack.enter_context(Space(plan, groups=asked.groups, budget=HELD, scratch=journal))
         keys = [param.key for param in space.params]
-        merge = students(plan, keys, rows, checkpointing=asked.checkpointing)
+        merge = students(plan, keys, rows, checkpointing=asked.checkpointing, place=place)
         count = len(opened.last.models) if opened is not None and action == "add" else 0
         start = _start(space, plan, asked, count)
         anchor = _anchor(space, merge, start, count, opened, asked, ranks, warnings) if count and asked.ewc else None
@@ -136,6 +147,7 @@ def learn(
     )
     how = f"weights learned by {asked.loss}, {found.steps} steps"
     how += f", from those of the first {count} models" if count else ""
+    how += f", on {name_of(place)}" if place != CPU else ""
     if found.fault is not None:
         how += ", stopped early"
         warnings.append(
@@ -147,16 +159,38 @@ def learn(
             "they started."
         )
     plan = dataclasses.replace(plan, recipe=dataclasses.replace(plan.recipe, models=entries))
-    return _warned(plan, warnings), Learned(replays, information, found, how, space.groups)
+    return _warned(plan, warnings), Learned(replays, information, found, how, space.groups, name_of(place))
 
 
 def _warned(plan: Plan, warnings: Sequence[str]) -> Plan:
     return dataclasses.replace(plan, warnings=(*plan.warnings, *warnings))
 
 
-def _question(opened: Merged | None, action: str) -> str:
-    """What learning goes on from, beyond what the run's journal is for."""
-    return sha256_bytes(canonical_json([action, None if opened is None else opened.last.learned]))
+def _question(opened: Merged | None, action: str, device: str) -> str:
+    """What learning goes on from and where it computes, beyond what the run's journal is for."""
+    return sha256_bytes(canonical_json([action, None if opened is None else opened.last.learned, device]))
+
+
+def _device(opened: Merged | None) -> str:
+    """What computed the weights of an existing merge, by its name."""
+    return str((opened.last.learned if opened is not None and opened.last.learned else {}).get("device", CPU))
+
+
+def _of_devices(opened: Merged | None, asked: str | None, place: str) -> list[str]:
+    """What to tell of where weights are learned."""
+    lines = []
+    other = name_of(place_for("auto")) if asked is None else CPU
+    if other != CPU:
+        lines.append(
+            f"learning on the CPU, which gives one result on machines of a kind; --device auto uses {other}, which is "
+            "faster."
+        )
+    if opened is not None and opened.last.learned and _device(opened) != name_of(place):
+        lines.append(
+            f"the weights so far were learned on {_device(opened)}, and now on {name_of(place)}: their last digits "
+            "may be others than one of them alone would find."
+        )
+    return lines
 
 
 def _start(space: Space, plan: Plan, asked: Learning, count: int) -> Tensor:
@@ -174,6 +208,7 @@ def _rows(
     progress: Progress,
     ranks: Ranks,
     notify: Callable[[str], object] | None,
+    place: str,
 ) -> tuple[tuple[Replay | None, ...], list[list[tuple[Replay, float]]]]:
     """Replay rows of each model, and all rows of each that are learned from; made by rank 0 for all."""
     suite = load_suite(asked.suite) if asked.suite is not None else None
@@ -184,7 +219,7 @@ def _rows(
         notify(f"making replay rows of {len(refs)} models; {PRIVACY}")
 
     def made(model: int, ref: str, names: Sequence[str]) -> tuple[Replay | None, list[tuple[Replay, float]]]:
-        subject = open_subject(ref, device=device_for(None), dtype="float32")
+        subject = open_subject(ref, device=place, dtype="float32")
         task = task_of(suite, names) if suite is not None else None
         if suite is not None and task is None and asked.loss == "labels":
             raise HfMergeError(f"learn: {suite.name} has no task with the head of {names[0]}; take loss mixed.")

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from hfmerge.checkpoint.deltas import Delta
+from hfmerge.device import CPU
 from hfmerge.errors import HeadError, UnsupportedError
 from hfmerge.evaluation.models import Subject, kind_of, open_subject
-from hfmerge.evaluation.running import device_for
 from hfmerge.learning.replay.outputs import divergence
 from hfmerge.learning.replay.rows import Replay
 from hfmerge.planned import Plan
@@ -103,27 +103,31 @@ def reference(pinned: Pinned) -> str:
 
 
 def students(
-    plan: Plan, keys: Iterable[str], rows: Sequence[Sequence[tuple[Replay, float]]], *, checkpointing: bool
+    plan: Plan,
+    keys: Iterable[str],
+    rows: Sequence[Sequence[tuple[Replay, float]]],
+    *,
+    checkpointing: bool,
+    place: str = CPU,
 ) -> list[Student]:
-    """One for each model of a plan; together they hold the base once, and their heads. On an accelerator if there is
-    one: of each process, its own.
+    """One for each model of a plan; together they hold the base once, and their heads.
 
     Args:
         keys: stored keys of the base that are merged.
         rows: of each model.
         checkpointing: compute activations again for gradients.
+        place: where, as torch names it.
 
     Raises:
         UnsupportedError: transformers holds a merged tensor otherwise than the base's file does.
         HeadError, SourceError: a head is missing, or does not fit.
     """
     wanted = tuple(keys)
-    device = device_for(None)
-    base = open_subject(reference(plan.base.pinned), device=device, dtype="float32")
+    base = open_subject(reference(plan.base.pinned), device=place, dtype="float32")
     found = []
     whole: PreTrainedModel | None = None
     for delta, ref, some in zip(plan.deltas, references(plan), rows, strict=True):
-        subject = open_subject(ref, device=device, dtype="float32")
+        subject = open_subject(ref, device=place, dtype="float32")
         kind = kind_of(subject)
         if kind in ("causal", "masked"):
             model = whole = base.whole(kind) if whole is None else whole

@@ -113,8 +113,12 @@ class _Maker:
         self._scores, self._asked, self._steps, self._update = scores, asked, steps, update
         self._places = (*subject.places, *(spare.places if spare is not None else ()))
         self._random: Generator = torch.Generator().manual_seed(asked.seed)
-        self._runner = Runner(asked.batch_size, subject.device, Ranks(), self._tick)
         self._log_chances = torch.nn.functional.logsigmoid if scores == "labels" else _log_softmax
+
+    @property
+    def _runner(self) -> Runner:
+        # made when it is needed: kept here it would refer back to its owner, and the model would stay in memory
+        return Runner(self._asked.batch_size, self._subject.device, Ranks(), self._tick)
 
     def texts(self) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
         """Inputs and targets of rows of text, and the token they are padded with."""
