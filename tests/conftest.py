@@ -3,11 +3,11 @@
 import atexit
 import os
 import shutil
-import socket
 import tempfile
 from collections.abc import Iterator
 
 import pytest
+from launching import free_port
 
 from hfmerge.hubserver.serve import HubServer
 
@@ -18,9 +18,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-with socket.socket() as probe:
-    probe.bind(("127.0.0.1", 0))
-    PORT = probe.getsockname()[1]
+PORT = free_port()
 HOME = tempfile.mkdtemp(prefix="hfmerge-test-home-")
 USERS = {"me": "hf_test_token_of_me", "other": "hf_test_token_of_other"}
 os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{PORT}"

@@ -160,7 +160,7 @@ if rank == 0:
     import socket
     links = watch.accept(socket.create_server(("127.0.0.1", port)), token, world)
 else:
-    for attempt in range(200):
+    for attempt in range(800):
         try:
             links = watch.connect("127.0.0.1", port, token, rank)
             break

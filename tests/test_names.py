@@ -886,8 +886,8 @@ def test_full_size_models_are_described_at_once(title: str, config_class: str, t
     with torch.device("meta"):
         shapes = stored_shapes(getattr(transformers, title)(config))
     assert len(shapes) == tensors
-    start = time.perf_counter()
+    start = time.process_time()
     layout = describe(config.to_dict(), shapes, origin=title)
     found = match(layout, layout)
-    assert time.perf_counter() - start < seconds
+    assert time.process_time() - start < seconds
     assert layout.missing == () and len(found.origins) == tensors
