@@ -145,7 +145,8 @@ def test_a_device_that_others_fill_is_done_without_and_the_ledger_says_so(root: 
 
 def test_that_is_known_after_the_process_was_killed(root: Path, tmp_path: Path) -> None:
     call = merge(root, tmp_path / "there", *FLAGS["code"], *ON)
-    run, _ = beside(tmp_path, [call], free=4_000, die=12)
+    _, saw = beside(tmp_path, [merge(root, tmp_path / "whole", *FLAGS["code"], *ON)], free=4_000)
+    run, _ = beside(tmp_path, [call], free=4_000, die=saw["times"] // 2)
     assert run.code == -9 and "found no room" in run.err
     run, _ = beside(tmp_path, [call])
     assert run.code == 0 and "resuming" in run.err and "found no room" not in run.err

@@ -9,10 +9,10 @@
     python -m evaluation.experiments mdm_oc_subspace BENCH  # OPCM's projections, with weights learned from replay
     python -m evaluation.experiments mdm_oc_adapters BENCH  # as mdm_oc, of four LoRA adapters
     python -m evaluation.experiments mdm_oc_iso BENCH  # isotropic shares of adapters, with learned weights
-    python -m evaluation.experiments mdm_oc_iso_removal BENCH  # each of the four adapters taken out again
+    python -m evaluation.experiments mdm_oc_iso_removal BENCH  # each of the four adapters taken out of each order
     python -m evaluation.experiments mdm_oc_ablation BENCH  # without consolidation, replay, orthogonality
-    python -m evaluation.experiments mdm_oc_removal BENCH      # every one of three models taken out again
-    python -m evaluation.experiments mdm_oc_subtraction BENCH  # the same by subtraction, as in the paper
+    python -m evaluation.experiments mdm_oc_removal BENCH      # every one of the six encoders taken out again
+    python -m evaluation.experiments mdm_oc_subtraction BENCH  # of three, by subtraction, as in the paper
 
 BENCH is described in `import_bench`. Results go to evaluation/results/<experiment>/. With `--keep FOLDER` the Hub, the
 caches and what was measured stay there, and the same command goes on where it was stopped.
@@ -59,8 +59,6 @@ ABLATED = ("mdm_oc", "mdm_oc_replay", "mdm_oc_no_ewc", "not_orthogonal_replay")
 ADAPTERS = ("mdm_oc", "mdm_oc_replay", "mdm_oc_labelled", "gram", "iso_c", "ties", "average", "opcm")
 ADAPTERS += ("task_arithmetic",)
 ISOTROPIC = ("mdm_oc_iso_labelled", "mdm_oc_iso_replay", "iso_c")
-REMOVED = ("mdm_oc_removal/mdm_oc.yaml", "mdm_oc_removal/mdm_oc_replay.yaml")
-REMOVAL = ("--suite", "evaluation/experiments/mdm_oc_removal/suite.yaml", "--orders", "1", "--limit", "100")
 EXPERIMENTS = {
     "quickstart": Experiment(
         tuple(f"quickstart/{name}" for name in BOTH),
@@ -99,15 +97,23 @@ EXPERIMENTS = {
         + ("--limit", "100", "--removals", "none"),
     ),
     "mdm_oc_iso_removal": Experiment(
-        ("mdm_oc_adapters/mdm_oc_iso_replay.yaml",),
-        ("--suite", "evaluation/experiments/mdm_oc_adapters/suite.yaml", "--orders", "1", "--limit", "100"),
+        tuple(f"mdm_oc_adapters/{name}.yaml" for name in ISOTROPIC[:2]),
+        ("--suite", "evaluation/experiments/mdm_oc_adapters/suite.yaml", "--orders", "5")
+        + ("--limit", "100", "--removals", "all"),
     ),
     "mdm_oc_ablation": Experiment(
         tuple(f"mdm_oc/{name}.yaml" for name in ABLATED),
         ("--suite", "text-encoders", "--orders", "2", "--limit", "100", "--removals", "none"),
     ),
-    "mdm_oc_removal": Experiment(REMOVED, REMOVAL),
-    "mdm_oc_subtraction": Experiment(REMOVED, (*REMOVAL, "--mode", "subtract")),
+    "mdm_oc_removal": Experiment(
+        tuple(f"mdm_oc/{name}.yaml" for name in LEARNED[:3]),
+        ("--suite", "text-encoders", "--orders", "1", "--limit", "100"),
+    ),
+    "mdm_oc_subtraction": Experiment(
+        ("mdm_oc_subtraction/mdm_oc.yaml", "mdm_oc_subtraction/mdm_oc_replay.yaml"),
+        ("--suite", "evaluation/experiments/mdm_oc_subtraction/suite.yaml", "--orders", "1", "--limit", "100")
+        + ("--mode", "subtract"),
+    ),
 }
 
 
