@@ -105,6 +105,14 @@ class Device:
             self.notify(f"{why} {self.name}; computed on the CPU.")
 
 
+def accelerator() -> str | None:
+    """The kind of accelerator that this machine has, such as "cuda"; nothing is started on it."""
+    import torch
+
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return None if found is None else found.type
+
+
 def place_for(asked: str) -> str:
     """Where this process computes, as torch names it: "cpu", "cuda:1".
 
@@ -118,8 +126,7 @@ def place_for(asked: str) -> str:
     import torch
 
     if asked == "auto":
-        found = torch.accelerator.current_accelerator(check_available=True)
-        asked = CPU if found is None else found.type
+        asked = accelerator() or CPU
     if asked == CPU:
         return CPU
     try:
@@ -184,6 +191,27 @@ def repeatable(place: str) -> Iterator[None]:
             yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warned)
+
+
+@contextlib.contextmanager
+def enough_memory(what: str, advice: str) -> Iterator[None]:
+    """Say what to do where memory does not suffice, the device's or the machine's.
+
+    Args:
+        what: was being done.
+        advice: what needs less.
+
+    Raises:
+        HfMergeError: it does not.
+    """
+    import torch
+
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if type(error) is RuntimeError and "can't allocate memory" not in str(error):
+            raise
+        raise HfMergeError(f"{what}: out of memory; {advice}.") from error
 
 
 def device_for(asked: str | None, *, spectral: bool, notify: Callable[[str], object] | None = None) -> Device:

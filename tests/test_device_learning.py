@@ -100,10 +100,16 @@ def test_processes_share_a_device_where_there_is_but_one(kinds: dict[str, dict[s
     assert weights[0] == weights[1]
 
 
-def test_where_there_is_no_room_it_says_what_to_lower(kinds: dict[str, dict[str, Path]], tmp_path: Path) -> None:
+@pytest.mark.parametrize("free", [2_000, 20_000, 60_000, 120_000, 700_000])
+def test_where_there_is_no_room_it_says_what_to_lower(
+    kinds: dict[str, dict[str, Path]], tmp_path: Path, free: int
+) -> None:
+    """While models are read and built, make their rows, and learn."""
     recipe = asked(kinds["causal"], tmp_path / "recipe.yaml", "mdm_oc", PLAIN)
-    run, saw = beside(tmp_path, [merge(recipe, tmp_path / "out", *ON)], free=700_000)
-    assert run.code == 1 and "out of memory; lower batch (now 12), or set checkpointing" in run.err, run.err
+    run, _ = beside(tmp_path, [merge(recipe, tmp_path / "out", *ON)], free=free)
+    assert run.code == 1 and "Traceback" not in run.err
+    last = run.err.strip().splitlines()[-1]
+    assert "out of memory; lower batch (now 12) or replay.batch_size (now 32), or set checkpointing" in last, last
     assert not (tmp_path / "out").exists()
 
 
@@ -114,7 +120,8 @@ def test_another_device_is_told_and_learns_from_the_start(kinds: dict[str, dict[
     run, _ = beside(tmp_path, calls)
     assert run.code == 0, run.err
     assert (
-        "learning on the CPU, which gives one result on machines of a kind; --device auto uses Pretended 1" in run.err
+        "learning on the CPU, which gives one result on machines of a kind; --device pretend would be faster"
+        in run.err
     )
     assert "were learned on Pretended 1, and now on cpu" in run.err
     # killed there, begun again here
@@ -151,3 +158,7 @@ def test_suites_are_run_there(world: Path, tmp_path: Path) -> None:
         assert saw["places"] == ([] if "cpu" in flags else ["pretend:0"]) and saw["left"] == 0
         scores.append([[cell["value"] for cell in row] for row in json.loads(run.out)["scores"]])
     assert scores[0] == scores[1] == scores[2]
+    for free in (2_000, 40_000):
+        run, _ = beside(tmp_path, [call], free=free)
+        assert run.code == 1 and "Traceback" not in run.err
+        assert "mood: out of memory; lower --batch-size (now 32), or say --dtype bfloat16" in run.err, run.err

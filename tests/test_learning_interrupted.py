@@ -20,7 +20,7 @@ from hfmerge import merge
 from hfmerge.errors import HfMergeError, NonFiniteError
 from hfmerge.learning.asked import Learning
 from hfmerge.learning.learned import learn
-from hfmerge.learning.optimise import _enough_memory
+from hfmerge.learning.optimise import enough
 from hfmerge.learning.progress import Progress
 from hfmerge.runtime import Ranks
 
@@ -133,11 +133,14 @@ def test_a_start_that_is_not_a_number_is_an_error(models: dict[str, Path], tmp_p
 
 
 def test_out_of_memory_says_what_to_lower() -> None:
-    with pytest.raises(HfMergeError, match=r"out of memory; lower batch \(now 16\), or set checkpointing: true"):
-        with _enough_memory(Learning()):
+    with pytest.raises(HfMergeError, match=r"lower batch \(now 16\) or replay.batch_size \(now 32\), or set check"):
+        with enough(Learning()):
             torch.empty(1 << 50)
-    with pytest.raises(HfMergeError) as caught, _enough_memory(Learning(checkpointing=True, precision="bfloat16")):
+    with pytest.raises(HfMergeError) as caught, enough(Learning(checkpointing=True, precision="bfloat16")):
         raise torch.OutOfMemoryError
-    assert str(caught.value) == "learn: out of memory; lower batch (now 16), or use more processes."
-    with pytest.raises(RuntimeError, match="size"), _enough_memory(Learning()):
+    assert str(caught.value) == (
+        "learn: out of memory; lower batch (now 16) or replay.batch_size (now 32), or use more processes or another "
+        "--device."
+    )
+    with pytest.raises(RuntimeError, match="size"), enough(Learning()):
         torch.zeros(2) + torch.zeros(3)

@@ -97,7 +97,7 @@ EXPERIMENTS = {
         + ("--limit", "100", "--removals", "none"),
     ),
     "mdm_oc_iso_removal": Experiment(
-        tuple(f"mdm_oc_adapters/{name}.yaml" for name in ISOTROPIC[:2]),
+        ("mdm_oc_adapters/mdm_oc_iso_replay.yaml",),
         ("--suite", "evaluation/experiments/mdm_oc_adapters/suite.yaml", "--orders", "5")
         + ("--limit", "100", "--removals", "all"),
     ),

@@ -223,6 +223,8 @@ class Subject:
         self, config: Mapping[str, Any], state: Mapping[str, Tensor], how: str, spare: Subject | None
     ) -> PreTrainedModel:
         """An instance of the config's class over the given tensors, complete or an error."""
+        import torch
+
         found = find_class(dict(config), self.info.label, False)
         if found is None:
             raise SourceError(f"{self.info.label}: has code of its own, which is not run.")
@@ -240,6 +242,8 @@ class Subject:
                         None, config=settings, state_dict=dict(state), output_loading_info=True,
                         dtype=dtypes[0] if dtypes else None, **options,
                     )  # fmt: skip
+                except torch.OutOfMemoryError:
+                    raise
                 except (RuntimeError, ValueError) as error:
                     raise SourceError(
                         f"{self.info.label} {how}: does not fit: {' '.join(str(error).split())[:200]}"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hfmerge.checkpoint.remembered import recall
-from hfmerge.device import place_for
+from hfmerge.device import enough_memory, place_for
 from hfmerge.errors import HeadError, HfMergeError
 from hfmerge.evaluation.batches import Runner
 from hfmerge.evaluation.data import DataPin, limited, pin_data
@@ -182,7 +182,8 @@ class Evaluator:
             return replace(found, cached=True)
         start = time.monotonic()
         try:
-            score = self._tasks.score(subject, task, head)
+            with enough_memory(subject.info.label, self._advice()):
+                score = self._tasks.score(subject, task, head)
         except HeadError as error:
             if not self.settings.skip_missing:
                 raise
@@ -193,6 +194,11 @@ class Evaluator:
         if question is not None:
             self.ranks.on_main(lambda: recall("evaluation", question, score.to_dict, most=KEPT))
         return score
+
+    def _advice(self) -> str:
+        """What would need less memory."""
+        smaller = "" if self.dtype in ("bfloat16", "float16") else ", or say --dtype bfloat16"
+        return f"lower --batch-size (now {self.settings.batch_size}){smaller}, or another --device"
 
     def _known(self, subject: Subject, task: Task, head: str | None) -> Score | None:
         question = self._question(subject, task, head)

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hfmerge.device import CPU, name_of, place_for, repeatable
+from hfmerge.device import CPU, accelerator, name_of, place_for, repeatable
 from hfmerge.digest import canonical_json, sha256_bytes, sha256_file
 from hfmerge.errors import HfMergeError
 from hfmerge.evaluation.models import Subject, kind_of, open_subject
@@ -19,7 +19,7 @@ from hfmerge.evaluation.suite import load_suite
 from hfmerge.learning.asked import HELD, Learning
 from hfmerge.learning.fisher import FISHER_ROWS, fisher, load_fisher, save_fisher
 from hfmerge.learning.labelled import labelled_rows, task_of
-from hfmerge.learning.optimise import Anchor, Found, optimise
+from hfmerge.learning.optimise import Anchor, Found, enough, optimise
 from hfmerge.learning.progress import Progress
 from hfmerge.learning.replay.making import generate
 from hfmerge.learning.replay.rows import Replay, load_replay, save_replay
@@ -131,7 +131,8 @@ def learn(
         replays, rows = _rows(plan, asked, earlier, progress, ranks, notify, place)
         space = stack.enter_context(Space(plan, groups=asked.groups, budget=HELD, scratch=journal))
         keys = [param.key for param in space.params]
-        merge = students(plan, keys, rows, checkpointing=asked.checkpointing, place=place)
+        with enough(asked):
+            merge = students(plan, keys, rows, checkpointing=asked.checkpointing, place=place)
         count = len(opened.last.models) if opened is not None and action == "add" else 0
         start = _start(space, plan, asked, count)
         anchor = _anchor(space, merge, start, count, opened, asked, ranks, warnings) if count and asked.ewc else None
@@ -179,11 +180,9 @@ def _device(opened: Merged | None) -> str:
 def _of_devices(opened: Merged | None, asked: str | None, place: str) -> list[str]:
     """What to tell of where weights are learned."""
     lines = []
-    other = name_of(place_for("auto")) if asked is None else CPU
-    if other != CPU:
+    if asked is None and (kind := accelerator()) is not None:
         lines.append(
-            f"learning on the CPU, which gives one result on machines of a kind; --device auto uses {other}, which is "
-            "faster."
+            f"learning on the CPU, which gives one result on machines of a kind; --device {kind} would be faster."
         )
     if opened is not None and opened.last.learned and _device(opened) != name_of(place):
         lines.append(
@@ -239,9 +238,13 @@ def _rows(
         subject.forget()
         return own, [(own, 1.0), *few] if own is not None else few
 
+    def within(*given: Any) -> tuple[Replay | None, list[tuple[Replay, float]]]:
+        with enough(asked):
+            return made(*given)
+
     for model, (delta, ref) in enumerate(zip(plan.deltas, refs, strict=True)):
         names = (delta.source.name, delta.source.slug)
-        own, learned_from = ranks.on_main(partial(made, model, ref, names))
+        own, learned_from = ranks.on_main(partial(within, model, ref, names))
         replays.append(own)
         rows.append(learned_from)
     return tuple(replays), rows
@@ -320,7 +323,8 @@ def _fisher(merge: Sequence[Student], merged: Mapping[str, Tensor], asked: Learn
 
     total = sum(min(FISHER_ROWS, len(one.rows[0][0].learned)) for one in merge)
     with tqdm(total=total, desc="Fisher information", unit="row", name="hfmerge.learn") as bar:
-        return fisher(merge, merged, seed=asked.seed, tick=bar.update)
+        with enough(asked):
+            return fisher(merge, merged, seed=asked.seed, tick=bar.update)
 
 
 def _earlier(opened: Merged, warnings: list[str]) -> dict[str, Replay]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from hfmerge.device import enough_memory
 from hfmerge.digest import sha256_bytes
-from hfmerge.errors import HfMergeError, NonFiniteError
+from hfmerge.errors import NonFiniteError
 from hfmerge.learning.asked import Learning
 from hfmerge.learning.progress import NOTHING, Progress
 from hfmerge.learning.space import Space
@@ -251,7 +252,7 @@ class _Work:
         import torch
 
         losses = []
-        with _enough_memory(self.asked):
+        with enough(self.asked):
             merged = self.space.merged(weights)
             leaves = parameters(merged, self._device)
             parts, counts = [], []
@@ -287,7 +288,7 @@ class _Work:
         import torch
 
         losses = []
-        with _enough_memory(self.asked), torch.no_grad():
+        with enough(self.asked), torch.no_grad():
             merged = self.space.merged(weights)
             placed = {key: value.to(self._device) for key, value in merged.items()}
             for _, student in self._mine():
@@ -304,23 +305,12 @@ class _Work:
         return losses
 
 
-@contextlib.contextmanager
-def _enough_memory(asked: Learning) -> Iterator[None]:
-    """Say what to lower where memory does not suffice.
-
-    Raises:
-        HfMergeError: it does not.
-    """
-    import torch
-
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if type(error) is RuntimeError and "can't allocate memory" not in str(error):
-            raise
-        lower = [f"batch (now {asked.batch})", *([] if asked.checkpointing else ["or set checkpointing: true"])]
-        lower += [] if asked.precision == "bfloat16" else ["or precision: bfloat16"]
-        raise HfMergeError(f"learn: out of memory; lower {', '.join(lower)}, or use more processes.") from error
+def enough(asked: Learning) -> contextlib.AbstractContextManager[None]:
+    """As `enough_memory`, with what learning could do with less of."""
+    lower = [f"batch (now {asked.batch}) or replay.batch_size (now {asked.replay.batch_size})"]
+    lower += [] if asked.checkpointing else ["or set checkpointing: true"]
+    lower += [] if asked.precision == "bfloat16" else ["or precision: bfloat16"]
+    return enough_memory("learn", f"lower {', '.join(lower)}, or use more processes or another --device")
 
 
 def _drawn(count: int, asked: Learning, model: int, kind: int, step: int) -> list[int]:
