@@ -11,8 +11,9 @@
     python -m evaluation.experiments mdm_oc_iso BENCH  # isotropic shares of adapters, with learned weights
     python -m evaluation.experiments mdm_oc_iso_removal BENCH  # each of the four adapters taken out of each order
     python -m evaluation.experiments mdm_oc_ablation BENCH  # without consolidation, replay, orthogonality
-    python -m evaluation.experiments mdm_oc_removal BENCH      # every one of the six encoders taken out again
-    python -m evaluation.experiments mdm_oc_subtraction BENCH  # of three, by subtraction, as in the paper
+    python -m evaluation.experiments mdm_oc_removal BENCH  # each of the six encoders taken out of each order
+    python -m evaluation.experiments mdm_oc_labelled_removal BENCH  # of one order, with labelled rows
+    python -m evaluation.experiments mdm_oc_subtraction BENCH  # of three encoders by subtraction, as in the paper
 
 BENCH is described in `import_bench`. Results go to evaluation/results/<experiment>/. With `--keep FOLDER` the Hub, the
 caches and what was measured stay there, and the same command goes on where it was stopped.
@@ -106,7 +107,11 @@ EXPERIMENTS = {
         ("--suite", "text-encoders", "--orders", "2", "--limit", "100", "--removals", "none"),
     ),
     "mdm_oc_removal": Experiment(
-        tuple(f"mdm_oc/{name}.yaml" for name in LEARNED[:3]),
+        tuple(f"mdm_oc/{name}.yaml" for name in LEARNED[:2]),
+        ("--suite", "text-encoders", "--orders", "5", "--limit", "100", "--removals", "all"),
+    ),
+    "mdm_oc_labelled_removal": Experiment(
+        ("mdm_oc/mdm_oc_labelled.yaml",),
         ("--suite", "text-encoders", "--orders", "1", "--limit", "100"),
     ),
     "mdm_oc_subtraction": Experiment(
