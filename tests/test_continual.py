@@ -13,6 +13,7 @@ from hfmerge.errors import HfMergeError, RecipeError
 from hfmerge.evaluation import continual_metrics as metrics
 from hfmerge.evaluation.continual_asked import Variant, check_variants, orders, pair, sweep
 from hfmerge.evaluation.continual_measures import PeakMemory, distance
+from hfmerge.evaluation.continual_report import to_markdown
 from hfmerge.evaluation.running import Evaluator
 from hfmerge.evaluation.suite import Suite, Task, load_suite
 from hfmerge.recipe import load_recipe
@@ -188,6 +189,9 @@ def test_an_experiment_says_what_merging_by_hand_says(world: Path, tmp_path: Pat
     assert not (tmp_path / "out" / "merge").exists()
     text = (tmp_path / "out" / "continual.md").read_text()
     assert "BWT, /(T-1)" in text and "| removed |" in text and str(world) not in text
+    assert ", order 1 |" not in text, "models were taken out of one order only"
+    second["removals"] = first["removals"]
+    assert to_markdown(data).count(", order 2 |") == 3
     lines = (tmp_path / "out" / "continual.csv").read_text().splitlines()
     assert lines[0].startswith("variant,order,step") and any("removal residual" in line for line in lines)
     figures = {path.name for path in (tmp_path / "out" / "figures").iterdir()}

@@ -170,9 +170,10 @@ def _removals(models: Sequence[Mapping[str, Any]], variants: Sequence[Mapping[st
     names, cells = [], []
     base = {model["name"]: model["base"]["value"] for model in models}
     for one in variants:
-        for order in one["orders"]:
+        several = sum(bool(order["removals"]) for order in one["orders"]) > 1
+        for k, order in enumerate(one["orders"], 1):
             for found in order["removals"]:
-                names.append(f"{one['label']}: {found['removed']}")
+                names.append(f"{one['label']}: {found['removed']}" + (f", order {k}" if several else ""))
                 cells.append(
                     [
                         "yes" if found["identical"] else "no",
