@@ -178,10 +178,8 @@ def repeatable(place: str) -> Iterator[None]:
     if place == CPU:
         yield
         return
-    before, warned = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
+    before = torch.are_deterministic_algorithms_enabled()
+    warned = torch.is_deterministic_algorithms_warn_only_enabled()
     # cuBLAS wants it said there, and before its first product
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # what can be had in no other way is done as it can, and torch warns of it

@@ -20,7 +20,7 @@ from hfmerge import merge
 from hfmerge.errors import HfMergeError, NonFiniteError
 from hfmerge.learning.asked import Learning
 from hfmerge.learning.learned import learn
-from hfmerge.learning.optimise import enough
+from hfmerge.learning.optimise import memory_for
 from hfmerge.learning.progress import Progress
 from hfmerge.runtime import Ranks
 
@@ -134,13 +134,13 @@ def test_a_start_that_is_not_a_number_is_an_error(models: dict[str, Path], tmp_p
 
 def test_out_of_memory_says_what_to_lower() -> None:
     with pytest.raises(HfMergeError, match=r"lower batch \(now 16\) or replay.batch_size \(now 32\), or set check"):
-        with enough(Learning()):
+        with memory_for(Learning()):
             torch.empty(1 << 50)
-    with pytest.raises(HfMergeError) as caught, enough(Learning(checkpointing=True, precision="bfloat16")):
+    with pytest.raises(HfMergeError) as caught, memory_for(Learning(checkpointing=True, precision="bfloat16")):
         raise torch.OutOfMemoryError
     assert str(caught.value) == (
         "learn: out of memory; lower batch (now 16) or replay.batch_size (now 32), or use more processes or another "
         "--device."
     )
-    with pytest.raises(RuntimeError, match="size"), enough(Learning()):
+    with pytest.raises(RuntimeError, match="size"), memory_for(Learning()):
         torch.zeros(2) + torch.zeros(3)

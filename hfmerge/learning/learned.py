@@ -19,7 +19,7 @@ from hfmerge.evaluation.suite import load_suite
 from hfmerge.learning.asked import HELD, Learning
 from hfmerge.learning.fisher import FISHER_ROWS, fisher, load_fisher, save_fisher
 from hfmerge.learning.labelled import labelled_rows, task_of
-from hfmerge.learning.optimise import Anchor, Found, enough, optimise
+from hfmerge.learning.optimise import Anchor, Found, memory_for, optimise
 from hfmerge.learning.progress import Progress
 from hfmerge.learning.replay.making import generate
 from hfmerge.learning.replay.rows import Replay, load_replay, save_replay
@@ -131,7 +131,7 @@ def learn(
         replays, rows = _rows(plan, asked, earlier, progress, ranks, notify, place)
         space = stack.enter_context(Space(plan, groups=asked.groups, budget=HELD, scratch=journal))
         keys = [param.key for param in space.params]
-        with enough(asked):
+        with memory_for(asked):
             merge = students(plan, keys, rows, checkpointing=asked.checkpointing, place=place)
         count = len(opened.last.models) if opened is not None and action == "add" else 0
         start = _start(space, plan, asked, count)
@@ -239,7 +239,7 @@ def _rows(
         return own, [(own, 1.0), *few] if own is not None else few
 
     def within(*given: Any) -> tuple[Replay | None, list[tuple[Replay, float]]]:
-        with enough(asked):
+        with memory_for(asked):
             return made(*given)
 
     for model, (delta, ref) in enumerate(zip(plan.deltas, refs, strict=True)):
@@ -323,7 +323,7 @@ def _fisher(merge: Sequence[Student], merged: Mapping[str, Tensor], asked: Learn
 
     total = sum(min(FISHER_ROWS, len(one.rows[0][0].learned)) for one in merge)
     with tqdm(total=total, desc="Fisher information", unit="row", name="hfmerge.learn") as bar:
-        with enough(asked):
+        with memory_for(asked):
             return fisher(merge, merged, seed=asked.seed, tick=bar.update)
 
 

@@ -252,7 +252,7 @@ class _Work:
         import torch
 
         losses = []
-        with enough(self.asked):
+        with memory_for(self.asked):
             merged = self.space.merged(weights)
             leaves = parameters(merged, self._device)
             parts, counts = [], []
@@ -288,7 +288,7 @@ class _Work:
         import torch
 
         losses = []
-        with enough(self.asked), torch.no_grad():
+        with memory_for(self.asked), torch.no_grad():
             merged = self.space.merged(weights)
             placed = {key: value.to(self._device) for key, value in merged.items()}
             for _, student in self._mine():
@@ -305,7 +305,7 @@ class _Work:
         return losses
 
 
-def enough(asked: Learning) -> contextlib.AbstractContextManager[None]:
+def memory_for(asked: Learning) -> contextlib.AbstractContextManager[None]:
     """As `enough_memory`, with what learning could do with less of."""
     lower = [f"batch (now {asked.batch}) or replay.batch_size (now {asked.replay.batch_size})"]
     lower += [] if asked.checkpointing else ["or set checkpointing: true"]
