@@ -24,6 +24,7 @@ from pathlib import Path
 
 from evaluation.import_bench import BASE, LORA, model_id, tasks_of
 from hfmerge.evaluation.results import Matrix, load_results, table
+from hfmerge.quoting import Markdown
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -159,7 +160,7 @@ def summary(
     for task_name, values in rows.items():
         values += [trained[name][task_name][0] for name in same]
     rows = {f"{task_name} ({counts[task_name]} rows)": values for task_name, values in rows.items()}
-    rows["**mean**"] = [sum(values) / len(values) for values in zip(*rows.values(), strict=True)]
+    rows[Markdown("**mean**")] = [sum(values) / len(values) for values in zip(*rows.values(), strict=True)]
     cells = [[f"{value:.3f}" for value in values] for values in rows.values()]
     return table("task", ["alone", "base encoder", *merges, *same], list(rows), cells)
 

@@ -28,6 +28,7 @@ from evaluation.import_bench import base_folder, labels_of, tasks_of
 from hfmerge.evaluation import continual_metrics as metrics
 from hfmerge.evaluation.continual_asked import orders
 from hfmerge.evaluation.results import table
+from hfmerge.quoting import Markdown
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -181,7 +182,7 @@ def _markdown(data: Mapping[str, Any]) -> str:
     if first:
         order = ", ".join(tasks[i] for i in first["order"])
         how += f" Sequential in the order {order}: BWT, /(T-1) {first['backward_transfer']:.3f}."
-    return f"{how}\n\n" + table("task", list(found), [*names, "**mean**"], cells)
+    return f"{how}\n\n" + table("task", list(found), [*names, Markdown("**mean**")], cells)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from hfmerge.digest import sha256_bytes
 from hfmerge.errors import LedgerError
 from hfmerge.ledger import Entry, Material
 from hfmerge.methods import registry
+from hfmerge.quoting import Markdown, code, fenced, link, markdown, python_text, shell_word
 from hfmerge.weights import PatternWeights, Weight, shown, written
 from hfmerge.yamlio import dump_yaml
 
@@ -68,7 +69,8 @@ def licence_note(materials: Sequence[Material]) -> str | None:
     if licence(materials)["license"] != "other":
         return None
     rows = "\n".join(
-        f"| {m.name} | `{(m.commit or str(m.digest))[:12]}` | {m.license or 'not stated'} |" for m in materials
+        f"| {markdown(m.name)} | {code((m.commit or str(m.digest))[:12])} | {markdown(m.license or 'not stated')} |"
+        for m in materials
     )
     return (
         "# Licences of the merged models\n\nThis model is derived from all of these; using it means keeping to the "
@@ -97,13 +99,19 @@ def block(entries: Sequence[Entry], facts: Mapping[str, Any]) -> str:
     any_head = any(m.head for m in last.models)
     method = registry().get(last.method["name"])
     environment = Environment(
-        loader=PackageLoader("hfmerge"), undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False
+        loader=PackageLoader("hfmerge"),
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
+        autoescape=False,  # for HTML; what the template prints is Markdown
+        finalize=markdown,
     )
+    environment.filters |= {"code": code, "python_text": python_text, "shell_word": shell_word}
+    architecture = str(facts["architecture"])
     text = environment.get_template("card.md.j2").render(
         title=me.rpartition("/")[2] if facts.get("repo_id") else "Merged model",
         me=me,
         library=facts["library_name"],
-        architecture=facts["architecture"],
+        architecture=Markdown(architecture if architecture.isidentifier() else "AutoModel"),
         method=last.method,
         norm=last.method["norm"],
         base_link=_link(last.base),
@@ -117,7 +125,7 @@ def block(entries: Sequence[Entry], facts: Mapping[str, Any]) -> str:
                 + (", approximately subtracted" if m.subtracted else ""),
                 "weight": _weight(m.weight),
                 "norm": f"{(m.squared_norm or 0.0) ** 0.5:.4g}",
-                "head": f"`{m.head}`" if m.head else "-",
+                "head": code(m.head) if m.head else "-",
             }
             for m in last.models
         ],
@@ -137,8 +145,8 @@ def block(entries: Sequence[Entry], facts: Mapping[str, Any]) -> str:
             for e in entries
         ],
         learned=_learned(last),
-        recipe=dump_yaml(public_recipe(last)),
-        citations=method.citations if method else (),
+        recipe=fenced(dump_yaml(public_recipe(last)), "yaml"),
+        citations=fenced("\n".join(c.bibtex for c in method.citations) if method else "", "bibtex"),
     )
     return f"{BEGIN}\n{text.rstrip()}\n{END}\n"
 
@@ -175,18 +183,16 @@ def _recipe_ref(material: Material) -> str:
     return f"{material.beneath}+{own}" if material.beneath else own
 
 
-def _link(material: Material) -> str:
+def _link(material: Material) -> Markdown:
     if material.commit is None:
-        return f"{material.name} (folder)"
-    link = f"[{material.name}](https://huggingface.co/{material.name})"
-    return f"{link} on {material.beneath.partition('@')[0]}" if material.beneath else link
+        return markdown(f"{material.name} (folder)")
+    shown = link(material.name, material.name)
+    return Markdown(f"{shown} on {markdown(material.beneath.partition('@')[0])}") if material.beneath else shown
 
 
-def _weight(weight: Weight) -> str:
+def _weight(weight: Weight) -> Markdown:
     """Patterns as code, since stars and bars mean something in a table."""
-    if not isinstance(weight, PatternWeights):
-        return shown(weight)
-    return "`{}`".format(shown(weight).replace("`", "'").replace("|", "\\|"))
+    return code(shown(weight)) if isinstance(weight, PatternWeights) else markdown(shown(weight))
 
 
 def _pin(material: Material) -> str:

@@ -35,6 +35,7 @@ from hfmerge.dsse import IN_TOTO, Envelope
 from hfmerge.errors import CertificateError
 from hfmerge.ledger import Entry
 from hfmerge.merged import Merged
+from hfmerge.quoting import plain
 from hfmerge.removal import Removal, find_removed
 from hfmerge.signers import Trusted
 from hfmerge.verifying import WEIGHTS, Check
@@ -112,7 +113,7 @@ def check_signature(envelope: Envelope, trusted: Sequence[Trusted]) -> Check:
     """Whether one of the trusted keys signed the envelope."""
     if not envelope.signatures:
         return Check("signature", False, "the certificate is unsigned; ask for one made with --key")
-    hints = ", ".join(_shown(one.keyid) or "a key it does not name" for one in envelope.signatures)
+    hints = ", ".join(plain(one.keyid) or "a key it does not name" for one in envelope.signatures)
     if not trusted:
         todo = "say whose signature counts with --public-key or --allowed-signers"
         return Check("signature", False, f"signed with {hints}; {todo}")
@@ -167,7 +168,7 @@ def _subjects(subjects: Sequence[Mapping[str, Any]], merged: Merged) -> Check:
     for name in sorted({*named, *here}):
         if named.get(name) != here.get(name):
             ours, theirs = (side.get(name, "none")[:12] for side in (here, named))
-            what = f"{_shown(name)} is {ours} here, {_shown(theirs)} there"
+            what = f"{plain(name)} is {ours} here, {plain(theirs)} there"
             return Check("subjects", False, f"the certificate is for other weights: {what}")
     return Check("subjects", bool(named), f"{len(named)} weight files are those of the certificate")
 
@@ -176,14 +177,14 @@ def _ledger(predicate: Mapping[str, Any], merged: Merged) -> Check:
     given, here = predicate["merge"], merged.pinned
     wanted = _of_ledger(merged.last)
     if predicate["ledger"] != wanted["ledger"]:
-        there = _shown(predicate["ledger"]["sha256"])[:12]
+        there = plain(predicate["ledger"]["sha256"])[:12]
         mine = wanted["ledger"]["sha256"][:12]
         return Check("ledger head", False, f"the certificate is for another history: {mine} here, {there} there")
     for name, value in wanted.items():
         if predicate[name] != value:
             return Check("ledger head", False, f"the certificate's {name} are not those of {merged.last.file}")
     moved = (given["name"], given["commit"]) != (here.name, here.commit)
-    origin = f"{_shown(given['name'])}@{_shown(given['commit'])[:8]}"
+    origin = f"{plain(given['name'])}@{plain(given['commit'])[:8]}"
     made = f"; made for {origin}, equal to {here.label}" if moved else ""
     return Check("ledger head", True, f"{merged.last.file} is the one of the certificate{made}")
 
@@ -192,16 +193,11 @@ def _removed(removed: Mapping[str, Any], merged: Merged) -> Check:
     try:
         found = find_removed(merged.entries, removed["identity"], merged.pinned.label)
     except CertificateError as error:
-        return Check("removed", False, _shown(error))
+        return Check("removed", False, plain(error))
     steps = (removed["firstStep"], removed["lastStep"], removed["removedByStep"])
     if steps != (found.first, found.last, found.removed) or dict(found.part.files) != removed["files"]:
         return Check("removed", False, f"the ledger tells {found.part.label} otherwise than the certificate")
     return Check("removed", True, f"{found.part.label} was taken out by step {found.removed} and is not in the merge")
-
-
-def _shown(value: object) -> str:
-    """Text from a certificate on one line, so that it cannot pass for lines of the report."""
-    return "".join(letter if letter.isprintable() else "?" for letter in str(value))
 
 
 def _written(moment: datetime) -> str:

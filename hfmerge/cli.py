@@ -29,6 +29,7 @@ from hfmerge.commands import (
 )
 from hfmerge.commands.shared import first_process, print_json
 from hfmerge.errors import HfMergeError, LostProcessError
+from hfmerge.quoting import say, tell
 from hfmerge.version import __version__
 
 
@@ -74,14 +75,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             pass  # said already, by the first process to know
         elif not first_process():
             # rank 0 raises the same error, unless it is gone itself
-            print(f"hfmerge (process {os.environ.get('RANK')}): {error}", file=sys.stderr)
+            tell(f"hfmerge (process {os.environ.get('RANK')}): {error}")
         else:
-            print(f"hfmerge: {error}", file=sys.stderr)
+            first, *others = error.lines
+            tell(f"hfmerge: {first}", *others)
         if args.json and first_process():
             print_json({"error": str(error), "type": type(error).__name__})
         return 1
     except KeyboardInterrupt:
-        print("hfmerge: interrupted; nothing was written.", file=sys.stderr)
+        tell("hfmerge: interrupted; nothing was written.")
         return 1
     except BrokenPipeError:
         # the reader of our output left early; there is nobody to tell
@@ -118,11 +120,11 @@ def _hub(argv: list[str]) -> int:
     try:
         from hfmerge.hubserver.serve import main_run, main_serve
     except ImportError as error:
-        print(f"hfmerge: the Hub on loopback needs `pip install hfmerge[hub]` ({error}).", file=sys.stderr)
+        tell(f"hfmerge: the Hub on loopback needs `pip install hfmerge[hub]` ({error}).")
         return 1
     if argv[:1] == ["serve"]:
         return main_serve(argv[1:])
     if argv[:1] == ["run"]:
         return main_run(argv[1:])
-    print(usage, file=sys.stderr if argv[:1] not in (["--help"], ["-h"]) else sys.stdout)
+    say(usage, file=sys.stderr if argv[:1] not in (["--help"], ["-h"]) else sys.stdout)
     return 0 if argv[:1] in (["--help"], ["-h"]) else 2

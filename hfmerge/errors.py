@@ -29,6 +29,11 @@ from dataclasses import dataclass
 class HfMergeError(Exception):
     """Base of all errors raised on purpose; its text says what, where and what to do, in one line."""
 
+    @property
+    def lines(self) -> list[str]:
+        """The text, line by line, so that no name in it can pass for a line of its own."""
+        return [str(self)]
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -44,18 +49,20 @@ class RecipeError(HfMergeError):
     def __init__(self, problems: Sequence[Problem], origin: str = "recipe"):
         self.problems = tuple(problems)
         self.origin = origin
-        super().__init__(self._render())
+        super().__init__("\n".join(self.lines))
 
     def __reduce__(self) -> tuple[type[RecipeError], tuple[tuple[Problem, ...], str]]:
         return type(self), (self.problems, self.origin)
 
-    def _render(self) -> str:
+    @property
+    def lines(self) -> list[str]:
+        """All faults, one a line; a single one in one line."""
         count = len(self.problems)
         head = f"{self.origin}: {count} problem{'s' if count != 1 else ''}, nothing downloaded"
         if count == 1:
-            return f"{head}: {self.problems[0].path}: {self.problems[0].text}"
+            return [f"{head}: {self.problems[0].path}: {self.problems[0].text}"]
         width = min(28, max(len(p.path) for p in self.problems))
-        return "\n".join([head, *(f"  {p.path:<{width}}  {p.text}" for p in self.problems)])
+        return [head, *(f"  {p.path:<{width}}  {p.text}" for p in self.problems)]
 
 
 class SourceError(HfMergeError):

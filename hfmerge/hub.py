@@ -19,6 +19,7 @@ from hfmerge.ledger import FOLDER, Entry, check_chain
 from hfmerge.marked import part, with_part
 from hfmerge.merged import STATE_BRANCH
 from hfmerge.pictures.embedding import FIGURES, drawn
+from hfmerge.quoting import markdown, plain
 from hfmerge.scorecard import PREFIX, carried_scores
 from hfmerge.statebranch import drop_states, push_states
 
@@ -102,7 +103,8 @@ def push_folder(
                 upload(api, repo_id, operation, create_pr=create_pr)
         last = entries[-1]
         made = commit_once(
-            api, repo_id, [*adds, *gone], title=_message(last), description=f"{last.how}.\nLedger: {last.file}",
+            api, repo_id, [*adds, *gone], title=_message(last),
+            description=f"{markdown(last.how)}.\nLedger: {last.file}",
             parent=parent, proof={last.file: history[last.file]}, create_pr=create_pr,
         )  # fmt: skip
     tag = None if create_pr else f"step-{last.step:04d}"
@@ -185,13 +187,13 @@ def _public_files(folder: Path) -> dict[str, Path]:
 
 
 def _message(entry: Entry) -> str:
-    names = ", ".join(entry.subjects)
+    names = plain(", ".join(entry.subjects))
     done = {
         "merge": f"Merge {names}",
         "add": f"Add {names}",
         "unmerge": f"Take out {names}",
         "subtract": f"Subtract {names}",
-        "replace": f"Replace {' by '.join(entry.subjects)}",
+        "replace": f"Replace {plain(' by '.join(entry.subjects))}",
         "reorder": f"Reorder {names}",
         "rebase": f"Rebase onto {names}",
         "restore": f"Restore step {entry.restored}",

@@ -12,12 +12,12 @@ import contextlib
 import os
 import selectors
 import socket
-import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
 
 from hfmerge.errors import HfMergeError, LostProcessError
+from hfmerge.quoting import tell
 
 
 BYE, LOST = b"B", b"L"
@@ -102,12 +102,12 @@ class Watch:
                         break
         if not self._stopped.wait(GRACE):
             # the main thread waits for the lost process, or is deep in one matrix; what it leaves a new run clears
-            print(f"hfmerge (process {self._rank}): stopped.", file=sys.stderr, flush=True)
+            tell(f"hfmerge (process {self._rank}): stopped.")
             os._exit(1)
 
     def _take_note(self, gone: int, *, first_hand: bool) -> None:
         if first_hand:
-            print(f"hfmerge: {self._text(gone)}", file=sys.stderr, flush=True)
+            tell(f"hfmerge: {self._text(gone)}")
             for rank, link in self._links.items():
                 if rank != gone:
                     with contextlib.suppress(OSError):  # lost as well

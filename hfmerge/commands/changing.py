@@ -13,6 +13,7 @@ from hfmerge.commands.shared import (
     print_result,
 )
 from hfmerge.errors import HfMergeError
+from hfmerge.quoting import say
 
 
 if TYPE_CHECKING:
@@ -84,12 +85,12 @@ def _unmerge(args: argparse.Namespace) -> int:
 def _print_behaviour(args: argparse.Namespace, behaviour: Behaviour) -> int:
     if args.json or not first_process():
         return 0
-    print(f"\n{behaviour.matrix.to_markdown()}")
+    say("", *behaviour.matrix.to_markdown().split("\n"))
     same = "the same bytes" if behaviour.identical else "NOT the same bytes"
-    print(
+    say(
         f"{same} as a merge that never saw it: weights off by {behaviour.distance:.2g} of its change of the base, "
         f"the other tasks by {100 * behaviour.retained_gap:.1f} points"
     )
     for task, residual in behaviour.residual.items():
-        print(f"{task}: {100 * residual:+.1f} points against never merged")
+        say(f"{task}: {100 * residual:+.1f} points against never merged")
     return 0

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from hfmerge.commands.shared import Command, notify, print_json
 from hfmerge.errors import HfMergeError
+from hfmerge.quoting import say
 
 
 def register(command: Command) -> None:
@@ -89,7 +90,7 @@ def _continual(args: argparse.Namespace) -> int:
     if args.json:
         print_json(data)
         return 0
-    print(to_markdown(data))
+    say(*to_markdown(data).split("\n"))
     for path in written:
-        print(f"written {path}")
+        say(f"written {path}")
     return 0

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hfmerge.commands.shared import Command, first_process, print_json
 from hfmerge.errors import HfMergeError
+from hfmerge.quoting import say, tell
 
 
 if TYPE_CHECKING:
@@ -71,15 +71,15 @@ def _evaluate(args: argparse.Namespace) -> int:
     written = save_results(matrix, Path(args.output)) if args.output else []
     pushed = _report(matrix, args, folders, written)
     for note in matrix.notes:
-        print(f"note: {note}", file=sys.stderr)
+        tell(f"note: {note}")
     if args.json:
         print_json(matrix.to_dict() | {"written": [str(path) for path in written], "pushed": pushed and vars(pushed)})
         return 0
-    print(matrix.to_markdown(by_task=args.by_task), end="")
+    say(*matrix.to_markdown(by_task=args.by_task).rstrip("\n").split("\n"))
     for path in written:
-        print(f"written to {path}")
+        say(f"written to {path}")
     if pushed is not None:
-        print(f"pushed to {pushed.pull_request or pushed.url}")
+        say(f"pushed to {pushed.pull_request or pushed.url}")
     return 0
 
 
@@ -117,8 +117,8 @@ def _suites(args: argparse.Namespace) -> int:
         )
         return 0
     for name, suite in suites.items():
-        print(f"{name}: {suite.description}")
-        print(f"    {', '.join(task.name for task in suite.tasks)}")
+        say(f"{name}: {suite.description}")
+        say(f"    {', '.join(task.name for task in suite.tasks)}")
     return 0
 
 
@@ -128,7 +128,7 @@ def _pin(args: argparse.Namespace) -> int:
 
     suite = pinned_suite(load_suite(args.pin))
     if args.output is None and not args.json:
-        print(suite_text(suite), end="")
+        say(*suite_text(suite).rstrip("\n").split("\n"))
     elif args.output is not None:
         try:
             Path(args.output).write_text(suite_text(suite), encoding="utf-8")
@@ -137,5 +137,5 @@ def _pin(args: argparse.Namespace) -> int:
     if args.json:
         print_json({"digest": suite.digest, "tasks": [task.to_dict() for task in suite.tasks]})
     elif args.output is not None:
-        print(f"written to {args.output}")
+        say(f"written to {args.output}")
     return 0

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfmerge.commands.shared import Command, first_process, given_sources, notify, print_json, source_flag, stream_flag
 from hfmerge.errors import HfMergeError
+from hfmerge.quoting import say, tell
 
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def _inspect(args: argparse.Namespace) -> int:
     if not first_process():
         return 0
     for warning in found.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        tell(f"warning: {warning}")
     data = found.to_dict()
     if args.save is not None:
         _save(data, Path(args.save))
@@ -134,7 +134,7 @@ def _draw(results: Sequence[dict[str, Any]], folder: str | None, card: str | Non
     if card is not None:
         written += embed(Path(card), results)
     for file in written if not quiet else ():
-        print(f"drawn {file}")
+        say(f"drawn {file}")
     return 0
 
 
@@ -142,39 +142,38 @@ def _print(found: Inspection) -> None:
     from hfmerge.pictures.style import short_names
 
     names = [name[:16] for name in short_names(found.names)]
-    print(f"base   {found.base}")
+    say(f"base   {found.base}")
     for i, (name, model) in enumerate(zip(names, found.models, strict=True)):
         share = found.whole.interference[i]
         cleared = "" if share is None else f"  interference {share:.1%}"
-        print(f"model  {name:<16} {model}  norm {found.whole.norms[i]:.4g}{cleared}")
+        say(f"model  {name:<16} {model}  norm {found.whole.norms[i]:.4g}{cleared}")
     _print_square("cosine of task vectors", names, found.whole.cosine)
     title = "share of commonly changed elements that are changed in opposite directions"
     _print_square(title, names, found.whole.sign_conflict)
     if found.whole.cancelled is not None:
-        print(f"\nlost in the sum by opposite signs: {found.whole.cancelled:.1%} of all change")
+        say("", f"lost in the sum by opposite signs: {found.whole.cancelled:.1%} of all change")
     width = max(len(part.name) for part in found.layers)
     head = "  ".join(f"{name:>12}" for name in names)
-    print(
-        f"\nnorm of the change per layer, and interference with the models before (OPCM alpha {found.alpha:g}, ",
-        end="",
+    say(
+        "",
+        f"norm of the change per layer, and interference with the models before (OPCM alpha {found.alpha:g}, "
+        f"{found.variant})",
+        f"{'layer':<{width}}  {'cosine':>7}  {head}",
     )
-    print(f"{found.variant})\n{'layer':<{width}}  {'cosine':>7}  {head}")
     for part in found.layers:
-        print(
-            f"{part.name:<{width}}  {_mean_cosine(part):>7}  " + "  ".join(_cell(part, i) for i in range(len(names)))
-        )
+        say(f"{part.name:<{width}}  {_mean_cosine(part):>7}  " + "  ".join(_cell(part, i) for i in range(len(names))))
     if found.spectra:
         tops = list(found.spectra[0].energy)
-        print("\nspectra, means over matrices: stable rank, directions for 90 %, share of energy in the first")
-        print(f"{'':<16} {'stable':>7} {'90 %':>6}  " + " ".join(f"{top:>6}" for top in tops))
+        say("", "spectra, means over matrices: stable rank, directions for 90 %, share of energy in the first")
+        say(f"{'':<16} {'stable':>7} {'90 %':>6}  " + " ".join(f"{top:>6}" for top in tops))
         for i, name in enumerate(names):
             own = [spectrum for spectrum in found.spectra if spectrum.model == i]
             if own:
                 stable = sum(one.stable_rank for one in own) / len(own)
                 needed = sum(one.rank90 for one in own) / len(own)
                 shares = [sum(one.energy[top] for one in own) / len(own) for top in tops]
-                print(f"{name:<16} {stable:>7.1f} {needed:>6.1f}  " + " ".join(f"{share:>6.1%}" for share in shares))
-    print(f"\n{found.seconds:.1f} s")
+                say(f"{name:<16} {stable:>7.1f} {needed:>6.1f}  " + " ".join(f"{share:>6.1%}" for share in shares))
+    say("", f"{found.seconds:.1f} s")
 
 
 def _cell(part: Part, model: int) -> str:
@@ -191,6 +190,6 @@ def _mean_cosine(part: Part) -> str:
 def _print_square(title: str, names: Sequence[str], square: Square) -> None:
     if len(names) < 2:
         return
-    print(f"\n{title}\n{'':<16} " + " ".join(f"{name[:12]:>12}" for name in names))
+    say("", title, f"{'':<16} " + " ".join(f"{name[:12]:>12}" for name in names))
     for name, row in zip(names, square, strict=True):
-        print(f"{name:<16} " + " ".join(f"{'-' if value is None else format(value, '.3f'):>12}" for value in row))
+        say(f"{name:<16} " + " ".join(f"{'-' if value is None else format(value, '.3f'):>12}" for value in row))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 from typing import TYPE_CHECKING, Any
 
 from hfmerge.commands.shared import Command, print_json, print_result, run_flags, run_options, size, stream_flag
+from hfmerge.quoting import say, tell
 
 
 if TYPE_CHECKING:
@@ -118,34 +118,34 @@ def _plan(args: argparse.Namespace) -> int:
 
     planned = api.plan(_asked(args))
     for warning in planned.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        tell(f"warning: {warning}")
     if args.json:
         print_json(_plan_data(planned))
         return 0
     need = planned.estimate
-    print(f"base   {planned.base.pinned.label}  {planned.base_layout.architecture}")
+    say(f"base   {planned.base.pinned.label}  {planned.base_layout.architecture}")
     for delta, entry in zip(planned.deltas, planned.recipe.models, strict=True):
         source = delta.source
         changed = len({*delta.full, *delta.lora, *delta.beneath})
         weighs = f"weight {shown(entry.weight)}"
-        print(f"model  {source.pinned.label}  {source.kind}, {weighs}, changes {changed} parameters")
+        say(f"model  {source.pinned.label}  {source.kind}, {weighs}, changes {changed} parameters")
     for model, head in planned.heads:
-        print(f"head   {planned.deltas[model].source.name}  {', '.join(head.tensors)}  ({len(head.labels)} labels)")
+        say(f"head   {planned.deltas[model].source.name}  {', '.join(head.tensors)}  ({len(head.labels)} labels)")
     for line in planned.choices:
-        print(f"choice {line}")
+        say(f"choice {line}")
     modes = [param.mode if param.touched or param.mode != "merge" else "copy" for param in planned.params]
-    print(f"method {planned.method.name} {planned.recipe.method.options} norm {planned.norm}")
-    print(
+    say(f"method {planned.method.name} {planned.recipe.method.options} norm {planned.norm}")
+    say(
         f"tensors  {len(modes)}: {modes.count('merge')} merged, {modes.count('copy')} copied, {modes.count('tied')} "
         "tied"
     )
     rows = (("download", need.download), ("read", need.read), ("output", need.output), ("state", need.state))
-    print("bytes    " + ", ".join(f"{name} {size(value)}" for name, value in rows))
+    say("bytes    " + ", ".join(f"{name} {size(value)}" for name, value in rows))
     if planned.recipe.keep_sources:
-        print(f"sources  copies are kept beside the state and published with it: at most {size(need.sources)}")
+        say(f"sources  copies are kept beside the state and published with it: at most {size(need.sources)}")
     if planned.recipe.stream:
-        print(f"stream   {size(need.stream)} from the Hub as they are needed; nothing is stored but the result")
-    print(f"needs    disk {size(need.disk)}, memory about {size(need.memory)}, time about {need.seconds:.0f} s")
+        say(f"stream   {size(need.stream)} from the Hub as they are needed; nothing is stored but the result")
+    say(f"needs    disk {size(need.disk)}, memory about {size(need.memory)}, time about {need.seconds:.0f} s")
     return 0
 
 
@@ -182,11 +182,11 @@ def _convert(args: argparse.Namespace) -> int:
 
     recipe = load_recipe(args.recipe)
     for note in recipe.notes:
-        print(f"note: {note}", file=sys.stderr)
+        tell(f"note: {note}")
     if args.json:
         print_json(recipe.to_dict())
     else:
-        print(recipe.to_yaml(), end="")
+        say(*recipe.to_yaml().rstrip("\n").split("\n"))
     return 0
 
 
@@ -202,7 +202,7 @@ def _methods(args: argparse.Namespace) -> int:
         print_json(data)
         return 0
     for name, method in methods.items():
-        print(f"{name}: {str(method.__doc__).strip().splitlines()[0]} (norm: {method.default_norm})")
+        say(f"{name}: {str(method.__doc__).strip().splitlines()[0]} (norm: {method.default_norm})")
         for item in dataclasses.fields(method):
-            print(f"    {item.name} = {item.default}: {item.metadata.get('help', '')}")
+            say(f"    {item.name} = {item.default}: {item.metadata.get('help', '')}")
     return 0

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from hfmerge.commands.shared import Command, given_sources, print_json, source_flag
 from hfmerge.errors import HfMergeError
+from hfmerge.quoting import say, tell
 
 
 if TYPE_CHECKING:
@@ -48,17 +49,17 @@ def _certify(args: argparse.Namespace) -> int:
         sources=given_sources(args),
     )
     for warning in made.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        tell(f"warning: {warning}")
     if args.output is None:
-        sys.stdout.write(made.envelope.to_bytes().decode())
+        say(*made.envelope.to_bytes().decode().rstrip("\n").split("\n"))
     elif args.json:
         print_json({"output": args.output, "keyid": made.keyid, "statement": made.statement})
     else:
-        print(made.statement["predicate"]["claim"])
-        print(f"written to {args.output}, {f'signed with {made.keyid}' if made.keyid else 'unsigned'}")
-        print("It does not prove:")
+        say(made.statement["predicate"]["claim"])
+        say(f"written to {args.output}, {f'signed with {made.keyid}' if made.keyid else 'unsigned'}")
+        say("It does not prove:")
         for line in made.statement["predicate"]["notProved"]:
-            print(f"  - {line}")
+            say(f"  - {line}")
     return 0
 
 
@@ -69,42 +70,42 @@ def _purge(args: argparse.Namespace) -> int:
         args.repo_id, delete_files=args.delete_files, confirm=None if args.yes else _confirmed
     )
     if purged is None:
-        print("nothing was changed", file=sys.stderr)
+        tell("nothing was changed")
         return 1
     if args.json:
         print_json({**dataclasses.asdict(purged.plan), "new_head": purged.head, "notes": list(purged.notes)})
         return 0
     plan = purged.plan
-    print(f"{plan.repo_id}: main was at {plan.head[:12]} and is now at {purged.head[:12]}, with the same files")
-    print(f"squashed: {', '.join(f'{name} ({count} commits)' for name, count in plan.commits.items())}")
+    say(f"{plan.repo_id}: main was at {plan.head[:12]} and is now at {purged.head[:12]}, with the same files")
+    say(f"squashed: {', '.join(f'{name} ({count} commits)' for name, count in plan.commits.items())}")
     if plan.tags:
-        print(f"deleted: {', '.join(plan.tags)} (the last one was made anew)")
+        say(f"deleted: {', '.join(plan.tags)} (the last one was made anew)")
     if plan.files is not None:
-        print(f"deleted from storage: {len(plan.files)} files of earlier steps")
+        say(f"deleted from storage: {len(plan.files)} files of earlier steps")
     _print_left(plan)
     for note in purged.notes:
-        print(f"note: {note}", file=sys.stderr)
+        tell(f"note: {note}")
     return 0
 
 
 def _print_left(plan: PurgePlan) -> None:
     for line in plan.leftovers:
-        print(f"may still hold earlier weights: {line}")
+        say(f"may still hold earlier weights: {line}")
     for name in plan.children:
-        print(f"may contain earlier weights: {name}, whose card names {plan.repo_id} as its base")
+        say(f"may contain earlier weights: {name}, whose card names {plan.repo_id} as its base")
 
 
 def _confirmed(plan: PurgePlan) -> bool:
     """Show what is going to happen, and have the repository's name typed."""
     if not sys.stdin.isatty():
         raise HfMergeError(f"{plan.repo_id}: asks for confirmation at a terminal; pass --yes to go ahead without.")
-    print(f"{plan.repo_id}: its earlier steps will be lost and cannot be restored, and its commits get new ids:")
+    say(f"{plan.repo_id}: its earlier steps will be lost and cannot be restored, and its commits get new ids:")
     for name, count in plan.commits.items():
-        print(f"  branch {name}: {count} commits become one")
+        say(f"  branch {name}: {count} commits become one")
     if plan.tags:
-        print(f"  tags {', '.join(plan.tags)}: deleted, the last one made anew")
+        say(f"  tags {', '.join(plan.tags)}: deleted, the last one made anew")
     for file in plan.files or ():
-        print(f"  {file.path} of step {file.step} ({file.sha256[:12]}...): deleted from storage for good")
+        say(f"  {file.path} of step {file.step} ({file.sha256[:12]}...): deleted from storage for good")
     _print_left(plan)
     try:
         return input(f"Type {plan.repo_id} to go on: ").strip() == plan.repo_id

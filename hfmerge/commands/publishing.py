@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
 from hfmerge.commands.shared import Command, print_json
+from hfmerge.quoting import say, tell
 
 
 def register(command: Command) -> None:
@@ -24,7 +24,7 @@ def _push(args: argparse.Namespace) -> int:
     if args.json:
         print_json({**vars(pushed), "notes": list(pushed.notes)})
         return 0
-    print(f"pushed to {pushed.pull_request or pushed.url}")
+    say(f"pushed to {pushed.pull_request or pushed.url}")
     for note in pushed.notes:
-        print(f"note: {note}", file=sys.stderr)
+        tell(f"note: {note}")
     return 0

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from hfmerge.commands.shared import Command, device_flag, given_sources, print_json, source_flag
 from hfmerge.errors import CertificateError, HfMergeError
+from hfmerge.quoting import say, tell
 
 
 if TYPE_CHECKING:
@@ -53,19 +53,19 @@ def _history(args: argparse.Namespace) -> int:
     merged = open_merged(args.merged)
     steps, notes = steps_of(merged)
     for note in notes:
-        print(f"note: {note}", file=sys.stderr)
+        tell(f"note: {note}")
     if args.json:
         entries = [json.loads(step.entry.to_bytes()) for step in steps]
         steps_data = [step.to_dict() for step in steps]
         print_json({"merged": merged.pinned.label, "entries": entries, "steps": steps_data})
     elif args.graph:
-        print("\n".join(tree(steps)))
+        say(*tree(steps))
     else:
-        print("\n".join(_table(steps)))
-        print(f"\nnow: {merged.last.base.label} with {method(merged.last)} of")
+        say(*_table(steps))
+        say("", f"now: {merged.last.base.label} with {method(merged.last)} of")
         for label, norm in steps[-1].norms.items():
             model = next(one for one in merged.last.models if one.label == label)
-            print(f"  {label:<48} {model.kind}, weight {shown(model.weight)}, norm {norm:.4g}")
+            say(f"  {label:<48} {model.kind}, weight {shown(model.weight)}, norm {norm:.4g}")
     return 0
 
 
@@ -100,7 +100,7 @@ def _diff(args: argparse.Namespace) -> int:
     if args.json:
         print_json(difference.to_dict())
         return 0
-    print("\n".join(_differences(difference)))
+    say(*_differences(difference))
     return 0
 
 
@@ -152,7 +152,7 @@ def _verify(args: argparse.Namespace) -> int:
         print_json({"merged": report.merged, "ok": report.ok, "checks": [vars(check) for check in report.checks]})
     else:
         for check in report.checks:
-            print(f"{'ok  ' if check.ok else 'FAIL'} {check.what}: {check.detail}")
+            say(f"{'ok  ' if check.ok else 'FAIL'} {check.what}: {check.detail}")
         broken = "NOT what its ledger says" if args.certificate is None else "NOT verified"
-        print(f"{report.merged}: {'verified' if report.ok else broken}")
+        say(f"{report.merged}: {'verified' if report.ok else broken}")
     return 0 if report.ok else 1

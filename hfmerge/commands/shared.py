@@ -6,11 +6,11 @@ import argparse
 import dataclasses
 import json
 import os
-import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from hfmerge.errors import HfMergeError
+from hfmerge.quoting import say, tell
 
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def run_options(args: argparse.Namespace) -> RunOptions:
 
 
 def notify(line: str) -> None:
-    print(f"hfmerge: {line}", file=sys.stderr, flush=True)
+    tell(f"hfmerge: {line}")
 
 
 def given_sources(args: argparse.Namespace) -> dict[str, str]:
@@ -121,7 +121,7 @@ def print_result(args: argparse.Namespace, result: Any, more: Mapping[str, Any] 
     if not first_process():
         return 0
     for warning in result.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        tell(f"warning: {warning}")
     pushed = result.pushed
     if args.json:
         print_json(
@@ -149,29 +149,29 @@ def print_result(args: argparse.Namespace, result: Any, more: Mapping[str, Any] 
         )
         return 0
     crew = f" on {result.processes} processes" if result.processes > 1 else ""
-    print(f"{entry.action} (step {entry.step}): {entry.how}, {result.seconds['total']:.1f} s{crew}")
+    say(f"{entry.action} (step {entry.step}): {entry.how}, {result.seconds['total']:.1f} s{crew}")
     for model in entry.models:
-        print(f"  {model.label:<48} weight {shown(model.weight):<6} norm {(model.squared_norm or 0.0) ** 0.5:.4g}")
-    print(f"  norm of the merged change: {entry.scalars['merged_norm']:.4g}")
+        say(f"  {model.label:<48} weight {shown(model.weight):<6} norm {(model.squared_norm or 0.0) ** 0.5:.4g}")
+    say(f"  norm of the merged change: {entry.scalars['merged_norm']:.4g}")
     if "deviation" in entry.scalars:
-        print(f"  off the exact last step by up to {entry.scalars['deviation']:.1e} of a change, by sample")
+        say(f"  off the exact last step by up to {entry.scalars['deviation']:.1e} of a change, by sample")
     if entry.action == "subtract":
         bound = f"up to {entry.scalars['gap_bound']:.3g}" if "gap_bound" in entry.scalars else "an unknown part"
         measured = f"measured {entry.scalars['gap']:.3g}" if "gap" in entry.scalars else "not measured"
-        print(f"  NOT a removal: off the merge that never saw them by {bound} of the merged change ({measured})")
+        say(f"  NOT a removal: off the merge that never saw them by {bound} of the merged change ({measured})")
     if (streamed := result.streamed) is not None:
         checked, files = len(streamed.verified), len(streamed.verified) + len(streamed.unverified)
-        print(
+        say(
             f"streamed {size(streamed.received)} in {streamed.requests} requests, {streamed.failures} repeated: "
             f"{size(streamed.again)} more than once, {size(streamed.beyond)} beyond need; {checked} of {files} "
             "files compared with their digests"
         )
     if result.folder:
-        print(f"written to {result.folder}")
+        say(f"written to {result.folder}")
     if pushed is not None:
-        print(f"pushed to {pushed.pull_request or pushed.url}")
+        say(f"pushed to {pushed.pull_request or pushed.url}")
         for note in pushed.notes:
-            print(f"note: {note}", file=sys.stderr)
+            tell(f"note: {note}")
     return 0
 
 
@@ -180,4 +180,5 @@ def size(count: int) -> str:
 
 
 def print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, default=str))
+    text = json.dumps(value, indent=2, default=str).replace("\x7f", "\\u007f")
+    say(*text.split("\n"))

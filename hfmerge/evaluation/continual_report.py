@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hfmerge.evaluation.results import table
+from hfmerge.quoting import Markdown, markdown
 
 
 COLUMNS: Mapping[str, str] = {
@@ -46,9 +47,10 @@ def to_markdown(data: Mapping[str, Any]) -> str:
     orders = f"{settings['orders']} order{'s' if settings['orders'] != 1 else ''} of arrival (seed {settings['seed']})"
     rows = {model["alone"]["n"] for model in models}
     shown = f"{min(rows)} to {max(rows)}" if len(rows) > 1 else f"{min(rows)}"
+    base, suite = markdown(data["base"].partition("@")[0]), markdown(data["suite"]["name"])
     parts = [
-        f"{len(models)} models on {data['base'].partition('@')[0]}, {orders}, suite {data['suite']['name']}, {shown} "
-        "rows a task. Mean ± sample standard deviation over orders.",
+        f"{len(models)} models on {base}, {orders}, suite {suite}, {shown} rows a task. "
+        "Mean ± sample standard deviation over orders.",
         table("", list(COLUMNS.values()), _labels(variants), [_summary(one["summary"]) for one in variants]),
         "Score on every task after the last step, mean over orders:",
         _by_task(models, variants),
@@ -146,7 +148,7 @@ def _by_task(models: Sequence[Mapping[str, Any]], variants: Sequence[Mapping[str
         for i, model in enumerate(models)
     ]
     rows.append([sum(column) / len(column) for column in zip(*rows, strict=True)])
-    names = [*(model["task"] for model in models), "**mean**"]
+    names = [*(model["task"] for model in models), Markdown("**mean**")]
     cells = [[f"{value:.3f}" for value in row] for row in rows]
     return table("task", ["alone", "base", *_labels(variants)], names, cells)
 

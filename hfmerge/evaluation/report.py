@@ -13,6 +13,7 @@ from hfmerge.errors import HfMergeError, PushError
 from hfmerge.evaluation.models import open_subject
 from hfmerge.evaluation.results import Matrix, ModelInfo, Score, TaskInfo, table
 from hfmerge.evaluation.suite import KINDS
+from hfmerge.quoting import Markdown, code, link, markdown
 from hfmerge.scorecard import PREFIX, TOOL, with_scores
 from hfmerge.version import __version__
 from hfmerge.yamlio import dump_yaml, parse_yaml
@@ -26,12 +27,12 @@ def results_text(matrix: Matrix, label: str) -> str:
         label: this model's.
     """
     many = len(matrix.tasks) > len(matrix.models)
-    text = f"## Results\n\nSuite `{matrix.suite}`, measured with `hfmerge evaluate` {__version__}"
+    text = f"## Results\n\nSuite {code(matrix.suite)}, measured with `hfmerge evaluate` {__version__}"
     limit = matrix.settings.get("limit")
     text += f" on at most {limit} rows a task (seed {matrix.settings['seed']})" if limit else ""
     text += "; in brackets 95 % confidence intervals.\n\n"
     shown = matrix.to_markdown(by_task=many)
-    text += shown.replace(f"| {label} |", f"| **{label}** |") if len(matrix.models) > 1 else shown
+    text += shown.replace(f"| {markdown(label)} |", f"| **{markdown(label)}** |") if len(matrix.models) > 1 else shown
     rows = [[_data(task), task.config or "-", task.split, task.metric, _rows(matrix, i), _head(task)]
             for i, task in enumerate(matrix.tasks)]  # fmt: skip
     names = [task.name for task in matrix.tasks]
@@ -189,14 +190,15 @@ def _scores(matrix: Matrix, label: str) -> list[tuple[TaskInfo, Score]]:
     return [(task, score) for task, score in row if score is not None]
 
 
-def _data(task: TaskInfo) -> str:
+def _data(task: TaskInfo) -> Markdown:
+    name = markdown(task.dataset)
     if task.commit is None:
-        return f"{task.dataset} (`{task.digest[:12]}`)" if task.digest else task.dataset
-    return f"[{task.dataset}](https://huggingface.co/datasets/{task.dataset}) `{task.commit[:12]}`"
+        return Markdown(f"{name} ({code(task.digest[:12])})") if task.digest else name
+    return Markdown(f"{link(task.dataset, 'datasets', task.dataset)} {code(task.commit[:12])}")
 
 
-def _head(task: TaskInfo) -> str:
-    return (task.head or "own") + (f" `{task.head_commit[:12]}`" if task.head_commit else "")
+def _head(task: TaskInfo) -> Markdown:
+    return Markdown(markdown(task.head or "own") + (f" {code(task.head_commit[:12])}" if task.head_commit else ""))
 
 
 def _rows(matrix: Matrix, column: int) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hfmerge.errors import HfMergeError
+from hfmerge.quoting import Markdown, markdown
 
 
 SCHEMA = 1
@@ -191,12 +192,13 @@ class Matrix:
             by_task: tasks as rows, for many tasks and few models.
             intervals: show 95 % confidence intervals.
         """
-        cells = [[cell(s, intervals=intervals) for s in row] for row in self.scores]
+        cells: list[list[str]] = [[cell(s, intervals=intervals) for s in row] for row in self.scores]
         if len(self.tasks) > 1:
             means = [self.mean(model.label) for model in self.models]
             cells = [[*row, "-" if mean is None else f"{mean:.3f}"] for row, mean in zip(cells, means, strict=True)]
         columns = [f"{task.name} ({task.metric})" if self.mixed else task.name for task in self.tasks]
-        columns += ["**mean**"] if len(self.tasks) > 1 else []
+        if len(self.tasks) > 1:
+            columns.append(Markdown("**mean**"))
         rows = [model.label for model in self.models]
         if by_task:
             return table("task", rows, columns, [list(column) for column in zip(*cells, strict=True)])
@@ -235,21 +237,23 @@ def load_results(path: Path) -> Matrix:
         raise HfMergeError(f"{path}: no results of hfmerge ({type(error).__name__}: {error}).") from error
 
 
-def cell(score: Score | None, *, intervals: bool) -> str:
+def cell(score: Score | None, *, intervals: bool) -> Markdown:
     """A score as tables show it: three digits, with its interval."""
     if score is None:
-        return "-"
+        return Markdown("-")
     digits = 2 if score.metric in LOWER_IS_BETTER else 3
     shown = f"{score.value:.{digits}f}"
     if not intervals or math.isnan(score.low):
-        return shown
-    return f"{shown} [{score.low:.{digits}f}, {score.high:.{digits}f}]"
+        return Markdown(shown)
+    return Markdown(f"{shown} [{score.low:.{digits}f}, {score.high:.{digits}f}]")
 
 
 def table(corner: str, columns: Sequence[str], rows: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [f"| {corner} | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
-    lines += [f"| {name} | {' | '.join(row)} |" for name, row in zip(rows, cells, strict=True)]
+    """A Markdown table; everything but `Markdown` is quoted."""
+    lines = [f"| {corner} | {' | '.join(map(markdown, columns))} |", f"|---|{'---|' * len(columns)}"]
+    lines += [
+        f"| {markdown(name)} | {' | '.join(map(markdown, row))} |" for name, row in zip(rows, cells, strict=True)
+    ]
     return "\n".join(lines) + "\n"
 
 

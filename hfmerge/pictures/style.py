@@ -44,6 +44,7 @@ SETTINGS: dict[str, Any] = {
     "grid.color": "#DDDDDD",
     "grid.linewidth": 0.6,
     "lines.linewidth": 1.6,
+    "text.parse_math": False,  # a dollar sign in a model's name is a dollar sign
     "lines.markersize": 4.5,
     "legend.frameon": False,
     "figure.facecolor": "white",
