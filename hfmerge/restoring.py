@@ -22,7 +22,7 @@ from hfmerge.ledger import Entry
 from hfmerge.merged import Merged, known_places, note_places, open_merged
 from hfmerge.options import RunOptions
 from hfmerge.publishing import Destination
-from hfmerge.recording import keep_foreign_files, readable_card, write_record
+from hfmerge.recording import keep_foreign_files, readable_card, refuse_unknown_files, write_record
 from hfmerge.running import MergeResult, push_written
 from hfmerge.source import Pinned, Place
 from hfmerge.statebranch import bring_states_back, find_states
@@ -75,6 +75,9 @@ def restore_step(
         name = opened.pinned.name
         raise PushError(f"{name}: lies on the Hub; say where the result goes: --push-to {name}, or --output FOLDER.")
     existing = readable_card(opened)
+    replacing = folder is not None and target is not None and target.resolve() == folder
+    if replacing:
+        refuse_unknown_files(opened)
     earlier = find_earlier(opened, step, existing)
     places = _places(opened, earlier.entry, sources or {})
     own = push_to is not None and push_to.lower() == opened.pinned.name.lower()
@@ -84,7 +87,6 @@ def restore_step(
         pushed = None
         whole = sum(info.size for name, info in earlier.pinned.files.items() if name in earlier.entry.products)
         work = {"restore": sha256_bytes(earlier.entry.to_bytes())}
-        replacing = folder is not None and target is not None and target.resolve() == folder
         with tempfile.TemporaryDirectory(prefix="hfmerge-") as spare:
             place = target or Path(spare) / "merged"
             with workspace(place, needed=whole, replace=replacing, work=work, resume=options.resume) as built:

@@ -683,8 +683,7 @@ def test_files_of_people_outlive_a_change_of_the_folder(root: Path, tmp_path: Pa
         "notes.md": "mine",
         ".git/config": "[core]",
         "figures": None,
-        "figures/loss.csv": "1,2",
-        "extra.json": "{}",
+        "figures/loss.png": "1,2",
     }
     for name, text in held.items():
         (merged / name).mkdir() if text is None else (merged / name).write_text(text)
