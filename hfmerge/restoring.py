@@ -14,8 +14,10 @@ from pathlib import Path
 
 from hfmerge.asking import hub_api, hub_errors
 from hfmerge.card import card_pointer
+from hfmerge.checkpoint.owncode import listed_names
+from hfmerge.checkpoint.sidefiles import is_code
 from hfmerge.digest import sha256_bytes, sha256_file
-from hfmerge.errors import CorruptFileError, LedgerError, NotFoundError, PushError
+from hfmerge.errors import CorruptFileError, LedgerError, NotFoundError, PushError, UnsupportedError
 from hfmerge.fetching import fetch, pin
 from hfmerge.hub import Pushed, push_folder
 from hfmerge.ledger import Entry
@@ -79,6 +81,7 @@ def restore_step(
     if replacing:
         refuse_unknown_files(opened)
     earlier = find_earlier(opened, step, existing)
+    _check_code(earlier, options)
     places = _places(opened, earlier.entry, sources or {})
     own = push_to is not None and push_to.lower() == opened.pinned.name.lower()
     if target is None and own:
@@ -98,6 +101,20 @@ def restore_step(
                 pushed = push_written(place, Destination(push_to, None, create_pr, parent))
     seconds = time.monotonic() - start
     return MergeResult(target, earlier.entry, earlier.notes, pushed, {"merging": 0.0, "total": seconds})
+
+
+def _check_code(earlier: Earlier, options: RunOptions) -> None:
+    """Copy no code into an output whose maker has not allowed it.
+
+    Raises:
+        UnsupportedError: the step has files of code; names the repository, the files and the flag.
+    """
+    names = [name for name in sorted(earlier.entry.products) if is_code(name)]
+    if names and not options.trust_remote_code:
+        raise UnsupportedError(
+            f"{earlier.pinned.label}: step {earlier.entry.restored} brings code ({listed_names(names)}), which would "
+            "be copied; pass --trust-remote-code if you trust its author."
+        )
 
 
 def find_earlier(opened: Merged, step: int, card: str | None) -> Earlier:

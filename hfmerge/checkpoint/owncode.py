@@ -5,7 +5,7 @@ Nothing here runs or reads any of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from hfmerge.checkpoint.sidefiles import is_code
@@ -41,12 +41,17 @@ def check_allowed(source: Source, *, whole: bool) -> None:
         if one is None:
             continue
         if names := own_code(one, whole=whole):
-            more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
             raise UnsupportedError(
-                f"{one.pinned.label}: brings code of its own ({', '.join(map(show, names[:SHOWN]))}{more}), and the "
+                f"{one.pinned.label}: brings code of its own ({listed_names(names)}), and the "
                 "merge was made with such code; its ledger is no permission to run it: pass --trust-remote-code if "
                 "you trust the author."
             )
+
+
+def listed_names(names: Sequence[str]) -> str:
+    """The first names, which a stranger has chosen, as a message shows them, and how many more there are."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(map(show, names[:SHOWN])) + more
 
 
 def _named(config: Mapping[str, Any]) -> Iterator[str]:

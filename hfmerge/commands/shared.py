@@ -60,7 +60,7 @@ def change_flags(sub: argparse.ArgumentParser, *, reads: bool = True) -> None:
     run_flags(sub)
     if reads:
         stream_flag(sub, False)
-        consent_flags(sub)
+    consent_flags(sub)
     source_flag(sub)
 
 

@@ -200,6 +200,25 @@ def test_the_flag_of_this_run_allows_it(stranger: Path, canary: Path, tmp_path: 
     tiny.done("inspect", out, "--no-spectra", "--trust-remote-code")
 
 
+def test_a_branch_called_like_a_commit_gives_no_other_code(
+    stranger: Path, canary: Path, hub: HubServer, tmp_path: Path
+) -> None:
+    """The attacker names a branch with the first digits of the commit whose code the caller has read and trusts."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    upload(hub, tmp_path / "home", {"evil/pinned": stranger / "base"})
+    commit = str(api.model_info("evil/pinned").sha)
+    api.create_branch("evil/pinned", branch=commit[:8])
+    other = CODE.replace('"ran"', '"other code ran"').encode()
+    api.upload_file(
+        repo_id="evil/pinned", path_or_fileobj=other, path_in_repo="modeling_stranger.py", revision=commit[:8]
+    )
+    words = ("merge", stranger / "m0", stranger / "m2", "--base", f"evil/pinned@{commit}", "--method", "ties")
+    tiny.done(*words, "--trust-remote-code", "--output", tmp_path / "out")
+    assert set(canary.read_text().split("ran")) == {""}
+
+
 def pickled(folder: Path) -> None:
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
@@ -281,6 +300,20 @@ def test_code_that_nobody_asked_for_is_not_in_the_output(stranger: Path, canary:
     tiny.done("verify", tmp_path / "trusted")
     (tmp_path / "trusted" / "tokenizer.py").write_text("print('other code')")
     assert tiny.cli("verify", tmp_path / "trusted").code == 1
+
+
+def test_restore_copies_no_code_that_nobody_allowed(stranger: Path, hub: HubServer, tmp_path: Path) -> None:
+    """The attacker's merge had files of code at an earlier step, and the victim goes back to it."""
+    out = merge(stranger, tmp_path / "merged", "--trust-remote-code")
+    tiny.done("push", lying(out, trust_remote_code=False), "evil/earlier")
+    folders = places(stranger, "base", "m0", "m1", "m2")
+    tiny.done("unmerge", "evil/earlier", "--remove", "m2", "--push-to", "evil/earlier", *folders)
+    words = ("restore", "evil/earlier", "--step", "1", "--output", tmp_path / "out")
+    run = tiny.cli(*words)
+    assert run.code == 1 and not (tmp_path / "out").exists()
+    assert "modeling_stranger.py" in run.err and "--trust-remote-code" in run.err
+    tiny.done(*words, "--trust-remote-code")
+    assert (tmp_path / "out" / "modeling_stranger.py").is_file()
 
 
 def test_what_a_folder_holds_beside_its_ledger_does_not_come_along(stranger: Path, tmp_path: Path) -> None:
