@@ -67,7 +67,7 @@ def merge(
     Raises:
         HfMergeError: see `hfmerge.errors`; nothing half-written remains.
     """
-    asked, origin = given_recipe(recipe)
+    asked, origin = given_recipe(recipe, options.consent)
     target, repo_id = output or asked.output, push_to or asked.push_to
     if target is None and repo_id is None:
         raise OutputError(f"{origin}: says neither `output` nor `push_to`; name a folder or a repository.")
@@ -120,7 +120,7 @@ def add(
     """
     given = [m if isinstance(m, ModelEntry) else ModelEntry(m) for m in models]
     with processes() as ranks:
-        opened = opened_merge(merged, sources, ranks)
+        opened = opened_merge(merged, sources, ranks, options)
         entries = [ModelEntry(pinned_ref(entry.model, ranks), entry.weight) for entry in given]
         make = partial(plan_add, opened, entries, stream=stream)
         return apply_change(opened, make, ranks, output, push_to, create_pr, options)
@@ -159,7 +159,7 @@ def unmerge(
     if measure and mode == "exact":
         raise LedgerError("unmerge: there is no gap to measure unless models are subtracted (mode: subtract).")
     with processes() as ranks:
-        opened = opened_merge(merged, sources, ranks)
+        opened = opened_merge(merged, sources, ranks, options)
         if mode == "subtract":
             make = partial(plan_subtract, opened, names, measure=measure, stream=stream)
             return apply_change(opened, make, ranks, output, push_to, create_pr, options)

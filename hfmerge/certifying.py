@@ -13,6 +13,7 @@ from hfmerge.digest import canonical_json
 from hfmerge.dsse import Envelope, Signature
 from hfmerge.errors import CertificateError, VerificationError
 from hfmerge.merged import STATE_BRANCH, Merged, open_merged
+from hfmerge.options import NO_CONSENT, Consent
 from hfmerge.removal import Removal, find_removed
 from hfmerge.signers import allowed_signers, fingerprint, private_key, public_keys
 from hfmerge.verifying import Check, Report, check_merged, stray_states, verify_merge
@@ -51,6 +52,7 @@ def make_certificate(
     replay: bool = False,
     sources: Mapping[str, str] | None = None,
     ask: Callable[[str], str | None] | None = None,
+    consent: Consent = NO_CONSENT,
 ) -> Certificate:
     """Certify that a merge no longer holds a model, after checking it against its ledger.
 
@@ -62,6 +64,7 @@ def make_certificate(
         replay: also merge the materials again first, and state that.
         sources: name of a folder material -> where it lies now.
         ask: see `private_key`.
+        consent: what a replay may do with the sources.
 
     Raises:
         CertificateError: the model was never in the merge or still is, or the key cannot be used.
@@ -71,7 +74,7 @@ def make_certificate(
         raise CertificateError(f"--expires {days:g}: write a number of days, above 0 and up to 36500.")
     signer = private_key(key, ask) if key is not None else None
     recover(ref)
-    merged = open_merged(ref, sources)
+    merged = open_merged(ref, sources, consent)
     removal = find_removed(merged.entries, model, merged.pinned.label)
     report = check_merged(merged, replay=replay)
     if not report.ok:
@@ -102,11 +105,12 @@ def verify_certified(
     replay: bool = False,
     device: str | None = None,
     sources: Mapping[str, str] | None = None,
+    consent: Consent = NO_CONSENT,
 ) -> Report:
     """Check a merge, and a certificate of removal against it.
 
     Args:
-        ref, replay, device, sources: see `verify_merge`.
+        ref, replay, device, sources, consent: see `verify_merge`.
         certificate: file that `make_certificate` gave.
         public_key: file of the key, or keys, that are trusted.
         signers: file of allowed signers, in OpenSSH's form.
@@ -129,7 +133,7 @@ def verify_certified(
     def also(merged: Merged) -> list[Check]:
         return [signature, *(check_statement(envelope, merged, now) if signature.ok else ())]
 
-    return verify_merge(ref, replay=replay, device=device, sources=sources, also=also)
+    return verify_merge(ref, replay=replay, device=device, sources=sources, also=also, consent=consent)
 
 
 def _signed(envelope: Envelope, key: Ed25519PrivateKey | None) -> tuple[Envelope, str | None]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from hfmerge.checkpoint.owncode import own_code
 from hfmerge.errors import HfMergeError, LedgerError
 from hfmerge.ledger import Entry, Material, recipe_of, reference
 from hfmerge.merged import Merged
@@ -135,7 +136,12 @@ def plan_replay(merged: Merged, *, never: bool = False) -> Plan:
         last = replace(last, models=tuple(model for model in last.models if not model.subtracted))
     everything = [last.base, *last.models]
     plan = planned_from(
-        merged, everything, everything, lambda refs: make_plan(recipe_of(last, refs), origin=merged.pinned.label)
+        merged,
+        everything,
+        everything,
+        lambda refs: make_plan(
+            recipe_of(last, refs, merged.consent), origin=merged.pinned.label, code_was_run=last.ran_code
+        ),
     )
     warnings = []
     for material, source in zip(everything, [plan.base, *(delta.source for delta in plan.deltas)], strict=True):
@@ -173,6 +179,9 @@ def plan_models(
             names = ", ".join(model.label for model in start.leaving)
             warnings.append(f"{names} cannot be subtracted, so the models that stay are read instead: {error}")
             continue
+        if _made_without(last, plan, start.prior.count):
+            warnings.append("the kept state was made without code of the models' own, so the models are read instead.")
+            continue
         break
     else:
         start, plan = None, _plan_from(merged, None, wanted, base, stream)
@@ -186,6 +195,7 @@ def _plan_from(
 ) -> Plan:
     """The plan that goes on from one state, or from none."""
     last = merged.last
+    trust = _trusts(merged, wanted, base)
     count, leaving = (start.prior.count, start.leaving) if start else (0, ())
     kept = [model for model in wanted if isinstance(model, Material)]
     # heads are copied from their sources again, whatever stands in the state
@@ -193,16 +203,29 @@ def _plan_from(
     bases = [last.base] if base is None else []
 
     def make(refs: Mapping[str, str]) -> Plan:
-        recipe = recipe_of(replace(last, models=()), refs, base=base)
+        recipe = recipe_of(replace(last, models=()), refs, merged.consent, base=base)
         models = tuple(_entry(model, refs) if isinstance(model, Material) else model for model in wanted)
         return make_plan(
-            replace(recipe, models=models, stream=stream),
+            replace(recipe, models=models, stream=stream, trust_remote_code=trust),
             prior=start.prior if start else None,
             leaving=[_entry(model, refs) for model in leaving],
             origin=merged.pinned.label,
+            code_was_run=last.ran_code,
         )
 
     return planned_from(merged, [*bases, *kept, *leaving], [*bases, *read, *leaving], make)
+
+
+def _trusts(merged: Merged, wanted: Sequence[Material | ModelEntry], base: str | None) -> bool:
+    """Whether code is run: if the caller allows it, where the merge was made with it, or a new model is named."""
+    new = base is not None or any(isinstance(model, ModelEntry) for model in wanted)
+    return merged.consent.trust_remote_code and (new or merged.last.ran_code)
+
+
+def _made_without(last: Entry, plan: Plan, count: int) -> bool:
+    """Whether code is run now that was not run for what the state holds: the base and the first `count` models."""
+    held = (plan.base, *(delta.source for delta in (*plan.deltas[:count], *plan.leaving)))
+    return plan.recipe.trust_remote_code and not last.ran_code and any(own_code(one, whole=False) for one in held)
 
 
 def _entry(model: Material, refs: Mapping[str, str]) -> ModelEntry:

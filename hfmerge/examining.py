@@ -18,7 +18,7 @@ from hfmerge.hub import Pushed, push_folder
 from hfmerge.inspecting import Inspection, inspect_models
 from hfmerge.ledger import recipe_of
 from hfmerge.merged import open_merged
-from hfmerge.options import DEFAULT, RunOptions
+from hfmerge.options import DEFAULT, Consent, RunOptions
 from hfmerge.purging import Purged, PurgePlan, purge
 from hfmerge.recipe import Recipe
 from hfmerge.recording import adopt_card
@@ -59,7 +59,8 @@ def unmerge_checked(
         unmerge, merged, names, output=output, push_to=push_to, create_pr=create_pr, sources=sources, stream=stream,
         mode=mode, measure=measure, options=options,
     )  # fmt: skip
-    return check_removal(open_merged(str(merged), sources), names, suite, change, settings, options)
+    opened = open_merged(str(merged), sources, options.consent)
+    return check_removal(opened, names, suite, change, settings, options)
 
 
 def verify(
@@ -72,6 +73,8 @@ def verify(
     public_key: str | Path | None = None,
     allowed_signers: str | Path | None = None,
     allow_unsigned: bool = False,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
 ) -> Report:
     """Check ledger, files and card of a merge; with `replay`, merge again and compare bytes. See `Report.ok`.
 
@@ -79,12 +82,15 @@ def verify(
         device: where a replay computes, as `RunOptions.device`.
         certificate: also check this certificate of removal, signed by one of the keys in `public_key` or
             `allowed_signers`, unless `allow_unsigned`.
+        trust_remote_code, allow_pickle: what a replay may do with the sources, as of `RunOptions`; without a replay
+            nothing is run or unpickled.
 
     Raises:
         SourceError: the merge cannot be reached. CertificateError: certificate or keys cannot be read.
     """
+    consent = Consent(trust_remote_code, allow_pickle)
     if certificate is None:
-        return verify_merge(str(merged), replay=replay, device=device, sources=sources)
+        return verify_merge(str(merged), replay=replay, device=device, sources=sources, consent=consent)
     return verify_certified(
         str(merged),
         certificate,
@@ -94,6 +100,7 @@ def verify(
         replay=replay,
         device=device,
         sources=sources,
+        consent=consent,
     )
 
 
@@ -106,6 +113,8 @@ def certify(
     days: float | None = None,
     replay: bool = False,
     sources: Mapping[str, str] | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
 ) -> Certificate:
     """Certify that a merge no longer holds a model: an in-toto statement in a DSSE envelope (see `certificate`).
 
@@ -116,12 +125,14 @@ def certify(
         days: validity; None: for ever.
         replay: merge the materials again first, and state that.
         sources: as for `add`.
+        trust_remote_code, allow_pickle: as for `verify`.
 
     Raises:
         CertificateError: the model was never in the merge or still is, or the key cannot be used.
         VerificationError: the merge is not what its ledger says.
     """
-    made = make_certificate(str(merged), removed, key=key, days=days, replay=replay, sources=sources)
+    consent = Consent(trust_remote_code, allow_pickle)
+    made = make_certificate(str(merged), removed, key=key, days=days, replay=replay, sources=sources, consent=consent)
     if output is not None:
         try:
             Path(output).write_bytes(made.envelope.to_bytes())
@@ -180,7 +191,7 @@ def inspect(
         matrices: fnmatch patterns of tensors to take apart; None: all.
         spectral: take matrices apart at all; without it only one pass over the elements is made.
         sources: as for `add`.
-        options: `max_memory` and `notify` count.
+        options: `max_memory`, `notify` and what it allows count.
 
     Raises:
         RecipeError: as for `plan`. HfMergeError: see `hfmerge.errors`.
@@ -189,11 +200,14 @@ def inspect(
         if not isinstance(models, Recipe) and not str(models).endswith((".yaml", ".yml")):
             ref = pinned_ref(str(models), ranks)
             opened = ranks.each(lambda: open_merged(ref, sources))
-            asked, origin = recipe_of(opened.last, opened.refs), opened.pinned.label
+            asked, origin = recipe_of(opened.last, opened.refs, options.consent), opened.pinned.label
+            ran = opened.last.ran_code
         else:
-            asked, origin = given_recipe(models)
-            asked = pinned_recipe(asked, ranks)
-        return inspect_models(asked, origin=origin, matrices=matrices, spectral=spectral, options=options, ranks=ranks)
+            asked, origin = given_recipe(models, options.consent)
+            asked, ran = pinned_recipe(asked, ranks), False
+        return inspect_models(
+            asked, origin=origin, matrices=matrices, spectral=spectral, options=options, ranks=ranks, code_was_run=ran
+        )
 
 
 def evaluate(

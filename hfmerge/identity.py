@@ -38,6 +38,7 @@ def work_of(plan: Plan, device: str = CPU) -> dict[str, str]:
         # weights that are learned follow from all of this and from how they are learned
         "learning": None if recipe.learn is None else recipe.learn.to_dict(),
         "settings": [recipe.dtype, recipe.include, recipe.exclude, recipe.vocabulary, recipe.allow_nonfinite],
+        "side files": plan.side_files,
         # streamed bytes are checked at the end of the run that reads them
         "streaming": recipe.stream,
         "kept states": plan.keep,

@@ -107,6 +107,7 @@ def inspect_models(
     spectral: bool = True,
     options: RunOptions,
     ranks: Ranks | None = None,
+    code_was_run: bool = False,
 ) -> Inspection:
     """Compare a recipe's models; see `Inspection`, which is the same on every process, whatever their number.
 
@@ -117,6 +118,7 @@ def inspect_models(
         spectral: take matrices apart at all; without it only sums over elements are made.
         options: `max_memory` and `notify` count.
         ranks: the processes that share the parameters.
+        code_was_run: see `make_plan`.
 
     Raises:
         RecipeError: as for a merge, or a pattern that matches no matrix. NonFiniteError: names model and tensor.
@@ -128,7 +130,7 @@ def inspect_models(
         alpha, variant = float(str(recipe.method.options["alpha"])), str(recipe.method.options["variant"])
     choice = MethodChoice(OPCM.name, {"alpha": alpha, "variant": variant}, "none")
     wanted = dataclasses.replace(recipe, method=choice, state="none", dtype=None, keep_sources=False)
-    plan = ranks.each(lambda: make_plan(wanted, origin=origin))
+    plan = ranks.each(lambda: make_plan(wanted, origin=origin, code_was_run=code_was_run))
     assert isinstance(plan.method, OPCM)
     touched = [param for param in plan.params if param.touched]
     chosen = {p.key for p in touched if matrices is None or any(fnmatch.fnmatchcase(p.key, m) for m in matrices)}

@@ -17,6 +17,7 @@ from typing import Any
 from hfmerge.digest import canonical_json, sha256_bytes
 from hfmerge.errors import LedgerError
 from hfmerge.learning.asked import Learning
+from hfmerge.options import Consent
 from hfmerge.recipe import MethodChoice, ModelEntry, Recipe
 from hfmerge.weights import Weight, restored, stored
 
@@ -140,8 +141,9 @@ class Entry:
         how: one line on how the result was computed.
         base, models: materials, the models in order of arrival.
         method: name, version, options, norm.
-        settings: dtype, include, exclude, vocabulary, state, allow_nonfinite, allow_pickle, trust_remote_code;
-            keep_sources where it is true; learn where weights are learned.
+        settings: dtype, include, exclude, vocabulary, state, allow_nonfinite; allow_pickle and trust_remote_code,
+            true where the merge needed them, which allows nobody anything; keep_sources where it is true; learn where
+            weights are learned.
         scalars: scale, merged_norm; of a randomized run its greatest measured deviation; the step of exact sums
             (`grid`); of a subtraction its gap to the exact removal, relative to the merged change (`gap_bound`, and
             `gap` where it was measured).
@@ -174,6 +176,11 @@ class Entry:
     def file(self) -> str:
         """Its path in the repository."""
         return f"{FOLDER}/{self.step:04d}.json"
+
+    @property
+    def ran_code(self) -> bool:
+        """Whether, by its own account, code from the models' repositories was run for it."""
+        return bool(self.settings["trust_remote_code"])
 
     @property
     def beside(self) -> dict[str, str]:
@@ -385,10 +392,12 @@ def settings_of(recipe: Recipe, card: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def recipe_of(entry: Entry, refs: Mapping[str, str], *, base: str | None = None) -> Recipe:
-    """The recipe that replays an entry.
+def recipe_of(entry: Entry, refs: Mapping[str, str], consent: Consent, *, base: str | None = None) -> Recipe:
+    """The recipe that replays an entry, as far as the caller allows it.
 
     Args:
+        consent: the caller's; what the entry says was allowed once is no consent. Code is run only where the entry
+            says that it was, too, since the merge would be another one with it.
         refs: identity of a material -> reference to read it from (a folder's path); Hub materials need none.
         base: reference of another base to take instead.
     """
@@ -403,8 +412,8 @@ def recipe_of(entry: Entry, refs: Mapping[str, str], *, base: str | None = None)
         vocabulary=settings["vocabulary"],
         state=settings["state"],
         allow_nonfinite=settings["allow_nonfinite"],
-        allow_pickle=settings["allow_pickle"],
-        trust_remote_code=settings["trust_remote_code"],
+        allow_pickle=consent.allow_pickle,
+        trust_remote_code=consent.trust_remote_code and entry.ran_code,
         keep_sources=bool(settings.get("keep_sources", False)),
         learn=Learning.from_dict(settings["learn"]) if "learn" in settings else None,
     )

@@ -44,7 +44,7 @@ def replace(
         LedgerError: not in the merge, or there already. HfMergeError: see `hfmerge.errors`; the merge stays as it was.
     """
     with processes() as ranks:
-        opened = opened_merge(merged, sources, ranks)
+        opened = opened_merge(merged, sources, ranks, options)
         ref = pinned_ref(new, ranks)
         make = partial(plan_replace, opened, old, ref, weight=weight, stream=stream)
         return apply_change(opened, make, ranks, output, push_to, create_pr, options)
@@ -71,7 +71,7 @@ def reorder(
         LedgerError: a name is missing, twice, or not in the merge. HfMergeError: see `hfmerge.errors`.
     """
     with processes() as ranks:
-        opened = opened_merge(merged, sources, ranks)
+        opened = opened_merge(merged, sources, ranks, options)
         make = partial(plan_reorder, opened, models, stream=stream)
         return apply_change(opened, make, ranks, output, push_to, create_pr, options)
 
@@ -97,7 +97,7 @@ def rebase(
         LedgerError: it is the base already. RecipeError: a model does not fit it.
     """
     with processes() as ranks:
-        opened = opened_merge(merged, sources, ranks)
+        opened = opened_merge(merged, sources, ranks, options)
         make = partial(plan_rebase, opened, pinned_ref(base, ranks), stream=stream)
         return apply_change(opened, make, ranks, output, push_to, create_pr, options)
 

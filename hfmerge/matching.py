@@ -29,12 +29,15 @@ class Layouts:
     def of(self, source: Source) -> Layout:
         """The layout of a full checkpoint."""
         config = relevant(source.config)
-        # code of a repository's own is its own, whatever its configuration says
-        own = source.pinned.label if config.get("auto_map") else ""
+        # code of a repository's own is its own, whatever its configuration says; it is that of the whole commit's id,
+        # since a branch may be called like the beginning of one
+        pinned = source.pinned
+        label = f"{pinned.name}@{pinned.commit}" if pinned.commit else pinned.label
+        own = label if config.get("auto_map") else ""
         key = canonical_json([own, config, sorted(source.shapes.items())])
         if key not in self._known:
             self._known[key] = describe_layout(
-                source.config, source.shapes, origin=source.pinned.label, trust_remote_code=self._trust
+                source.config, source.shapes, origin=own or pinned.label, trust_remote_code=self._trust
             )
         return self._known[key]
 

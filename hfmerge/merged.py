@@ -15,6 +15,7 @@ from hfmerge.digesting import digests, folder_digest
 from hfmerge.errors import HfMergeError, LedgerError, SourceError
 from hfmerge.fetching import fetch, pin
 from hfmerge.ledger import FOLDER, Entry, KeptState, Material, check_chain, contained
+from hfmerge.options import NO_CONSENT, Consent
 from hfmerge.source import Pinned, parse_ref
 
 
@@ -32,12 +33,14 @@ class Merged:
         entries: the checked ledger, oldest first.
         history: path -> bytes of the ledger's files.
         refs: identity of a folder material -> its path on this machine.
+        consent: what the caller allows the merge's sources in this run.
     """
 
     pinned: Pinned
     entries: tuple[Entry, ...]
     history: Mapping[str, bytes] = field(repr=False)
     refs: Mapping[str, str] = field(repr=False)
+    consent: Consent = NO_CONSENT
 
     @property
     def last(self) -> Entry:
@@ -78,12 +81,13 @@ def parts_of(pinned: Pinned, warnings: list[str]) -> tuple[str | None, tuple[str
     return sha256_bytes(entries[-1].to_bytes()), contained(entries[-1])
 
 
-def open_merged(ref: str, sources: Mapping[str, str] | None = None) -> Merged:
+def open_merged(ref: str, sources: Mapping[str, str] | None = None, consent: Consent = NO_CONSENT) -> Merged:
     """Open a merge by Hub ID (with `@revision`) or folder and check its ledger's chain.
 
     Args:
         ref: `org/name`, `org/name@revision` or a folder.
         sources: name of a folder material -> where it lies now.
+        consent: what the caller allows where the sources are read again.
 
     Raises:
         LedgerError: no ledger or a broken one. SourceError: not found or not readable.
@@ -93,7 +97,7 @@ def open_merged(ref: str, sources: Mapping[str, str] | None = None) -> Merged:
         raise SourceError(f"{ref}: name one merge.")
     pinned = pin(places[0])
     entries, history = ledger_in(pinned)
-    return Merged(pinned, entries, history, known_places(pinned, entries[-1], sources or {}))
+    return Merged(pinned, entries, history, known_places(pinned, entries[-1], sources or {}), consent)
 
 
 def known_places(pinned: Pinned, entry: Entry, sources: Mapping[str, str]) -> dict[str, str]:
@@ -135,15 +139,18 @@ def folders_of(material: Material) -> list[str]:
     return [one for one in (material.identity, material.beneath) if one is not None and "@sha256:" in one]
 
 
-def check_materials(entry: Entry, refs: Mapping[str, str], present: list[Material], intact: list[Material]) -> None:
+def check_materials(
+    refs: Mapping[str, str], present: list[Material], intact: list[Material], *, allow_pickle: bool
+) -> None:
     """Make sure that folders are still what was merged; Hub materials are pinned by their commit.
 
     Args:
         present: materials whose folders must be there.
         intact: those whose files are read again, and so must be the ones that were merged.
+        allow_pickle: the caller allows pickled checkpoints.
 
     Raises:
-        LedgerError: a folder has moved, or its files have changed since.
+        LedgerError: a folder has moved, or its files have changed since. UnsupportedError: it holds a pickle only.
     """
     for identity in (one for material in present for one in folders_of(material)):
         name, path = identity.rpartition("@sha256:")[0], refs.get(identity)
@@ -157,7 +164,7 @@ def check_materials(entry: Entry, refs: Mapping[str, str], present: list[Materia
         path = refs.get(identity)
         if path is None:
             continue
-        found = digests(describe(path, allow_pickle=bool(entry.settings["allow_pickle"])))
+        found = digests(describe(path, allow_pickle=allow_pickle))
         if folder_digest(found) != digest:
             raise LedgerError(
                 f"{name}@{digest[:8]}: the files in {path} are not those that were merged; restore them, or point "

@@ -14,8 +14,24 @@ UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "M
 
 
 @dataclass(frozen=True)
+class Consent:
+    """What this run's caller allows strangers' repositories; nothing that is read from a repository ever says it.
+
+    Attributes:
+        trust_remote_code: run code from the repositories of models.
+        allow_pickle: read pickled checkpoints.
+    """
+
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+
+
+NO_CONSENT = Consent()
+
+
+@dataclass(frozen=True)
 class RunOptions:
-    """Of `merge`, `add` and `unmerge`.
+    """Of every verb that computes.
 
     Attributes:
         storage: whether the machines of a run share the output's disk: "shared", "local", or "auto" to find it out.
@@ -28,6 +44,8 @@ class RunOptions:
             learn from the same rows many times; nothing deletes them there. None: they are made anew.
         device: where spectral methods compute and weights are learned: "cpu" or None, "auto", "cuda", "cuda:1" (see
             `device`). The last bits differ between devices, and the ledger says which it was.
+        trust_remote_code, allow_pickle: see `Consent`. A merge needs them again when it is changed or replayed: what
+            its ledger says of them is a record, not a permission. A recipe's own keys of these names count as well.
     """
 
     storage: str = "auto"
@@ -36,6 +54,13 @@ class RunOptions:
     notify: Callable[[str], object] | None = None
     rows: Path | None = None
     device: str | None = None
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+
+    @property
+    def consent(self) -> Consent:
+        """What the caller allows."""
+        return Consent(self.trust_remote_code, self.allow_pickle)
 
 
 DEFAULT = RunOptions()

@@ -14,6 +14,7 @@ from typing import Any
 from hfmerge.checkpoint.deltas import Delta
 from hfmerge.checkpoint.heads import Head
 from hfmerge.checkpoint.names import Layout
+from hfmerge.checkpoint.owncode import check_allowed, own_code
 from hfmerge.checkpoint.sidefiles import side_files
 from hfmerge.checkpoint.vocabulary import Vocabulary, align
 from hfmerge.checkpoint.writer import Slot, shard_names
@@ -44,6 +45,7 @@ def make_plan(
     leaving: Sequence[ModelEntry] = (),
     origin: str = "recipe",
     on_source: Callable[[Source], object] | None = None,
+    code_was_run: bool = False,
 ) -> Plan:
     """Work out a merge from headers.
 
@@ -53,6 +55,11 @@ def make_plan(
         leaving: models that are subtracted from it, with the weights they came in with.
         origin: names the recipe in errors.
         on_source: called with base and models once all are described, before the slow part of planning.
+        code_was_run: a merge is planned again whose ledger says that code of its models was run. Where a model has
+            code of its own and `recipe` does not trust it, that is a problem: without it the merge would be another.
+
+    Returns:
+        The plan; its recipe allows only what the sources needed, which is what the ledger records.
 
     Raises:
         RecipeError: all problems of all models at once. SourceError: the base itself cannot be read.
@@ -77,6 +84,13 @@ def make_plan(
         except HfMergeError as error:
             problems.append(Problem(place, str(error)))
             sources.append(None)
+    if code_was_run and not recipe.trust_remote_code:
+        for place, source in zip(("base", *places), (base, *sources), strict=True):
+            try:
+                if source is not None:
+                    check_allowed(source, whole=source is base)
+            except HfMergeError as error:
+                problems.append(Problem(place, str(error)))
     if base is None or base.kind != "full":
         raise RecipeError(problems, origin)
     if on_source is not None and not problems:
@@ -137,12 +151,25 @@ def make_plan(
         raise RecipeError([Problem("models", "no model changes any parameter that is merged")], origin)
     keep = _kept_states(recipe, method, len(whole), prior.count if prior else 0)
     sides = tuple(side_files(base.pinned, remote_code=recipe.trust_remote_code))
+    needed = _as_needed(recipe, base, whole)
     plan = Plan(
-        recipe, method, base, layout, tuple(whole), params, tuple(heads), vocabulary, sides, keep, prior,
+        needed, method, base, layout, tuple(whole), params, tuple(heads), vocabulary, sides, keep, prior,
         Estimate(0, 0, 0, 0, 0, 0, 0, 0.0), tuple(warnings), streaming, tuple(gone),
         tuple(entry.weight for entry in leaving),
     )  # fmt: skip
     return with_estimate(replace(plan, warnings=(*plan.warnings, *_weights_that_meet(plan, origin))))
+
+
+def _as_needed(recipe: Recipe, base: Source, deltas: Sequence[Delta]) -> Recipe:
+    """The recipe without a trust that nothing needed, so that what is recorded of it follows from the sources."""
+    models = [one for delta in deltas for one in (delta.source, delta.source.beneath) if one is not None]
+    code = bool(own_code(base, whole=True)) or any(own_code(one, whole=False) for one in models)
+    pickled = any(one.pickled for one in (base, *models))
+    return replace(
+        recipe,
+        trust_remote_code=recipe.trust_remote_code and code,
+        allow_pickle=recipe.allow_pickle and pickled,
+    )
 
 
 def _form(recipe: Recipe) -> list[Problem]:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hfmerge.card import FILE, card_facts, card_pointer, combine_cards, licence_note, parse_card, render_card
 from hfmerge.changes import Change
+from hfmerge.checkpoint.sidefiles import is_asset
 from hfmerge.digest import sha256_bytes
 from hfmerge.digesting import folder_digest
 from hfmerge.environment import environment
-from hfmerge.errors import HfMergeError, LedgerError
+from hfmerge.errors import HfMergeError, LedgerError, OutputError
 from hfmerge.execute import Outcome
 from hfmerge.fetching import fetch
 from hfmerge.ledger import FOLDER, Entry, Material, check_chain, same_prefix, settings_of
@@ -272,12 +273,33 @@ def adopt_card(folder: Path, repo_id: str) -> None:
 
 
 def keep_foreign_files(opened: Merged, folder: Path) -> None:
-    """What people put into a merge's folder, such as notes or `.git`, outlives the replacement of the folder."""
+    """What people may add to a merge, such as notes or `.git`, outlives the replacement of its folder."""
     assert opened.pinned.folder is not None
-    former = {name for entry in opened.entries for name in entry.products} | {*drawn(readable_card(opened))}
-    for name in opened.pinned.files:
-        own = name in former or name in (FILE, "LICENSE.md") or name.startswith((f"{STATE_FOLDER}/", PREFIX))
+    for name in _foreign(opened):
         target = folder / name
-        if not own and not target.exists():
+        if is_asset(name) and not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(opened.pinned.folder / name, target)
+
+
+def refuse_unknown_files(opened: Merged) -> None:
+    """Make sure that a folder that will be replaced holds nothing that would be lost, or carried on unseen.
+
+    Raises:
+        OutputError: it does; names the first such file.
+    """
+    for name in _foreign(opened):
+        if not is_asset(name):
+            raise OutputError(
+                f"{opened.pinned.label}: holds {name}, which the ledger does not know, and would lose it; move it out "
+                "of the folder, or name another --output."
+            )
+
+
+def _foreign(opened: Merged) -> Iterator[str]:
+    """Files in a merge's folder that hfmerge did not put there."""
+    own = {name for entry in opened.entries for name in (entry.file, *entry.products)} | {FILE, "LICENSE.md"}
+    own |= {*drawn(readable_card(opened))}
+    for name in opened.pinned.files:
+        if name not in own and not name.startswith((f"{STATE_FOLDER}/", PREFIX)):
+            yield name

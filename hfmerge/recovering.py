@@ -105,7 +105,7 @@ def _folders_back(merged: Merged, material: Material, refs: dict[str, str], note
     """Make sure of the folders of a material, with kept copies in the place of those that are not as they were."""
     try:
         reference(material, refs)
-        check_materials(merged.last, refs, [material], [material] if intact else [])
+        check_materials(refs, [material], [material] if intact else [], allow_pickle=merged.consent.allow_pickle)
     except LedgerError as error:
         if material.kept is None:
             raise
@@ -179,7 +179,7 @@ class _Base:
                 raise CorruptFileError(f"it was packed with the base {self._manifest.base}, which is another one.")
             _folders_back(self._merged, last.base, self._refs, self._notes, intact=True)
             _hub_back(self._merged, last.base, self._refs, self._notes)
-            allow_pickle = bool(last.settings["allow_pickle"])
+            allow_pickle = self._merged.consent.allow_pickle
             source = describe(reference(last.base, self._refs), allow_pickle=allow_pickle)
             self._reader = self._stack.enter_context(Reader(source))
         return self._reader

@@ -14,15 +14,17 @@ from pathlib import Path
 
 from hfmerge.asking import hub_api, hub_errors
 from hfmerge.card import card_pointer
+from hfmerge.checkpoint.owncode import listed_names
+from hfmerge.checkpoint.sidefiles import is_code
 from hfmerge.digest import sha256_bytes, sha256_file
-from hfmerge.errors import CorruptFileError, LedgerError, NotFoundError, PushError
+from hfmerge.errors import CorruptFileError, LedgerError, NotFoundError, PushError, UnsupportedError
 from hfmerge.fetching import fetch, pin
 from hfmerge.hub import Pushed, push_folder
 from hfmerge.ledger import Entry
 from hfmerge.merged import Merged, known_places, note_places, open_merged
 from hfmerge.options import RunOptions
 from hfmerge.publishing import Destination
-from hfmerge.recording import keep_foreign_files, readable_card, write_record
+from hfmerge.recording import keep_foreign_files, readable_card, refuse_unknown_files, write_record
 from hfmerge.running import MergeResult, push_written
 from hfmerge.source import Pinned, Place
 from hfmerge.statebranch import bring_states_back, find_states
@@ -75,7 +77,11 @@ def restore_step(
         name = opened.pinned.name
         raise PushError(f"{name}: lies on the Hub; say where the result goes: --push-to {name}, or --output FOLDER.")
     existing = readable_card(opened)
+    replacing = folder is not None and target is not None and target.resolve() == folder
+    if replacing:
+        refuse_unknown_files(opened)
     earlier = find_earlier(opened, step, existing)
+    _check_code(earlier, options)
     places = _places(opened, earlier.entry, sources or {})
     own = push_to is not None and push_to.lower() == opened.pinned.name.lower()
     if target is None and own:
@@ -84,7 +90,6 @@ def restore_step(
         pushed = None
         whole = sum(info.size for name, info in earlier.pinned.files.items() if name in earlier.entry.products)
         work = {"restore": sha256_bytes(earlier.entry.to_bytes())}
-        replacing = folder is not None and target is not None and target.resolve() == folder
         with tempfile.TemporaryDirectory(prefix="hfmerge-") as spare:
             place = target or Path(spare) / "merged"
             with workspace(place, needed=whole, replace=replacing, work=work, resume=options.resume) as built:
@@ -96,6 +101,20 @@ def restore_step(
                 pushed = push_written(place, Destination(push_to, None, create_pr, parent))
     seconds = time.monotonic() - start
     return MergeResult(target, earlier.entry, earlier.notes, pushed, {"merging": 0.0, "total": seconds})
+
+
+def _check_code(earlier: Earlier, options: RunOptions) -> None:
+    """Copy no code into an output whose maker has not allowed it.
+
+    Raises:
+        UnsupportedError: the step has files of code; names the repository, the files and the flag.
+    """
+    names = [name for name in sorted(earlier.entry.products) if is_code(name)]
+    if names and not options.trust_remote_code:
+        raise UnsupportedError(
+            f"{earlier.pinned.label}: step {earlier.entry.restored} brings code ({listed_names(names)}), which would "
+            "be copied; pass --trust-remote-code if you trust its author."
+        )
 
 
 def find_earlier(opened: Merged, step: int, card: str | None) -> Earlier:

@@ -28,11 +28,11 @@ from hfmerge.identity import work_of
 from hfmerge.keeping import keep_sources
 from hfmerge.ledger import Entry
 from hfmerge.merged import Merged, open_merged
-from hfmerge.options import RunOptions
+from hfmerge.options import NO_CONSENT, Consent, RunOptions
 from hfmerge.planned import Plan
 from hfmerge.publishing import Destination, publish, with_disks
 from hfmerge.recipe import ModelEntry, Recipe, load_recipe
-from hfmerge.recording import adopt_card, keep_foreign_files, readable_card, record
+from hfmerge.recording import adopt_card, keep_foreign_files, readable_card, record, refuse_unknown_files
 from hfmerge.runtime import Ranks
 from hfmerge.source import parse_ref
 from hfmerge.streaming import Streamed
@@ -68,11 +68,11 @@ class MergeResult:
     streamed: Streamed | None = None
 
 
-def opened_merge(merged: str | Path, sources: Mapping[str, str] | None, ranks: Ranks) -> Merged:
+def opened_merge(merged: str | Path, sources: Mapping[str, str] | None, ranks: Ranks, options: RunOptions) -> Merged:
     """An existing merge, made whole if a killed run left it in two places."""
     ranks.on_main(partial(recover, merged))
     ref = pinned_ref(str(merged), ranks)
-    return ranks.each(lambda: open_merged(ref, sources))
+    return ranks.each(lambda: open_merged(ref, sources, options.consent))
 
 
 def pinned_ref(ref: str, ranks: Ranks) -> str:
@@ -96,11 +96,15 @@ def pinned_recipe(recipe: Recipe, ranks: Ranks) -> Recipe:
     return dataclasses.replace(recipe, base=pinned_ref(recipe.base, ranks), models=models)
 
 
-def given_recipe(recipe: Recipe | str | Path) -> tuple[Recipe, str]:
-    """The recipe a verb was called with, and what to call it in messages."""
-    if isinstance(recipe, Recipe):
-        return recipe, "recipe"
-    return load_recipe(recipe), str(recipe)
+def given_recipe(recipe: Recipe | str | Path, consent: Consent = NO_CONSENT) -> tuple[Recipe, str]:
+    """The recipe a verb was called with, which is its caller's consent like `consent`, and its name in messages."""
+    asked, origin = (recipe, "recipe") if isinstance(recipe, Recipe) else (load_recipe(recipe), str(recipe))
+    asked = dataclasses.replace(
+        asked,
+        trust_remote_code=asked.trust_remote_code or consent.trust_remote_code,
+        allow_pickle=asked.allow_pickle or consent.allow_pickle,
+    )
+    return asked, origin
 
 
 def device_name(planned: Plan, ranks: Ranks, options: RunOptions) -> str:
@@ -163,6 +167,11 @@ def apply_change(
         name = opened.pinned.name
         raise PushError(f"{name}: lies on the Hub; say where the result goes: --push-to {name}, or --output FOLDER.")
     start = time.monotonic()
+    replace = (
+        opened.pinned.folder is not None and target is not None and Path(target).resolve() == opened.pinned.folder
+    )
+    if replace:
+        ranks.on_main(partial(refuse_unknown_files, opened))
     ranks = with_disks(ranks, target, options.storage)
     change = ranks.each(make)
     device = device_name(change.plan, ranks, options)
@@ -173,9 +182,6 @@ def apply_change(
             f"{change.action}: {change.how}; reads {need.read / 1e9:.2f} GB, {need.download / 1e9:.2f} to load"
         )
     _tell_mixture(opened, change.plan, device, ranks, options)
-    replace = (
-        opened.pinned.folder is not None and target is not None and Path(target).resolve() == opened.pinned.folder
-    )
     own = push_to is not None and push_to.lower() == opened.pinned.name.lower()
     parent = opened.pinned.commit if own else None
     destination = Destination(push_to, None, create_pr, parent) if push_to is not None else None

@@ -13,14 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hfmerge.card import BEGIN, FILE, card_differs, card_pointer, licence_note
-from hfmerge.checkpoint.sidefiles import is_side_file
+from hfmerge.checkpoint.sidefiles import is_asset, is_code, is_side_file
 from hfmerge.digest import sha256_bytes, sha256_file
 from hfmerge.environment import differences, environment, far_apart
 from hfmerge.errors import HfMergeError, LedgerError, NotFoundError
 from hfmerge.fetching import fetch, pin
 from hfmerge.ledger import ARCHIVES, FOLDER, Entry
-from hfmerge.merged import STATE_BRANCH, Merged, open_merged
-from hfmerge.options import RunOptions
+from hfmerge.merged import LOCAL_SOURCES, STATE_BRANCH, Merged, open_merged
+from hfmerge.options import NO_CONSENT, Consent, RunOptions
+from hfmerge.scorecard import PREFIX
 from hfmerge.source import Place
 from hfmerge.workspace import recover
 
@@ -28,7 +29,7 @@ from hfmerge.workspace import recover
 LICENCES = "LICENSE.md"
 WEIGHTS = (
     *(".safetensors", ".bin", ".index.json", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".ggml", ".onnx"),
-    *(".onnx_data", ".tflite", ".pkl", ".npz"),
+    *(".onnx_data", ".tflite", ".pkl", ".pickle", ".npz"),
 )
 """How names of files end that may hold weights, or say where they are."""
 
@@ -67,6 +68,7 @@ def verify_merge(
     device: str | None = None,
     sources: Mapping[str, str] | None = None,
     also: Callable[[Merged], Sequence[Check]] | None = None,
+    consent: Consent = NO_CONSENT,
 ) -> Report:
     """Check a merge.
 
@@ -76,13 +78,14 @@ def verify_merge(
         device: where it computes then, see `RunOptions.device`.
         sources: name of a folder material -> where it lies now.
         also: further checks of the merge, once it is open.
+        consent: what a replay may do with the sources; nothing is run or unpickled without one.
 
     Raises:
         SourceError: the merge cannot be reached. A broken ledger is a failed check, not an error.
     """
     recover(ref)
     try:
-        merged = open_merged(ref, sources)
+        merged = open_merged(ref, sources, consent)
     except LedgerError as error:
         return Report(ref, (Check("ledger", False, str(error)),))
     return check_merged(merged, replay=replay, device=device, also=also)
@@ -145,19 +148,26 @@ def check_contents(
 
 
 def _foreign(name: str, entries: Sequence[Entry]) -> str | None:
-    """Why a file that the last entry does not name must not be there; None for what people may add."""
+    """Why a file that the last entry does not name must not be there; None for the few that may be added to a merge.
+
+    Those are the files for the card and for git (see `is_asset`), and what hfmerge puts beside the ledger: scores, and
+    where folders lie on this machine. Whatever else there is, some loader may read.
+    """
     if name.startswith(f"{FOLDER}/"):
         return None if name in [entry.file for entry in entries] else "is no entry of the ledger"
-    if name.startswith((".git/", ".cache/")):  # what git and the Hub's client keep in a folder; nothing loads it
+    if is_asset(name) or name == LOCAL_SOURCES or re.fullmatch(rf"{re.escape(PREFIX)}[^/]+\.yaml", name):
         return None
     if name.startswith(f"{ARCHIVES}/"):
         return "a copy of a source that the ledger does not know"
+    if name.startswith("merge_state/"):
+        return "a state that the ledger does not know"
     if name.endswith(WEIGHTS):
-        state = name.startswith("merge_state/")
-        return "a state that the ledger does not know" if state else "weights that the ledger does not know"
+        return "weights that the ledger does not know"
+    if is_code(name) or name.endswith(".py"):
+        return "code that the ledger does not know"
     if name == "adapter_config.json" or is_side_file(name):
         return "is loaded with the model, and the ledger does not know it"
-    return None
+    return "the ledger does not know it, and nothing but pictures and Markdown may be added to a merge"
 
 
 def _digests(merged: Merged) -> tuple[dict[str, str | None], int]:

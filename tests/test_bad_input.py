@@ -335,7 +335,9 @@ def test_pickled_weights_are_read_when_allowed(root: Path, tmp_path: Path, bad: 
     tiny.done(*arguments(root, root / "m0", root / "m1", out=tmp_path / "plain"))
     ours, theirs = tiny.tensors(tmp_path / "out"), tiny.tensors(tmp_path / "plain")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    tiny.done("unmerge", tmp_path / "out", "--remove", "m0")
+    message = refused(tmp_path, "unmerge", tmp_path / "out", "--remove", "m0")
+    assert "only pickled weights" in message and "--allow-pickle" in message
+    tiny.done("unmerge", tmp_path / "out", "--remove", "m0", "--allow-pickle")
 
 
 class Evil:
@@ -683,8 +685,7 @@ def test_files_of_people_outlive_a_change_of_the_folder(root: Path, tmp_path: Pa
         "notes.md": "mine",
         ".git/config": "[core]",
         "figures": None,
-        "figures/loss.csv": "1,2",
-        "extra.json": "{}",
+        "figures/loss.png": "1,2",
     }
     for name, text in held.items():
         (merged / name).mkdir() if text is None else (merged / name).write_text(text)

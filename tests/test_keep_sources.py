@@ -444,4 +444,4 @@ def test_pickled_weights_and_tied_copies(tmp_path: Path) -> None:
     assert manifest.against["model.safetensors"]["lm_head.weight"] == "model.embed_tokens.weight"
     for name in ("base", "pickled", "stored"):
         shutil.rmtree(tmp_path / name)
-    assert tiny.done("verify", out, "--replay").code == 0
+    assert tiny.done("verify", out, "--replay", "--allow-pickle").code == 0

@@ -185,12 +185,12 @@ def test_restore_a_folder_from_the_repository_it_was_pushed_to(hubbed: Path, tmp
     first = tiny.files(out)
     tiny.done("push", out, "rev/from-folder")
     tiny.done("add", out, hubbed / "m2", "--push-to", "rev/from-folder")
-    (out / "notes.txt").write_text("mine")
+    (out / "notes.md").write_text("mine")
     tiny.done("unmerge", out, "--remove", "m0")  # not pushed
     run = tiny.done("restore", out, "--step", "1")
     assert "brought back from the commit" in run.out
-    assert {name: value for name, value in tiny.files(out).items() if name != "notes.txt"} == first
-    assert (out / "notes.txt").read_text() == "mine"
+    assert {name: value for name, value in tiny.files(out).items() if name != "notes.md"} == first
+    assert (out / "notes.md").read_text() == "mine"
     places = json.loads((out / "merge_state" / "sources.local.json").read_text())
     assert [name.partition("@")[0] for name in places] == ["base", "m1"]
     # m0 left meanwhile, and so did the note of where it lies

@@ -178,7 +178,8 @@ def test_a_file_more_that_is_loaded_is_noticed(out: Path, name: str) -> None:
 
 
 def test_what_people_put_beside_a_merge_is_theirs(out: Path) -> None:
-    for name in ("notes.md", ".gitattributes", ".git/config", "images/plot.png", ".eval_results/x.yaml", "eval.json"):
+    scores = ".eval_results/hfmerge-tiny.yaml"
+    for name in ("notes.md", ".gitattributes", ".git/config", "images/plot.png", "1_Pooling/why.md", scores):
         (out / name).parent.mkdir(exist_ok=True)
         (out / name).write_text("mine")
     assert verify_merge(str(out)).ok

@@ -143,7 +143,9 @@ def load_with_head(model: str | Path, source: str, **options: Any) -> PreTrained
         )
         raise NotFoundError(f"{pinned.label}: no head of {source}; it keeps heads of: {', '.join(held) or 'none'}.")
     head = load_file(fetch(pinned, f"{prefix}model.safetensors"))
-    config = transformers.AutoConfig.from_pretrained(fetch(pinned, f"{prefix}config.json").parent)
+    config = transformers.AutoConfig.from_pretrained(
+        fetch(pinned, f"{prefix}config.json").parent, trust_remote_code=False
+    )
     rows = read_json(pinned, "config.json").get("vocab_size")
     if rows is not None and hasattr(config, "vocab_size"):
         config.vocab_size = rows  # the backbone's, where vocabularies were aligned

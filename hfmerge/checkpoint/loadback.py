@@ -44,7 +44,10 @@ def _load(folder: Path, config: dict[str, Any], trust_remote_code: bool) -> tupl
 
     found = find_class(config, str(folder), trust_remote_code)
     if found is None:
-        raise UnsupportedError(f"{folder}: the model has its own code; loading it back needs trust_remote_code")
+        raise UnsupportedError(
+            f"{folder}: the model has its own code, and nothing else can load the result; pass --trust-remote-code if "
+            "you trust its author"
+        )
     model_class, model_config = found
     shapes = _header_shapes(folder)
     stored = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}

@@ -1,4 +1,4 @@
-"""Files beside the weights: configuration, tokenizer, processor, chat templates, sentence-transformers modules.
+"""Files beside the weights: configuration, tokenizer, processor, chat templates, sentence-transformers modules; code.
 
 They are copied byte for byte from the base; only config.json is rewritten, for the output's dtype and vocabulary.
 """
@@ -19,35 +19,47 @@ from hfmerge.source import Pinned
 PATTERNS = (
     "config.json",
     "generation_config.json",
-    "tokenizer*",
-    "vocab*",
-    "merges.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "normalizer.json",
-    "*.jinja",
-    "additional_chat_templates/*.jinja",
-    "*processor_config.json",
-    "modules.json",
-    "sentence_bert_config.json",
-    "config_sentence_transformers.json",
-    "[0-9]_*/config.json",
-    "[0-9]_*/*.safetensors",
+    "decision.json",
+    *("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "normalizer.json"),
+    # sentencepiece's, tiktoken's and mistral-common's models, by whatever name a tokenizer knows them
+    *("*.model", "*.spm", "*.tiktoken", "tekken.json"),
+    *("bpe.codes", "dict.txt", "prophetnet.tokenizer", "target_vocab.json", "entity_vocab.json", "emoji.json"),
+    *("byte_maps.json", "word_shape.json", "word_pronunciation.json"),
+    *("chat_template.json", "*.jinja", "additional_chat_templates/*.jinja"),
+    *("*processor_config.json", "audio_tokenizer_config.json"),
+    *("modules.json", "sentence_*_config.json", "config_sentence_transformers.json", "router_config.json"),
+    *("[0-9]_*/*.json", "[0-9]_*/*.txt", "[0-9]_*/*.model", "[0-9]_*/*.safetensors"),
 )
-"""What is copied; never the base's own weights, card or history."""
+"""What is copied: what transformers, sentence-transformers and mistral-common read; never weights, card or history."""
+CODE = ("*.py", "[0-9]_*/*.py", "custom_generate/*")
+"""What is copied, with the caller's consent alone: code, and what lies beside it."""
+NO_SIDES = (".py", ".pyc", ".so", ".pkl", ".pickle", ".bin", ".pt", ".pth")
+"""How names end that are never a side file, whatever they begin with: code, and pickles."""
+ASSETS = (".md", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp")
+"""How names of files end that people may add to a merge: text and pictures for its card, which nothing loads."""
+GIT = (".gitattributes", ".gitignore")
+KEPT_BY_TOOLS = (".git/", ".cache/huggingface/")
+"""What git and the Hub's client keep in a folder."""
 
 
 def side_files(base: Pinned, *, remote_code: bool) -> list[str]:
-    """The base's files that belong beside a merge, in order."""
-    patterns = (*PATTERNS, "*.py") if remote_code else PATTERNS
-    return [name for name in sorted(base.files) if _fits(name, patterns)]
+    """The base's files that belong beside a merge, in order; its code only where the caller allows that."""
+    return [name for name in sorted(base.files) if is_side_file(name) or (remote_code and is_code(name))]
 
 
 def is_side_file(name: str) -> bool:
     """Whether a file of that name takes part in loading a model, though it holds no weights and no code."""
-    return _fits(name, PATTERNS)
+    return _fits(name, PATTERNS) and not name.endswith(NO_SIDES)
+
+
+def is_code(name: str) -> bool:
+    """Whether a file of that name is code that a loader runs where it is trusted, or lies beside such code."""
+    return _fits(name, CODE)
+
+
+def is_asset(name: str) -> bool:
+    """Whether people may add a file of that name to a merge: it is for the card or for git, and nothing loads it."""
+    return name.lower().endswith(ASSETS) or name in GIT or name.startswith(KEPT_BY_TOOLS)
 
 
 def _fits(name: str, patterns: Sequence[str]) -> bool:

@@ -66,7 +66,7 @@ def read_tokens(pinned: Pinned) -> dict[str, int]:
         raise UnsupportedError(f"{pinned.label}: no tokenizer files, so its rows cannot be matched by token.")
     folder = {fetch(pinned, name).parent for name in names}
     try:
-        return dict(AutoTokenizer.from_pretrained(str(folder.pop())).get_vocab())
+        return dict(AutoTokenizer.from_pretrained(str(folder.pop()), trust_remote_code=False).get_vocab())
     except (OSError, ValueError, KeyError) as error:
         raise UnsupportedError(f"{pinned.label}: its tokenizer cannot be read: {error}") from error
 
@@ -191,7 +191,7 @@ def write_tokenizer(vocabulary: Vocabulary, base: Pinned, folder: Path) -> list[
 
     names = [name for name in TOKENIZER_FILES if name in base.files]
     source = {fetch(base, name).parent for name in names}.pop()
-    tokenizer = AutoTokenizer.from_pretrained(str(source))
+    tokenizer = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
     tokenizer.add_tokens(list(vocabulary.added))
     rows = tokenizer.convert_tokens_to_ids(list(vocabulary.added))
     if rows != list(range(vocabulary.base_size, vocabulary.size)):

@@ -8,7 +8,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hfmerge.commands.shared import Command, first_process, given_sources, notify, print_json, source_flag, stream_flag
+from hfmerge.commands.shared import (
+    Command,
+    consent_flags,
+    first_process,
+    given_consent,
+    given_sources,
+    notify,
+    print_json,
+    source_flag,
+    stream_flag,
+)
 from hfmerge.errors import HfMergeError
 from hfmerge.quoting import say, tell
 
@@ -41,8 +51,7 @@ def register(command: Command) -> None:
     sub.add_argument("--include", action="append", metavar="PATTERN", help="only parameters of these names")
     sub.add_argument("--exclude", action="append", metavar="PATTERN", help="not these")
     sub.add_argument("--vocabulary", metavar="base|union", help="how differing vocabularies are aligned, by token")
-    sub.add_argument("--allow-pickle", action="store_true", default=None, help="read pickled .bin weights")
-    sub.add_argument("--trust-remote-code", action="store_true", default=None, help="run code from repositories")
+    consent_flags(sub)
     sub.add_argument("--max-memory", metavar="SIZE", help="what the process should stay below (default: no bound)")
     stream_flag(sub, None)
     source_flag(sub)
@@ -62,7 +71,7 @@ def _inspect(args: argparse.Namespace) -> int:
         matrices=args.matrices,
         spectral=not args.no_spectra,
         sources=given_sources(args),
-        options=RunOptions(max_memory=memory, notify=notify),
+        options=RunOptions(max_memory=memory, notify=notify, **given_consent(args)),
     )
     if not first_process():
         return 0

@@ -6,7 +6,16 @@ import argparse
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from hfmerge.commands.shared import Command, print_json, print_result, run_flags, run_options, size, stream_flag
+from hfmerge.commands.shared import (
+    Command,
+    consent_flags,
+    print_json,
+    print_result,
+    run_flags,
+    run_options,
+    size,
+    stream_flag,
+)
 from hfmerge.quoting import say, tell
 
 
@@ -61,8 +70,7 @@ def _recipe_flags(sub: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--allow-nonfinite", action="store_true", default=None, help="go on with NaN or Inf in a source"
     )
-    group.add_argument("--allow-pickle", action="store_true", default=None, help="read pickled .bin weights")
-    group.add_argument("--trust-remote-code", action="store_true", default=None, help="run code from repositories")
+    consent_flags(group)
     group.add_argument(
         "--keep-sources",
         action="store_true",

@@ -7,7 +7,14 @@ import dataclasses
 import sys
 from typing import TYPE_CHECKING
 
-from hfmerge.commands.shared import Command, given_sources, print_json, source_flag
+from hfmerge.commands.shared import (
+    Command,
+    consent_flags,
+    given_consent,
+    given_sources,
+    print_json,
+    source_flag,
+)
 from hfmerge.errors import HfMergeError
 from hfmerge.quoting import say, tell
 
@@ -25,6 +32,7 @@ def register(command: Command) -> None:
     sub.add_argument("--output", metavar="FILE", help="where the certificate goes; default: standard output")
     sub.add_argument("--expires", metavar="DAYS", type=float, help="how long it is valid; default: for ever")
     sub.add_argument("--replay", action="store_true", help="merge the materials again first, and state that")
+    consent_flags(sub)
     source_flag(sub)
     sub = command("purge-history", "Squash a published merge's history, which still holds earlier weights.", _purge)
     sub.add_argument("repo_id", metavar="REPO_ID")
@@ -47,6 +55,7 @@ def _certify(args: argparse.Namespace) -> int:
         days=args.expires,
         replay=args.replay,
         sources=given_sources(args),
+        **given_consent(args),
     )
     for warning in made.warnings:
         tell(f"warning: {warning}")

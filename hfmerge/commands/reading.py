@@ -8,7 +8,15 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from hfmerge.commands.shared import Command, device_flag, given_sources, print_json, source_flag
+from hfmerge.commands.shared import (
+    Command,
+    consent_flags,
+    device_flag,
+    given_consent,
+    given_sources,
+    print_json,
+    source_flag,
+)
 from hfmerge.errors import CertificateError, HfMergeError
 from hfmerge.quoting import say, tell
 
@@ -39,6 +47,7 @@ def register(command: Command) -> None:
     sub.add_argument("--public-key", metavar="FILE", help="the key, or keys, whose signature counts")
     sub.add_argument("--allowed-signers", metavar="FILE", help="the same as a file of OpenSSH")
     sub.add_argument("--allow-unsigned", action="store_true", help="check the certificate's content alone")
+    consent_flags(sub)
     source_flag(sub)
 
 
@@ -147,6 +156,7 @@ def _verify(args: argparse.Namespace) -> int:
         public_key=args.public_key,
         allowed_signers=args.allowed_signers,
         allow_unsigned=args.allow_unsigned,
+        **given_consent(args),
     )
     if args.json:
         print_json({"merged": report.merged, "ok": report.ok, "checks": [vars(check) for check in report.checks]})

@@ -60,6 +60,7 @@ def change_flags(sub: argparse.ArgumentParser, *, reads: bool = True) -> None:
     run_flags(sub)
     if reads:
         stream_flag(sub, False)
+    consent_flags(sub)
     source_flag(sub)
 
 
@@ -84,6 +85,28 @@ def stream_flag(sub: argparse._ActionsContainer, default: bool | None) -> None:
     )
 
 
+def consent_flags(sub: argparse._ActionsContainer) -> None:
+    """What this run allows strangers' repositories; of a merge it has to be said again, whatever its ledger says."""
+    sub.add_argument(
+        "--allow-pickle",
+        action="store_true",
+        default=None,
+        help="read pickled .bin weights in this run; a ledger that says so allows nothing",
+    )
+    sub.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        default=None,
+        help="run code from the models' repositories in this run; a ledger that says so allows nothing",
+    )
+
+
+def given_consent(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of a verb that say so."""
+    given = vars(args)
+    return {name: bool(given.get(name)) for name in ("trust_remote_code", "allow_pickle")}
+
+
 def source_flag(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--source", action="append", default=[], metavar="NAME=FOLDER", help="where a merged folder lies now"
@@ -94,7 +117,7 @@ def run_options(args: argparse.Namespace) -> RunOptions:
     from hfmerge.options import RunOptions, parse_size
 
     memory = parse_size(args.max_memory) if args.max_memory is not None else None
-    return RunOptions(args.storage, args.resume, memory, notify, device=args.device)
+    return RunOptions(args.storage, args.resume, memory, notify, device=args.device, **given_consent(args))
 
 
 def notify(line: str) -> None:

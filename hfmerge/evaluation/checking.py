@@ -122,7 +122,7 @@ def check_removal(
     if after is None:
         raise HfMergeError("--check: a pull request cannot be scored; name an --output.")
     with tempfile.TemporaryDirectory(prefix="hfmerge-never-") as folder:
-        left = open_merged(str(after), _folders(opened, result))
+        left = open_merged(str(after), _folders(opened, result), opened.consent)
         outcome = run(_never(left, options.device), Path(folder), options=replace(options, resume=None, notify=None))
         second = evaluator.matrix(
             [_called(evaluator.open(after), "after"), _called(evaluator.open(folder), "never merged")]

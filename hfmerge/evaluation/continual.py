@@ -15,7 +15,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -153,6 +153,10 @@ class _Run:
         self.standing = None
         shutil.rmtree(self.place, ignore_errors=True)
 
+    def _options(self, recipe: Recipe) -> RunOptions:
+        """How the verbs run; they are allowed what the recipe of the user allows."""
+        return replace(self.options, trust_remote_code=recipe.trust_remote_code, allow_pickle=recipe.allow_pickle)
+
     def variant(
         self,
         variant: Variant,
@@ -205,14 +209,15 @@ class _Run:
         seen, upcoming = order[: step + 1], order[step + 1 : step + 2]
 
         def work() -> dict[str, Any]:
+            options = self._options(variant.recipe)
             if step == 0:
                 self.left()
                 peak = PeakMemory()
-                result = hfmerge.merge(arranged(variant.recipe, seen), output=self.place, options=self.options)
+                result = hfmerge.merge(arranged(variant.recipe, seen), output=self.place, options=options)
             else:
                 self._stand_at(variant.recipe, order[:step])
                 self.standing, peak = None, PeakMemory()
-                result = hfmerge.add(self.place, [variant.recipe.models[order[step]]], options=self.options)
+                result = hfmerge.add(self.place, [variant.recipe.models[order[step]]], options=options)
             most = peak.read()
             self.standing = self._merge_of(variant.recipe, seen)
             norms = [math.sqrt(model.squared_norm or 0.0) for model in result.entry.models]
@@ -234,12 +239,13 @@ class _Run:
 
         def work() -> dict[str, Any]:
             self._stand_at(variant.recipe, order)
+            options = self._options(variant.recipe)
             name = open_merged(str(self.place)).last.models[order.index(gone)].name
             with tempfile.TemporaryDirectory(dir=self.place.parent) as folder:
                 out, never = Path(folder) / "unmerged", Path(folder) / "never"
-                result = hfmerge.unmerge(self.place, name, output=out, mode=self.asked.mode, options=self.options)
+                result = hfmerge.unmerge(self.place, name, output=out, mode=self.asked.mode, options=options)
                 rest = arranged(variant.recipe, [i for i in order if i != gone])
-                other = hfmerge.merge(rest, output=never, options=self.options)
+                other = hfmerge.merge(rest, output=never, options=options)
                 identical = same_weights(result.entry.products, other.entry.products)
                 first = self._evaluate(str(out), order)
                 second = first if identical else self._evaluate(str(never), order)
@@ -318,9 +324,9 @@ class _Run:
             self.left()
             # learned weights depend on the way to them, all else on the models alone
             first = 1 if recipe.learn is not None else len(order)
-            hfmerge.merge(arranged(recipe, order[:first]), output=self.place, options=self.options)
+            hfmerge.merge(arranged(recipe, order[:first]), output=self.place, options=self._options(recipe))
             for i in order[first:]:
-                hfmerge.add(self.place, [recipe.models[i]], options=self.options)
+                hfmerge.add(self.place, [recipe.models[i]], options=self._options(recipe))
             self.standing = wanted
 
     def _labelled(self, suite: str) -> list[Any]:

@@ -82,7 +82,7 @@ def mteb_score(subject: Subject, task: Task, *, batch_size: int) -> Score:
     with data_errors(f"{task.name}: {task.benchmark}"):
         wanted.load_data()  # else it is gone when its rows are counted
     name = str(place.folder) if place.folder is not None else place.name
-    model = SentenceTransformer(name, revision=place.commit, device=subject.device)
+    model = SentenceTransformer(name, revision=place.commit, device=subject.device, trust_remote_code=False)
     found = mteb.evaluate(model, wanted, cache=None, encode_kwargs={"batch_size": batch_size}, show_progress_bar=False)
     result = found.task_results[0]
     rows = _rows(wanted.dataset, task.split)

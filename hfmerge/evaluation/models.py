@@ -323,7 +323,7 @@ def _head_names(config: Mapping[str, Any], label: str) -> frozenset[str]:
     cls, settings = found
     with torch.device("meta"), quiet():
         names = list(cls(settings).state_dict())
-        bare = set(AutoModel.from_config(settings).state_dict())
+        bare = set(AutoModel.from_config(settings, trust_remote_code=False).state_dict())
     prefix = f"{cls.base_model_prefix}."
     return frozenset(name for name in names if name not in bare and name.removeprefix(prefix) not in bare)
 

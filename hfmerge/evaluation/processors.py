@@ -67,7 +67,7 @@ def _load(auto: Any, place: Pinned, what: str) -> Any:
     name = str(place.folder) if place.folder is not None else place.name
     try:
         with quiet():
-            return auto.from_pretrained(name, revision=place.commit or "main")
+            return auto.from_pretrained(name, revision=place.commit or "main", trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise SourceError(
             f"{place.label}: its {what} cannot be loaded: {' '.join(str(error).split())[:200]}"

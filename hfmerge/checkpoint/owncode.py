@@ -1,0 +1,61 @@
+"""Code that a model's repository brings along: what of it a loader would run if it were trusted, for plans and errors.
+
+Nothing here runs or reads any of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from hfmerge.checkpoint.sidefiles import is_code
+from hfmerge.errors import UnsupportedError
+from hfmerge.fields import show
+from hfmerge.source import Source
+
+
+SHOWN = 3
+"""Names in a message."""
+
+
+def own_code(source: Source, *, whole: bool) -> list[str]:
+    """The classes and files of code that a source brings along, each once; an adapter has none of its own.
+
+    Args:
+        whole: its files of code go beside the merge, so that they count as well: it is the base.
+    """
+    found = list(dict.fromkeys(_named(source.config))) if source.kind == "full" else []
+    return found + ([name for name in sorted(source.pinned.files) if is_code(name)] if whole else [])
+
+
+def check_allowed(source: Source, *, whole: bool) -> None:
+    """Refuse a source that brings code along, in a merge that was made with its code.
+
+    Args:
+        whole: see `own_code`.
+
+    Raises:
+        UnsupportedError: names the repository, what would run, and the flag.
+    """
+    for one in (source, source.beneath):
+        if one is None:
+            continue
+        if names := own_code(one, whole=whole):
+            raise UnsupportedError(
+                f"{one.pinned.label}: brings code of its own ({listed_names(names)}), and the "
+                "merge was made with such code; its ledger is no permission to run it: pass --trust-remote-code if "
+                "you trust the author."
+            )
+
+
+def listed_names(names: Sequence[str]) -> str:
+    """The first names, which a stranger has chosen, as a message shows them, and how many more there are."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(map(show, names[:SHOWN])) + more
+
+
+def _named(config: Mapping[str, Any]) -> Iterator[str]:
+    """What `auto_map` names: `module.Class`, or `org/name--module.Class` for code of another repository."""
+    named = config.get("auto_map")
+    for value in named.values() if isinstance(named, Mapping) else ():
+        yield from (str(one) for one in (value if isinstance(value, list) else [value]) if one)
