@@ -7,8 +7,9 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from hfmerge.checkpoint.deltas import Delta
@@ -44,6 +45,7 @@ def make_plan(
     leaving: Sequence[ModelEntry] = (),
     origin: str = "recipe",
     on_source: Callable[[Source], object] | None = None,
+    copies: Mapping[str, Path] | None = None,
 ) -> Plan:
     """Work out a merge from headers.
 
@@ -53,6 +55,7 @@ def make_plan(
         leaving: models that are subtracted from it, with the weights they came in with.
         origin: names the recipe in errors.
         on_source: called with base and models once all are described, before the slow part of planning.
+        copies: see `pin`.
 
     Raises:
         RecipeError: all problems of all models at once. SourceError: the base itself cannot be read.
@@ -63,7 +66,7 @@ def make_plan(
     base: Source | None = None
     streaming = Streaming() if recipe.stream else None
     try:
-        base = describe(recipe.base, allow_pickle=recipe.allow_pickle, streaming=streaming)
+        base = describe(recipe.base, allow_pickle=recipe.allow_pickle, streaming=streaming, copies=copies)
         if base.kind != "full":
             problems.append(
                 Problem("base", f"{base.pinned.label} is an adapter; name the full model it was trained on.")
@@ -73,7 +76,10 @@ def make_plan(
     places = [*(f"models[{i}]" for i in range(len(recipe.models))), *(f"leaving[{j}]" for j in range(len(leaving)))]
     for place, entry in zip(places, (*recipe.models, *leaving), strict=True):
         try:
-            sources.append(describe(entry.model, allow_pickle=recipe.allow_pickle, base=base, streaming=streaming))
+            allow_pickle = recipe.allow_pickle
+            sources.append(
+                describe(entry.model, allow_pickle=allow_pickle, base=base, streaming=streaming, copies=copies)
+            )
         except HfMergeError as error:
             problems.append(Problem(place, str(error)))
             sources.append(None)

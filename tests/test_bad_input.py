@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 from collections.abc import Callable, Sequence
@@ -534,7 +535,7 @@ def test_names_with_signs_that_mean_something_elsewhere(root: Path, tmp_path: Pa
     shutil.copytree(root / "m1", odd)
     out = tmp_path / "out"
     tiny.done(*arguments(root, root / "m0", odd, out=out))
-    (out / "merge_state" / "sources.local.json").unlink()
+    tiny.forget_places()
     sources = [
         part for folder in (root / "base", root / "m0", odd) for part in ("--source", f"{folder.name}={folder}")
     ]
@@ -666,9 +667,11 @@ def test_weights_that_vanish_when_a_model_leaves(root: Path, tmp_path: Path) -> 
 
 
 def test_a_broken_note_of_local_folders(tmp_path: Path, merged: Path) -> None:
-    (merged / "merge_state" / "sources.local.json").write_text("{")
+    for note in (Path(os.environ["HF_HOME"]) / "hfmerge" / "places").iterdir():
+        note.write_text("{")
     message = refused(tmp_path, "unmerge", merged, "--remove", "m0")
-    assert "sources.local.json cannot be read" in message and "--source NAME=FOLDER" in message
+    assert "/hfmerge/places/" in message and "cannot be read" in message and "--source NAME=FOLDER" in message
+    tiny.forget_places()
 
 
 def test_a_change_into_its_own_folder_replaces_it(root: Path, tmp_path: Path, merged: Path) -> None:

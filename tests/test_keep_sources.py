@@ -225,10 +225,12 @@ def test_all_sources_are_deleted_from_the_hub(ids: list[str], root: Path, tmp_pa
     flags = ("--base", root / "base", "--method", "opcm", "--output", never)
     tiny.done("merge", *(root / name for name in ("m1", "m2", "m3")), *flags)
     assert last(merged).products == entry_of(never).products
-    # what came back is what was there
-    for repo_id, name in ((base, "base"), (m1, "m1"), (m2, "m2")):
-        held = {path.name: path.read_bytes() for path in cached(repo_id)}
+    # what came back is what was there, and the Hub's cache knows nothing of it
+    for material, name in zip((before.base, *before.models[1:]), ("base", "m1", "m2"), strict=True):
+        place = Path(HOME) / "hfmerge/kept" / str(material.kept) / "own" / material.name.replace("/", "--")
+        held = {path.name: path.read_bytes() for path in place.iterdir()}
         assert held == {path.name: path.read_bytes() for path in (root / name).iterdir()}
+        assert not cached(material.name)
 
 
 def test_another_folder_and_another_repository_get_the_copies_too(ids: list[str], tmp_path: Path) -> None:
@@ -378,7 +380,7 @@ def test_archives_that_somebody_made_up(root: Path, tmp_path: Path) -> None:
     assert read_manifest(made("good", good)).files == {}
     for name in ("../out", "/out", "+../out", "a//b", "a/./b", "", "a\\b"):
         files = {name: {"size": 1, "sha256": "0" * 64}}
-        with pytest.raises(CorruptFileError, match="which is none of a model"):
+        with pytest.raises(CorruptFileError, match="which is no path in a repository"):
             read_manifest(made("bad", {**good, "files": files}))
     for manifest in ({}, [], {**good, "schema": "hfmerge/kept/9"}, {**good, "files": {"a": 1}}):
         with pytest.raises(CorruptFileError):

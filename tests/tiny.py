@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import multiprocessing.process
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -269,15 +270,20 @@ def finish(process: subprocess.Popen[str], timeout: float = 120) -> Run:
 
 
 def files(folder: Path, *, states: bool = True) -> dict[str, str]:
-    """Path -> digest of what a merge produces: everything but ledger, card, licence list and paths of this machine."""
+    """Path -> digest of what a merge produces: everything but ledger, card and licence list."""
     return {
         path.relative_to(folder).as_posix(): sha256_file(path)
         for path in sorted(folder.rglob("*"))
         if path.is_file()
-        and path.name not in ("README.md", "LICENSE.md", "sources.local.json")
+        and path.name not in ("README.md", "LICENSE.md")
         and path.parent.name != "merge_history"
         and (states or path.parent.name != "merge_state")
     }
+
+
+def forget_places() -> None:
+    """As on another machine: what was noted in this user's home of where merged folders lie is gone."""
+    shutil.rmtree(Path(os.environ["HF_HOME"]) / "hfmerge" / "places", ignore_errors=True)
 
 
 def states(folder: Path) -> list[str]:
