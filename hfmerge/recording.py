@@ -287,10 +287,11 @@ def keep_foreign_files(opened: Merged, folder: Path) -> None:
         if not own and not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(here / name, target, follow_symlinks=False)
-    for name in TOOLS:
+    tools = [name for name in TOOLS if os.path.lexists(here / name)]
+    for name in sorted({*tools} - {*_no_files(str(here), tools)}):
         if (here / name).is_dir() and not (here / name).is_symlink():
-            shutil.copytree(here / name, folder / name, symlinks=True, ignore=_no_files, dirs_exist_ok=True)
-        elif os.path.lexists(here / name):
+            shutil.copytree(here / name, folder / name, symlinks=True, ignore=_no_files)
+        else:
             shutil.copy2(here / name, folder / name, follow_symlinks=False)
 
 
