@@ -316,18 +316,18 @@ def test_a_removed_model_need_not_be_there(root: Path, tmp_path: Path) -> None:
 
 
 def test_a_merge_carried_to_another_machine_asks_for_its_folders(root: Path, out: Path) -> None:
-    tiny.forget_places()
-    run = tiny.cli("add", out, root / "m2")
-    assert run.code == 1 and "--source base=FOLDER" in run.err
-    wrong = tiny.cli("add", out, root / "m2", "--source", "m9=somewhere")
-    assert wrong.code == 1 and "--source m9: no model of that name was merged from a folder." in wrong.err
-    unclear = tiny.cli("add", out, root / "m2", "--source", "m9")
-    assert unclear.code == 1 and "write NAME=FOLDER" in unclear.err
-    given = [part for name in ("base", "m0", HEADED, "m1") for part in ("--source", f"{name}={root / name}")]
-    tiny.done("add", out, root / "m2", *given)
-    assert tiny.files(out) == tiny.files(
-        merge(root, out.parent / "all", "m0", HEADED, "m1", "m2", flags=("--state", "all"))
-    )
+    with tiny.elsewhere():
+        run = tiny.cli("add", out, root / "m2")
+        assert run.code == 1 and "--source base=FOLDER" in run.err
+        wrong = tiny.cli("add", out, root / "m2", "--source", "m9=somewhere")
+        assert wrong.code == 1 and "--source m9: no model of that name was merged from a folder." in wrong.err
+        unclear = tiny.cli("add", out, root / "m2", "--source", "m9")
+        assert unclear.code == 1 and "write NAME=FOLDER" in unclear.err
+        given = [part for name in ("base", "m0", HEADED, "m1") for part in ("--source", f"{name}={root / name}")]
+        tiny.done("add", out, root / "m2", *given)
+        assert tiny.files(out) == tiny.files(
+            merge(root, out.parent / "all", "m0", HEADED, "m1", "m2", flags=("--state", "all"))
+        )
 
 
 @pytest.mark.parametrize("state", ["none", "all"])

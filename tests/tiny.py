@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -281,9 +281,21 @@ def files(folder: Path, *, states: bool = True) -> dict[str, str]:
     }
 
 
-def forget_places() -> None:
-    """As on another machine: what was noted in this user's home of where merged folders lie is gone."""
-    shutil.rmtree(Path(os.environ["HF_HOME"]) / "hfmerge" / "places", ignore_errors=True)
+@contextlib.contextmanager
+def elsewhere() -> Iterator[Path]:
+    """As on another machine: nothing is noted in this user's home of where merged folders lie.
+
+    Gives the folder of such notes. What was noted before is there again afterwards.
+    """
+    notes = Path(os.environ["HF_HOME"]) / "hfmerge" / "places"
+    aside = notes.with_name("places-aside")
+    notes.mkdir(parents=True, exist_ok=True)
+    notes.rename(aside)
+    try:
+        yield notes
+    finally:
+        shutil.rmtree(notes, ignore_errors=True)
+        aside.rename(notes)
 
 
 def states(folder: Path) -> list[str]:
