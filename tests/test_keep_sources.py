@@ -233,6 +233,27 @@ def test_all_sources_are_deleted_from_the_hub(ids: list[str], root: Path, tmp_pa
         assert not cached(material.name)
 
 
+def test_an_adapter_and_what_is_beneath_it_are_deleted_from_the_hub(maker: Shell, tmp_path: Path) -> None:
+    base = tiny.build("LlamaForCausalLM", tiny.config("llama"))
+    tiny.save(base, tmp_path / "base")
+    tiny.save(tiny.fine_tune(base, 1), tmp_path / "other")
+    tiny.adapter(tmp_path / "a", tiny.attention(), 1)
+    tiny.adapter(tmp_path / "b", tiny.attention(), 2)
+    names = ("base", "other", "a", "b")
+    for name in names:
+        import_folder(os.environ["HF_ENDPOINT"], USERS["me"], tmp_path / name, f"beneath/{name}")
+    flags = ("--base", "beneath/base", "--method", "linear", "--keep-sources", "--push-to", "beneath/merged")
+    maker.done("merge", "beneath/a", "beneath/other+beneath/b", *flags)
+    for name in names:
+        HfApi().delete_repo(f"beneath/{name}")
+    assert "with the same bytes" in tiny.done("verify", "beneath/merged", "--replay").out
+    tiny.done("unmerge", "beneath/merged", "--remove", "beneath/a", "--output", tmp_path / "out")
+    before, after = last("beneath/merged"), entry_of(tmp_path / "out")
+    assert (after.base, after.models[0].identity) == (before.base, before.models[1].identity)
+    assert after.models[0].beneath == before.models[1].beneath
+    assert not any(cached(f"beneath/{name}") for name in names)
+
+
 def test_another_folder_and_another_repository_get_the_copies_too(ids: list[str], tmp_path: Path) -> None:
     merged, base, m0, m1, m2, m3 = ids
     tiny.done("unmerge", merged, "--remove", m2, "--output", tmp_path / "out", "--push-to", f"{merged}-2")
