@@ -299,7 +299,7 @@ def test_an_evaluation_reads_nothing_through_a_link(root: Path, tmp_path: Path, 
     tiny.tokenizer(model, TOKENS)
     labelled(tmp_path / "data" / "test.jsonl", ["ill", "well"], 4, 1)
     task = {"name": "t", "kind": "text-classification", "dataset": "./data", "split": "test", "text": "text"}
-    path = suite(tmp_path / "suite.yaml", {**task, "label": "label", "head": "patients"})
+    path = suite(tmp_path / "suite.yaml", {**task, "label": "label"})
     (tmp_path / "data" / "more.jsonl").symlink_to(secret)
     assert f"more.jsonl is a link to {secret}" in refused("evaluate", model, "--suite", path, "--no-cache")
     (tmp_path / "data" / "more.jsonl").unlink()
