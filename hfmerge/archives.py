@@ -13,7 +13,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -28,7 +27,8 @@ from hfmerge.digest import CHUNK, canonical_json
 from hfmerge.errors import CorruptFileError
 from hfmerge.fetching import fetch
 from hfmerge.headers import header_length, parse_header, read_header
-from hfmerge.source import Pinned, Source, TensorEntry, weight_files
+from hfmerge.private import private_file, private_folder
+from hfmerge.source import Pinned, Source, TensorEntry, checked_path, weight_files
 
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def write_archive(
     """
     files: dict[str, tuple[int, str]] = {}
     used: dict[str, dict[str, str]] = {}
-    with disk_errors(path), zipfile.ZipFile(path, "w") as archive:
+    with disk_errors(path), zipfile.ZipFile(private_file(path), "w") as archive:
         for mark, place in (("", source), ("+", source.beneath)):
             for name in kept_files(place, remote_code=remote_code) if place is not None else ():
                 assert place is not None
@@ -209,9 +209,7 @@ def read_manifest(path: Path) -> Manifest:
     except (zipfile.BadZipFile, KeyError, ValueError, TypeError, AttributeError) as error:
         raise CorruptFileError(f"{path}: no kept copy of a source ({type(error).__name__}: {error}).") from error
     for name in manifest.files:
-        parts = name.removeprefix("+").split("/")
-        if any(part in ("", ".", "..") for part in parts) or not re.fullmatch(r"[^\\\0]+", name):
-            raise CorruptFileError(f"{path}: names the file {name!r}, which is none of a model.")
+        checked_path(name.removeprefix("+"), str(path))
     return manifest
 
 
@@ -233,9 +231,9 @@ def unpack(path: Path, manifest: Manifest, targets: Mapping[str, Path], base: Ca
             packed = f"weights/{name}" in archive.namelist()
             try:
                 with disk_errors(place):
-                    place.parent.mkdir(parents=True, exist_ok=True)
+                    private_folder(place.parent)
                     member = archive.open(f"{'weights' if packed else 'files'}/{name}")
-                    with member as data, open(growing, "wb") as out:
+                    with member as data, open(private_file(growing), "wb") as out:
                         for piece in _unpacked(data, name, size, manifest, base) if packed else _reads(data):
                             found.update(piece)
                             out.write(piece)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from hfmerge.checkpoint.owncode import own_code
 from hfmerge.errors import HfMergeError, LedgerError
@@ -135,14 +136,12 @@ def plan_replay(merged: Merged, *, never: bool = False) -> Plan:
     if never:
         last = replace(last, models=tuple(model for model in last.models if not model.subtracted))
     everything = [last.base, *last.models]
-    plan = planned_from(
-        merged,
-        everything,
-        everything,
-        lambda refs: make_plan(
-            recipe_of(last, refs, merged.consent), origin=merged.pinned.label, code_was_run=last.ran_code
-        ),
-    )
+
+    def make(refs: Mapping[str, str], copies: Mapping[str, Path]) -> Plan:
+        recipe = recipe_of(last, refs, merged.consent)
+        return make_plan(recipe, origin=merged.pinned.label, code_was_run=last.ran_code, copies=copies)
+
+    plan = planned_from(merged, everything, make)
     warnings = []
     for material, source in zip(everything, [plan.base, *(delta.source for delta in plan.deltas)], strict=True):
         warnings += check_unchanged(material, source)
@@ -196,13 +195,11 @@ def _plan_from(
     """The plan that goes on from one state, or from none."""
     last = merged.last
     trust = _trusts(merged, wanted, base)
-    count, leaving = (start.prior.count, start.leaving) if start else (0, ())
+    leaving = start.leaving if start else ()
     kept = [model for model in wanted if isinstance(model, Material)]
-    # heads are copied from their sources again, whatever stands in the state
-    read = [model for i, model in enumerate(kept) if i >= count or model.head or model.subtracted]
     bases = [last.base] if base is None else []
 
-    def make(refs: Mapping[str, str]) -> Plan:
+    def make(refs: Mapping[str, str], copies: Mapping[str, Path]) -> Plan:
         recipe = recipe_of(replace(last, models=()), refs, merged.consent, base=base)
         models = tuple(_entry(model, refs) if isinstance(model, Material) else model for model in wanted)
         return make_plan(
@@ -211,9 +208,10 @@ def _plan_from(
             leaving=[_entry(model, refs) for model in leaving],
             origin=merged.pinned.label,
             code_was_run=last.ran_code,
+            copies=copies,
         )
 
-    return planned_from(merged, [*bases, *kept, *leaving], [*bases, *read, *leaving], make)
+    return planned_from(merged, [*bases, *kept, *leaving], make)
 
 
 def _trusts(merged: Merged, wanted: Sequence[Material | ModelEntry], base: str | None) -> bool:

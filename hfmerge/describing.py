@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 from hfmerge.errors import CorruptFileError, NotFoundError, OfflineError, SourceError, UnsupportedError
 from hfmerge.fetching import cached, fetch, pin, read_json
@@ -15,7 +16,12 @@ from hfmerge.streaming import Streaming, ranged_file, remote_header
 
 
 def describe(
-    ref: str, *, allow_pickle: bool = False, base: Source | None = None, streaming: Streaming | None = None
+    ref: str,
+    *,
+    allow_pickle: bool = False,
+    base: Source | None = None,
+    streaming: Streaming | None = None,
+    copies: Mapping[str, Path] | None = None,
 ) -> Source:
     """Pin a reference and read its small files and headers; weights stay where they are.
 
@@ -25,17 +31,18 @@ def describe(
             `weights_only`).
         base: the merge's base: in `base+adapter` it needs no separate reading.
         streaming: read weights that are not in the cache from the Hub, piece by piece, through this.
+        copies: see `pin`.
 
     Raises:
         SourceError: with the file and the remedy.
     """
     places = parse_ref(ref)
-    source = _describe_pinned(ref, pin(places[-1]), allow_pickle, streaming)
+    source = _describe_pinned(ref, pin(places[-1], copies), allow_pickle, streaming)
     if len(places) == 1:
         return source
     if source.kind != "adapter":
         raise SourceError(f"{ref}: {source.pinned.label} is a full model, and only an adapter can follow the `+`.")
-    beneath = pin(places[0])
+    beneath = pin(places[0], copies)
     if base is not None and (beneath.name, beneath.commit, beneath.folder) == (
         base.pinned.name,
         base.pinned.commit,

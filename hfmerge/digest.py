@@ -40,6 +40,11 @@ def sha256_file(path: str | Path, progress: Callable[[int], object] | None = Non
     return digest.hexdigest()
 
 
+def is_digest(value: object) -> bool:
+    """Whether a value, from wherever it comes, is a hex SHA-256 and so can be a part of a path."""
+    return isinstance(value, str) and len(value) == 64 and not value.strip("0123456789abcdef")
+
+
 def git_blob_id(data: bytes) -> str:
     """The SHA-1 under which git, and so the Hub's tree listing, knows a small file."""
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()

@@ -4,36 +4,42 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hfmerge.asking import hub_api, hub_errors, patiently
-from hfmerge.errors import CorruptFileError, NotFoundError
-from hfmerge.source import FileInfo, Pinned, Place
+from hfmerge.errors import CorruptFileError, NotFoundError, SourceError
+from hfmerge.source import FileInfo, Pinned, Place, checked_path, is_commit, is_segment
+from hfmerge.trees import files_in
 
 
-_COMMIT = re.compile("[0-9a-f]{40}")
-
-
-def pin(place: Place) -> Pinned:
+def pin(place: Place, copies: Mapping[str, Path] | None = None) -> Pinned:
     """Fix a place to one state: the commit its revision means now, or the files its folder holds now.
 
+    Args:
+        copies: `org/name@COMMIT` -> folder that is read in the place of this commit, which the Hub no longer gives.
+
     Raises:
-        SourceError: missing, private, gated, unreachable, an unknown revision.
+        SourceError: missing, private, gated, unreachable, an unknown revision; a folder with a link out of it.
     """
     if place.folder is not None:
         if not place.folder.is_dir():
             raise NotFoundError(f"{place.text}: no such folder.")
-        files = {
-            path.relative_to(place.folder).as_posix(): FileInfo(path.stat().st_size)
-            for path in sorted(place.folder.rglob("*"))
-            if path.is_file()
-        }
-        return Pinned(place, place.folder.resolve().name, None, place.folder.resolve(), files)
+        folder = place.folder.resolve()
+        if not is_segment(folder.name):
+            raise SourceError(f"{place.text}: its name {folder.name!r} cannot be that of a model; rename the folder.")
+        return Pinned(place, folder.name, None, folder, _held(folder))
     assert place.repo_id is not None
+    copy = (copies or {}).get(f"{place.repo_id}@{place.revision}")
+    if copy is not None:
+        return Pinned(place, place.repo_id, place.revision, copy, _held(copy))
     with hub_errors(place.text):
         return _asked(place, place.repo_id)
+
+
+def _held(folder: Path) -> dict[str, FileInfo]:
+    return {name: FileInfo(path.stat().st_size) for name, path in files_in(folder).items()}
 
 
 def _asked(place: Place, repo_id: str) -> Pinned:
@@ -56,7 +62,7 @@ def _asked(place: Place, repo_id: str) -> Pinned:
             lambda: api.model_info(repo_id, revision=revision, files_metadata=True, timeout=float(seconds))
         )
     except (RepositoryNotFoundError, RevisionNotFoundError):
-        files = _cached_files(repo_id, revision) if revision and _COMMIT.fullmatch(revision) else {}
+        files = _cached_files(repo_id, str(revision)) if is_commit(revision) else {}
         if not revision or not files:
             raise
         return Pinned(place, repo_id, revision, None, files, gone=True)
@@ -73,7 +79,9 @@ def _asked(place: Place, repo_id: str) -> Pinned:
         with contextlib.suppress(RevisionResolutionError):
             api.resolve_revision(repo_id, revision=revision)
     files = {
-        item.rfilename: FileInfo(item.size or 0, item.lfs.sha256 if item.lfs else None, item.blob_id)
+        checked_path(item.rfilename, place.text): FileInfo(
+            item.size or 0, item.lfs.sha256 if item.lfs else None, item.blob_id
+        )
         for item in info.siblings or ()
     }
     return Pinned(place, repo_id, str(info.sha), None, files)
@@ -97,8 +105,10 @@ def fetch(pinned: Pinned, file: str) -> Path:
     """A file of a pinned place on this machine, downloaded into the Hugging Face cache when it is not there yet.
 
     Raises:
-        SourceError: the file is missing, unreachable, or has another length than the Hub says.
+        SourceError: the file is missing, unreachable, or has another length than the Hub says; or its name leads
+            elsewhere.
     """
+    checked_path(file, pinned.label)
     if pinned.folder is not None:
         return pinned.folder / file
     from huggingface_hub import hf_hub_download
@@ -111,6 +121,7 @@ def fetch(pinned: Pinned, file: str) -> Path:
 
 def cached(pinned: Pinned, file: str) -> Path | None:
     """The file on this machine if it is there already, else None."""
+    checked_path(file, pinned.label)
     if pinned.folder is not None:
         return pinned.folder / file
     from huggingface_hub import try_to_load_from_cache

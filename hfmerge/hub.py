@@ -22,6 +22,7 @@ from hfmerge.pictures.embedding import FIGURES, drawn
 from hfmerge.quoting import markdown, plain
 from hfmerge.scorecard import PREFIX, carried_scores
 from hfmerge.statebranch import drop_states, push_states
+from hfmerge.trees import files_in
 
 
 if TYPE_CHECKING:
@@ -70,7 +71,12 @@ def push_folder(
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     api = hub_api()
-    history = {f"{FOLDER}/{p.name}": p.read_bytes() for p in sorted((folder / FOLDER).glob("*.json"))}
+    held = files_in(folder)
+    history = {
+        name: path.read_bytes()
+        for name, path in held.items()
+        if name.startswith(f"{FOLDER}/") and name.endswith(".json") and name.count("/") == 1
+    }
     entries = check_chain(history, str(folder))
     head = ensure_repo(repo_id, private=private, create_pr=create_pr)
     if parent_commit is not None and head != parent_commit:
@@ -80,7 +86,7 @@ def push_folder(
         _check_lineage(api, repo_id, head, remote, history)
         existing = download(api, repo_id, FILE, head).decode("utf-8") if FILE in remote else None
     card = combine_cards(existing, render_card(entries, card_facts(entries[-1], repo_id)))
-    files = _public_files(folder)
+    files = _public_files(held)
     # pictures and scores are those of the folder, or none
     mine = files[FILE].read_text(encoding="utf-8") if FILE in files else ""
     card = carried_scores(mine, with_part(card, FIGURES, part(mine, FIGURES)))
@@ -91,7 +97,7 @@ def push_folder(
     notes = []
     parent = parent_commit or head
     with hub_errors(repo_id):
-        states = {name: folder / name for name in sorted(entries[-1].beside) if (folder / name).is_file()}
+        states = {name: held[name] for name in sorted(entries[-1].beside) if name in held}
         if create_pr:
             if states:
                 notes.append("the kept state stays here: a pull request cannot carry the branch merge-state")
@@ -179,9 +185,8 @@ def upload_weights(
     return operations
 
 
-def _public_files(folder: Path) -> dict[str, Path]:
-    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    public = {name: path for name, path in files.items() if not name.startswith(PRIVATE_FILES)}
+def _public_files(held: Mapping[str, Path]) -> dict[str, Path]:
+    public = {name: path for name, path in held.items() if not name.startswith(PRIVATE_FILES)}
     # the Hub refuses these folders, which people's own tools leave in a folder
     return {name: path for name, path in public.items() if not {".git", ".cache"} & {*name.split("/")}}
 

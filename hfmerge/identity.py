@@ -53,7 +53,7 @@ def work_of(plan: Plan, device: str = CPU) -> dict[str, str]:
 def _identity(source: Source) -> list[Any]:
     pinned = source.pinned
     under = _identity(source.beneath) if source.beneath is not None else None
-    if pinned.folder is None:
+    if pinned.folder is None or pinned.commit is not None:
         return [pinned.name, pinned.commit, under]
     names = dict.fromkeys([*weight_files(source), *(name for name in TOKENIZER_FILES if name in pinned.files)])
     return [str(pinned.folder), [[name, *_last_change(pinned.folder / name)] for name in names], under]

@@ -24,7 +24,9 @@ from hfmerge.ledger import ARCHIVES, Material, archive_file
 from hfmerge.merged import STATE_BRANCH, Merged
 from hfmerge.planned import Plan
 from hfmerge.pool import core_count
+from hfmerge.private import private_file, private_folder
 from hfmerge.recovering import archive_path
+from hfmerge.runfiles import STATE_FOLDER
 from hfmerge.runtime import Ranks
 from hfmerge.source import Place, Source
 
@@ -112,7 +114,8 @@ def _keep(
     """Digest of each copy of `mine`, and a warning if there is something to say."""
     if not mine:
         return {}
-    (folder / ARCHIVES).mkdir(parents=True, exist_ok=True)
+    (folder / STATE_FOLDER).mkdir(exist_ok=True)
+    private_folder(folder / ARCHIVES)
     there = _published(home) if home is not None else {}
     base = wanted[0]
     commit = base.source.pinned.commit
@@ -125,7 +128,7 @@ def _keep(
                 if there.get(archive_file(earlier)) == earlier:
                     return earlier, None
                 try:
-                    shutil.copyfile(archive_path(opened, earlier), folder / archive_file(earlier))
+                    shutil.copyfile(archive_path(opened, earlier), private_file(folder / archive_file(earlier)))
                     return earlier, None
                 except HfMergeError:
                     pass  # it is made anew, from the source itself

@@ -14,11 +14,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hfmerge.digest import canonical_json, sha256_bytes
+from hfmerge.digest import canonical_json, is_digest, sha256_bytes
 from hfmerge.errors import LedgerError
 from hfmerge.learning.asked import Learning
 from hfmerge.options import Consent
 from hfmerge.recipe import MethodChoice, ModelEntry, Recipe
+from hfmerge.source import is_commit, is_hub_id, is_identity, is_path, is_segment
 from hfmerge.weights import Weight, restored, stored
 
 
@@ -109,9 +110,15 @@ class Material:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Material:
-        """Inverse of `to_dict`."""
+        """Inverse of `to_dict`.
+
+        Raises:
+            LedgerError: a name or digest in it could not be a part of a path or an address.
+        """
         lists = {key: tuple(data.get(key, ())) for key in ("unverified", "contains")}
-        return cls(**{**data, **lists, "labels": tuple(data["labels"]), "weight": restored(data["weight"])})
+        material = cls(**{**data, **lists, "labels": tuple(data["labels"]), "weight": restored(data["weight"])})
+        _check_names(material)
+        return material
 
 
 @dataclass(frozen=True)
@@ -254,9 +261,11 @@ class Entry:
                 restored=raw["action"].get("restored"),
                 learned=raw["byproducts"].get("learned"),
             )
-            learned_files(entry.learned)
+            _check_paths(entry)
             canonical = entry.to_bytes()
             lost = [key for key, held in NEEDED.items() for name in held if name not in getattr(entry, key)]
+        except LedgerError as error:
+            raise LedgerError(f"{where}: {str(error).removeprefix(f'{where}: ')}") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise LedgerError(f"{where}: not a ledger entry ({type(error).__name__}: {error}).") from error
         if canonical != data:
@@ -303,6 +312,44 @@ def named(name: str, identities: Sequence[str]) -> list[int]:
     return [i for i in hits if parts[i][2].removeprefix("sha256:").startswith(revision)]
 
 
+def _check_paths(entry: Entry) -> None:
+    """No file that an entry names lies outside of the merge."""
+    for name in (*entry.products, *entry.beside):
+        if not is_path(name):
+            raise LedgerError(f"{name!r} is no path of a file of a merge; somebody made up this ledger.")
+
+
+def _check_names(material: Material) -> None:
+    """Whatever of a material becomes a path or a part of an address has the form that hfmerge gives it."""
+    name, folder = material.name, material.head and material.head.removeprefix("heads/")
+    checks: list[tuple[str, object, bool]] = [
+        ("commit", material.commit, material.commit is None or is_commit(material.commit)),
+        ("digest", material.digest, is_digest(material.digest) if material.commit is None else not material.digest),
+        ("name", name, is_segment(name) if material.commit is None else is_hub_id(name)),
+        ("head", material.head, folder is None or (folder != material.head and is_segment(folder))),
+        *((key, one, one is None or is_digest(one)) for key, one in _digests(material)),
+        *(("files", file, is_path(file.removeprefix("+"))) for file in material.files),
+        *(("contains", one, is_identity(one)) for one in material.contains),
+        ("beneath", material.beneath, material.beneath is None or is_identity(material.beneath)),
+    ]
+    for key, value, good in checks:
+        if not good:
+            raise LedgerError(f"the model {name!r}: its {key} cannot be {value!r}; somebody made up this ledger.")
+
+
+def _digests(material: Material) -> list[tuple[str, object]]:
+    own = [("kept", material.kept), ("ledger", material.ledger)]
+    return [*own, *(("files", digest) for digest in material.files.values())]
+
+
+def _checked_digest(digest: object) -> str:
+    if not is_digest(digest):
+        raise LedgerError(
+            f"{digest!r} is no SHA-256, by which files beside a merge are called; the ledger is made up."
+        )
+    return str(digest)
+
+
 def learned_files(learned: Mapping[str, Any] | None) -> dict[str, str]:
     """Path in the repository -> SHA-256 of the files that learning left."""
     if learned is None:
@@ -313,12 +360,12 @@ def learned_files(learned: Mapping[str, Any] | None) -> dict[str, str]:
 
 def state_file(digest: str) -> str:
     """Path in the repository of what is carried from step to step."""
-    return f"merge_state/{digest}.safetensors"
+    return f"merge_state/{_checked_digest(digest)}.safetensors"
 
 
 def archive_file(digest: str) -> str:
     """Path in the repository of a kept copy of a source."""
-    return f"{ARCHIVES}/{digest}.zip"
+    return f"{ARCHIVES}/{_checked_digest(digest)}.zip"
 
 
 def short(identity: str) -> str:

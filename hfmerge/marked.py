@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from hfmerge.card import END
+from hfmerge.source import is_path
 
 
 def part(text: str, name: str) -> str | None:
@@ -26,7 +27,7 @@ def with_part(text: str, name: str, body: str | None) -> str:
 
 def files_in(body: str | None, folder: str) -> list[str]:
     """Files of a folder of the repository that a part links to."""
-    return re.findall(rf"\(({re.escape(folder)}/[\w.-]+)\)", body or "")
+    return [name for name in re.findall(rf"\(({re.escape(folder)}/[\w.-]+)\)", body or "") if is_path(name)]
 
 
 def _begin(name: str) -> str:

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from hfmerge.asking import hub_errors
 from hfmerge.describing import describe
-from hfmerge.digest import sha256_bytes, sha256_file
+from hfmerge.digest import canonical_json, sha256_bytes, sha256_file
 from hfmerge.digesting import digests, folder_digest
 from hfmerge.errors import HfMergeError, LedgerError, SourceError
 from hfmerge.fetching import fetch, pin
 from hfmerge.ledger import FOLDER, Entry, KeptState, Material, check_chain, contained
+from hfmerge.notes import keep_note
 from hfmerge.options import NO_CONSENT, Consent
+from hfmerge.private import home, private_folder
 from hfmerge.source import Pinned, parse_ref
+from hfmerge.stamps import remembered_digest
+from hfmerge.trees import file_in
+from hfmerge.weights import stored
 
 
 STATE_BRANCH = "merge-state"
-LOCAL_SOURCES = "merge_state/sources.local.json"
-"""Where folders that went into a merge lie on this machine: identity -> path. Never pushed."""
+NOTES = 4096
+"""How many merges' folders are remembered; those noted longest ago are forgotten first."""
+COPIES = 16
+"""Of one merge in several folders, so many are remembered apart."""
 
 
 @dataclass(frozen=True)
@@ -101,20 +109,12 @@ def open_merged(ref: str, sources: Mapping[str, str] | None = None, consent: Con
 
 
 def known_places(pinned: Pinned, entry: Entry, sources: Mapping[str, str]) -> dict[str, str]:
-    """Identity of a folder material -> where it lies, as noted beside the merge, or as `sources` says by name.
+    """Identity of a folder material -> where it lies, as this user's own run noted, or as `sources` says by name.
 
     Raises:
         LedgerError: the note cannot be read, or a name is not of a folder material of `entry`.
     """
-    refs: dict[str, str] = {}
-    if pinned.folder is not None and (pinned.folder / LOCAL_SOURCES).is_file():
-        try:
-            refs |= {str(k): str(v) for k, v in json.loads((pinned.folder / LOCAL_SOURCES).read_bytes()).items()}
-        except (ValueError, AttributeError) as error:
-            raise LedgerError(
-                f"{pinned.label}: {LOCAL_SOURCES} cannot be read; delete it, and say where folders are with --source "
-                "NAME=FOLDER."
-            ) from error
+    refs = noted_places(pinned, entry)
     for name, folder in sources.items():
         hits = [
             one for m in (entry.base, *entry.models) for one in folders_of(m) if one.rpartition("@sha256:")[0] == name
@@ -125,13 +125,64 @@ def known_places(pinned: Pinned, entry: Entry, sources: Mapping[str, str]) -> di
     return refs
 
 
-def note_places(folder: Path, places: Mapping[str, str]) -> None:
-    """Write down beside a merge, for this machine and its user only, where folders that were merged lie."""
+def noted_places(pinned: Pinned, entry: Entry) -> dict[str, str]:
+    """Identity of a folder material -> where it lay for the run of this user that merged what a ledger entry says.
+
+    The note is in the user's home, under a digest of what was merged and how. So nobody else's merge can name folders
+    of this machine, or do anything with them but what the user's own run did; and the user's own is known again
+    wherever it was moved, copied or pushed to. Of several runs of the same, the one in this folder counts, else the
+    last.
+
+    Raises:
+        LedgerError: the note cannot be read.
+    """
+    notes = _notes_of(entry)
+    places = notes.get(str(pinned.folder)) or next(reversed(notes.values()), {})
+    return {str(identity): str(place) for identity, place in places.items()}
+
+
+def note_places(entry: Entry, folder: Path | None, places: Mapping[str, str]) -> None:
+    """Write down in the user's home, for this machine alone, where folders lie that were merged.
+
+    Args:
+        entry: what the run wrote to the ledger.
+        folder: where the merge comes to lie; None: on the Hub only.
+        places: identity of a folder material -> where it lies.
+    """
     if places:
-        path = folder / LOCAL_SOURCES
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(dict(places), indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        os.chmod(path, 0o600)
+        where = str(folder.resolve()) if folder is not None else ""
+        try:
+            others = {one: known for one, known in _notes_of(entry).items() if one != where}
+        except LedgerError:
+            others = {}  # a note that cannot be read is written anew
+        absolute = {identity: str(Path(place).expanduser().absolute()) for identity, place in places.items()}
+        notes = {**dict(list(others.items())[1 - COPIES :]), where: absolute}
+        with contextlib.suppress(OSError):  # told by `keep_note`
+            private_folder(_note(entry).parent)
+        keep_note(_note(entry), notes, NOTES)
+
+
+def _note(entry: Entry) -> Path:
+    models = [[one.identity, one.beneath, stored(one.weight), one.subtracted] for one in entry.models]
+    settings = {key: entry.settings.get(key) for key in ("dtype", "include", "exclude", "vocabulary", "learn")}
+    merge = [entry.base.identity, models, dict(entry.method), settings]
+    return home("places", f"{sha256_bytes(canonical_json(merge))}.json")
+
+
+def _notes_of(entry: Entry) -> dict[str, dict[str, Any]]:
+    """Folder of a merge -> places of its materials, the last written at the end."""
+    note = _note(entry)
+    try:
+        found = json.loads(note.read_bytes())
+        if not all(isinstance(places, dict) for places in found.values()):
+            raise ValueError("no note of folders")
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, AttributeError) as error:
+        raise LedgerError(
+            f"{note}: cannot be read ({error}); delete it, and say where folders are with --source NAME=FOLDER."
+        ) from error
+    return dict(found)
 
 
 def folders_of(material: Material) -> list[str]:
@@ -139,32 +190,29 @@ def folders_of(material: Material) -> list[str]:
     return [one for one in (material.identity, material.beneath) if one is not None and "@sha256:" in one]
 
 
-def check_materials(
-    refs: Mapping[str, str], present: list[Material], intact: list[Material], *, allow_pickle: bool
-) -> None:
-    """Make sure that folders are still what was merged; Hub materials are pinned by their commit.
+def check_folders(refs: Mapping[str, str], material: Material, *, allow_pickle: bool) -> None:
+    """Make sure that the folders of a material are what was merged; on the Hub its commit does.
+
+    All of them are compared, whether this run needs their weights or only their configuration: a ledger is by anybody,
+    and what is found under a name may be another model, of which nothing must get into the output.
 
     Args:
-        present: materials whose folders must be there.
-        intact: those whose files are read again, and so must be the ones that were merged.
         allow_pickle: the caller allows pickled checkpoints.
 
     Raises:
         LedgerError: a folder has moved, or its files have changed since. UnsupportedError: it holds a pickle only.
     """
-    for identity in (one for material in present for one in folders_of(material)):
-        name, path = identity.rpartition("@sha256:")[0], refs.get(identity)
-        if path is not None and not Path(path).expanduser().is_dir():
-            raise LedgerError(
-                f"{name}: was merged from the folder {path}, which is gone; say where it is now with --source "
-                f"{name}=FOLDER."
-            )
-    for identity in (one for material in intact for one in folders_of(material)):
+    for identity in folders_of(material):
         name, _, digest = identity.rpartition("@sha256:")
         path = refs.get(identity)
         if path is None:
             continue
-        found = digests(describe(path, allow_pickle=allow_pickle))
+        if not Path(path).expanduser().is_dir():
+            raise LedgerError(
+                f"{name}: was merged from the folder {path}, which is gone; say where it is now with --source "
+                f"{name}=FOLDER."
+            )
+        found = digests(describe(path, allow_pickle=allow_pickle), remembered_digest)
         if folder_digest(found) != digest:
             raise LedgerError(
                 f"{name}@{digest[:8]}: the files in {path} are not those that were merged; restore them, or point "
@@ -176,7 +224,7 @@ def state_path(pinned: Pinned, state: KeptState, warnings: list[str]) -> Path | 
     """A kept state's file on this machine, checked by digest; None with a warning when it cannot be had."""
     try:
         if pinned.folder is not None:
-            path = pinned.folder / state.file
+            path = file_in(pinned.folder, state.file)
         else:
             from huggingface_hub import hf_hub_download
 

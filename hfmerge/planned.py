@@ -162,6 +162,13 @@ class Plan:
         return (*some, *dense)
 
     @property
+    def copies(self) -> dict[str, Path]:
+        """`org/name@COMMIT` -> folder read in its place, for who opens the models again (see `fetching.pin`)."""
+        sources = [self.base, *(delta.source for delta in (*self.deltas, *self.leaving))]
+        places = [one.pinned for source in sources for one in (source, source.beneath) if one is not None]
+        return {f"{p.name}@{p.commit}": p.folder for p in places if p.commit is not None and p.folder is not None}
+
+    @property
     def norm(self) -> str | float:
         """What the merged task vector is rescaled to."""
         return self.recipe.method.norm

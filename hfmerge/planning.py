@@ -7,8 +7,9 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from hfmerge.checkpoint.deltas import Delta
@@ -46,6 +47,7 @@ def make_plan(
     origin: str = "recipe",
     on_source: Callable[[Source], object] | None = None,
     code_was_run: bool = False,
+    copies: Mapping[str, Path] | None = None,
 ) -> Plan:
     """Work out a merge from headers.
 
@@ -57,6 +59,7 @@ def make_plan(
         on_source: called with base and models once all are described, before the slow part of planning.
         code_was_run: a merge is planned again whose ledger says that code of its models was run. Where a model has
             code of its own and `recipe` does not trust it, that is a problem: without it the merge would be another.
+        copies: see `pin`.
 
     Returns:
         The plan; its recipe allows only what the sources needed, which is what the ledger records.
@@ -70,7 +73,7 @@ def make_plan(
     base: Source | None = None
     streaming = Streaming() if recipe.stream else None
     try:
-        base = describe(recipe.base, allow_pickle=recipe.allow_pickle, streaming=streaming)
+        base = describe(recipe.base, allow_pickle=recipe.allow_pickle, streaming=streaming, copies=copies)
         if base.kind != "full":
             problems.append(
                 Problem("base", f"{base.pinned.label} is an adapter; name the full model it was trained on.")
@@ -80,7 +83,10 @@ def make_plan(
     places = [*(f"models[{i}]" for i in range(len(recipe.models))), *(f"leaving[{j}]" for j in range(len(leaving)))]
     for place, entry in zip(places, (*recipe.models, *leaving), strict=True):
         try:
-            sources.append(describe(entry.model, allow_pickle=recipe.allow_pickle, base=base, streaming=streaming))
+            allow_pickle = recipe.allow_pickle
+            sources.append(
+                describe(entry.model, allow_pickle=allow_pickle, base=base, streaming=streaming, copies=copies)
+            )
         except HfMergeError as error:
             problems.append(Problem(place, str(error)))
             sources.append(None)

@@ -1,9 +1,11 @@
-"""What a run leaves beside the weights: ledger entry, card, licences, carried states, and where folders lie."""
+"""What a run leaves beside the weights: ledger entry, card, licences, carried states, people's own files."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,13 +21,14 @@ from hfmerge.execute import Outcome
 from hfmerge.fetching import fetch
 from hfmerge.ledger import FOLDER, Entry, Material, check_chain, same_prefix, settings_of
 from hfmerge.marked import with_part
-from hfmerge.merged import Merged, note_places, parts_of, state_path
+from hfmerge.merged import Merged, parts_of, state_path
 from hfmerge.methods import AdditiveFold
 from hfmerge.pictures.embedding import FIGURES, drawn, embed_learning
 from hfmerge.planned import Plan
 from hfmerge.runfiles import STATE_FOLDER
 from hfmerge.scorecard import PREFIX, without_scores
 from hfmerge.source import Source
+from hfmerge.trees import SPECIAL, TOOLS
 from hfmerge.weights import Weight
 
 
@@ -67,7 +70,6 @@ def record(
         entry = dataclasses.replace(entry, base=base, models=tuple(models))
     entry = dataclasses.replace(entry, learned=learned)
     write_record(folder, entry, opened, existing)
-    _note_local_sources(planned, entry, opened, folder)
     undrawn = embed_learning(folder, entry)
     return entry, (*notes, *([undrawn] if undrawn else ()))
 
@@ -249,17 +251,17 @@ def _is_additive(planned: Plan) -> bool:
     return isinstance(planned.method, AdditiveFold)
 
 
-def _note_local_sources(planned: Plan, entry: Entry, opened: Merged | None, folder: Path) -> None:
-    """Remember, beside the state and never pushed, where folders that were merged lie on this machine."""
+def local_sources(planned: Plan, entry: Entry, opened: Merged | None) -> dict[str, str]:
+    """Identity of each folder that was merged -> where it lies on this machine."""
     places: dict[str, str] = {}
     known = dict(opened.refs) if opened else {}
     for material, source in zip(
         (entry.base, *entry.models), (planned.base, *(d.source for d in planned.deltas)), strict=True
     ):
         for place, identity in ((source, material.identity), (source.beneath, material.beneath)):
-            if place is not None and place.pinned.folder is not None and identity is not None:
+            if place is not None and place.pinned.commit is None and identity is not None:
                 places[identity] = known.get(identity, str(place.pinned.folder))
-    note_places(folder, places)
+    return places
 
 
 def adopt_card(folder: Path, repo_id: str) -> None:
@@ -273,13 +275,24 @@ def adopt_card(folder: Path, repo_id: str) -> None:
 
 
 def keep_foreign_files(opened: Merged, folder: Path) -> None:
-    """What people may add to a merge, such as notes or `.git`, outlives the replacement of its folder."""
-    assert opened.pinned.folder is not None
+    """What people put into a merge's folder, such as notes or `.git`, outlives the replacement of the folder.
+
+    Links stay links, so that nothing is read through them.
+    """
+    here = opened.pinned.folder
+    assert here is not None
     for name in _foreign(opened):
         target = folder / name
         if is_asset(name) and not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(opened.pinned.folder / name, target)
+            shutil.copy2(here / name, target, follow_symlinks=False)
+    tools = [name for name in TOOLS if os.path.lexists(here / name)]
+    for name in sorted({*tools} - {*_no_files(str(here), tools)}):
+        (folder / name).parent.mkdir(exist_ok=True)
+        if (here / name).is_dir() and not (here / name).is_symlink():
+            shutil.copytree(here / name, folder / name, symlinks=True, ignore=_no_files)
+        else:
+            shutil.copy2(here / name, folder / name, follow_symlinks=False)
 
 
 def refuse_unknown_files(opened: Merged) -> None:
@@ -303,3 +316,9 @@ def _foreign(opened: Merged) -> Iterator[str]:
     for name in opened.pinned.files:
         if name not in own and not name.startswith((f"{STATE_FOLDER}/", PREFIX)):
             yield name
+
+
+def _no_files(folder: str, names: list[str]) -> list[str]:
+    """Pipes, sockets and devices, which are not copied."""
+    kinds = {name: os.lstat(os.path.join(folder, name)).st_mode for name in names}
+    return [name for name, mode in kinds.items() if stat.S_IFMT(mode) in SPECIAL]

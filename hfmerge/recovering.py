@@ -1,7 +1,8 @@
 """Sources that are gone, brought back from the copies that a merge keeps of them, before anything is planned.
 
-A model of the Hub comes back as its commit in the Hugging Face cache, where all reading finds it under its own name; a
-folder comes back below `HF_HOME/hfmerge/kept`. Both are compared with the ledger's digests.
+Whatever comes back lies below `HF_HOME/hfmerge/kept`, under the digest of the copy, and is compared with the ledger's
+digests. Never in the Hugging Face cache: there it would stand under the name and commit that the ledger claims, and so
+for all programs be what the Hub gave.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
-import re
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,47 +20,64 @@ from hfmerge.asking import hub_errors, patiently
 from hfmerge.card import FILE, card_pointer
 from hfmerge.checkpoint.reader import Reader
 from hfmerge.describing import describe
-from hfmerge.digest import sha256_file
+from hfmerge.digest import is_digest, sha256_file
 from hfmerge.errors import CorruptFileError, HfMergeError, LedgerError, NotFoundError, RecipeError
 from hfmerge.ledger import Material, archive_file, reference, short
-from hfmerge.merged import STATE_BRANCH, Merged, check_materials, folders_of
+from hfmerge.merged import STATE_BRANCH, Merged, check_folders, folders_of
 from hfmerge.planned import Plan
+from hfmerge.private import home, private_folder
+from hfmerge.source import is_hub_id, is_identity
+from hfmerge.trees import file_in
 from hfmerge.vanished import lost_places, naming_vanished
+
+
+@dataclasses.dataclass
+class Found:
+    """Where sources of a merge are read from, as it is found out.
+
+    Attributes:
+        refs: see `Merged.refs`.
+        copies: see `pin`.
+        notes: what the user should know of both.
+    """
+
+    refs: dict[str, str]
+    copies: dict[str, Path] = dataclasses.field(default_factory=dict)
+    notes: list[str] = dataclasses.field(default_factory=list)
 
 
 def planned_from(
     merged: Merged,
-    present: Sequence[Material],
-    intact: Sequence[Material],
-    make: Callable[[Mapping[str, str]], Plan],
+    materials: Sequence[Material],
+    make: Callable[[Mapping[str, str], Mapping[str, Path]], Plan],
 ) -> Plan:
     """Make a plan from sources of a merge, from their kept copies where they are gone.
 
     Args:
-        present, intact: see `check_materials`.
-        make: the plan, given where folders lie (see `Merged.refs`).
+        materials: what the plan names; folders must be there, and be what was merged, before anything of them is read.
+        make: the plan, given where folders lie (see `Merged.refs`) and which copies are read (see `pin`).
 
     Raises:
         LedgerError: a folder has moved or changed. NotFoundError: a model is gone from the Hub. In both cases no kept
             copy can take its place. Else what `make` raises.
     """
-    refs, notes, useless = dict(merged.refs), list[str](), dict[str, str]()
-    for material in present:
-        _folders_back(merged, material, refs, notes, intact=material in intact)
+    found, useless = Found(dict(merged.refs)), dict[str, str]()
+    for material in materials:
+        _folders_back(merged, material, found)
     plan: Plan | None = None
-    if any(material.kept is not None for material in present):
+    if any(material.kept is not None for material in materials):
         try:
-            plan = make(refs)
+            plan = make(found.refs, found.copies)
         except RecipeError:
-            for material in present:
+            for material in materials:
                 try:
-                    _hub_back(merged, material, refs, notes)
+                    _hub_back(merged, material, found)
                 except HfMergeError as error:
                     useless[material.identity] = str(error).rstrip(".")
     if plan is None:
-        with naming_vanished(merged, present, useless):
-            plan = make(refs)
-    return dataclasses.replace(plan, warnings=(*notes, *plan.warnings))
+        with naming_vanished(merged, materials, useless):
+            plan = make(found.refs, found.copies)
+    return dataclasses.replace(plan, warnings=(*found.notes, *plan.warnings))
 
 
 def archive_path(merged: Merged, digest: str) -> Path:
@@ -72,7 +90,7 @@ def archive_path(merged: Merged, digest: str) -> Path:
     pinned = merged.pinned
     repository: str | None = pinned.name
     if pinned.folder is not None:
-        path = pinned.folder / file
+        path = file_in(pinned.folder, file)
         if path.is_file():
             if sha256_file(path) == digest:
                 return path
@@ -81,7 +99,8 @@ def archive_path(merged: Merged, digest: str) -> Path:
             reasons.append(f"{pinned.label}: {file} is missing")
         card = merged.read(FILE)
         repository = card_pointer(card.decode("utf-8", "replace")).get("repo") if card is not None else None
-    if repository:
+    if is_hub_id(repository):
+        assert repository is not None
         try:
             path = _downloaded(repository, file)
             if sha256_file(path) == digest:
@@ -101,35 +120,34 @@ def _downloaded(repository: str, file: str) -> Path:
         )
 
 
-def _folders_back(merged: Merged, material: Material, refs: dict[str, str], notes: list[str], *, intact: bool) -> None:
+def _folders_back(merged: Merged, material: Material, found: Found) -> None:
     """Make sure of the folders of a material, with kept copies in the place of those that are not as they were."""
     try:
-        reference(material, refs)
-        check_materials(refs, [material], [material] if intact else [], allow_pickle=merged.consent.allow_pickle)
+        reference(material, found.refs)
+        check_folders(found.refs, material, allow_pickle=merged.consent.allow_pickle)
     except LedgerError as error:
         if material.kept is None:
             raise
         try:
-            _bring_back(merged, material, folders_of(material), refs, notes)
+            _bring_back(merged, material, folders_of(material), found)
         except HfMergeError as other:
             raise LedgerError(f"{error} The copy that was kept cannot take its place: {other}") from error
 
 
-def _hub_back(merged: Merged, material: Material, refs: dict[str, str], notes: list[str]) -> None:
+def _hub_back(merged: Merged, material: Material, found: Found) -> None:
     """Bring back what the Hub no longer has of a material."""
-    if material.kept is not None and (gone := [identity for identity, _, _ in lost_places(material)]):
-        _bring_back(merged, material, gone, refs, notes)
+    if material.kept is not None:
+        gone = [identity for identity, _, _ in lost_places(material) if identity not in found.copies]
+        if gone:
+            _bring_back(merged, material, gone, found)
 
 
-def _bring_back(
-    merged: Merged, material: Material, identities: Sequence[str], refs: dict[str, str], notes: list[str]
-) -> None:
+def _bring_back(merged: Merged, material: Material, identities: Sequence[str], found: Found) -> None:
     """Unpack the kept copy of a material, or of the model beneath it.
 
     Args:
         identities: of what is wanted.
-        refs: learns where folders come to lie.
-        notes: says so.
+        found: learns where it comes to lie, and says so.
 
     Raises:
         SourceError: there is no intact copy, or the base that it was packed with cannot be had.
@@ -139,48 +157,43 @@ def _bring_back(
         for identity in identities:
             mark = "" if identity == material.identity else "+"
             wanted = {name: digest for name, digest in material.files.items() if name.startswith("+") == bool(mark)}
-            place, on_hub = _place(material.kept, identity, mark), "@sha256:" not in identity
+            place = _place(material.kept, identity, mark)
             if not _intact(place, wanted, mark):
                 archive = archive_path(merged, material.kept)
                 manifest = _checked(archive, wanted)
                 names = [name for name in manifest.files if name.startswith("+") == bool(mark)]
                 # what the merge was made of comes last: where it is, all the rest is there too
                 names.sort(key=lambda name: (name in material.files, name))
-                targets = {name: place / name.removeprefix(mark) for name in names}
-                if on_hub:
-                    targets = {name: path for name, path in targets.items() if not path.is_file()}
-                else:
-                    shutil.rmtree(place, ignore_errors=True)
+                shutil.rmtree(place, ignore_errors=True)
+                private_folder(place)
                 with contextlib.ExitStack() as stack:
-                    unpack(archive, manifest, targets, _Base(merged, manifest, refs, notes, stack))
-            if not on_hub:
-                refs[identity] = str(place)
-            notes.append(f"{short(identity)} is gone; the copy of it that the merge keeps is used, from {place}.")
+                    targets = {name: place / name.removeprefix(mark) for name in names}
+                    unpack(archive, manifest, targets, _Base(merged, manifest, found, stack))
+            if "@sha256:" in identity:
+                found.refs[identity] = str(place)
+            else:
+                found.copies[identity] = place
+            found.notes.append(
+                f"{short(identity)} is gone; the copy of it that the merge keeps is used, from {place}."
+            )
 
 
 class _Base:
     """Opens the base that tensors were packed with, at the first one."""
 
-    def __init__(
-        self,
-        merged: Merged,
-        manifest: Manifest,
-        refs: dict[str, str],
-        notes: list[str],
-        stack: contextlib.ExitStack,
-    ):
-        self._merged, self._manifest, self._refs, self._notes, self._stack = merged, manifest, refs, notes, stack
+    def __init__(self, merged: Merged, manifest: Manifest, found: Found, stack: contextlib.ExitStack):
+        self._merged, self._manifest, self._found, self._stack = merged, manifest, found, stack
         self._reader: Reader | None = None
 
     def __call__(self) -> Reader:
         if self._reader is None:
-            last = self._merged.last
+            last, found = self._merged.last, self._found
             if self._manifest.base != last.base.identity:
                 raise CorruptFileError(f"it was packed with the base {self._manifest.base}, which is another one.")
-            _folders_back(self._merged, last.base, self._refs, self._notes, intact=True)
-            _hub_back(self._merged, last.base, self._refs, self._notes)
+            _folders_back(self._merged, last.base, found)
+            _hub_back(self._merged, last.base, found)
             allow_pickle = self._merged.consent.allow_pickle
-            source = describe(reference(last.base, self._refs), allow_pickle=allow_pickle)
+            source = describe(reference(last.base, found.refs), allow_pickle=allow_pickle, copies=found.copies)
             self._reader = self._stack.enter_context(Reader(source))
         return self._reader
 
@@ -201,28 +214,25 @@ def _intact(place: Path, wanted: Mapping[str, str], mark: str) -> bool:
 
 
 def _place(kept: str, identity: str, mark: str) -> Path:
-    """Where a model comes to lie; names are from a ledger that anybody may have written."""
-    from huggingface_hub import constants
-    from huggingface_hub.file_download import repo_folder_name
+    """Where a model comes to lie; digest and name are from a ledger that anybody may have written."""
+    if not is_identity(identity):
+        raise LedgerError(f"{identity!r}: is no name of a model.")
+    # a folder's own name is a part of what a ledger knows it by
+    name = identity.rpartition("@sha256:")[0] or identity.rpartition("@")[0].replace("/", "--")
+    return _kept_folder(kept) / ("beneath" if mark else "own") / name
 
-    name, folder, digest = identity.rpartition("@sha256:")
-    if folder and re.fullmatch(r"[^/\\\0]+", name) and name not in (".", ".."):
-        # the folder's own name is a part of what a ledger knows it by
-        return Path(constants.HF_HOME) / "hfmerge" / "kept" / kept / ("beneath" if mark else "own") / name
-    name, _, commit = identity.rpartition("@")
-    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and re.fullmatch(r"[0-9a-f]{40}", commit):
-        folder = repo_folder_name(repo_id=name, repo_type="model")
-        return Path(constants.HF_HUB_CACHE) / folder / "snapshots" / commit
-    raise LedgerError(f"{identity}: is no name of a model.")
+
+def _kept_folder(kept: str) -> Path:
+    if not is_digest(kept):
+        raise LedgerError(f"{kept!r}: is no digest of a kept copy.")
+    return home("kept", kept)
 
 
 @contextlib.contextmanager
 def _locked(kept: str) -> Iterator[None]:
     """Let one process of this machine unpack while the others wait for it."""
-    from huggingface_hub import constants
-
-    path = Path(constants.HF_HOME) / "hfmerge" / "kept" / f"{kept}.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="ascii") as file:
+    folder = _kept_folder(kept)
+    private_folder(folder.parent)
+    with open(os.open(folder.with_name(f"{kept}.lock"), os.O_WRONLY | os.O_CREAT, 0o600), "wb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -20,13 +20,14 @@ from hfmerge.digest import sha256_bytes, sha256_file
 from hfmerge.errors import CorruptFileError, LedgerError, NotFoundError, PushError, UnsupportedError
 from hfmerge.fetching import fetch, pin
 from hfmerge.hub import Pushed, push_folder
-from hfmerge.ledger import Entry
-from hfmerge.merged import Merged, known_places, note_places, open_merged
+from hfmerge.ledger import ARCHIVES, Entry
+from hfmerge.merged import Merged, known_places, note_places, noted_places, open_merged
 from hfmerge.options import RunOptions
+from hfmerge.private import private_file, private_folder
 from hfmerge.publishing import Destination
 from hfmerge.recording import keep_foreign_files, readable_card, refuse_unknown_files, write_record
 from hfmerge.running import MergeResult, push_written
-from hfmerge.source import Pinned, Place
+from hfmerge.source import Pinned, Place, checked_path, is_hub_id
 from hfmerge.statebranch import bring_states_back, find_states
 from hfmerge.steps import commit_of
 from hfmerge.workspace import recover, workspace
@@ -93,7 +94,8 @@ def restore_step(
         with tempfile.TemporaryDirectory(prefix="hfmerge-") as spare:
             place = target or Path(spare) / "merged"
             with workspace(place, needed=whole, replace=replacing, work=work, resume=options.resume) as built:
-                _fill(built.folder, earlier, opened, existing, places)
+                _fill(built.folder, earlier, opened, existing)
+                note_places(earlier.entry, target, places)
                 if replacing:
                     keep_foreign_files(opened, built.folder)
             if push_to is not None:
@@ -179,7 +181,7 @@ def _repository(opened: Merged, wanted: Entry, card: str | None) -> Pinned:
     if opened.pinned.folder is None:
         return opened.pinned
     name = card_pointer(card or "").get("repo")
-    if not name:
+    if not is_hub_id(name):
         raise LedgerError(
             f"{opened.pinned.label}: a folder keeps only its present weights, and this one was never pushed; only on "
             "the Hub are older ones kept; `hfmerge unmerge`, `add` and `replace` can make the step again from its "
@@ -198,7 +200,9 @@ def _repository(opened: Merged, wanted: Entry, card: str | None) -> Pinned:
 def _places(opened: Merged, entry: Entry, sources: Mapping[str, str]) -> dict[str, str]:
     """Where the folders lie, as far as known, that the restored step was merged from."""
     identities = [one for m in (entry.base, *entry.models) for one in (m.identity, m.beneath)]
-    known = known_places(opened.pinned, entry, sources)
+    wanted = opened.entries[(entry.restored or 1) - 1]
+    known = noted_places(opened.pinned, opened.last) | noted_places(opened.pinned, wanted)
+    known |= known_places(opened.pinned, entry, sources)
     return {identity: known[identity] for identity in identities if identity is not None and identity in known}
 
 
@@ -217,17 +221,19 @@ def _on_the_hub(opened: Merged, earlier: Earlier, create_pr: bool) -> Pushed:
         return push_folder(Path(folder), name, create_pr=create_pr, parent_commit=parent, uploaded=copies)
 
 
-def _fill(folder: Path, earlier: Earlier, opened: Merged, existing: str | None, places: Mapping[str, str]) -> None:
+def _fill(folder: Path, earlier: Earlier, opened: Merged, existing: str | None) -> None:
     """Everything of the step into a folder, compared with its digests on the way."""
     files = {name: (fetch(earlier.pinned, name), digest) for name, digest in earlier.entry.products.items()}
     for file, digest in earlier.entry.beside.items():
         branch = Place(file, earlier.pinned.name, earlier.states[file], None)
         files[file] = (fetch(pin(branch), file), digest)
     for name, (path, digest) in files.items():
-        target = folder / name
+        target = folder / checked_path(name, earlier.pinned.label)
         target.parent.mkdir(parents=True, exist_ok=True)
+        if name.startswith(f"{ARCHIVES}/"):
+            private_folder(target.parent)
+            private_file(target)
         shutil.copyfile(path, target)
         if sha256_file(target) != digest:
             raise CorruptFileError(f"{path}: is not what the Hub says it is; delete it and run again.")
     write_record(folder, earlier.entry, opened, existing)
-    note_places(folder, places)

@@ -27,12 +27,19 @@ from hfmerge.hub import Pushed
 from hfmerge.identity import work_of
 from hfmerge.keeping import keep_sources
 from hfmerge.ledger import Entry
-from hfmerge.merged import Merged, open_merged
+from hfmerge.merged import Merged, note_places, open_merged
 from hfmerge.options import NO_CONSENT, Consent, RunOptions
 from hfmerge.planned import Plan
 from hfmerge.publishing import Destination, publish, with_disks
 from hfmerge.recipe import ModelEntry, Recipe, load_recipe
-from hfmerge.recording import adopt_card, keep_foreign_files, readable_card, record, refuse_unknown_files
+from hfmerge.recording import (
+    adopt_card,
+    keep_foreign_files,
+    local_sources,
+    readable_card,
+    record,
+    refuse_unknown_files,
+)
 from hfmerge.runtime import Ranks
 from hfmerge.source import parse_ref
 from hfmerge.streaming import Streamed
@@ -148,7 +155,7 @@ def _temporary(planned: Plan) -> Iterator[Workspace]:
                 f"{name}: {planned.estimate.disk / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free; set TMPDIR."
             )
         with full_disk(Path(name)):
-            yield Workspace(Path(name).absolute(), None)
+            yield Workspace(Path(name).absolute(), None, None)
 
 
 def apply_change(
@@ -287,6 +294,8 @@ def build(
         entry, notes = ranks.on_main(
             partial(record, planned, place.folder, outcome, opened, change, existing, gap, copies, known)
         )
+        places = local_sources(planned, entry, opened)
+        ranks.on_main(partial(note_places, entry, place.output, places))
     return entry, seconds, (*lost, *_left_out(planned, outcome), *notes), outcome
 
 

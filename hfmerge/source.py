@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hfmerge.errors import SourceError
+from hfmerge.digest import is_digest
+from hfmerge.errors import CorruptFileError, SourceError
 
 
 if TYPE_CHECKING:
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 """Floating safetensors dtypes that can be merged, with their bytes per element."""
 OTHERS = {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "U16": 2, "U32": 4, "U64": 8}
+_SEGMENT = re.compile(r"[^/\\\x00-\x1f\x7f\ud800-\udfff]{1,255}")
+_HUB_ID = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)?")
+_COMMIT = re.compile("[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,7 @@ class Pinned:
     Attributes:
         name: repository ID, or the folder's own name (never its path).
         commit: 40 hex digits, None for a folder.
-        folder: the folder, None on the Hub.
+        folder: the folder; of a commit, that of the copy that is read in its place; None on the Hub.
         files: path in the repository -> what is known of the file.
         offline: the Hub could not be asked, and `files` are those that the cache holds.
         gone: the Hub was asked and no longer has, or shows, this commit; `files` are those that the cache holds.
@@ -127,6 +132,57 @@ class Source:
         """Bytes of those of the tensors that are streamed."""
         entries = (self.tensors[key] for key in keys)
         return sum(entry.nbytes for entry in entries if entry.file in self.streams)
+
+
+def is_segment(name: object) -> bool:
+    """Whether a value can be the name of one file or folder, wherever it comes from."""
+    return isinstance(name, str) and _SEGMENT.fullmatch(name) is not None and name not in (".", "..")
+
+
+def is_path(name: object) -> bool:
+    """Whether a value can be the path of a file in a repository or a folder, and so does not leave it."""
+    return isinstance(name, str) and all(is_segment(part) for part in name.split("/"))
+
+
+def checked_path(name: str, where: str) -> str:
+    """The path of a file in a repository, as somebody else wrote it, before it is read from or written to.
+
+    Raises:
+        CorruptFileError: it leads elsewhere.
+    """
+    if not is_path(name):
+        raise CorruptFileError(f"{where}: names the file {name!r}, which is no path in a repository; do not use it.")
+    return name
+
+
+def is_commit(value: object) -> bool:
+    """Whether a value is the full name of a commit."""
+    return isinstance(value, str) and _COMMIT.fullmatch(value) is not None
+
+
+def is_hub_id(name: object) -> bool:
+    """Whether a value is a repository's name, and so can be a part of a path and of an address."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    if not isinstance(name, str) or _HUB_ID.fullmatch(name) is None:
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def is_identity(value: object) -> bool:
+    """Whether a value names a model as ledgers do: `org/name@COMMIT` on the Hub, `name@sha256:DIGEST` of a folder."""
+    if not isinstance(value, str):
+        return False
+    name, folder, digest = value.rpartition("@sha256:")
+    if folder:
+        return is_segment(name) and is_digest(digest)
+    name, _, commit = value.rpartition("@")
+    return is_hub_id(name) and is_commit(commit)
 
 
 def parse_ref(text: str) -> list[Place]:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from hfmerge.digest import sha256_bytes, sha256_file
 from hfmerge.notes import keep_note
+from hfmerge.private import home
 
 
 SETTLED = 2_000_000_000
@@ -51,9 +52,7 @@ def _stamp(path: str) -> list[int]:
 
 
 def _folder() -> Path:
-    from huggingface_hub import constants
-
-    return Path(constants.HF_HOME) / "hfmerge" / "digests"
+    return home("digests")
 
 
 def _noted(note: Path) -> tuple[list[int], str] | None:

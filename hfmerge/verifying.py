@@ -19,7 +19,7 @@ from hfmerge.environment import differences, environment, far_apart
 from hfmerge.errors import HfMergeError, LedgerError, NotFoundError
 from hfmerge.fetching import fetch, pin
 from hfmerge.ledger import ARCHIVES, FOLDER, Entry
-from hfmerge.merged import LOCAL_SOURCES, STATE_BRANCH, Merged, open_merged
+from hfmerge.merged import STATE_BRANCH, Merged, open_merged
 from hfmerge.options import NO_CONSENT, Consent, RunOptions
 from hfmerge.scorecard import PREFIX
 from hfmerge.source import Place
@@ -150,12 +150,12 @@ def check_contents(
 def _foreign(name: str, entries: Sequence[Entry]) -> str | None:
     """Why a file that the last entry does not name must not be there; None for the few that may be added to a merge.
 
-    Those are the files for the card and for git (see `is_asset`), and what hfmerge puts beside the ledger: scores, and
-    where folders lie on this machine. Whatever else there is, some loader may read.
+    Those are the files for the card and for git (see `is_asset`), and the scores that hfmerge puts beside the ledger.
+    Whatever else there is, some loader may read.
     """
     if name.startswith(f"{FOLDER}/"):
         return None if name in [entry.file for entry in entries] else "is no entry of the ledger"
-    if is_asset(name) or name == LOCAL_SOURCES or re.fullmatch(rf"{re.escape(PREFIX)}[^/]+\.yaml", name):
+    if is_asset(name) or re.fullmatch(rf"{re.escape(PREFIX)}[^/]+\.yaml", name):
         return None
     if name.startswith(f"{ARCHIVES}/"):
         return "a copy of a source that the ledger does not know"

@@ -12,6 +12,7 @@ import errno
 import fcntl
 import os
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +26,11 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @dataclass(frozen=True)
 class Workspace:
-    """A folder to fill, and that of its journal; None where nobody could go on from it."""
+    """A folder to fill, that of its journal, and what it becomes; both None for a folder that is not to stay."""
 
     folder: Path
     journal: Path | None
+    output: Path | None
 
 
 @contextlib.contextmanager
@@ -51,12 +53,15 @@ def workspace(
         OutputError: not empty, in use by another merge, no space, no permission, nothing to resume.
     """
     output = Path(output).absolute()
+    _check_own(output, links=True)
     if output.is_symlink() or output.name in ("", ".."):
         output = output.resolve()
     if output.exists() and not output.is_dir():
         raise OutputError(f"{output}: is a file; choose a folder for --output.")
     partial, old, journal = (_beside(output, part) for part in ("partial", "old", "journal"))
     with _locked(output):
+        for folder in (partial, old, journal):
+            _check_own(folder)
         _recover(output, old)
         if not partial.is_dir():
             _remove(journal)
@@ -80,7 +85,7 @@ def workspace(
                 if not going_on:
                     partial.mkdir()
                     begin(journal, work)
-                yield Workspace(partial, journal)
+                yield Workspace(partial, journal, output)
             _publish(partial, output, old)
         except LostProcessError:
             keep = True
@@ -134,6 +139,7 @@ def recover(output: str | Path) -> None:
     old = _beside(output, "old")
     if old.is_dir() and not output.exists():
         with _locked(output):
+            _check_own(old)
             _recover(output, old)
 
 
@@ -141,14 +147,37 @@ def _beside(output: Path, part: str) -> Path:
     return output.parent / f".{output.name}.hfmerge-{part}"
 
 
+def _check_own(path: Path, *, links: bool = False) -> None:
+    """Make sure that what is at a name that hfmerge writes to was put there by this user, or the folder's owner.
+
+    In a folder that others may write to, such as `/tmp`, a link leads the output into other folders, and what somebody
+    else left there would be taken for the work of a killed run.
+
+    Args:
+        links: a link of theirs is allowed too; hfmerge itself makes none.
+
+    Raises:
+        OutputError: it is somebody else's, or a link.
+    """
+    try:
+        found = path.lstat()
+    except OSError:
+        return  # nothing is there, or writing says why not
+    if stat.S_ISLNK(found.st_mode) and not links:
+        raise OutputError(f"{path}: is a link to {os.readlink(path)}, which hfmerge never makes there; remove it.")
+    if found.st_uid not in (os.geteuid(), path.parent.stat().st_uid):
+        raise OutputError(f"{path}: belongs to another user; remove it, or choose another --output.")
+
+
 @contextlib.contextmanager
 def _locked(output: Path) -> Iterator[None]:
     """Hold the folder's lock. Its file is removed in the end, so a lock on a file that is gone counts for nothing."""
     lock = _beside(output, "lock")
+    _check_own(lock)
     made = [folder for folder in (output.parent, *output.parent.parents) if not folder.exists()]
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+        handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     except OSError as error:
         raise OutputError(f"{output}: cannot write there: {error.strerror}.") from error
     try:

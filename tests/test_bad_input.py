@@ -536,16 +536,16 @@ def test_names_with_signs_that_mean_something_elsewhere(root: Path, tmp_path: Pa
     shutil.copytree(root / "m1", odd)
     out = tmp_path / "out"
     tiny.done(*arguments(root, root / "m0", odd, out=out))
-    (out / "merge_state" / "sources.local.json").unlink()
-    sources = [
-        part for folder in (root / "base", root / "m0", odd) for part in ("--source", f"{folder.name}={folder}")
-    ]
-    assert "--source base=FOLDER" in refused(tmp_path, "unmerge", out, "--remove", "m0")
-    assert "--source v1@step+10 ü=FOLDER" in refused(tmp_path, "unmerge", out, "--remove", "m0", *sources[:4])
-    tiny.done("unmerge", out, "--remove", "m0", *sources, "--output", tmp_path / "kept")
-    tiny.done("unmerge", out, "--remove", odd.name, *sources)
-    tiny.done(*arguments(root, root / "m0", out=tmp_path / "never"))
-    assert tiny.files(out) == tiny.files(tmp_path / "never") != tiny.files(tmp_path / "kept")
+    with tiny.elsewhere():
+        sources = [
+            part for folder in (root / "base", root / "m0", odd) for part in ("--source", f"{folder.name}={folder}")
+        ]
+        assert "--source base=FOLDER" in refused(tmp_path, "unmerge", out, "--remove", "m0")
+        assert "--source v1@step+10 ü=FOLDER" in refused(tmp_path, "unmerge", out, "--remove", "m0", *sources[:4])
+        tiny.done("unmerge", out, "--remove", "m0", *sources, "--output", tmp_path / "kept")
+        tiny.done("unmerge", out, "--remove", odd.name, *sources)
+        tiny.done(*arguments(root, root / "m0", out=tmp_path / "never"))
+        assert tiny.files(out) == tiny.files(tmp_path / "never") != tiny.files(tmp_path / "kept")
 
 
 def test_too_little_room(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -667,10 +667,14 @@ def test_weights_that_vanish_when_a_model_leaves(root: Path, tmp_path: Path) -> 
     assert "weights sum to zero" in refused(tmp_path, "unmerge", out, "--remove", "m2")
 
 
-def test_a_broken_note_of_local_folders(tmp_path: Path, merged: Path) -> None:
-    (merged / "merge_state" / "sources.local.json").write_text("{")
-    message = refused(tmp_path, "unmerge", merged, "--remove", "m0")
-    assert "sources.local.json cannot be read" in message and "--source NAME=FOLDER" in message
+def test_a_broken_note_of_local_folders(root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with tiny.elsewhere() as notes:
+        tiny.done(*arguments(root, root / "m0", root / "m1", out=out, method="opcm"))
+        (note,) = notes.iterdir()
+        note.write_text("{")
+        message = refused(tmp_path, "unmerge", out, "--remove", "m0")
+    assert f"{note}: cannot be read" in message and "--source NAME=FOLDER" in message
 
 
 def test_a_change_into_its_own_folder_replaces_it(root: Path, tmp_path: Path, merged: Path) -> None:

@@ -225,10 +225,33 @@ def test_all_sources_are_deleted_from_the_hub(ids: list[str], root: Path, tmp_pa
     flags = ("--base", root / "base", "--method", "opcm", "--output", never)
     tiny.done("merge", *(root / name for name in ("m1", "m2", "m3")), *flags)
     assert last(merged).products == entry_of(never).products
-    # what came back is what was there
-    for repo_id, name in ((base, "base"), (m1, "m1"), (m2, "m2")):
-        held = {path.name: path.read_bytes() for path in cached(repo_id)}
+    # what came back is what was there, and the Hub's cache knows nothing of it
+    for material, name in zip((before.base, *before.models[1:]), ("base", "m1", "m2"), strict=True):
+        place = Path(HOME) / "hfmerge/kept" / str(material.kept) / "own" / material.name.replace("/", "--")
+        held = {path.name: path.read_bytes() for path in place.iterdir()}
         assert held == {path.name: path.read_bytes() for path in (root / name).iterdir()}
+        assert not cached(material.name)
+
+
+def test_an_adapter_and_what_is_beneath_it_are_deleted_from_the_hub(maker: Shell, tmp_path: Path) -> None:
+    base = tiny.build("LlamaForCausalLM", tiny.config("llama"))
+    tiny.save(base, tmp_path / "base")
+    tiny.save(tiny.fine_tune(base, 1), tmp_path / "other")
+    tiny.adapter(tmp_path / "a", tiny.attention(), 1)
+    tiny.adapter(tmp_path / "b", tiny.attention(), 2)
+    names = ("base", "other", "a", "b")
+    for name in names:
+        import_folder(os.environ["HF_ENDPOINT"], USERS["me"], tmp_path / name, f"beneath/{name}")
+    flags = ("--base", "beneath/base", "--method", "linear", "--keep-sources", "--push-to", "beneath/merged")
+    maker.done("merge", "beneath/a", "beneath/other+beneath/b", *flags)
+    for name in names:
+        HfApi().delete_repo(f"beneath/{name}")
+    assert "with the same bytes" in tiny.done("verify", "beneath/merged", "--replay").out
+    tiny.done("unmerge", "beneath/merged", "--remove", "beneath/a", "--output", tmp_path / "out")
+    before, after = last("beneath/merged"), entry_of(tmp_path / "out")
+    assert (after.base, after.models[0].identity) == (before.base, before.models[1].identity)
+    assert after.models[0].beneath == before.models[1].beneath
+    assert not any(cached(f"beneath/{name}") for name in names)
 
 
 def test_another_folder_and_another_repository_get_the_copies_too(ids: list[str], tmp_path: Path) -> None:
@@ -378,7 +401,7 @@ def test_archives_that_somebody_made_up(root: Path, tmp_path: Path) -> None:
     assert read_manifest(made("good", good)).files == {}
     for name in ("../out", "/out", "+../out", "a//b", "a/./b", "", "a\\b"):
         files = {name: {"size": 1, "sha256": "0" * 64}}
-        with pytest.raises(CorruptFileError, match="which is none of a model"):
+        with pytest.raises(CorruptFileError, match="which is no path in a repository"):
             read_manifest(made("bad", {**good, "files": files}))
     for manifest in ({}, [], {**good, "schema": "hfmerge/kept/9"}, {**good, "files": {"a": 1}}):
         with pytest.raises(CorruptFileError):

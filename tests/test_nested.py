@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from hfmerge.digest import sha256_file
 from hfmerge.errors import HfMergeError
 from hfmerge.hubserver.serve import HubServer
 from hfmerge.ledger import Entry, contained
-from hfmerge.merged import open_merged
+from hfmerge.merged import note_places, open_merged
 
 
 @pytest.fixture(scope="module")
@@ -143,9 +142,9 @@ def test_what_stands_in_the_way_is_named_and_nothing_changes(root: Path, tmp_pat
     assert "unmerge tuned as a whole" in run.err and tiny.everything(out) == before
 
     places = {"m0": root / "m0", "m1": tmp_path / "m1", "base": root / "base"}
-    note = tmp_path / "inner" / "merge_state" / "sources.local.json"
-    known = json.loads(note.read_text())
-    note.write_text(json.dumps({one: str(places[one.partition("@")[0]]) for one in known}))
+    inner = last(tmp_path / "inner")
+    known = {one.identity: str(places[one.name]) for one in (inner.base, *inner.models)}
+    note_places(inner, tmp_path / "inner", known)
     out = merge(root, tmp_path / "out2", str(tmp_path / "inner"), "m3")
     before = tiny.everything(out)
     shutil.rmtree(tmp_path / "m1")

@@ -10,11 +10,12 @@ import json
 import multiprocessing
 import multiprocessing.process
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -269,15 +270,32 @@ def finish(process: subprocess.Popen[str], timeout: float = 120) -> Run:
 
 
 def files(folder: Path, *, states: bool = True) -> dict[str, str]:
-    """Path -> digest of what a merge produces: everything but ledger, card, licence list and paths of this machine."""
+    """Path -> digest of what a merge produces: everything but ledger, card and licence list."""
     return {
         path.relative_to(folder).as_posix(): sha256_file(path)
         for path in sorted(folder.rglob("*"))
         if path.is_file()
-        and path.name not in ("README.md", "LICENSE.md", "sources.local.json")
+        and path.name not in ("README.md", "LICENSE.md")
         and path.parent.name != "merge_history"
         and (states or path.parent.name != "merge_state")
     }
+
+
+@contextlib.contextmanager
+def elsewhere() -> Iterator[Path]:
+    """As on another machine: nothing is noted in this user's home of where merged folders lie.
+
+    Gives the folder of such notes. What was noted before is there again afterwards.
+    """
+    notes = Path(os.environ["HF_HOME"]) / "hfmerge" / "places"
+    aside = notes.with_name("places-aside")
+    notes.mkdir(parents=True, exist_ok=True)
+    notes.rename(aside)
+    try:
+        yield notes
+    finally:
+        shutil.rmtree(notes, ignore_errors=True)
+        aside.rename(notes)
 
 
 def states(folder: Path) -> list[str]:

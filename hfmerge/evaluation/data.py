@@ -15,6 +15,7 @@ from hfmerge.digesting import folder_digest
 from hfmerge.errors import AccessError, HfMergeError, NotFoundError, OfflineError, SourceError, UnsupportedError
 from hfmerge.evaluation.suite import Task
 from hfmerge.fields import suggestion
+from hfmerge.trees import files_in
 
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def pin_data(task: Task, folder: Path) -> DataPin:
             return DataPin(path.name, None, sha256_file(path), path)
         if not path.is_dir():
             raise NotFoundError(f"{task.name}: {task.dataset}: no such file or folder beside the suite.")
-        files = {p.relative_to(path).as_posix(): sha256_file(p) for p in sorted(path.rglob("*")) if p.is_file()}
+        files = {name: sha256_file(file) for name, file in files_in(path).items()}
         return DataPin(path.name, None, folder_digest(files), path)
     repo_id, _, revision = task.dataset.partition("@")
     with hub_errors(f"{task.name}: data set {task.dataset}"):

@@ -16,7 +16,7 @@ from hfmerge.describing import describe
 from hfmerge.digest import canonical_json, sha256_bytes, sha256_file
 from hfmerge.errors import SourceError
 from hfmerge.fetching import fetch
-from hfmerge.source import Source
+from hfmerge.source import Source, is_hub_id
 
 
 if TYPE_CHECKING:
@@ -65,6 +65,8 @@ def with_base(source: Source) -> Source:
     base = adapter.get("base_model_name_or_path")
     if not base:
         raise SourceError(f"{source.pinned.label}: names no base model; write `base+adapter`.")
+    if source.pinned.commit is not None and not is_hub_id(base):
+        raise SourceError(f"{source.pinned.label}: names the base {base!r}, no repository; write `base+adapter`.")
     revision = adapter.get("revision")
     return dataclasses.replace(source, beneath=describe(f"{base}@{revision}" if revision else str(base)))
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfmerge.checkpoint.heads import FOLDER
@@ -257,16 +258,19 @@ class Subject:
         return result
 
 
-def open_subject(ref: str, *, device: str = "cpu", dtype: str | None = None) -> Subject:
+def open_subject(
+    ref: str, *, device: str = "cpu", dtype: str | None = None, copies: Mapping[str, Path] | None = None
+) -> Subject:
     """A model by reference, as merging takes it; nothing but small files and headers is read yet.
 
     Args:
         ref: `org/name[@revision]`, a folder, or `base+adapter`.
+        copies: see `fetching.pin`.
 
     Raises:
         SourceError: it cannot be named, found, reached or read.
     """
-    source = describe(ref)
+    source = describe(ref, copies=copies)
     config: Mapping[str, Any] = source.config
     places: tuple[Pinned, ...] = (source.pinned,)
     digest = loading.digest_of(source)

@@ -15,6 +15,7 @@ from hfmerge.evaluation.results import Matrix, ModelInfo, Score, TaskInfo, table
 from hfmerge.evaluation.suite import KINDS
 from hfmerge.quoting import Markdown, code, link, markdown
 from hfmerge.scorecard import PREFIX, TOOL, with_scores
+from hfmerge.trees import file_in
 from hfmerge.version import __version__
 from hfmerge.yamlio import dump_yaml, parse_yaml
 
@@ -84,7 +85,7 @@ def write_results(matrix: Matrix, folder: Path, label: str) -> Path:
     Raises:
         HfMergeError: the card cannot be read.
     """
-    path = folder / FILE
+    path = file_in(folder, FILE)
     try:
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
     except UnicodeDecodeError as error:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hfmerge.errors import OutputError, PushError
+from hfmerge.trees import files_in
 
 
 # Variables that would keep a client from asking the server, or let it use caches and tokens from elsewhere.
@@ -40,7 +41,7 @@ def import_folder(
     Args:
         endpoint: address of the server.
         token: token of the user who will own the repository.
-        folder: what to upload; links to files are followed.
+        folder: what to upload; links are followed to files of the folder, and of a cache's snapshot to its blobs.
         repo_id: `namespace/name`.
         repo_type: `model` or `dataset`.
         private: whether a repository that has to be created is private.
@@ -50,11 +51,12 @@ def import_folder(
         The id of the commit, or of the newest one if nothing changed.
 
     Raises:
-        OutputError: the folder is missing.
+        OutputError: the folder is missing. SourceError: a link leaves it.
         PushError: the server refused.
     """
     if not folder.is_dir():
         raise OutputError(f"{folder}: no such folder; name the folder of a saved model or of a data set")
+    files_in(folder, skip=(".git",))  # which the client does not upload
     request = {
         "folder": str(folder.absolute()),
         "repo_id": repo_id,

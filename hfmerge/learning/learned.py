@@ -117,7 +117,7 @@ def learn(
     # rows of an adapter are those of the base it lies on
     earlier = {} if opened is None or action == "rebase" else _earlier(opened, warnings)
     if action == "subtract" or (action == "unmerge" and not asked.relearn):
-        replays = tuple(_found(earlier, ref) for ref in references(plan))
+        replays = tuple(_found(earlier, plan, ref) for ref in references(plan))
         how = "weights were kept as they had been learned beside all models of the step before"
         return _warned(plan, warnings), Learned(replays, None, None, how, device=_device(opened))
     check_tokens(plan)
@@ -218,7 +218,7 @@ def _rows(
         notify(f"making replay rows of {len(refs)} models; {PRIVACY}")
 
     def made(model: int, ref: str, names: Sequence[str]) -> tuple[Replay | None, list[tuple[Replay, float]]]:
-        subject = open_subject(ref, device=place, dtype="float32")
+        subject = open_subject(ref, device=place, dtype="float32", copies=plan.copies)
         task = task_of(suite, names) if suite is not None else None
         if suite is not None and task is None and asked.loss == "labels":
             raise HfMergeError(f"learn: {suite.name} has no task with the head of {names[0]}; take loss mixed.")
@@ -226,13 +226,15 @@ def _rows(
         if suite is not None and task is not None:
             # first, as they cost little and may be at fault
             few = [(labelled_rows(task, suite, subject, split=asked.split, rows=asked.rows, seed=asked.seed), 1.0)]
-        own = _found(earlier, ref) if asked.replays else None
+        own = _found(earlier, plan, ref) if asked.replays else None
         if own is None and asked.replays:
             own = progress.replay(model, _named(subject), asked.replay)
         if own is None and asked.replays:
             spare = None
             if asked.replay.generator == "masked":
-                spare = open_subject(reference(plan.base.pinned), device=subject.device, dtype="float32")
+                spare = open_subject(
+                    reference(plan.base.pinned), device=subject.device, dtype="float32", copies=plan.copies
+                )
             own = generate(subject, kind_of(subject), asked.replay, spare=spare, progress=True)
             progress.keep_replay(model, asked.replay, own)
         subject.forget()
@@ -338,11 +340,11 @@ def _earlier(opened: Merged, warnings: list[str]) -> dict[str, Replay]:
     return found
 
 
-def _found(earlier: Mapping[str, Replay], ref: str) -> Replay | None:
+def _found(earlier: Mapping[str, Replay], plan: Plan, ref: str) -> Replay | None:
     """The kept rows of a model as it is now; None where there are none."""
     if not earlier:
         return None
-    return earlier.get(_named(open_subject(ref)))
+    return earlier.get(_named(open_subject(ref, copies=plan.copies)))
 
 
 def _named(subject: Subject) -> str:

@@ -123,11 +123,11 @@ def students(
         HeadError, SourceError: a head is missing, or does not fit.
     """
     wanted = tuple(keys)
-    base = open_subject(reference(plan.base.pinned), device=place, dtype="float32")
+    base = open_subject(reference(plan.base.pinned), device=place, dtype="float32", copies=plan.copies)
     found = []
     whole: PreTrainedModel | None = None
     for delta, ref, some in zip(plan.deltas, references(plan), rows, strict=True):
-        subject = open_subject(ref, device=place, dtype="float32")
+        subject = open_subject(ref, device=place, dtype="float32", copies=plan.copies)
         kind = kind_of(subject)
         if kind in ("causal", "masked"):
             model = whole = base.whole(kind) if whole is None else whole

@@ -147,11 +147,13 @@ def test_everything_survives_a_restart(tmp_path: Path) -> None:
 
 
 def test_import_folder(tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    folder.mkdir()
+    cache = tmp_path / "models--new-org--model"
+    folder = cache / "snapshots" / ("0" * 40)
+    folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
-    (tmp_path / "blob").write_bytes(b"w" * 5000)
-    (folder / "model.safetensors").symlink_to(tmp_path / "blob")  # as in a snapshot of a cache
+    (cache / "blobs").mkdir()
+    (cache / "blobs" / "blob").write_bytes(b"w" * 5000)
+    (folder / "model.safetensors").symlink_to("../../blobs/blob")
     (tmp_path / "hub").mkdir()
     hub = Hub(tmp_path / "hub")
     endpoint = hub.server.endpoint
