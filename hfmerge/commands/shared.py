@@ -56,11 +56,34 @@ def change_flags(sub: argparse.ArgumentParser, *, reads: bool = True) -> None:
         "--output", metavar="FOLDER", help="a new folder; default: a MERGED folder is replaced in one rename"
     )
     sub.add_argument("--push-to", metavar="REPO_ID", help="publish the result")
-    sub.add_argument("--create-pr", action="store_true", help="push as a pull request")
+    push_flags(sub)
     run_flags(sub)
     if reads:
         stream_flag(sub, False)
     source_flag(sub)
+
+
+def push_flags(sub: argparse.ArgumentParser) -> None:
+    """How a result is published."""
+    sub.add_argument("--create-pr", action="store_true", help="push as a pull request")
+    sub.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace what is in the repository and not of this merge, even a base or a source",
+    )
+    sub.add_argument(
+        "--publish-private",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="let the result go where more people may read it than this input, which is private, gated or gone; may "
+        "be given several times",
+    )
+
+
+def push_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """What every verb that publishes takes."""
+    return {"create_pr": args.create_pr, "overwrite": args.overwrite, "publish_private": args.publish_private}
 
 
 def change_arguments(args: argparse.Namespace) -> dict[str, Any]:
@@ -68,7 +91,7 @@ def change_arguments(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "output": args.output,
         "push_to": args.push_to,
-        "create_pr": args.create_pr,
+        **push_arguments(args),
         "sources": given_sources(args),
         **({"stream": args.stream} if "stream" in args else {}),
         "options": run_options(args),
