@@ -9,21 +9,22 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from hfmerge.admitting import admit_change, admit_merge
 from hfmerge.changes import plan_add, plan_subtract, plan_unmerge
 from hfmerge.digesting import Digester
 from hfmerge.disks import for_machines
 from hfmerge.errors import LedgerError, OutputError
-from hfmerge.nesting import find_removal, without_parts
+from hfmerge.nesting import find_removal, removed_already, without_parts
 from hfmerge.options import DEFAULT, RunOptions
 from hfmerge.planned import Plan
 from hfmerge.planning import make_plan
 from hfmerge.publishing import publish, with_disks
 from hfmerge.recipe import ModelEntry, Recipe
+from hfmerge.repeating import added, finish, in_place
 from hfmerge.revising import plan_without
 from hfmerge.running import (
+    NOTHING_KEPT,
     MergeResult,
-    admit_change,
-    admit_merge,
     apply_change,
     build,
     device_name,
@@ -79,6 +80,8 @@ def merge(
     target, repo_id = output or asked.output, push_to or asked.push_to
     if target is None and repo_id is None:
         raise OutputError(f"{origin}: says neither `output` nor `push_to`; name a folder or a repository.")
+    if target is None and options.resume:
+        raise OutputError(NOTHING_KEPT)
     start = time.monotonic()
     private = asked.private if private is None else private
     to = destination(
@@ -88,7 +91,7 @@ def merge(
         # one process hashes what is here while it plans; several share the hashing later
         early = digester.start if ranks.world == 1 else None
         ranks = with_disks(ranks, target, options.storage)
-        admit_merge(asked, target, to, ranks, options)
+        admit_merge(asked, to, ranks, options)
         pinned = pinned_recipe(asked, ranks)
         planned = ranks.each(partial(make_plan, pinned, origin=origin, on_source=early))
         device = device_name(planned, ranks, options)
@@ -137,6 +140,8 @@ def add(
     with processes() as ranks:
         opened = opened_merge(merged, sources, ranks)
         entries = [ModelEntry(pinned_ref(entry.model, ranks), entry.weight) for entry in given]
+        if in_place(opened, output, to) and ranks.on_main(partial(added, opened, entries)):
+            return finish(opened, to, ranks)
         make = partial(plan_add, opened, entries, stream=stream)
         return apply_change(opened, make, ranks, output, to, options, new=[entry.model for entry in entries])
 
@@ -158,6 +163,9 @@ def unmerge(
     options: RunOptions = DEFAULT,
 ) -> MergeResult:
     """Take models out: the result has the bytes of the merge that never saw them.
+
+    Repeated when it is done, it succeeds, computes nothing, and finishes what a killed run left: states of the models
+    on the branch of states, folders beside the merge's own, the tag. So do `add`, `replace` and `restore`.
 
     Args:
         merged, output, push_to, create_pr, overwrite, publish_private, sources, stream, options: as for `add`.
@@ -181,11 +189,13 @@ def unmerge(
         if mode == "subtract":
             make = partial(plan_subtract, opened, names, measure=measure, stream=stream)
             return apply_change(opened, make, ranks, output, to, options)
+        if in_place(opened, output, to) and removed_already(opened, names):
+            return finish(opened, to, ranks)
         removal = find_removal(opened.last, names)
         if not removal.within:
             make = partial(plan_unmerge, opened, names, stream=stream)
             return apply_change(opened, make, ranks, output, to, options, without=names)
-        admit_change(opened, to, ranks, options, without=names)
+        admit_change(opened, to, ranks, options, without=names)()
     inner = partial(
         unmerge, stream=stream, overwrite=overwrite, publish_private=publish_private,
         options=dataclasses.replace(options, resume=None),

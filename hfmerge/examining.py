@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from hfmerge.admitting import admit_change
 from hfmerge.api import unmerge
 from hfmerge.certifying import Certificate, make_certificate, verify_certified
 from hfmerge.errors import OutputError, VerificationError
@@ -23,9 +24,9 @@ from hfmerge.purging import Purged, PurgePlan, purge
 from hfmerge.recipe import Recipe
 from hfmerge.recording import adopt_card
 from hfmerge.removal import parts
-from hfmerge.running import MergeResult, admit_change, given_recipe, pinned_recipe, pinned_ref
+from hfmerge.running import MergeResult, given_recipe, pinned_recipe, pinned_ref
 from hfmerge.runtime import Ranks, processes
-from hfmerge.targets import Destination, admit, destination
+from hfmerge.targets import Destination, admit, check_readers, destination
 from hfmerge.verifying import Report, verify_merge
 from hfmerge.workspace import recover
 
@@ -67,7 +68,7 @@ def unmerge_checked(
     )  # fmt: skip
     opened = open_merged(str(merged), sources)
     to = destination(push_to, create_pr=create_pr, overwrite=overwrite, publish_private=publish_private)
-    admit_change(opened, to, Ranks(), options, without=names if mode == "exact" else ())
+    admit_change(opened, to, Ranks(), options, without=names if mode == "exact" else ())()
     return check_removal(opened, names, suite, change, settings, options)
 
 
@@ -176,7 +177,8 @@ def push(
     to = Destination(repo_id, private, create_pr, None, overwrite, tuple(publish_private))
     recover(folder)
     opened = open_merged(str(Path(folder).absolute()))
-    admit(to, parts(opened.last), history=opened.history)
+    level, _ = admit(to, parts(opened.last), history=opened.history)
+    check_readers(to, level, parts(opened.last))
     if check:
         report = verify_merge(str(folder))
         if not report.ok:

@@ -6,8 +6,10 @@ the commit on `main`, obsolete ones are deleted after it, so that no moment has 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +19,15 @@ from hfmerge.commits import commit_once, download, moved, upload
 from hfmerge.errors import HfMergeError, PushError
 from hfmerge.ledger import FOLDER, Entry, check_chain
 from hfmerge.marked import part, with_part
-from hfmerge.merged import STATE_BRANCH
+from hfmerge.merged import STATE_BRANCH, open_merged
 from hfmerge.pictures.embedding import FIGURES, drawn
 from hfmerge.privacy import restricted
 from hfmerge.removal import parts
 from hfmerge.scorecard import PREFIX, carried_scores
+from hfmerge.source import Pinned
 from hfmerge.statebranch import drop_states, push_states
-from hfmerge.targets import Destination, Target, check_privacy, check_replacement, find_target, make_target
+from hfmerge.steps import commit_of
+from hfmerge.targets import Destination, Target, check_levels, check_replacement, find_target, make_target
 
 
 if TYPE_CHECKING:
@@ -88,7 +92,7 @@ def open_push(folder: Path, to: Destination, written: Sequence[str] = ()) -> Ope
         raise PushError(f"{to.repo_id}: was deleted meanwhile; run the command again.")
     if to.parent_commit is not None and target.head != to.parent_commit:
         raise moved(to.repo_id, to.parent_commit)
-    check_privacy(to, target, levels)
+    check_levels(to, target.level, levels)
     lost, note = check_replacement(to, target, inputs, history, written=written)
     return Opened(entries, history, target, tuple(lost), (*notes, *([note] if note else ())))
 
@@ -137,15 +141,64 @@ def push_folder(
         for operation in new:
             if operation.path_in_repo.endswith(".safetensors"):
                 upload(api, repo_id, operation, create_pr=create_pr)
-        made = commit_once(
-            api, repo_id, [*adds, *gone], title=_message(last),
-            description="\n".join([f"{last.how}.", f"Ledger: {last.file}", *opened.notes]),
-            parent=head, proof={last.file: history[last.file]}, create_pr=create_pr,
-        )  # fmt: skip
+        try:
+            made = commit_once(
+                api, repo_id, [*adds, *gone], title=_message(last),
+                description="\n".join([f"{last.how}.", f"Ledger: {last.file}", *opened.notes]),
+                parent=head, proof={last.file: history[last.file]}, create_pr=create_pr,
+            )  # fmt: skip
+        except PushError as error:
+            raise (error if create_pr or not states else _withdrawn(api, repo_id, error)) from error
     tag = None if create_pr else f"step-{last.step:04d}"
     if tag is not None:
+        if any(name.startswith(f"{FOLDER}/") for name in opened.lost):
+            notes.extend(_untagged(api, repo_id))
         notes.extend(_follow_up(api, repo_id, made.oid, tag, _message(last), list(last.beside)))
     return Pushed(repo_id, made.oid, made.url, made.pull_request, tag, tuple(notes))
+
+
+def _untagged(api: Any, repo_id: str) -> list[str]:
+    """Delete the tags of another merge's steps, which this one has replaced."""
+    try:
+        with hub_errors(repo_id, "write"):
+            refs = patiently(lambda: api.list_repo_refs(repo_id))
+            for tag in refs.tags:
+                if re.fullmatch(r"step-\d{4,}", tag.name):
+                    patiently(partial(api.delete_tag, repo_id, tag=tag.name))
+    except HfMergeError as error:
+        return [f"published, but tags of the merge that was there before are still there ({error})"]
+    return []
+
+
+def finish_push(pinned: Pinned, last: Entry) -> Pushed:
+    """What a push that ended after its commit left undone: the tag, and obsolete states on their branch.
+
+    Args:
+        pinned: the repository.
+        last: the last entry of its ledger.
+
+    Raises:
+        SourceError: no right, no connection.
+    """
+    api, repo_id, tag = hub_api(), pinned.name, f"step-{last.step:04d}"
+    oid = commit_of(pinned, last.file)
+    with hub_errors(repo_id, "write"):
+        _tag(api, repo_id, oid, tag, _message(last))
+        drop_states(api, repo_id, list(last.beside))
+    return Pushed(repo_id, oid, f"{api.endpoint}/{repo_id}/commit/{oid}", None, tag)
+
+
+def _tag(api: Any, repo_id: str, oid: str, tag: str, message: str) -> None:
+    patiently(lambda: api.create_tag(repo_id, tag=tag, revision=oid, tag_message=message, exist_ok=True))
+
+
+def _withdrawn(api: Any, repo_id: str, error: PushError) -> PushError:
+    """After a lost race: take back the states that were published for it, which may hold what the winner took out."""
+    try:
+        drop_states(api, repo_id, list(open_merged(repo_id).last.beside))
+    except HfMergeError as other:
+        return PushError(f"{error} The state that it kept is still on the branch {STATE_BRANCH} ({other})")
+    return error
 
 
 def _follow_up(api: Any, repo_id: str, oid: str, tag: str, message: str, states: Sequence[str]) -> list[str]:
@@ -154,7 +207,7 @@ def _follow_up(api: Any, repo_id: str, oid: str, tag: str, message: str, states:
     again = f"push the folder to {repo_id} again to make up for it"
     try:
         with hub_errors(repo_id):
-            patiently(lambda: api.create_tag(repo_id, tag=tag, revision=oid, tag_message=message, exist_ok=True))
+            _tag(api, repo_id, oid, tag, message)
     except HfMergeError as error:
         notes.append(f"published, but without the tag {tag}; {again} ({error})")
     try:

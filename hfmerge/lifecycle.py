@@ -11,6 +11,7 @@ from hfmerge.errors import LedgerError
 from hfmerge.ledger import Entry
 from hfmerge.merged import Merged, open_merged
 from hfmerge.options import DEFAULT, RunOptions
+from hfmerge.repeating import finish, in_place, replaced
 from hfmerge.restoring import restore_step
 from hfmerge.revising import plan_rebase, plan_reorder, plan_replace
 from hfmerge.running import MergeResult, apply_change, opened_merge, pinned_ref
@@ -50,6 +51,8 @@ def replace(
     with processes() as ranks:
         opened = opened_merge(merged, sources, ranks)
         ref = pinned_ref(new, ranks)
+        if in_place(opened, output, to) and ranks.on_main(partial(replaced, opened, old, ref, weight)):
+            return finish(opened, to, ranks)
         make = partial(plan_replace, opened, old, ref, weight=weight, stream=stream)
         return apply_change(opened, make, ranks, output, to, options, new=[ref], without=[old])
 

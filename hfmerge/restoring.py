@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from hfmerge.admitting import admit_change, own_destination
 from hfmerge.asking import hub_api, hub_errors
 from hfmerge.card import card_pointer
 from hfmerge.digest import sha256_bytes, sha256_file
@@ -22,7 +23,8 @@ from hfmerge.ledger import Entry
 from hfmerge.merged import Merged, known_places, note_places, open_merged
 from hfmerge.options import RunOptions
 from hfmerge.recording import keep_foreign_files, readable_card, write_record
-from hfmerge.running import MergeResult, admit_change, own_destination, push_written
+from hfmerge.repeating import finish, in_place, restored
+from hfmerge.running import MergeResult, push_written
 from hfmerge.runtime import Ranks
 from hfmerge.source import Pinned, Place
 from hfmerge.statebranch import bring_states_back, find_states
@@ -75,8 +77,10 @@ def restore_step(
     if target is None and to is None:
         name = opened.pinned.name
         raise PushError(f"{name}: lies on the Hub; say where the result goes: --push-to {name}, or --output FOLDER.")
+    if in_place(opened, output, to) and restored(opened, step):
+        return finish(opened, to, Ranks())
     if 1 <= step <= len(opened.entries):
-        admit_change(opened, to, Ranks(), options, entry=opened.entries[step - 1])
+        admit_change(opened, to, Ranks(), options, entry=opened.entries[step - 1])()
     existing = readable_card(opened)
     earlier = find_earlier(opened, step, existing)
     places = _places(opened, earlier.entry, sources or {})

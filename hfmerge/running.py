@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hfmerge.admitting import admit_change, own_destination
 from hfmerge.card import restrictive
 from hfmerge.changes import Change
 from hfmerge.device import device_for
@@ -26,18 +27,17 @@ from hfmerge.gap import gap_bound, measured_gap
 from hfmerge.hub import Pushed, push_folder
 from hfmerge.identity import work_of
 from hfmerge.keeping import keep_sources
-from hfmerge.ledger import Entry, named
-from hfmerge.merged import Merged, open_merged, parts_of
+from hfmerge.ledger import Entry
+from hfmerge.merged import Merged, open_merged
 from hfmerge.options import RunOptions
 from hfmerge.planned import Plan
 from hfmerge.publishing import publish, with_disks
 from hfmerge.recipe import ModelEntry, Recipe, load_recipe
 from hfmerge.recording import adopt_card, keep_foreign_files, readable_card, record
-from hfmerge.removal import Part, parts
 from hfmerge.runtime import Ranks
 from hfmerge.source import parse_ref
 from hfmerge.streaming import Streamed
-from hfmerge.targets import Destination, admit
+from hfmerge.targets import Destination
 from hfmerge.workspace import Workspace, full_disk, recover, workspace
 
 
@@ -60,6 +60,7 @@ class MergeResult:
         processes: how many took part.
         reused: chunks of tensors taken over from a run that was killed; those of a second pass count again.
         streamed: what was read from the Hub without keeping it; None where that was not asked for.
+        repeated: `entry` is of an earlier run of the same command; this one only finished what that one left undone.
     """
 
     folder: Path | None
@@ -70,6 +71,7 @@ class MergeResult:
     processes: int = 1
     reused: int = 0
     streamed: Streamed | None = None
+    repeated: bool = False
 
 
 def opened_merge(merged: str | Path, sources: Mapping[str, str] | None, ranks: Ranks) -> Merged:
@@ -151,100 +153,6 @@ def _temporary(planned: Plan) -> Iterator[Workspace]:
             yield Workspace(Path(name).absolute(), None)
 
 
-def admit_merge(asked: Recipe, target: str | Path | None, to: Destination | None, ranks: Ranks, o: RunOptions) -> None:
-    """Before any work of a first merge: whether its result may go where it is to be published (see `targets.admit`).
-
-    Raises:
-        OutputError: nothing to resume. PushError: it may not go there. OfflineError: the Hub cannot be reached.
-    """
-    if target is None and o.resume:
-        raise OutputError(NOTHING_KEPT)
-    if to is not None:
-        ranks.on_main(partial(_admit_merge, asked, to, o))
-
-
-def _admit_merge(asked: Recipe, to: Destination, options: RunOptions) -> None:
-    inputs = [*_parts(asked.base, "base"), *(part for m in asked.models for part in _parts(m.model, "model"))]
-
-    def again(entry: Entry) -> bool:
-        """Whether an entry is this very merge, as far as the recipe says."""
-        method, weights = entry.method, [model.weight for model in entry.models]
-        alike = entry.action == "merge" and method["name"] == asked.method.name and method["norm"] == asked.method.norm
-        alike = alike and all(method["options"].get(k) == v for k, v in asked.method.options.items())
-        alike = alike and (asked.learn is not None or weights == [model.weight for model in asked.models])
-        return alike and {p.name for p in parts(entry)} == {p.name for p in inputs}
-
-    _tell(options, admit(to, inputs, history={}, again=again))
-
-
-def admit_change(
-    opened: Merged,
-    to: Destination | None,
-    ranks: Ranks,
-    options: RunOptions,
-    *,
-    new: Sequence[str] = (),
-    without: Sequence[str] = (),
-    base: str | None = None,
-    entry: Entry | None = None,
-) -> None:
-    """Before any work of a change: whether its result may go where it is to be published (see `targets.admit`).
-
-    Args:
-        new: references of models that join.
-        without: names of those that leave.
-        base: reference of another base.
-        entry: what the result is made of otherwise; None: the last one.
-
-    Raises:
-        PushError: it may not go there. OfflineError: the Hub cannot be reached.
-    """
-    if to is not None:
-        entry = _without(entry or opened.last, without)
-        ranks.on_main(partial(_admit_change, opened, own_destination(opened, to), options, entry, new, base))
-
-
-def _admit_change(
-    opened: Merged, to: Destination, options: RunOptions, entry: Entry, new: Sequence[str], base: str | None
-) -> None:
-    inputs = [part for part in parts(entry) if base is None or part.role != "base"]
-    inputs += [part for ref in new for part in _parts(ref, "model")] + (_parts(base, "base") if base else [])
-    _tell(options, admit(to, inputs, history=opened.history))
-
-
-def _tell(options: RunOptions, note: str | None) -> None:
-    if note is not None and options.notify is not None:
-        options.notify(note)
-
-
-def _without(entry: Entry, names: Sequence[str]) -> Entry:
-    """An entry without models of some names, and without them in the merges that were merged."""
-
-    def left(identities: Sequence[str]) -> tuple[str, ...]:
-        return tuple(one for one in identities if not any(named(name, [one]) for name in names))
-
-    kept = [dataclasses.replace(model, contains=left(model.contains)) for model in entry.models]
-    return dataclasses.replace(entry, models=tuple(model for model in kept if left([model.identity])))
-
-
-def _parts(ref: str, role: str) -> list[Part]:
-    """What a reference brings into a merge, as far as it can be read; planning reports what cannot, all at once."""
-    try:
-        places = [pin(place) for place in parse_ref(ref)]
-        inner = [one for place in places for one in parts_of(place, [])[1]]
-    except HfMergeError:
-        return []
-    found = [Part(f"{p.name}@{p.commit or 'sha256:'}", role if p is places[-1] else "beneath", {}) for p in places]
-    return [*found, *(Part(identity, f"part of {places[-1].name}", {}) for identity in inner)]
-
-
-def own_destination(opened: Merged, to: Destination) -> Destination:
-    """A destination, which the merge's own repository is only as long as nobody pushes there meanwhile."""
-    if to.repo_id.lower() != opened.pinned.name.lower():
-        return to
-    return dataclasses.replace(to, parent_commit=opened.pinned.commit)
-
-
 def apply_change(
     opened: Merged,
     make: Callable[[], Change],
@@ -269,9 +177,10 @@ def apply_change(
         name = opened.pinned.name
         raise PushError(f"{name}: lies on the Hub; say where the result goes: --push-to {name}, or --output FOLDER.")
     start = time.monotonic()
-    admit_change(opened, to, ranks, options, new=new, without=without, base=base)
+    check_readers = admit_change(opened, to, ranks, options, new=new, without=without, base=base)
     ranks = with_disks(ranks, target, options.storage)
     change = ranks.each(make)
+    check_readers()
     device = device_name(change.plan, ranks, options)
     change = dataclasses.replace(change, plan=for_machines(change.plan, ranks, device))
     if change.action in ("unmerge", "subtract") and options.notify is not None and ranks.main:

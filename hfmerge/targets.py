@@ -109,12 +109,11 @@ def make_target(to: Destination, levels: Mapping[str, int]) -> None:
     Raises:
         PushError: a public one is asked for, and an input is not. SourceError: no right, no connection.
     """
-    held = to.withheld(levels, 0)
-    if held and to.private is False:
-        raise PushError(_too_public(to, held[0], levels, "would be public"))
+    check_levels(to, None, levels)
+    private = True if to.withheld(levels, 0) else to.private
     api = hub_api()
     with hub_errors(to.repo_id, "write"):
-        patiently(lambda: api.create_repo(to.repo_id, private=True if held else to.private, exist_ok=True))
+        patiently(lambda: api.create_repo(to.repo_id, private=private, exist_ok=True))
 
 
 def admit(
@@ -123,8 +122,8 @@ def admit(
     *,
     history: Mapping[str, bytes],
     again: Callable[[Entry], bool] | None = None,
-) -> str | None:
-    """Before any work: whether the token may write there, what a push would replace, and who could read the result.
+) -> tuple[int | None, str | None]:
+    """Before any work: whether the token may write there, and what a push would replace.
 
     Args:
         inputs: what the result is made of.
@@ -132,7 +131,8 @@ def admit(
         again: whether a ledger entry is what the result would be, so that a merge may be repeated.
 
     Returns:
-        What a push will replace, where that is allowed.
+        How few may read the repository, None if it does not exist yet; and what a push will replace, if that is
+        allowed.
 
     Raises:
         PushError: it may not go there. OfflineError: the Hub cannot be reached. SourceError: it cannot be asked.
@@ -144,12 +144,10 @@ def admit(
             require_writer(to.repo_id, me["name"])
         if target is not None and to.parent_commit not in (None, target.head):
             raise moved(to.repo_id, str(to.parent_commit))
-        levels = restricted(part.identity for part in inputs)
         if target is None:
-            _require_namespace(to, me, levels)
-            return None
-        check_privacy(to, target, levels)
-        return check_replacement(to, target, inputs, history, again=again)[1]
+            _require_namespace(to, me, inputs)
+            return None, None
+        return target.level, check_replacement(to, target, inputs, history, again=again)[1]
     except OfflineError as error:
         raise OfflineError(
             f"{to.repo_id}: the Hub cannot be reached, so nothing was begun; name an --output instead of --push-to "
@@ -219,18 +217,15 @@ def _role(me: Mapping[str, Any]) -> str | None:
     return token.get("role")
 
 
-def _require_namespace(to: Destination, me: Mapping[str, Any], levels: Mapping[str, int]) -> None:
+def _require_namespace(to: Destination, me: Mapping[str, Any], inputs: Collection[Part]) -> None:
     """Whether the user may create a repository there; where their token does not say, it is created at once."""
     namespace, _, name = to.repo_id.partition("/")
     roles = {str(org.get("name")).lower(): org.get("roleInOrg") for org in me.get("orgs") or ()}
     own = namespace.lower() == me["name"].lower() or roles.get(namespace.lower()) in MAY_WRITE
-    held = to.withheld(levels, 0)
-    if held and to.private is False:
-        raise PushError(_too_public(to, held[0], levels, "would be public"))
     if own and _role(me) == "write":
         return
     try:
-        make_target(to, levels)
+        make_target(to, restricted(part.identity for part in inputs))
     except (AccessError, NotFoundError) as error:
         raise PushError(
             f"{to.repo_id}: {me['name']} has no right to write under {namespace}; check the name, or push to "
@@ -238,18 +233,30 @@ def _require_namespace(to: Destination, me: Mapping[str, Any], levels: Mapping[s
         ) from error
 
 
-def check_privacy(to: Destination, target: Target, levels: Mapping[str, int]) -> None:
-    """Whether a result may be read by all who may read its target.
+def check_readers(to: Destination, level: int | None, inputs: Collection[Part]) -> None:
+    """Whether all who may read the target may read what the result is made of.
+
+    Args:
+        level: how few may read the target; None: it is new, and so as private as need be.
+
+    Raises:
+        PushError: an input is more private than the target, and may not be published. SourceError: the Hub cannot be
+            asked.
+    """
+    check_levels(to, level, restricted(part.identity for part in inputs))
+
+
+def check_levels(to: Destination, level: int | None, levels: Mapping[str, int]) -> None:
+    """As `check_readers`.
 
     Args:
         levels: inputs that are not public (see `privacy.restricted`).
-
-    Raises:
-        PushError: an input is more private than the target, and may not be published.
     """
-    held = to.withheld(levels, target.level)
-    if held:
-        raise PushError(_too_public(to, held[0], levels, f"is {WORDS[target.level]}"))
+    if level is None and to.private is not False:
+        return
+    if held := to.withheld(levels, level or 0):
+        what = "would be public" if level is None else f"is {WORDS[level]}"
+        raise PushError(_too_public(to, held[0], levels, what))
 
 
 def _too_public(to: Destination, name: str, levels: Mapping[str, int], what: str) -> str:

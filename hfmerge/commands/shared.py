@@ -164,12 +164,20 @@ def print_result(args: argparse.Namespace, result: Any, more: Mapping[str, Any] 
                 "seconds": dict(result.seconds),
                 "processes": result.processes,
                 "reused": result.reused,
+                "repeated": result.repeated,
                 "streamed": None if result.streamed is None else dataclasses.asdict(result.streamed),
                 "warnings": list(result.warnings),
                 "pushed": None if pushed is None else {**vars(pushed), "notes": list(pushed.notes)},
                 **(more or {}),
             }
         )
+        return 0
+    if result.repeated:
+        print(
+            f"{entry.action}: done already by step {entry.step}; nothing was computed, what it had left is cleaned up"
+        )
+        if pushed is not None:
+            print(f"published at {pushed.url}")
         return 0
     crew = f" on {result.processes} processes" if result.processes > 1 else ""
     print(f"{entry.action} (step {entry.step}): {entry.how}, {result.seconds['total']:.1f} s{crew}")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 import tiny
 from conftest import USERS
+from faultproxy import Fault, FaultProxy
 from huggingface_hub import CommitOperationAdd, HfApi
 
 from hfmerge.hubserver.importer import import_folder
@@ -120,6 +123,16 @@ def test_overwrite_replaces_all_of_it(world: World) -> None:
     assert tiny.done("verify", repo_id).code == 0
 
 
+def test_overwrite_of_another_merge(world: World) -> None:
+    assert world.merge("push/other-merge", "push/a", "push/b", "push/c").code == 0
+    tiny.done("unmerge", "push/other-merge", "--remove", "push/b", "--push-to", "push/other-merge")
+    refused(world.merge("push/other-merge", "push/a", "push/b"), "push/other-merge", "holds another merge")
+    run = world.merge("push/other-merge", "push/a", "push/b", more=("--overwrite",))
+    assert run.code == 0 and tiny.done("verify", "push/other-merge").code == 0, run.err
+    (tag,) = world.api.list_repo_refs("push/other-merge").tags
+    assert tag.name == "step-0001" and tag.target_commit == world.heads("push/other-merge")["main"]
+
+
 def test_a_pull_request_says_what_it_would_replace(world: World) -> None:
     repo_id = world.upload("push/their-tune", world.root / "tuned")
     before = world.heads(repo_id)
@@ -160,6 +173,13 @@ def test_a_token_without_the_right_to_write(world: World, monkeypatch: pytest.Mo
     asked = [row["path"] for row in world.requests(since)]
     assert not [path for path in asked if "/resolve/" in path or "preupload" in path], "nothing was read"
     refused(run, target, "other", "write")
+
+
+def test_scores_for_a_card_that_may_not_be_changed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All models are scored before the push of the results is refused."""
+    monkeypatch.setenv("HF_TOKEN", USERS["other"])
+    run = tiny.cli("evaluate", "push/a", "--suite", "no-such-suite", "--push", "push/a")
+    refused(run, "push/a: other has no right to write there")
 
 
 @pytest.mark.parametrize("how", ["offline", "unreachable", "nobody", "wrong token"])
@@ -247,3 +267,119 @@ def test_a_private_base_and_a_removal_that_takes_the_private_model_out(world: Wo
     refused(tiny.cli("add", "push/held", "push/b", "--push-to", "push/a-copy", "--create-pr"), "push/a-copy")
     tiny.done("unmerge", "push/held", "--remove", secret, "--push-to", "push/without")
     assert not world.api.model_info("push/without").private
+
+
+# rule 9: a removal is done when nothing reachable holds the model
+
+
+def states(world: World, repo_id: str) -> list[str]:
+    """What the branch of kept states holds."""
+    return [name for name in world.files(repo_id, "merge-state") if name != ".gitattributes"]
+
+
+@pytest.mark.parametrize("verb", ["unmerge", "replace", "restore", "add"])
+def test_killed_between_the_commit_and_the_clean_up(world: World, tmp_path: Path, verb: str) -> None:
+    """The process dies after its commit: states that hold the model stay, and the same command fails ever after."""
+    repo_id = f"push/killed-{verb}"
+    assert world.merge(repo_id, "push/a", "push/b").code == 0
+    if verb == "restore":
+        tiny.done("unmerge", repo_id, "--remove", "push/a", "--push-to", repo_id)
+    before, held = world.heads(repo_id)["main"], states(world, repo_id)
+    change = {
+        "unmerge": ("--remove", "push/a"),
+        "replace": ("push/a", "push/c"),
+        "restore": ("--step", "1"),
+        "add": ("push/c",),
+    }[verb]
+    command = (verb, repo_id, *change, "--push-to", repo_id)
+    with FaultProxy(world.hub.endpoint) as proxy:
+        proxy.faults(Fault("POST .*/tag/", delay=60.0, drop=True))
+        child = tiny.start(*command, HF_ENDPOINT=proxy.endpoint, HF_HOME=str(tmp_path / "home"))
+        while world.heads(repo_id)["main"] == before:
+            assert child.poll() is None, child.communicate()
+            time.sleep(0.1)
+        child.kill()
+        child.communicate()
+    assert {*held} < {*states(world, repo_id)}
+    run = tiny.cli("verify", repo_id)
+    assert run.code == 1 and held[0] in run.out and "on the branch merge-state" in run.out, run.out
+    head = world.heads(repo_id)["main"]
+    run = tiny.done(*command)
+    assert "done already" in run.out and world.heads(repo_id)["main"] == head
+    assert not {*held} & {*states(world, repo_id)} and tiny.done("verify", repo_id).code == 0
+    assert f"step-000{3 if verb == 'restore' else 2}" in [t.name for t in world.api.list_repo_refs(repo_id).tags]
+    assert tiny.done(*command).code == 0, "done twice is done"
+
+
+def test_repeating_is_no_excuse_for_a_wrong_name(world: World) -> None:
+    assert world.merge("push/named", "push/a", "push/b", "push/c").code == 0
+    for verb, change in (("unmerge", ("--remove", "push/a")), ("replace", ("push/b", "push/a"))):
+        tiny.done(verb, "push/named", *change, "--push-to", "push/named")
+        run = tiny.cli("unmerge", "push/named", "--remove", "push/never", "--push-to", "push/named")
+        refused(run, "push/never: not in this merge")
+    refused(tiny.cli("unmerge", "push/named", "--remove", "push/b", "--push-to", "push/named"), "not in this merge")
+
+
+def test_a_lost_race_leaves_no_state(world: World, tmp_path: Path) -> None:
+    """Of two people the one who comes too late has published a state of the model that the other takes out."""
+    repo_id = "push/lost"
+    assert world.merge(repo_id, "push/a", "push/b").code == 0
+    before = world.heads(repo_id)["merge-state"]
+    with FaultProxy(world.hub.endpoint) as proxy:
+        proxy.faults(Fault("POST .*/commit/main", delay=25.0, times=1))
+        late = tiny.start(
+            "add", repo_id, "push/c", "--push-to", repo_id, HF_ENDPOINT=proxy.endpoint, HF_HOME=str(tmp_path / "home")
+        )
+        while world.heads(repo_id)["merge-state"] == before:
+            assert late.poll() is None, late.communicate()
+            time.sleep(0.1)
+        tiny.done("unmerge", repo_id, "--remove", "push/a", "--push-to", repo_id)
+        run = tiny.finish(late)
+    assert run.code == 1 and "somebody pushed meanwhile" in run.err
+    assert len(states(world, repo_id)) == 1 and tiny.done("verify", repo_id).code == 0
+
+
+def test_any_file_on_the_branch_of_states(world: World) -> None:
+    """What a killed push left there has not the ending of a state."""
+    repo_id, names = "push/stray", ["notes.md", "merge_state/old.txt", "model.bin", f"merge_state/{'0' * 64}.pt"]
+    assert world.merge(repo_id, "push/a", "push/b").code == 0
+    command = ("unmerge", repo_id, "--remove", "push/a", "--push-to", repo_id)
+    tiny.done(*command)
+    adds = [CommitOperationAdd(name, b"a model") for name in names]
+    world.api.create_commit(repo_id, adds, commit_message="left", revision="merge-state")
+    run = tiny.cli("verify", repo_id)
+    assert run.code == 1 and all(f"FAIL {name}: on the branch merge-state" in run.out for name in names)
+    tiny.done(*command)
+    assert len(states(world, repo_id)) == 1 and tiny.done("verify", repo_id).code == 0
+
+
+def test_what_is_left_in_and_beside_a_folder(world: World, tmp_path: Path) -> None:
+    """The folder as it was with the model lies under a hidden name, a killed run's files beside it, a state in it."""
+    out, root = tmp_path / "merged", world.root
+    tiny.done("merge", root / "a", root / "b", "--base", root / "base", "--method", "linear", "--output", out)
+    shutil.copytree(out, tmp_path / "before")
+    command = ("unmerge", out, "--remove", "a")
+    tiny.done(*command)
+    clean = tiny.everything(out)
+    for part in ("old", "partial", "journal"):
+        shutil.copytree(tmp_path / "before", tmp_path / f".merged.hfmerge-{part}")
+    (out / "merge_state" / "sources").mkdir(parents=True, exist_ok=True)
+    for name in ("left.pt", "sources/left", "left.safetensors.incomplete"):
+        (out / "merge_state" / name).write_bytes(b"a model")
+    run = tiny.cli("verify", out)
+    wanted = [".merged.hfmerge-old", ".merged.hfmerge-partial", "merge_state/left.pt", "merge_state/sources/left"]
+    assert run.code == 1 and all(f"FAIL {name}: " in run.out for name in wanted), run.out
+    assert tiny.cli("certify", out, "--removed", "a").code == 1
+    run = tiny.done(*command)
+    assert "done already" in run.out
+    assert tiny.everything(out) == clean and tiny.done("verify", out).code == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["before", "merged"]
+
+
+def test_a_merge_at_work_is_no_leftover(world: World, tmp_path: Path) -> None:
+    out, root = tmp_path / "merged", world.root
+    tiny.done("merge", root / "a", "--base", root / "base", "--method", "linear", "--output", out)
+    child = tiny.fork(tmp_path, ["add", out, root / "b"], hold="write")
+    child.wait_until_held()
+    assert (tmp_path / ".merged.hfmerge-partial").is_dir() and tiny.done("verify", out).code == 0
+    assert child.end().code == 0
