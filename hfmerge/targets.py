@@ -189,7 +189,8 @@ def require_writer(repo_id: str, user: str | None = None) -> None:
 
 def _user(to: Destination) -> Mapping[str, Any]:
     """What the Hub says of the token's user, whose name is at `name`."""
-    from huggingface_hub.errors import LocalTokenNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
+    from huggingface_hub.utils import validate_repo_id
 
     api = hub_api()
     try:
@@ -203,11 +204,14 @@ def _user(to: Destination) -> Mapping[str, Any]:
         raise PushError(
             f"{to.repo_id}: the token of {me['name']} may only read; a push needs one that may write there: {TOKEN}."
         )
-    namespace, slash, name = to.repo_id.partition("/")
-    if not slash or "/" in name or not namespace or not name:
+    try:
+        validate_repo_id(to.repo_id)
+        valid = "/" in to.repo_id
+    except HFValidationError:
+        valid = False
+    if not valid:
         raise PushError(
-            f"{to.repo_id}: names no repository to write to; write NAMESPACE/NAME, such as "
-            f"{me['name']}/{to.repo_id.strip('/').rpartition('/')[2] or 'NAME'} for {me['name']}."
+            f"{to.repo_id}: names no repository to write to; write NAMESPACE/NAME, such as {me['name']}/NAME."
         )
     return me
 
@@ -295,7 +299,7 @@ def check_replacement(
     if strange is not None and again is not None and len(theirs) == 1 and _is_again(theirs, again):
         strange = None
     if theirs and strange is None:
-        lost, why = _changed_since(target, to.repo_id, theirs), "holds weights that its ledger does not describe"
+        lost, why = _changed_since(target, to.repo_id, theirs), "holds files that its ledger does not describe"
         role = None
     else:
         role = next((p.role for p in inputs if p.name.lower() in (to.repo_id.lower(), target.repo_id.lower())), None)
@@ -331,12 +335,13 @@ def _is_again(theirs: Mapping[str, bytes], again: Callable[[Entry], bool]) -> bo
 
 
 def _changed_since(target: Target, repo_id: str, theirs: Mapping[str, bytes]) -> list[str]:
-    """Weights, and the configuration, that are not those which the ledger beside them describes."""
+    """Weights, and files loaded with them, that are not those which the ledger beside them describes."""
     products = check_chain(theirs, repo_id)[-1].products
     return [
         name
         for name, item in sorted(target.files.items())
-        if (name.endswith(WEIGHTS) or name == "config.json") and _digest(repo_id, target, item) != products.get(name)
+        if (name.endswith(WEIGHTS) or is_side_file(name))
+        and (name not in products or _digest(repo_id, target, item) != products[name])
     ]
 
 
