@@ -111,12 +111,16 @@ def hub_api() -> Any:
 
 
 @contextlib.contextmanager
-def hub_errors(subject: str) -> Iterator[None]:
-    """Re-raise what the Hub client raises as one line that names `subject` and the remedy."""
+def hub_errors(subject: str, right: str = "read") -> Iterator[None]:
+    """Re-raise what the Hub client raises as one line that names `subject` and the remedy.
+
+    Args:
+        right: what the token is used for, "read" or "write".
+    """
     import httpx2
     from huggingface_hub import errors as hf
 
-    token = "pass a token that may read it: `hf auth login`, or HF_TOKEN"
+    token = f"pass a token that may {right} it: `hf auth login`, or HF_TOKEN"
     try:
         yield
     except HfMergeError:

@@ -12,11 +12,11 @@ from hfmerge.certificate import check_signature, check_statement, statement_of
 from hfmerge.digest import canonical_json
 from hfmerge.dsse import Envelope, Signature
 from hfmerge.errors import CertificateError, VerificationError
-from hfmerge.merged import STATE_BRANCH, Merged, open_merged
+from hfmerge.merged import Merged, open_merged
 from hfmerge.options import NO_CONSENT, Consent
 from hfmerge.removal import Removal, find_removed
 from hfmerge.signers import allowed_signers, fingerprint, private_key, public_keys
-from hfmerge.verifying import Check, Report, check_merged, stray_states, verify_merge
+from hfmerge.verifying import Check, Report, check_merged, verify_merge
 from hfmerge.workspace import recover
 
 
@@ -86,11 +86,6 @@ def make_certificate(
         warnings.append(
             "the certificate is unsigned: nobody vouches for it. Sign with --key FILE (`ssh-keygen -t ed25519` makes "
             "one), or vouch for the file by other means, such as `sigstore sign`."
-        )
-    if stray := stray_states(merged):
-        warnings.append(
-            f"the branch {STATE_BRANCH} holds {len(stray)} kept states that are not those of this step, and may hold "
-            f"{removal.part.name}; `hfmerge purge-history` drops them."
         )
     return Certificate(envelope, statement, removal, keyid, tuple(warnings))
 

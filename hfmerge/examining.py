@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from hfmerge.admitting import admit_change
 from hfmerge.api import unmerge
 from hfmerge.certifying import Certificate, make_certificate, verify_certified
 from hfmerge.errors import OutputError, VerificationError
@@ -22,9 +23,12 @@ from hfmerge.options import DEFAULT, Consent, RunOptions
 from hfmerge.purging import Purged, PurgePlan, purge
 from hfmerge.recipe import Recipe
 from hfmerge.recording import adopt_card
+from hfmerge.removal import parts
 from hfmerge.running import MergeResult, given_recipe, pinned_recipe, pinned_ref
-from hfmerge.runtime import processes
+from hfmerge.runtime import Ranks, processes
+from hfmerge.targets import Destination, admit, check_readers, destination
 from hfmerge.verifying import Report, verify_merge
+from hfmerge.workspace import recover
 
 
 def unmerge_checked(
@@ -35,6 +39,8 @@ def unmerge_checked(
     output: str | Path | None = None,
     push_to: str | None = None,
     create_pr: bool = False,
+    overwrite: bool = False,
+    publish_private: Sequence[str] = (),
     sources: Mapping[str, str] | None = None,
     stream: bool = False,
     mode: Literal["exact", "subtract"] = "exact",
@@ -47,7 +53,8 @@ def unmerge_checked(
     Args:
         suite: one of whose tasks says that its head is that of a removed model.
         settings: of the evaluation.
-        merged, remove, output, push_to, create_pr, sources, stream, mode, measure, options: as for `unmerge`.
+        merged, remove, output, push_to, create_pr, overwrite, publish_private, sources, stream, mode, measure,
+            options: as for `unmerge`.
 
     Raises:
         HfMergeError: as `unmerge` and `evaluate`; or no task of the suite belongs to a removed model.
@@ -56,10 +63,12 @@ def unmerge_checked(
     if create_pr and output is None:
         raise OutputError("--check: a pull request cannot be scored; name an --output as well.")
     change = partial(
-        unmerge, merged, names, output=output, push_to=push_to, create_pr=create_pr, sources=sources, stream=stream,
-        mode=mode, measure=measure, options=options,
+        unmerge, merged, names, output=output, push_to=push_to, create_pr=create_pr, overwrite=overwrite,
+        publish_private=publish_private, sources=sources, stream=stream, mode=mode, measure=measure, options=options,
     )  # fmt: skip
     opened = open_merged(str(merged), sources, options.consent)
+    to = destination(push_to, create_pr=create_pr, overwrite=overwrite, publish_private=publish_private)
+    admit_change(opened, to, Ranks(), options, without=names if mode == "exact" else ())()
     return check_removal(opened, names, suite, change, settings, options)
 
 
@@ -157,21 +166,34 @@ def purge_history(
 
 
 def push(
-    folder: str | Path, repo_id: str, *, private: bool | None = None, create_pr: bool = False, check: bool = True
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    create_pr: bool = False,
+    overwrite: bool = False,
+    publish_private: Sequence[str] = (),
+    check: bool = True,
 ) -> Pushed:
     """Publish a merge folder.
 
     Args:
+        private, create_pr, overwrite, publish_private: as for `merge`.
         check: verify the folder first, so that nothing is published that its ledger does not describe.
 
     Raises:
         VerificationError: the folder is not what its ledger says. PushError: see `hub.push_folder`.
     """
+    to = Destination(repo_id, private, create_pr, None, overwrite, tuple(publish_private))
+    recover(folder)
+    opened = open_merged(str(Path(folder).absolute()))
+    level, _ = admit(to, parts(opened.last), history=opened.history)
+    check_readers(to, level, parts(opened.last))
     if check:
         report = verify_merge(str(folder))
         if not report.ok:
             raise VerificationError(f"{folder}: not pushed; {report.culprits[0]}")
-    pushed = push_folder(Path(folder), repo_id, private=private, create_pr=create_pr)
+    pushed = push_folder(Path(folder), to)
     adopt_card(Path(folder), repo_id)
     return pushed
 

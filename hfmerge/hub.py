@@ -6,29 +6,35 @@ the commit on `main`, obsolete ones are deleted after it, so that no moment has 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfmerge.asking import hub_api, hub_errors, patiently
 from hfmerge.card import FILE, card_facts, combine_cards, render_card
-from hfmerge.commits import commit_once, download, listed, moved, upload
+from hfmerge.commits import commit_once, download, moved, upload
 from hfmerge.errors import HfMergeError, PushError
 from hfmerge.ledger import FOLDER, Entry, check_chain
 from hfmerge.marked import part, with_part
-from hfmerge.merged import STATE_BRANCH
+from hfmerge.merged import STATE_BRANCH, open_merged
 from hfmerge.pictures.embedding import FIGURES, drawn
+from hfmerge.privacy import restricted
 from hfmerge.quoting import markdown, plain
+from hfmerge.removal import parts
 from hfmerge.scorecard import PREFIX, carried_scores
+from hfmerge.source import Pinned
 from hfmerge.statebranch import drop_states, push_states
+from hfmerge.steps import commit_of
+from hfmerge.targets import Destination, Target, check_levels, check_replacement, find_target, make_target
 from hfmerge.trees import files_in
 
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, CommitOperationCopy
 
-WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
 PRIVATE_FILES = ("merge_state/",)
 """Not on `main`: states live on their own branch, and local paths nowhere."""
 
@@ -45,59 +51,94 @@ class Pushed:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Opened:
+    """A push that may begin.
+
+    Attributes:
+        entries, history: the ledger of the merge, and its files.
+        target: the repository as it is.
+        lost: files there that are not of this merge, and that the push replaces or deletes.
+        notes: what the user should know.
+    """
+
+    entries: tuple[Entry, ...]
+    history: Mapping[str, bytes]
+    target: Target
+    lost: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def open_push(folder: Path, to: Destination, written: Sequence[str] = ()) -> Opened:
+    """Find the repository, or create it, and see that the merge in `folder` may go there.
+
+    Args:
+        written: files that will be there.
+
+    Raises:
+        PushError: somebody pushed meanwhile, it holds something else, or more people may read it than the inputs.
+        SourceError: no right, no connection.
+    """
+    history = {
+        name: path.read_bytes()
+        for name, path in files_in(folder).items()
+        if name.startswith(f"{FOLDER}/") and name.endswith(".json") and name.count("/") == 1
+    }
+    entries = check_chain(history, str(folder))
+    inputs = parts(entries[-1])
+    levels = restricted(part.identity for part in inputs)
+    notes = []
+    target = find_target(to)
+    if target is None:
+        make_target(to, levels)
+        target = find_target(to)
+        if held := to.withheld(levels, 0):
+            notes.append(f"{to.repo_id} is a private repository, since not everybody may read {', '.join(held)}")
+    if target is None:
+        raise PushError(f"{to.repo_id}: was deleted meanwhile; run the command again.")
+    if to.parent_commit is not None and target.head != to.parent_commit:
+        raise moved(to.repo_id, to.parent_commit)
+    check_levels(to, target.level, levels)
+    lost, note = check_replacement(to, target, inputs, history, written=written)
+    return Opened(entries, history, target, tuple(lost), (*notes, *([note] if note else ())))
+
+
 def push_folder(
-    folder: Path,
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    create_pr: bool = False,
-    parent_commit: str | None = None,
-    uploaded: Sequence[CommitOperationAdd | CommitOperationCopy] = (),
+    folder: Path, to: Destination, uploaded: Sequence[CommitOperationAdd | CommitOperationCopy] = ()
 ) -> Pushed:
     """Publish the merge in `folder`.
 
     Args:
         folder: made by hfmerge.
-        repo_id: created if it does not exist.
-        private: visibility of a new repository; None: the Hub's default.
-        create_pr: open a pull request instead of committing to `main`.
-        parent_commit: what `main` must be at; None: what it is at when the push begins.
+        to: where it goes.
         uploaded: files of the merge that are not, or need not be, in `folder` (see `upload_weights`), or that are
             copied from an earlier commit.
 
     Raises:
-        PushError: the branch moved, or the repository holds another merge. SourceError: no right, no connection.
+        PushError: see `open_push`. SourceError: no right, no connection.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-    api = hub_api()
+    api, repo_id, create_pr = hub_api(), to.repo_id, to.create_pr
     held = files_in(folder)
-    history = {
-        name: path.read_bytes()
-        for name, path in held.items()
-        if name.startswith(f"{FOLDER}/") and name.endswith(".json") and name.count("/") == 1
-    }
-    entries = check_chain(history, str(folder))
-    head = ensure_repo(repo_id, private=private, create_pr=create_pr)
-    if parent_commit is not None and head != parent_commit:
-        raise moved(repo_id, parent_commit)
+    files = _public_files(held)
+    given = {operation.path_in_repo: operation for operation in uploaded}
+    opened = open_push(folder, to, [name for name in (*files, *given) if name != FILE])
+    entries, history, remote, head = opened.entries, opened.history, opened.target.files, opened.target.head
     with hub_errors(repo_id):
-        remote = listed(api, repo_id, head)
-        _check_lineage(api, repo_id, head, remote, history)
         existing = download(api, repo_id, FILE, head).decode("utf-8") if FILE in remote else None
     card = combine_cards(existing, render_card(entries, card_facts(entries[-1], repo_id)))
-    files = _public_files(held)
     # pictures and scores are those of the folder, or none
     mine = files[FILE].read_text(encoding="utf-8") if FILE in files else ""
     card = carried_scores(mine, with_part(card, FIGURES, part(mine, FIGURES)))
-    given = {operation.path_in_repo: operation for operation in uploaded}
     new = [CommitOperationAdd(name, str(path)) for name, path in files.items() if name != FILE and name not in given]
     adds = [*new, *given.values(), CommitOperationAdd(FILE, card.encode())]
-    gone = [CommitOperationDelete(name) for name in _stale(remote, entries, [*files, *given], drawn(existing))]
-    notes = []
-    parent = parent_commit or head
-    with hub_errors(repo_id):
-        states = {name: held[name] for name in sorted(entries[-1].beside) if name in held}
+    former = _stale(remote, entries, drawn(existing))
+    gone = [CommitOperationDelete(name) for name in sorted({*former, *opened.lost} - {*files, *given})]
+    notes = list(opened.notes)
+    states = {name: held[name] for name in sorted(entries[-1].beside) if name in held}
+    last = entries[-1]
+    with hub_errors(repo_id, "write"):
         if create_pr:
             if states:
                 notes.append("the kept state stays here: a pull request cannot carry the branch merge-state")
@@ -107,16 +148,64 @@ def push_folder(
         for operation in new:
             if operation.path_in_repo.endswith(".safetensors"):
                 upload(api, repo_id, operation, create_pr=create_pr)
-        last = entries[-1]
-        made = commit_once(
-            api, repo_id, [*adds, *gone], title=_message(last),
-            description=f"{markdown(last.how)}.\nLedger: {last.file}",
-            parent=parent, proof={last.file: history[last.file]}, create_pr=create_pr,
-        )  # fmt: skip
+        try:
+            made = commit_once(
+                api, repo_id, [*adds, *gone], title=_message(last),
+                description="\n".join([f"{markdown(last.how)}.", f"Ledger: {last.file}", *opened.notes]),
+                parent=head, proof={last.file: history[last.file]}, create_pr=create_pr,
+            )  # fmt: skip
+        except PushError as error:
+            raise (error if create_pr or not states else _withdrawn(api, repo_id, error)) from error
     tag = None if create_pr else f"step-{last.step:04d}"
     if tag is not None:
+        if any(name.startswith(f"{FOLDER}/") for name in opened.lost):
+            notes.extend(_untagged(api, repo_id))
         notes.extend(_follow_up(api, repo_id, made.oid, tag, _message(last), list(last.beside)))
     return Pushed(repo_id, made.oid, made.url, made.pull_request, tag, tuple(notes))
+
+
+def _untagged(api: Any, repo_id: str) -> list[str]:
+    """Delete the tags of another merge's steps, which this one has replaced."""
+    try:
+        with hub_errors(repo_id, "write"):
+            refs = patiently(lambda: api.list_repo_refs(repo_id))
+            for tag in refs.tags:
+                if re.fullmatch(r"step-\d{4,}", tag.name):
+                    patiently(partial(api.delete_tag, repo_id, tag=tag.name))
+    except HfMergeError as error:
+        return [f"published, but tags of the merge that was there before are still there ({error})"]
+    return []
+
+
+def finish_push(pinned: Pinned, last: Entry) -> Pushed:
+    """What a push that ended after its commit left undone: the tag, and obsolete states on their branch.
+
+    Args:
+        pinned: the repository.
+        last: the last entry of its ledger.
+
+    Raises:
+        SourceError: no right, no connection.
+    """
+    api, repo_id, tag = hub_api(), pinned.name, f"step-{last.step:04d}"
+    oid = commit_of(pinned, last.file)
+    with hub_errors(repo_id, "write"):
+        _tag(api, repo_id, oid, tag, _message(last))
+        drop_states(api, repo_id, list(last.beside))
+    return Pushed(repo_id, oid, f"{api.endpoint}/{repo_id}/commit/{oid}", None, tag)
+
+
+def _tag(api: Any, repo_id: str, oid: str, tag: str, message: str) -> None:
+    patiently(lambda: api.create_tag(repo_id, tag=tag, revision=oid, tag_message=message, exist_ok=True))
+
+
+def _withdrawn(api: Any, repo_id: str, error: PushError) -> PushError:
+    """After a lost race: take back the states that were published for it, which may hold what the winner took out."""
+    try:
+        drop_states(api, repo_id, list(open_merged(repo_id).last.beside))
+    except HfMergeError as other:
+        return PushError(f"{error} The state that it kept is still on the branch {STATE_BRANCH} ({other})")
+    return error
 
 
 def _follow_up(api: Any, repo_id: str, oid: str, tag: str, message: str, states: Sequence[str]) -> list[str]:
@@ -125,7 +214,7 @@ def _follow_up(api: Any, repo_id: str, oid: str, tag: str, message: str, states:
     again = f"push the folder to {repo_id} again to make up for it"
     try:
         with hub_errors(repo_id):
-            patiently(lambda: api.create_tag(repo_id, tag=tag, revision=oid, tag_message=message, exist_ok=True))
+            _tag(api, repo_id, oid, tag, message)
     except HfMergeError as error:
         notes.append(f"published, but without the tag {tag}; {again} ({error})")
     try:
@@ -134,26 +223,6 @@ def _follow_up(api: Any, repo_id: str, oid: str, tag: str, message: str, states:
     except HfMergeError as error:
         notes.append(f"published, but obsolete states are still on the branch {STATE_BRANCH}; {again} ({error})")
     return notes
-
-
-def ensure_repo(repo_id: str, *, private: bool | None = None, create_pr: bool = False) -> str:
-    """The commit that `main` is at; a repository that does not exist is created, unless a pull request is wanted.
-
-    Raises:
-        SourceError: no right, no connection, nothing to open a pull request for.
-    """
-    from huggingface_hub.errors import RepositoryNotFoundError
-
-    api = hub_api()
-    with hub_errors(repo_id):
-        try:
-            head = patiently(lambda: api.model_info(repo_id, revision="main")).sha
-        except RepositoryNotFoundError:
-            if create_pr:
-                raise
-            patiently(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
-            head = patiently(lambda: api.model_info(repo_id)).sha
-    return str(head)
 
 
 def upload_weights(
@@ -174,7 +243,7 @@ def upload_weights(
 
     api = hub_api()
     operations = []
-    with hub_errors(repo_id):
+    with hub_errors(repo_id, "write"):
         for name in names:
             operation = CommitOperationAdd(name, str(folder / name))
             upload(api, repo_id, operation, create_pr=create_pr, free_memory=True)
@@ -206,31 +275,7 @@ def _message(entry: Entry) -> str:
     return f"{done} with hfmerge ({entry.method['name']}, step {entry.step})"
 
 
-def _check_lineage(api: Any, repo_id: str, head: str, remote: Mapping[str, Any], history: Mapping[str, bytes]) -> None:
-    """A repository that holds a ledger already takes only a continuation of it."""
-    theirs = sorted(name for name in remote if name.startswith(f"{FOLDER}/"))
-    for name in theirs:
-        if history.get(name) != download(api, repo_id, name, head):
-            raise PushError(
-                f"{repo_id}: holds another merge ({name} differs); go on from it with `hfmerge add {repo_id} MODEL`, "
-                "or push "
-                "to another repository."
-            )
-
-
-def _stale(
-    remote: Mapping[str, Any], entries: Sequence[Entry], files: Sequence[str], pictures: Sequence[str]
-) -> list[str]:
-    """Files of the repository that are wrong beside the new: former products, pictures, scores, foreign weights."""
+def _stale(remote: Mapping[str, Any], entries: Sequence[Entry], pictures: Sequence[str]) -> list[str]:
+    """Files of the repository that earlier steps left: products, pictures, licences, scores."""
     former = {*pictures, *(name for entry in entries for name in entry.products)}
-    return [
-        name
-        for name in sorted(remote)
-        if name not in files
-        and (
-            name in former
-            or name == "LICENSE.md"
-            or name.startswith(PREFIX)
-            or ("/" not in name and name.endswith(WEIGHT_SUFFIXES))
-        )
-    ]
+    return [name for name in remote if name in former or name == "LICENSE.md" or name.startswith(PREFIX)]

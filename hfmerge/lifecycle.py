@@ -11,11 +11,13 @@ from hfmerge.errors import LedgerError
 from hfmerge.ledger import Entry
 from hfmerge.merged import Merged, open_merged
 from hfmerge.options import DEFAULT, RunOptions
+from hfmerge.repeating import finish, in_place, replaced
 from hfmerge.restoring import restore_step
 from hfmerge.revising import plan_rebase, plan_reorder, plan_replace
 from hfmerge.running import MergeResult, apply_change, opened_merge, pinned_ref
 from hfmerge.runtime import processes
 from hfmerge.steps import Step, steps_of
+from hfmerge.targets import destination
 from hfmerge.workspace import recover
 
 
@@ -28,6 +30,8 @@ def replace(
     output: str | Path | None = None,
     push_to: str | None = None,
     create_pr: bool = False,
+    overwrite: bool = False,
+    publish_private: Sequence[str] = (),
     sources: Mapping[str, str] | None = None,
     stream: bool = False,
     options: RunOptions = DEFAULT,
@@ -35,7 +39,7 @@ def replace(
     """Put another model, or another revision, in the place of one: the bytes are those of the merge with it.
 
     Args:
-        merged, output, push_to, create_pr, sources, stream, options: as for `add`.
+        merged, output, push_to, create_pr, overwrite, publish_private, sources, stream, options: as for `add`.
         old: name as the ledger lists it.
         new: reference.
         weight: of the new model; None: that of the old one.
@@ -43,11 +47,14 @@ def replace(
     Raises:
         LedgerError: not in the merge, or there already. HfMergeError: see `hfmerge.errors`; the merge stays as it was.
     """
+    to = destination(push_to, create_pr=create_pr, overwrite=overwrite, publish_private=publish_private)
     with processes() as ranks:
         opened = opened_merge(merged, sources, ranks, options)
         ref = pinned_ref(new, ranks)
+        if in_place(opened, output, to) and ranks.on_main(partial(replaced, opened, old, ref, weight)):
+            return finish(opened, to, ranks)
         make = partial(plan_replace, opened, old, ref, weight=weight, stream=stream)
-        return apply_change(opened, make, ranks, output, push_to, create_pr, options)
+        return apply_change(opened, make, ranks, output, to, options, new=[ref], without=[old])
 
 
 def reorder(
@@ -57,6 +64,8 @@ def reorder(
     output: str | Path | None = None,
     push_to: str | None = None,
     create_pr: bool = False,
+    overwrite: bool = False,
+    publish_private: Sequence[str] = (),
     sources: Mapping[str, str] | None = None,
     stream: bool = False,
     options: RunOptions = DEFAULT,
@@ -64,16 +73,17 @@ def reorder(
     """Merge the same models in another order.
 
     Args:
-        merged, output, push_to, create_pr, sources, stream, options: as for `add`.
+        merged, output, push_to, create_pr, overwrite, publish_private, sources, stream, options: as for `add`.
         models: names of all models, in the new order.
 
     Raises:
         LedgerError: a name is missing, twice, or not in the merge. HfMergeError: see `hfmerge.errors`.
     """
+    to = destination(push_to, create_pr=create_pr, overwrite=overwrite, publish_private=publish_private)
     with processes() as ranks:
         opened = opened_merge(merged, sources, ranks, options)
         make = partial(plan_reorder, opened, models, stream=stream)
-        return apply_change(opened, make, ranks, output, push_to, create_pr, options)
+        return apply_change(opened, make, ranks, output, to, options)
 
 
 def rebase(
@@ -83,6 +93,8 @@ def rebase(
     output: str | Path | None = None,
     push_to: str | None = None,
     create_pr: bool = False,
+    overwrite: bool = False,
+    publish_private: Sequence[str] = (),
     sources: Mapping[str, str] | None = None,
     stream: bool = False,
     options: RunOptions = DEFAULT,
@@ -90,16 +102,18 @@ def rebase(
     """Merge the same models on another base or another revision of it.
 
     Args:
-        merged, output, push_to, create_pr, sources, stream, options: as for `add`.
+        merged, output, push_to, create_pr, overwrite, publish_private, sources, stream, options: as for `add`.
         base: reference.
 
     Raises:
         LedgerError: it is the base already. RecipeError: a model does not fit it.
     """
+    to = destination(push_to, create_pr=create_pr, overwrite=overwrite, publish_private=publish_private)
     with processes() as ranks:
         opened = opened_merge(merged, sources, ranks, options)
-        make = partial(plan_rebase, opened, pinned_ref(base, ranks), stream=stream)
-        return apply_change(opened, make, ranks, output, push_to, create_pr, options)
+        ref = pinned_ref(base, ranks)
+        make = partial(plan_rebase, opened, ref, stream=stream)
+        return apply_change(opened, make, ranks, output, to, options, base=ref)
 
 
 def restore(
@@ -109,30 +123,24 @@ def restore(
     output: str | Path | None = None,
     push_to: str | None = None,
     create_pr: bool = False,
+    overwrite: bool = False,
+    publish_private: Sequence[str] = (),
     sources: Mapping[str, str] | None = None,
     options: RunOptions = DEFAULT,
 ) -> MergeResult:
     """Go back to an earlier step: its files come from the Hub's history, and nothing is computed.
 
     Args:
-        merged, output, push_to, create_pr, sources, options: as for `add`; pushing to the merge's own repository
-            copies the files there, without downloading them.
+        merged, output, push_to, create_pr, overwrite, publish_private, sources, options: as for `add`; pushing to the
+            merge's own repository copies the files there, without downloading them.
         step: number of the step.
 
     Raises:
         LedgerError: no such step, or no repository that still holds it.
     """
+    to = destination(push_to, create_pr=create_pr, overwrite=overwrite, publish_private=publish_private)
     with processes() as ranks:
-        work = partial(
-            restore_step,
-            str(merged),
-            step,
-            output=output,
-            push_to=push_to,
-            create_pr=create_pr,
-            sources=sources,
-            options=options,
-        )
+        work = partial(restore_step, str(merged), step, output=output, to=to, sources=sources, options=options)
         return ranks.on_main(work)
 
 

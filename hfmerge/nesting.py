@@ -13,10 +13,14 @@ from typing import Protocol
 
 from hfmerge.digest import sha256_bytes
 from hfmerge.errors import HfMergeError, LedgerError, NotFoundError
-from hfmerge.ledger import Entry, Material, named, reference, same_model
+from hfmerge.ledger import Entry, Material, contained, named, reference, same_model
 from hfmerge.merged import Merged, open_merged
+from hfmerge.repeating import finish
 from hfmerge.running import MergeResult
+from hfmerge.runtime import Ranks
 from hfmerge.source import parse_ref
+from hfmerge.targets import destination
+from hfmerge.verifying import left_behind
 
 
 class Unmerge(Protocol):
@@ -70,6 +74,16 @@ def find_removal(entry: Entry, names: Sequence[str]) -> Removal:
     return Removal(
         tuple(sorted(set(gone))), {i: tuple(dict.fromkeys(within[i])) for i in sorted(within)}, tuple(subjects)
     )
+
+
+def removed_already(opened: Merged, names: Sequence[str]) -> bool:
+    """Whether the last step of a merge took out these very models, and none of them is in it."""
+    if opened.last.action != "unmerge" or any(named(name, contained(opened.last)) for name in names):
+        return False
+    try:
+        return set(find_removal(opened.entries[-2], names).subjects) == set(opened.last.subjects)
+    except LedgerError:
+        return False
 
 
 def without_parts(
@@ -135,8 +149,11 @@ def _without(
         )
     if not direct.within:
         for candidate in dict.fromkeys((place, inner.pinned.name if inner.pinned.commit else place)):
-            if (ref := _already(candidate, inner, rest)) is not None:
-                return ref
+            if (later := _already(candidate, inner, rest)) is not None:
+                # a run that was killed may have left something there
+                if candidate == place and (later.pinned.folder is not None or left_behind(later)):
+                    finish(later, destination(place) if later.pinned.commit else None, Ranks())
+                return f"{later.pinned.name}@{later.pinned.commit}" if later.pinned.commit else candidate
     to_hub = parse_ref(place)[0].folder is None
     try:
         made = unmerge(
@@ -170,8 +187,8 @@ def _beside(folder: Path | None, model: Material, identities: Sequence[str]) -> 
     return str(folder.absolute().parent / f"{model.name.replace('/', '--')}-without-{'-'.join(slugs)}")
 
 
-def _already(place: str, inner: Merged, rest: Sequence[Material]) -> str | None:
-    """A reference to `place`, if it is a later step of the same ledger that holds exactly the models that stay."""
+def _already(place: str, inner: Merged, rest: Sequence[Material]) -> Merged | None:
+    """What is at `place`, if it is a later step of the same ledger that holds exactly the models that stay."""
     try:
         later = open_merged(place)
     except (LedgerError, NotFoundError):
@@ -181,6 +198,4 @@ def _already(place: str, inner: Merged, rest: Sequence[Material]) -> str | None:
     alike = len(theirs.models) == len(rest) and all(map(same_model, theirs.models, rest))
     for part in ("method", "settings"):
         alike = alike and getattr(theirs, part) == getattr(ours, part)
-    if not (grown and alike and theirs.base.identity == ours.base.identity):
-        return None
-    return f"{later.pinned.name}@{later.pinned.commit}" if later.pinned.commit else place
+    return later if grown and alike and theirs.base.identity == ours.base.identity else None

@@ -17,6 +17,7 @@ from hfmerge.errors import HfMergeError, NotFoundError, PushError, VerificationE
 from hfmerge.ledger import Entry
 from hfmerge.merged import STATE_BRANCH, Merged, open_merged
 from hfmerge.statebranch import drop_states
+from hfmerge.targets import require_writer
 from hfmerge.verifying import WEIGHTS, check_merged
 
 
@@ -80,21 +81,23 @@ def purge(
         VerificationError: the merge is not what its ledger says. PushError: somebody pushed meanwhile.
         SourceError: no such repository, no right, no connection.
     """
-    merged = _published(repo_id)
+    # what interrupted commands left is dropped with the history
+    merged = _published(repo_id, strays=False)
     repo_id, api = merged.pinned.name, hub_api()
     with hub_errors(repo_id):
         plan = _plan(api, merged, delete_files)
     if confirm is not None and not confirm(plan):
         return None
+    require_writer(repo_id)
     with hub_errors(repo_id):
         return _purged(api, merged, plan)
 
 
-def _published(repo_id: str) -> Merged:
+def _published(repo_id: str, *, strays: bool = True) -> Merged:
     merged = open_merged(repo_id)
     if merged.pinned.folder is not None or merged.pinned.place.revision not in (None, "main"):
         raise HfMergeError(f"{repo_id}: name a repository on the Hub, `org/name`, without a revision.")
-    report = check_merged(merged)
+    report = check_merged(merged, strays=strays)
     if not report.ok:
         raise VerificationError(f"{repo_id}: not purged, since its history may be needed; {report.culprits[0]}")
     return merged

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from hfmerge.admitting import admit_change, own_destination
 from hfmerge.asking import hub_api, hub_errors
 from hfmerge.card import card_pointer
 from hfmerge.checkpoint.owncode import listed_names
@@ -24,12 +25,14 @@ from hfmerge.ledger import ARCHIVES, Entry
 from hfmerge.merged import Merged, known_places, note_places, noted_places, open_merged
 from hfmerge.options import RunOptions
 from hfmerge.private import private_file, private_folder
-from hfmerge.publishing import Destination
 from hfmerge.recording import keep_foreign_files, readable_card, refuse_unknown_files, write_record
+from hfmerge.repeating import finish, in_place, restored
 from hfmerge.running import MergeResult, push_written
+from hfmerge.runtime import Ranks
 from hfmerge.source import Pinned, Place, checked_path, is_hub_id
 from hfmerge.statebranch import bring_states_back, find_states
 from hfmerge.steps import commit_of
+from hfmerge.targets import Destination
 from hfmerge.workspace import recover, workspace
 
 
@@ -55,16 +58,16 @@ def restore_step(
     step: int,
     *,
     output: str | Path | None,
-    push_to: str | None,
-    create_pr: bool,
+    to: Destination | None,
     sources: Mapping[str, str] | None,
     options: RunOptions,
 ) -> MergeResult:
     """Bring back the files of an earlier step, as a new step.
 
     Args:
-        merged, output, push_to, create_pr, sources, options: as for `api.add`.
+        merged, output, sources, options: as for `api.add`.
         step: its number.
+        to: where the result is published, if it is.
 
     Raises:
         LedgerError: no such step, or its files are nowhere any more. HfMergeError: see `hfmerge.errors`.
@@ -74,9 +77,13 @@ def restore_step(
     opened = open_merged(merged)
     folder = opened.pinned.folder
     target = Path(output) if output is not None else folder
-    if target is None and push_to is None:
+    if target is None and to is None:
         name = opened.pinned.name
         raise PushError(f"{name}: lies on the Hub; say where the result goes: --push-to {name}, or --output FOLDER.")
+    if in_place(opened, output, to) and restored(opened, step):
+        return finish(opened, to, Ranks())
+    if 1 <= step <= len(opened.entries):
+        admit_change(opened, to, Ranks(), options, entry=opened.entries[step - 1])()
     existing = readable_card(opened)
     replacing = folder is not None and target is not None and target.resolve() == folder
     if replacing:
@@ -84,9 +91,9 @@ def restore_step(
     earlier = find_earlier(opened, step, existing)
     _check_code(earlier, options)
     places = _places(opened, earlier.entry, sources or {})
-    own = push_to is not None and push_to.lower() == opened.pinned.name.lower()
-    if target is None and own:
-        pushed: Pushed | None = _on_the_hub(opened, earlier, create_pr)
+    to = own_destination(opened, to) if to is not None else None
+    if target is None and to is not None and to.repo_id.lower() == opened.pinned.name.lower():
+        pushed: Pushed | None = _on_the_hub(opened, earlier, to)
     else:
         pushed = None
         whole = sum(info.size for name, info in earlier.pinned.files.items() if name in earlier.entry.products)
@@ -98,9 +105,8 @@ def restore_step(
                 note_places(earlier.entry, target, places)
                 if replacing:
                     keep_foreign_files(opened, built.folder)
-            if push_to is not None:
-                parent = opened.pinned.commit if own else None
-                pushed = push_written(place, Destination(push_to, None, create_pr, parent))
+            if to is not None:
+                pushed = push_written(place, to)
     seconds = time.monotonic() - start
     return MergeResult(target, earlier.entry, earlier.notes, pushed, {"merging": 0.0, "total": seconds})
 
@@ -206,7 +212,7 @@ def _places(opened: Merged, entry: Entry, sources: Mapping[str, str]) -> dict[st
     return {identity: known[identity] for identity in identities if identity is not None and identity in known}
 
 
-def _on_the_hub(opened: Merged, earlier: Earlier, create_pr: bool) -> Pushed:
+def _on_the_hub(opened: Merged, earlier: Earlier, to: Destination) -> Pushed:
     """Copy the files within the repository; nothing but ledger and card is sent."""
     from huggingface_hub import CommitOperationCopy
 
@@ -214,11 +220,10 @@ def _on_the_hub(opened: Merged, earlier: Earlier, create_pr: bool) -> Pushed:
     copies = [CommitOperationCopy(file, file, src_revision=commit) for file in sorted(earlier.entry.products)]
     with tempfile.TemporaryDirectory(prefix="hfmerge-") as folder:
         write_record(Path(folder), earlier.entry, opened, None)
-        if not create_pr:
-            with hub_errors(name):
+        if not to.create_pr:
+            with hub_errors(name, "write"):
                 bring_states_back(hub_api(), name, earlier.states)
-        parent = opened.pinned.commit
-        return push_folder(Path(folder), name, create_pr=create_pr, parent_commit=parent, uploaded=copies)
+        return push_folder(Path(folder), to, copies)
 
 
 def _fill(folder: Path, earlier: Earlier, opened: Merged, existing: str | None) -> None:

@@ -7,12 +7,13 @@ import dataclasses
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hfmerge.admitting import admit_change, own_destination
 from hfmerge.card import restrictive
 from hfmerge.changes import Change
 from hfmerge.device import device_for
@@ -23,14 +24,14 @@ from hfmerge.errors import HfMergeError, OutputError, PushError
 from hfmerge.execute import Outcome, run
 from hfmerge.fetching import pin
 from hfmerge.gap import gap_bound, measured_gap
-from hfmerge.hub import Pushed
+from hfmerge.hub import Pushed, push_folder
 from hfmerge.identity import work_of
 from hfmerge.keeping import keep_sources
 from hfmerge.ledger import Entry
 from hfmerge.merged import Merged, note_places, open_merged
 from hfmerge.options import NO_CONSENT, Consent, RunOptions
 from hfmerge.planned import Plan
-from hfmerge.publishing import Destination, publish, with_disks
+from hfmerge.publishing import publish, with_disks
 from hfmerge.recipe import ModelEntry, Recipe, load_recipe
 from hfmerge.recording import (
     adopt_card,
@@ -43,11 +44,14 @@ from hfmerge.recording import (
 from hfmerge.runtime import Ranks
 from hfmerge.source import parse_ref
 from hfmerge.streaming import Streamed
+from hfmerge.targets import Destination
 from hfmerge.workspace import Workspace, full_disk, recover, workspace
 
 
 if TYPE_CHECKING:
     from hfmerge.learning.learned import Learned
+
+NOTHING_KEPT = "--resume: what only goes to the Hub is not kept here; name an --output, or leave it out."
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class MergeResult:
         processes: how many took part.
         reused: chunks of tensors taken over from a run that was killed; those of a second pass count again.
         streamed: what was read from the Hub without keeping it; None where that was not asked for.
+        repeated: `entry` is of an earlier run of the same command; this one only finished what that one left undone.
     """
 
     folder: Path | None
@@ -73,6 +78,7 @@ class MergeResult:
     processes: int = 1
     reused: int = 0
     streamed: Streamed | None = None
+    repeated: bool = False
 
 
 def opened_merge(merged: str | Path, sources: Mapping[str, str] | None, ranks: Ranks, options: RunOptions) -> Merged:
@@ -138,7 +144,7 @@ def _place(
     target: str | Path | None, planned: Plan, device: str, replace: bool, resume: bool | None
 ) -> contextlib.AbstractContextManager[Workspace]:
     if target is None and resume:
-        raise OutputError("--resume: what only goes to the Hub is not kept here; name an --output, or leave it out.")
+        raise OutputError(NOTHING_KEPT)
     if target is None:
         return _temporary(planned)
     work = work_of(planned, device)
@@ -163,14 +169,22 @@ def apply_change(
     make: Callable[[], Change],
     ranks: Ranks,
     output: str | Path | None,
-    push_to: str | None,
-    create_pr: bool,
+    to: Destination | None,
     options: RunOptions,
+    *,
+    new: Sequence[str] = (),
+    without: Sequence[str] = (),
+    base: str | None = None,
 ) -> MergeResult:
+    """Plan a change of a merge, carry it out and publish it.
+
+    Args:
+        new, without, base: what the change is about; see `admit_change`.
+    """
     target: str | Path | None = output
     if target is None and opened.pinned.folder is not None:
         target = opened.pinned.folder
-    if target is None and push_to is None:
+    if target is None and to is None:
         name = opened.pinned.name
         raise PushError(f"{name}: lies on the Hub; say where the result goes: --push-to {name}, or --output FOLDER.")
     start = time.monotonic()
@@ -179,8 +193,10 @@ def apply_change(
     )
     if replace:
         ranks.on_main(partial(refuse_unknown_files, opened))
+    check_readers = admit_change(opened, to, ranks, options, new=new, without=without, base=base)
     ranks = with_disks(ranks, target, options.storage)
     change = ranks.each(make)
+    check_readers()
     device = device_name(change.plan, ranks, options)
     change = dataclasses.replace(change, plan=for_machines(change.plan, ranks, device))
     if change.action in ("unmerge", "subtract") and options.notify is not None and ranks.main:
@@ -189,10 +205,8 @@ def apply_change(
             f"{change.action}: {change.how}; reads {need.read / 1e9:.2f} GB, {need.download / 1e9:.2f} to load"
         )
     _tell_mixture(opened, change.plan, device, ranks, options)
-    own = push_to is not None and push_to.lower() == opened.pinned.name.lower()
-    parent = opened.pinned.commit if own else None
-    destination = Destination(push_to, None, create_pr, parent) if push_to is not None else None
-    stays = own and target is None
+    destination = own_destination(opened, to) if to is not None else None
+    stays = to is not None and to.repo_id.lower() == opened.pinned.name.lower() and target is None
     with folder_for(target, change.plan, ranks, device, replace=replace, resume=options.resume) as place:
         plan, learned = weights_found(change.plan, place, ranks, options, opened, change.action)
         change = dataclasses.replace(change, plan=plan)
@@ -342,7 +356,7 @@ def _gap(folder: Path, outcome: Outcome, change: Change | None) -> dict[str, flo
 def push_written(folder: Path, destination: Destination) -> Pushed:
     """Publish a folder that is complete already: a failure costs nothing but the push."""
     try:
-        pushed = destination.push(folder)
+        pushed = push_folder(folder, destination)
     except HfMergeError as error:
         raise PushError(
             f"{error} The merge itself is in {folder}; `hfmerge push {folder} {destination.repo_id}` tries again."

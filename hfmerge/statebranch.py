@@ -12,6 +12,10 @@ from hfmerge.commits import listed, upload
 from hfmerge.merged import STATE_BRANCH
 
 
+ATTRIBUTES = ".gitattributes"
+"""What the branch holds beside kept states and copies of sources: it says what is large."""
+
+
 def push_states(api: Any, repo_id: str, states: Mapping[str, Path]) -> None:
     """Add kept states and copies of sources (path in the repository -> file); nothing is deleted yet."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
@@ -27,7 +31,7 @@ def push_states(api: Any, repo_id: str, states: Mapping[str, Path]) -> None:
     def commit() -> None:
         now, good = listed(api, repo_id, STATE_BRANCH), _intact(api, repo_id)
         new = [operation for operation in adds if operation.path_in_repo not in good]
-        foreign = [name for name in now if not name.startswith("merge_state/") and name != ".gitattributes"]
+        foreign = [name for name in now if not name.startswith("merge_state/") and name != ATTRIBUTES]
         operations = [*new, *(CommitOperationDelete(name) for name in foreign)]
         if operations:
             api.create_commit(repo_id, operations, commit_message="Keep state", revision=STATE_BRANCH)
@@ -76,10 +80,10 @@ def bring_states_back(api: Any, repo_id: str, commits: Mapping[str, str]) -> Non
 
 
 def drop_states(api: Any, repo_id: str, keep: Sequence[str]) -> None:
-    """Delete states and copies of sources that no longer belong to the merge (they may hold a removed model).
+    """Delete whatever is on the branch and no longer belongs to the merge (it may hold a removed model).
 
     Args:
-        keep: paths of those that do.
+        keep: paths of states and copies of sources that do.
     """
     from huggingface_hub import CommitOperationDelete
 
@@ -89,7 +93,7 @@ def drop_states(api: Any, repo_id: str, keep: Sequence[str]) -> None:
 
     def commit() -> None:
         held = listed(api, repo_id, STATE_BRANCH)
-        old = [name for name in held if name.startswith("merge_state/") and name not in keep]
+        old = [name for name in held if name not in keep and name != ATTRIBUTES]
         if old:
             operations = [CommitOperationDelete(name) for name in old]
             api.create_commit(repo_id, operations, commit_message="Drop obsolete state", revision=STATE_BRANCH)

@@ -22,8 +22,9 @@ from hfmerge.ledger import ARCHIVES, FOLDER, Entry
 from hfmerge.merged import STATE_BRANCH, Merged, open_merged
 from hfmerge.options import NO_CONSENT, Consent, RunOptions
 from hfmerge.scorecard import PREFIX
-from hfmerge.source import Place
-from hfmerge.workspace import recover
+from hfmerge.source import Pinned, Place
+from hfmerge.statebranch import ATTRIBUTES
+from hfmerge.workspace import leftovers, recover
 
 
 LICENCES = "LICENSE.md"
@@ -97,12 +98,18 @@ def check_merged(
     replay: bool = False,
     device: str | None = None,
     also: Callable[[Merged], Sequence[Check]] | None = None,
+    strays: bool = True,
 ) -> Report:
-    """Check a merge that is open already; see `verify_merge`."""
+    """Check a merge that is open already; see `verify_merge`.
+
+    Args:
+        strays: whether what interrupted commands left counts.
+    """
     checks = [Check("ledger", True, f"{len(merged.entries)} entries, each names its parent's digest")]
     files, read = _digests(merged)
     checks.extend(check_contents(merged.entries, files, merged.read(FILE), merged.read(LICENCES), read=read))
     checks.extend(_published_states(merged) if merged.pinned.folder is None else [])
+    checks.extend(left_behind(merged) if strays else [])
     checks.extend(also(merged) if also is not None else ())
     if replay:
         checks.append(_replay(merged, device))
@@ -157,10 +164,8 @@ def _foreign(name: str, entries: Sequence[Entry]) -> str | None:
         return None if name in [entry.file for entry in entries] else "is no entry of the ledger"
     if is_asset(name) or re.fullmatch(rf"{re.escape(PREFIX)}[^/]+\.yaml", name):
         return None
-    if name.startswith(f"{ARCHIVES}/"):
-        return "a copy of a source that the ledger does not know"
     if name.startswith("merge_state/"):
-        return "a state that the ledger does not know"
+        return f"{_kind(name)} that the ledger does not know"
     if name.endswith(WEIGHTS):
         return "weights that the ledger does not know"
     if is_code(name) or name.endswith(".py"):
@@ -202,24 +207,23 @@ def _card(entries: Sequence[Entry], text: bytes | None, licences: bytes | None) 
     return Check("card", problem is None, problem or "says what the ledger says")
 
 
-def stray_states(merged: Merged) -> list[str]:
-    """States and copies of sources on the Hub that the ledger's last entry does not list, maybe of a removed model."""
-    if merged.pinned.folder is not None:
-        return []
+def _kind(name: str) -> str:
+    return "a copy of a source" if name.startswith(f"{ARCHIVES}/") else "a state"
+
+
+def _state_branch(merged: Merged) -> Pinned | None:
     try:
-        branch = pin(Place(merged.pinned.place.text, merged.pinned.name, STATE_BRANCH, None))
+        return pin(Place(merged.pinned.place.text, merged.pinned.name, STATE_BRANCH, None))
     except NotFoundError:
-        return []
-    return [name for name in branch.files if name.endswith((*WEIGHTS, ".zip")) and name not in merged.last.beside]
+        return None
 
 
 def _published_states(merged: Merged) -> list[Check]:
     """A state that is not published (a pull request carries none) is no fault: the sources are read instead."""
     if not any(entry.beside for entry in merged.entries):
         return []
-    try:
-        branch = pin(Place(merged.pinned.place.text, merged.pinned.name, STATE_BRANCH, None))
-    except NotFoundError:
+    branch = _state_branch(merged)
+    if branch is None:
         return [Check("state", True, f"no branch {STATE_BRANCH}; add and unmerge read the sources")]
     checks = []
     for file, digest in merged.last.beside.items():
@@ -227,12 +231,24 @@ def _published_states(merged: Merged) -> list[Check]:
         right = held is None or held.sha256 in (None, digest)
         detail = "not published; the sources are read instead" if held is None else "has its digest (by LFS id)"
         checks.append(Check(file, right, detail if right else f"the branch {STATE_BRANCH} holds other bytes"))
-    # an earlier commit is not what the branch goes with
-    if merged.pinned.place.revision in (None, "main"):
-        stray = [name for name in branch.files if name.startswith(f"{ARCHIVES}/") and name not in merged.last.beside]
-        what = f"on the branch {STATE_BRANCH}: a copy of a source that the ledger does not know; push the merge again"
-        checks += [Check(name, False, what) for name in stray]
     return checks
+
+
+def left_behind(merged: Merged) -> list[Check]:
+    """What interrupted commands left on the branch of states or beside the folder; it may hold a removed model."""
+    folder = merged.pinned.folder
+    if folder is not None:
+        left = "left beside the folder by a killed run; repeat its command, or delete it"
+        return [Check(name, False, left) for name in leftovers(folder)]
+    # an earlier commit is not what the branch goes with
+    if merged.pinned.place.revision not in (None, "main") or (branch := _state_branch(merged)) is None:
+        return []
+    what = (
+        f"on the branch {STATE_BRANCH}: {{}} that the ledger does not know; repeat the command that was interrupted, "
+        "or push the merge again"
+    )
+    stray = [name for name in branch.files if name not in merged.last.beside and name != ATTRIBUTES]
+    return [Check(name, False, what.format(_kind(name))) for name in stray]
 
 
 def _replay(merged: Merged, asked: str | None) -> Check:

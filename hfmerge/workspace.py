@@ -143,6 +143,46 @@ def recover(output: str | Path) -> None:
             _recover(output, old)
 
 
+def leftovers(output: Path) -> list[str]:
+    """Names of what killed runs left beside a folder, which may hold models that are in it no longer.
+
+    What a merge is at work on just now is none.
+    """
+    output = Path(output).absolute()
+    left = [path.name for path in (_beside(output, part) for part in ("old", "partial", "journal")) if path.exists()]
+    return [] if left and _at_work(_beside(output, "lock")) else left
+
+
+def _at_work(lock: Path) -> bool:
+    """Whether a process holds a lock."""
+    try:
+        handle = os.open(lock, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+    return False
+
+
+def clear(output: Path) -> None:
+    """Remove what killed runs left beside a folder that is complete.
+
+    Raises:
+        OutputError: a merge is at work there, or something cannot be removed.
+    """
+    output = Path(output).absolute()
+    partial, old, journal = (_beside(output, part) for part in ("partial", "old", "journal"))
+    with _locked(output):
+        _recover(output, old)
+        _remove(journal, partial)
+    if left := leftovers(output):
+        raise OutputError(f"{output.parent / left[0]}: cannot be removed; delete it.")
+
+
 def _beside(output: Path, part: str) -> Path:
     return output.parent / f".{output.name}.hfmerge-{part}"
 

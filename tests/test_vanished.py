@@ -80,7 +80,10 @@ def test_a_deleted_model(ids: list[str], maker: Shell, tmp_path: Path) -> None:
     tiny.done("unmerge", merged, "--remove", m1, "--output", tmp_path / "without")
     tiny.done("replace", merged, m1, m3, "--output", tmp_path / "other")
     tiny.done("unmerge", merged, "--remove", m1, "--push-to", merged)
-    tiny.done("restore", merged, "--step", "1", "--push-to", merged)
+    # nobody can read it any more, so whoever brings it back says that it may be published
+    restore = ("restore", merged, "--step", "1")
+    assert f"--publish-private {m1}" in changes(merged, *restore)
+    tiny.done(*restore, "--push-to", merged, "--publish-private", m1)
     assert "`hfmerge restore" in changes(merged, "add", merged, m3)
 
 

@@ -59,7 +59,10 @@ def _evaluate(args: argparse.Namespace) -> int:
     from hfmerge import examining
     from hfmerge.evaluation.results import save_results
     from hfmerge.evaluation.running import Settings
+    from hfmerge.targets import admit_card
 
+    if args.push and first_process():
+        admit_card(args.push, create_pr=args.create_pr)
     settings = Settings(
         args.limit, args.seed, args.batch_size, args.device, args.dtype, not args.no_cache, args.skip_missing
     )

@@ -11,6 +11,8 @@ from hfmerge.commands.shared import (
     consent_flags,
     print_json,
     print_result,
+    push_arguments,
+    push_flags,
     run_flags,
     run_options,
     size,
@@ -36,7 +38,7 @@ def register(command: Command) -> None:
         )
         _recipe_flags(sub)
         if name == "merge":
-            sub.add_argument("--create-pr", action="store_true", help="push as a pull request")
+            push_flags(sub)
             run_flags(sub)
     sub = command("convert", "Print a mergekit configuration as a recipe of hfmerge.", _convert)
     sub.add_argument("recipe", metavar="CONFIG.yaml")
@@ -116,7 +118,7 @@ def _asked(args: argparse.Namespace) -> Recipe:
 def _merge(args: argparse.Namespace) -> int:
     from hfmerge import api
 
-    result = api.merge(_asked(args), create_pr=args.create_pr, options=run_options(args))
+    result = api.merge(_asked(args), **push_arguments(args), options=run_options(args))
     return print_result(args, result)
 
 

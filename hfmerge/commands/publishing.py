@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from hfmerge.commands.shared import Command, print_json
+from hfmerge.commands.shared import Command, print_json, push_arguments, push_flags
 from hfmerge.quoting import say, tell
 
 
@@ -14,13 +14,13 @@ def register(command: Command) -> None:
     sub.add_argument("folder", metavar="FOLDER")
     sub.add_argument("repo_id", metavar="REPO_ID")
     sub.add_argument("--private", action="store_true", default=None, help="make a new repository private")
-    sub.add_argument("--create-pr", action="store_true", help="open a pull request")
+    push_flags(sub)
 
 
 def _push(args: argparse.Namespace) -> int:
     from hfmerge import examining
 
-    pushed = examining.push(args.folder, args.repo_id, private=args.private, create_pr=args.create_pr)
+    pushed = examining.push(args.folder, args.repo_id, private=args.private, **push_arguments(args))
     if args.json:
         print_json({**vars(pushed), "notes": list(pushed.notes)})
         return 0

@@ -56,7 +56,7 @@ def change_flags(sub: argparse.ArgumentParser, *, reads: bool = True) -> None:
         "--output", metavar="FOLDER", help="a new folder; default: a MERGED folder is replaced in one rename"
     )
     sub.add_argument("--push-to", metavar="REPO_ID", help="publish the result")
-    sub.add_argument("--create-pr", action="store_true", help="push as a pull request")
+    push_flags(sub)
     run_flags(sub)
     if reads:
         stream_flag(sub, False)
@@ -64,12 +64,35 @@ def change_flags(sub: argparse.ArgumentParser, *, reads: bool = True) -> None:
     source_flag(sub)
 
 
+def push_flags(sub: argparse.ArgumentParser) -> None:
+    """How a result is published."""
+    sub.add_argument("--create-pr", action="store_true", help="push as a pull request")
+    sub.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace what is in the repository and not of this merge, even a base or a source",
+    )
+    sub.add_argument(
+        "--publish-private",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="let the result go where more people may read it than this input, which is private, gated or gone; may "
+        "be given several times",
+    )
+
+
+def push_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """What every verb that publishes takes."""
+    return {"create_pr": args.create_pr, "overwrite": args.overwrite, "publish_private": args.publish_private}
+
+
 def change_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """What every verb that changes a merge takes beside what it changes."""
     return {
         "output": args.output,
         "push_to": args.push_to,
-        "create_pr": args.create_pr,
+        **push_arguments(args),
         "sources": given_sources(args),
         **({"stream": args.stream} if "stream" in args else {}),
         "options": run_options(args),
@@ -164,12 +187,20 @@ def print_result(args: argparse.Namespace, result: Any, more: Mapping[str, Any] 
                 "seconds": dict(result.seconds),
                 "processes": result.processes,
                 "reused": result.reused,
+                "repeated": result.repeated,
                 "streamed": None if result.streamed is None else dataclasses.asdict(result.streamed),
                 "warnings": list(result.warnings),
                 "pushed": None if pushed is None else {**vars(pushed), "notes": list(pushed.notes)},
                 **(more or {}),
             }
         )
+        return 0
+    if result.repeated:
+        print(
+            f"{entry.action}: done already by step {entry.step}; nothing was computed, what it had left is cleaned up"
+        )
+        if pushed is not None:
+            print(f"published at {pushed.url}")
         return 0
     crew = f" on {result.processes} processes" if result.processes > 1 else ""
     say(f"{entry.action} (step {entry.step}): {entry.how}, {result.seconds['total']:.1f} s{crew}")

@@ -248,7 +248,7 @@ def test_an_index_that_names_a_file_elsewhere(root: Path, tmp_path: Path) -> Non
 
 def test_push_publishes_no_file_through_a_link(hub: HubServer, out: Path, secret: Path) -> None:
     """A link in the merge's folder leads to a private file of the victim."""
-    (out / "notes.txt").symlink_to(secret)
+    (out / "notes.md").symlink_to(secret)
     text = refused("push", out, "victim/linked")
     assert f"notes.txt is a link to {secret}" in text and no_repository("victim/linked")
 
@@ -325,11 +325,11 @@ def test_peoples_links_stay_links(root: Path, out: Path, secret: Path) -> None:
     (out / ".git" / "hooks").mkdir(parents=True)
     (out / ".git" / "hooks" / "pre-push").symlink_to(secret)
     (out / ".git" / "config").write_text("[core]")
-    (out / "notes.txt").write_text("mine")
-    (out / "same.txt").symlink_to("notes.txt")
+    (out / "notes.md").write_text("mine")
+    (out / "same.md").symlink_to("notes.md")
     tiny.done("add", out, root / "m2")
     assert (out / ".git" / "hooks" / "pre-push").is_symlink() and (out / ".git" / "config").read_text() == "[core]"
-    assert (out / "same.txt").is_symlink() and (out / "same.txt").read_text() == "mine"
+    assert (out / "same.md").is_symlink() and (out / "same.md").read_text() == "mine"
 
 
 def snapshot(cache: Path, model: Path) -> Path:

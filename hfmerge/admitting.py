@@ -1,0 +1,119 @@
+"""Before a verb begins: what its result will be made of, and so whether it may go where it is to be published."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from hfmerge.errors import HfMergeError
+from hfmerge.fetching import pin
+from hfmerge.ledger import Entry, named
+from hfmerge.merged import Merged, parts_of
+from hfmerge.options import RunOptions
+from hfmerge.recipe import Recipe
+from hfmerge.removal import Part, parts
+from hfmerge.runtime import Ranks
+from hfmerge.source import parse_ref
+from hfmerge.targets import Destination, admit, check_readers
+
+
+def admit_merge(asked: Recipe, to: Destination | None, ranks: Ranks, options: RunOptions) -> None:
+    """Whether the result of a first merge may go where it is to be published (see `targets.admit`).
+
+    Raises:
+        PushError: it may not go there. OfflineError: the Hub cannot be reached.
+    """
+    if to is not None:
+        ranks.on_main(partial(_admit_merge, asked, to, options))
+
+
+def _admit_merge(asked: Recipe, to: Destination, options: RunOptions) -> None:
+    inputs = [*_parts(asked.base, "base"), *(part for m in asked.models for part in _parts(m.model, "model"))]
+
+    def again(entry: Entry) -> bool:
+        """Whether an entry is this very merge, as far as the recipe says."""
+        method, weights = entry.method, [model.weight for model in entry.models]
+        alike = entry.action == "merge" and method["name"] == asked.method.name and method["norm"] == asked.method.norm
+        alike = alike and all(method["options"].get(k) == v for k, v in asked.method.options.items())
+        alike = alike and (asked.learn is not None or weights == [model.weight for model in asked.models])
+        return alike and {p.name for p in parts(entry)} == {p.name for p in inputs}
+
+    level, note = admit(to, inputs, history={}, again=again)
+    check_readers(to, level, inputs)
+    _tell(options, note)
+
+
+def admit_change(
+    opened: Merged,
+    to: Destination | None,
+    ranks: Ranks,
+    options: RunOptions,
+    *,
+    new: Sequence[str] = (),
+    without: Sequence[str] = (),
+    base: str | None = None,
+    entry: Entry | None = None,
+) -> Callable[[], None]:
+    """Whether the result of a change may go where it is to be published (see `targets.admit`).
+
+    Args:
+        new: references of models that join.
+        without: names of those that leave.
+        base: reference of another base.
+        entry: what the result is made of otherwise; None: the last one.
+
+    Returns:
+        A check whether all who may read the target may read the inputs; it is for after planning, which knows better
+        what to do about inputs that are gone.
+
+    Raises:
+        PushError: it may not go there. OfflineError: the Hub cannot be reached.
+    """
+    if to is None:
+        return lambda: None
+    to = own_destination(opened, to)
+    left = _without(entry or opened.last, without)
+
+    def begin() -> tuple[int | None, list[Part]]:
+        inputs = [part for part in parts(left) if base is None or part.role != "base"]
+        inputs += [part for ref in new for part in _parts(ref, "model")] + (_parts(base, "base") if base else [])
+        level, note = admit(to, inputs, history=opened.history)
+        _tell(options, note)
+        return level, inputs
+
+    level, inputs = ranks.on_main(begin)
+    return lambda: ranks.on_main(partial(check_readers, to, level, inputs))
+
+
+def own_destination(opened: Merged, to: Destination) -> Destination:
+    """A destination, which the merge's own repository is only as long as nobody pushes there meanwhile."""
+    if to.repo_id.lower() != opened.pinned.name.lower():
+        return to
+    return dataclasses.replace(to, parent_commit=opened.pinned.commit)
+
+
+def _tell(options: RunOptions, note: str | None) -> None:
+    if note is not None and options.notify is not None:
+        options.notify(note)
+
+
+def _without(entry: Entry, names: Sequence[str]) -> Entry:
+    """An entry without models of some names, and without them in the merges that were merged."""
+
+    def left(identities: Sequence[str]) -> tuple[str, ...]:
+        return tuple(one for one in identities if not any(named(name, [one]) for name in names))
+
+    kept = [dataclasses.replace(model, contains=left(model.contains)) for model in entry.models]
+    return dataclasses.replace(entry, models=tuple(model for model in kept if left([model.identity])))
+
+
+def _parts(ref: str, role: str) -> list[Part]:
+    """What a reference brings into a merge, as far as it can be read; planning reports what cannot, all at once."""
+    try:
+        places = [pin(place) for place in parse_ref(ref)]
+        inner = [one for place in places for one in parts_of(place, [])[1]]
+    except HfMergeError:
+        return []
+    found = [Part(f"{p.name}@{p.commit or 'sha256:'}", role if p is places[-1] else "beneath", {}) for p in places]
+    return [*found, *(Part(identity, f"part of {places[-1].name}", {}) for identity in inner)]

@@ -1,0 +1,119 @@
+"""A change that is done already: its command succeeds again, and finishes what a killed or failed run left undone.
+
+A change counts as done where the last step of the merge is this very one: the same action on the same models, which
+are in the merge, or out of it, as the command asks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from hfmerge.admitting import admit_change
+from hfmerge.describing import describe
+from hfmerge.digesting import digests, folder_digest
+from hfmerge.errors import HfMergeError, LedgerError
+from hfmerge.fetching import pin
+from hfmerge.hub import finish_push
+from hfmerge.ledger import Material, contained
+from hfmerge.merged import Merged
+from hfmerge.options import DEFAULT
+from hfmerge.recipe import ModelEntry
+from hfmerge.running import MergeResult, push_written
+from hfmerge.runtime import Ranks
+from hfmerge.source import Place, parse_ref
+from hfmerge.targets import Destination, require_writer
+from hfmerge.weights import Weight
+from hfmerge.workspace import clear
+
+
+def in_place(opened: Merged, output: str | Path | None, to: Destination | None) -> bool:
+    """Whether the result of a change takes the place of the merge that it changes."""
+    folder = opened.pinned.folder
+    if folder is not None:
+        return output is None or Path(output).resolve() == folder
+    own = to is not None and not to.create_pr and to.repo_id.lower() == opened.pinned.name.lower()
+    return own and output is None and opened.pinned.place.revision in (None, "main")
+
+
+def added(opened: Merged, models: Sequence[ModelEntry]) -> bool:
+    """Whether the last step added these very models."""
+    if not models or not _last_was(opened, "add"):
+        return False
+    before, last = opened.entries[-2].models, opened.last.models
+    if len(last) != len(before) + len(models):
+        return False
+    new = zip(last[len(before) :], models, strict=True)
+    return all(held.weight == asked.weight and _is(opened, held, asked.model) for held, asked in new)
+
+
+def replaced(opened: Merged, old: str, new: str, weight: Weight | None) -> bool:
+    """Whether the last step put this very model in the place of that one."""
+    if not _last_was(opened, "replace"):
+        return False
+    before = opened.entries[-2]
+    try:
+        at = before.find(old)
+    except LedgerError:
+        return False
+    gone, came = before.models[at], opened.last.models[at]
+    if came == gone or (came.identity != gone.identity and gone.identity in contained(opened.last)):
+        return False
+    return came.weight == (gone.weight if weight is None else weight) and _is(opened, came, new)
+
+
+def restored(opened: Merged, step: int) -> bool:
+    """Whether the last step went back to this one."""
+    return opened.last.action == "restore" and opened.last.restored == step
+
+
+def _last_was(opened: Merged, action: str) -> bool:
+    return opened.last.action == action and len(opened.entries) > 1
+
+
+def _is(opened: Merged, held: Material, ref: str) -> bool:
+    """Whether a reference means a model that the merge holds, as it is now."""
+    try:
+        places = parse_ref(ref)
+        names = [_identity(place) for place in places]
+    except HfMergeError:
+        return False  # the change itself says what is wrong with it
+    return names == [*([held.beneath] if held.beneath else []), held.identity]
+
+
+def _identity(place: Place) -> str:
+    pinned = pin(place)
+    if pinned.commit is not None:
+        return f"{pinned.name}@{pinned.commit}"
+    return f"{pinned.name}@sha256:{folder_digest(digests(describe(place.text)))}"
+
+
+def finish(opened: Merged, to: Destination | None, ranks: Ranks) -> MergeResult:
+    """Finish a change that is done, with nothing computed: publish a folder, remove what is of earlier steps.
+
+    Raises:
+        PushError, SourceError: the Hub refuses. OutputError: a file cannot be removed.
+    """
+    return ranks.on_main(lambda: _finish(opened, to, ranks))
+
+
+def _finish(opened: Merged, to: Destination | None, ranks: Ranks) -> MergeResult:
+    folder, last, pushed = opened.pinned.folder, opened.last, None
+    if folder is None:
+        require_writer(opened.pinned.name)
+        pushed = finish_push(opened.pinned, last)
+    else:
+        admit_change(opened, to, Ranks(), DEFAULT)()
+        clear(folder)
+        _drop_strays(folder, last.beside)
+        pushed = push_written(folder, to) if to is not None else None
+    seconds = {"merging": 0.0, "total": 0.0}
+    return MergeResult(folder, last, (), pushed, seconds, ranks.world, repeated=True)
+
+
+def _drop_strays(folder: Path, keep: Collection[str]) -> None:
+    """Remove states and copies of sources that the last step does not list."""
+    for path in sorted((folder / "merge_state").rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if (path.is_file() or path.is_symlink()) and name not in keep:
+            path.unlink()

@@ -1,0 +1,362 @@
+"""Whether a push may go where it is told: the right to write, what it would replace, and who could read it there.
+
+It is asked before any work begins, so that nothing is computed in vain, and again by the push itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hfmerge.asking import hub_api, hub_errors, patiently
+from hfmerge.card import FILE
+from hfmerge.checkpoint.sidefiles import is_side_file
+from hfmerge.commits import download, listed, moved
+from hfmerge.digest import sha256_bytes
+from hfmerge.errors import AccessError, LedgerError, NotFoundError, OfflineError, PushError
+from hfmerge.ledger import FOLDER, Entry, check_chain
+from hfmerge.privacy import WORDS, level_of, restricted
+from hfmerge.removal import Part
+from hfmerge.verifying import LICENCES, WEIGHTS
+
+
+CONFIGS = ("config.json", "adapter_config.json", "model_index.json", "params.json", "config.yaml")
+"""Names of files, at any depth, that describe a model."""
+ASSETS = (".md", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".gitattributes", ".gitignore")
+"""How names of files end that people put beside a model, and that no push deletes."""
+MAY_WRITE = ("admin", "write", "contributor")
+"""Roles in an organisation that may create repositories there."""
+TOKEN = "`hf auth login`, or HF_TOKEN"
+
+
+@dataclass(frozen=True)
+class Destination:
+    """A repository that a result goes to, and what its user allows there.
+
+    Attributes:
+        repo_id: created if it does not exist.
+        private: visibility of a new repository; None: the Hub's default, but private if an input is (see `privacy`).
+        create_pr: open a pull request instead of committing to `main`.
+        parent_commit: what `main` must be at; None: what it is at when the push begins.
+        overwrite: replace what is there and was not made by hfmerge as part of this merge.
+        publish_private: inputs, by name, that need not stay as private as they are.
+    """
+
+    repo_id: str
+    private: bool | None = None
+    create_pr: bool = False
+    parent_commit: str | None = None
+    overwrite: bool = False
+    publish_private: tuple[str, ...] = ()
+
+    def withheld(self, levels: Mapping[str, int], level: int) -> list[str]:
+        """Inputs that fewer may read than a repository of `level`, and that may not be published."""
+        allowed = [name.partition("@")[0].lower() for name in self.publish_private]
+        return [name for name, own in levels.items() if own > level and name.lower() not in allowed]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A repository as it is: its ID as the Hub writes it, what `main` is at, how few may read it, its files."""
+
+    repo_id: str
+    head: str
+    level: int
+    files: Mapping[str, Any]
+
+
+def destination(
+    push_to: str | None,
+    *,
+    private: bool | None = None,
+    create_pr: bool = False,
+    overwrite: bool = False,
+    publish_private: Sequence[str] = (),
+) -> Destination | None:
+    """The destination of a verb's arguments; None if nothing is to be published."""
+    if push_to is None:
+        return None
+    return Destination(push_to, private, create_pr, None, overwrite, tuple(publish_private))
+
+
+def find_target(to: Destination) -> Target | None:
+    """The repository as it is now; None if there is none, or none that the token may see.
+
+    Raises:
+        SourceError: no right, no connection; no repository to open a pull request for.
+    """
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    api = hub_api()
+    with hub_errors(to.repo_id, "write"):
+        try:
+            info = patiently(lambda: api.model_info(to.repo_id, revision="main"))
+        except RepositoryNotFoundError:
+            if to.create_pr:
+                raise
+            return None
+        head = str(info.sha)
+        return Target(str(info.id), head, level_of(info), listed(api, to.repo_id, head))
+
+
+def make_target(to: Destination, levels: Mapping[str, int]) -> None:
+    """Create the repository, private if an input that may not be published is.
+
+    Args:
+        levels: inputs that are not public (see `privacy.restricted`).
+
+    Raises:
+        PushError: a public one is asked for, and an input is not. SourceError: no right, no connection.
+    """
+    check_levels(to, None, levels)
+    private = True if to.withheld(levels, 0) else to.private
+    api = hub_api()
+    with hub_errors(to.repo_id, "write"):
+        patiently(lambda: api.create_repo(to.repo_id, private=private, exist_ok=True))
+
+
+def admit(
+    to: Destination,
+    inputs: Collection[Part],
+    *,
+    history: Mapping[str, bytes],
+    again: Callable[[Entry], bool] | None = None,
+) -> tuple[int | None, str | None]:
+    """Before any work: whether the token may write there, and what a push would replace.
+
+    Args:
+        inputs: what the result is made of.
+        history: path -> bytes of the ledger that the result continues.
+        again: whether a ledger entry is what the result would be, so that a merge may be repeated.
+
+    Returns:
+        How few may read the repository, None if it does not exist yet; and what a push will replace, if that is
+        allowed.
+
+    Raises:
+        PushError: it may not go there. OfflineError: the Hub cannot be reached. SourceError: it cannot be asked.
+    """
+    try:
+        me = _user(to)
+        target = find_target(to)
+        if target is not None and not to.create_pr:
+            require_writer(to.repo_id, me["name"])
+        if target is not None and to.parent_commit not in (None, target.head):
+            raise moved(to.repo_id, str(to.parent_commit))
+        if target is None:
+            _require_namespace(to, me, inputs)
+            return None, None
+        return target.level, check_replacement(to, target, inputs, history, again=again)[1]
+    except OfflineError as error:
+        raise OfflineError(
+            f"{to.repo_id}: the Hub cannot be reached, so nothing was begun; name an --output instead of --push-to "
+            f"and publish later with `hfmerge push FOLDER {to.repo_id}`, or unset HF_HUB_OFFLINE."
+        ) from error
+
+
+def admit_card(repo_id: str, *, create_pr: bool) -> None:
+    """Before any work: whether the token may change the card of a repository that exists.
+
+    Raises:
+        PushError: no right to write. SourceError: no such repository, no connection.
+    """
+    me = _user(Destination(repo_id, create_pr=create_pr))
+    if not create_pr:
+        require_writer(repo_id, me["name"])
+
+
+def require_writer(repo_id: str, user: str | None = None) -> None:
+    """Whether the token may write to a repository that exists.
+
+    Args:
+        user: whose token it is, if that is known already.
+
+    Raises:
+        PushError: no. SourceError: the Hub cannot be asked.
+    """
+    api = hub_api()
+    user = user or _user(Destination(repo_id))["name"]
+    try:
+        with hub_errors(repo_id, "write"):
+            patiently(lambda: api.auth_check(repo_id, write=True))
+    except (AccessError, NotFoundError) as error:
+        raise PushError(
+            f"{repo_id}: {user} has no right to write there; push to a repository of your own, such as "
+            f"{user}/{repo_id.rpartition('/')[2]}, or open a pull request with --create-pr."
+        ) from error
+
+
+def _user(to: Destination) -> Mapping[str, Any]:
+    """What the Hub says of the token's user, whose name is at `name`."""
+    from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
+    from huggingface_hub.utils import validate_repo_id
+
+    api = hub_api()
+    try:
+        with hub_errors(to.repo_id, "write"):
+            me: Mapping[str, Any] = patiently(api.whoami)
+    except LocalTokenNotFoundError as error:
+        raise PushError(
+            f"{to.repo_id}: nobody is logged in; a push needs a token that may write there: {TOKEN}."
+        ) from error
+    if _role(me) == "read" and not to.create_pr:
+        raise PushError(
+            f"{to.repo_id}: the token of {me['name']} may only read; a push needs one that may write there: {TOKEN}."
+        )
+    try:
+        validate_repo_id(to.repo_id)
+        valid = "/" in to.repo_id
+    except HFValidationError:
+        valid = False
+    if not valid:
+        raise PushError(
+            f"{to.repo_id}: names no repository to write to; write NAMESPACE/NAME, such as {me['name']}/NAME."
+        )
+    return me
+
+
+def _role(me: Mapping[str, Any]) -> str | None:
+    token = (me.get("auth") or {}).get("accessToken") or {}
+    return token.get("role")
+
+
+def _require_namespace(to: Destination, me: Mapping[str, Any], inputs: Collection[Part]) -> None:
+    """Whether the user may create a repository there; where their token does not say, it is created at once."""
+    namespace, _, name = to.repo_id.partition("/")
+    roles = {str(org.get("name")).lower(): org.get("roleInOrg") for org in me.get("orgs") or ()}
+    own = namespace.lower() == me["name"].lower() or roles.get(namespace.lower()) in MAY_WRITE
+    if own and _role(me) == "write":
+        return
+    try:
+        make_target(to, restricted(part.identity for part in inputs))
+    except (AccessError, NotFoundError) as error:
+        raise PushError(
+            f"{to.repo_id}: {me['name']} has no right to write under {namespace}; check the name, or push to "
+            f"{me['name']}/{name}."
+        ) from error
+
+
+def check_readers(to: Destination, level: int | None, inputs: Collection[Part]) -> None:
+    """Whether all who may read the target may read what the result is made of.
+
+    Args:
+        level: how few may read the target; None: it is new, and so as private as need be.
+
+    Raises:
+        PushError: an input is more private than the target, and may not be published. SourceError: the Hub cannot be
+            asked.
+    """
+    check_levels(to, level, restricted(part.identity for part in inputs))
+
+
+def check_levels(to: Destination, level: int | None, levels: Mapping[str, int]) -> None:
+    """As `check_readers`.
+
+    Args:
+        levels: inputs that are not public (see `privacy.restricted`).
+    """
+    if level is None and to.private is not False:
+        return
+    if held := to.withheld(levels, level or 0):
+        what = "would be public" if level is None else f"is {WORDS[level]}"
+        raise PushError(_too_public(to, held[0], levels, what))
+
+
+def _too_public(to: Destination, name: str, levels: Mapping[str, int], what: str) -> str:
+    own = WORDS[levels[name]] if levels[name] < len(WORDS) - 1 else "private, or gone"
+    return (
+        f"{to.repo_id}: {what}, and {name}, from which the result is made, is {own}; push to a private repository, or "
+        f"pass --publish-private {name} to publish the result, and the copy of {name} if it keeps one, all the same."
+    )
+
+
+def check_replacement(
+    to: Destination,
+    target: Target,
+    inputs: Collection[Part],
+    history: Mapping[str, bytes],
+    *,
+    written: Collection[str] = (),
+    again: Callable[[Entry], bool] | None = None,
+) -> tuple[list[str], str | None]:
+    """What a push would replace or delete that is not of this merge.
+
+    Args:
+        inputs, history, again: as for `admit`.
+        written: files that the push would write, as far as known.
+
+    Returns:
+        Those files, and a line that names them, or None.
+
+    Raises:
+        PushError: there are some, or the target is itself an input, and nobody allowed to replace them.
+    """
+    theirs = {
+        name: download(hub_api(), to.repo_id, name, target.head) for name in sorted(target.files) if _entry(name)
+    }
+    strange = next((name for name, data in theirs.items() if history.get(name) != data), None)
+    if strange is not None and again is not None and len(theirs) == 1 and _is_again(theirs, again):
+        strange = None
+    if theirs and strange is None:
+        lost, why = _changed_since(target, to.repo_id, theirs), "holds files that its ledger does not describe"
+        role = None
+    else:
+        role = next((p.role for p in inputs if p.name.lower() in (to.repo_id.lower(), target.repo_id.lower())), None)
+        held = role is not None or any(_of_a_model(name) or name in written for name in target.files if name != FILE)
+        lost = [name for name in sorted(target.files) if not _is_asset(name)] if held else []
+        why = "holds a model that is not of this merge"
+        if role is not None:
+            why = f"is itself in this merge ({role})"
+        elif strange is not None:
+            why = f"holds another merge ({strange} differs)"
+    if not lost and role is None:
+        return [], None
+    shown = ", ".join(lost[:4]) + (f" and {len(lost) - 4} more files" if len(lost) > 4 else "")
+    if not to.overwrite and (strange is not None or not to.create_pr):
+        on = f"go on from it with `hfmerge add {to.repo_id} MODEL`, or " if strange is not None else ""
+        raise PushError(
+            f"{to.repo_id}: {why}; a push would replace {shown or 'what it is'}; {on}push to another repository, or "
+            "pass --overwrite to replace them."
+        )
+    verb = "the pull request would replace" if to.create_pr else "replaced"
+    return lost, f"{to.repo_id} {why}: {verb} {shown or 'nothing'}, of commit {target.head[:12]}"
+
+
+def _entry(name: str) -> bool:
+    return name.startswith(f"{FOLDER}/") and name.endswith(".json")
+
+
+def _is_again(theirs: Mapping[str, bytes], again: Callable[[Entry], bool]) -> bool:
+    try:
+        return again(check_chain(theirs, "")[-1])
+    except LedgerError:
+        return False
+
+
+def _changed_since(target: Target, repo_id: str, theirs: Mapping[str, bytes]) -> list[str]:
+    """Weights, and files loaded with them, that are not those which the ledger beside them describes."""
+    products = check_chain(theirs, repo_id)[-1].products
+    return [
+        name
+        for name, item in sorted(target.files.items())
+        if (name.endswith(WEIGHTS) or is_side_file(name))
+        and (name not in products or _digest(repo_id, target, item) != products[name])
+    ]
+
+
+def _digest(repo_id: str, target: Target, item: Any) -> str:
+    if item.lfs is not None:
+        return str(item.lfs.sha256)
+    return sha256_bytes(download(hub_api(), repo_id, item.path, target.head))
+
+
+def _of_a_model(name: str) -> bool:
+    """Whether a file is of a model, or is one that a merge may need the place of."""
+    if name.endswith(WEIGHTS) or is_side_file(name) or name.rpartition("/")[2] in CONFIGS:
+        return True
+    return name == LICENCES or name.startswith((f"{FOLDER}/", "heads/"))
+
+
+def _is_asset(name: str) -> bool:
+    return name.endswith(ASSETS) and name != LICENCES
