@@ -16,7 +16,8 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from hfmerge.hubserver import discussions, download, lfs, lfsfiles, listing, repos, upload, xet
+from hfmerge.hubserver import discussions, download, lfs, lfsfiles, listing, pages, repos, upload, xet
+from hfmerge.hubserver.basic import caller
 from hfmerge.hubserver.hub import Hub
 from hfmerge.hubserver.routing import Match, find
 from hfmerge.hubserver.wire import Call, HubFault, not_implemented
@@ -111,10 +112,10 @@ class HubApp:
             try:
                 match = self._match(request)
                 if not match.open:
-                    record["user"] = self._hub.user_of(request.headers.get("authorization"))
+                    record["user"] = caller(self._hub, request)
                 response = await self._answer(request, match, record["user"])
             except HubFault as fault:
-                response = fault.response()
+                response = pages.fault_page(self._hub, request, fault)
             except ClientDisconnect:
                 raise
             except Exception:  # a fault of the server: shown in its log, answered with 500, fatal to no other request
@@ -144,6 +145,8 @@ class HubApp:
         first = path.removeprefix("/api/").strip("/").split("/")[0]
         if first in _ABSENT and not is_cdn:
             raise not_implemented(first)
+        if not is_cdn and (match := find(pages.ROUTES, request.method, path)[0]) is not None:
+            return match
         raise HubFault(404, f"No such route: {request.method} {path}")
 
     async def _answer(self, request: Request, match: Match, user: str | None) -> Response:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 import re
 from collections.abc import AsyncIterator
 from email.utils import quote as quote_text
@@ -20,12 +21,21 @@ from hfmerge.hubserver.wire import Call, HubFault, entry_missing, reply
 _CHUNK = 1 << 20
 _RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})", re.ASCII)
 
+# Whatever a file holds, a browser must not run it as a page of this server.
+_HARMLESS = {
+    "X-Content-Type-Options": "nosniff",
+    "Content-Security-Policy": "sandbox; default-src 'none'; frame-ancestors 'none'",
+    "Cross-Origin-Resource-Policy": "same-site",
+}
+# Pictures are told by their name, so that cards can show them; none of these kinds can hold a script.
+_PICTURES = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".gif": "gif", ".webp": "webp"}
+
 
 def resolve(hub: Hub, call: Call) -> Response:
     """A file of a revision: its content, not its LFS pointer."""
     entry, commit, data = _fetch(hub, call)
     etag = f'"{entry.lfs.oid if entry.lfs else entry.oid}"'
-    headers = {"X-Repo-Commit": commit, "ETag": etag, "Accept-Ranges": "bytes"}
+    headers = {"X-Repo-Commit": commit, "ETag": etag, "Accept-Ranges": "bytes", **_HARMLESS}
     if entry.lfs is None:
         return _send(call, headers, len(data), data, "text/plain; charset=utf-8")
     if not hub.database.linked(hub.repo(call).rid, entry.lfs.oid) or hub.blobs.size(entry.lfs.oid) is None:
@@ -37,7 +47,7 @@ def resolve(hub: Hub, call: Call) -> Response:
         token, _ = hub.signer.sign("cdn", claims, seconds=3600)
         headers["Location"] = f"http://{f'[{host}]' if ':' in host else host}:{hub.cdn_port}/cdn/{token}"
         return reply({"redirect": "cdn"}, status=302, headers=headers)
-    return _send(call, headers, entry.size, hub.blobs.path(entry.lfs.oid), "application/octet-stream")
+    return _send(call, headers, entry.size, hub.blobs.path(entry.lfs.oid), _media_type(entry.path))
 
 
 def raw(hub: Hub, call: Call) -> Response:
@@ -45,7 +55,7 @@ def raw(hub: Hub, call: Call) -> Response:
     entry, commit, _ = _fetch(hub, call)
     with hub.git(hub.repo(call)) as git:
         data = git.read(entry.oid)
-    headers = {"X-Repo-Commit": commit, "ETag": f'"{entry.oid}"', "Accept-Ranges": "bytes"}
+    headers = {"X-Repo-Commit": commit, "ETag": f'"{entry.oid}"', "Accept-Ranges": "bytes", **_HARMLESS}
     return _send(call, headers, len(data), data, "text/plain; charset=utf-8")
 
 
@@ -59,9 +69,10 @@ def cdn(hub: Hub, call: Call) -> Response:
     headers = {
         "ETag": f'"{claims["oid"]}"',
         "Accept-Ranges": "bytes",
+        **_HARMLESS,
         "Content-Disposition": f"inline; filename*=UTF-8''{quote(name)}; filename=\"{quote_text(_ascii(name))}\"",
     }
-    return _send(call, headers, size, hub.blobs.path(claims["oid"]), "application/octet-stream")
+    return _send(call, headers, size, hub.blobs.path(claims["oid"]), _media_type(name))
 
 
 def _fetch(hub: Hub, call: Call) -> tuple[Entry, str, bytes]:
@@ -71,6 +82,11 @@ def _fetch(hub: Hub, call: Call) -> tuple[Entry, str, bytes]:
         commit = hub.commit_of(git, call.args["rev"])
         entry = hub.file_at(git, commit, call.args["path"].strip("/"))
         return entry, commit, b"" if entry.lfs is not None else git.read(entry.oid)
+
+
+def _media_type(path: str) -> str:
+    kind = _PICTURES.get(posixpath.splitext(path.lower())[1])
+    return f"image/{kind}" if kind is not None else "application/octet-stream"
 
 
 def _ascii(text: str) -> str:

@@ -141,7 +141,8 @@ def main_serve(argv: list[str]) -> int:
     """`hfmerge hub serve`: serve in the foreground until Ctrl-C. Returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="hfmerge hub serve",
-        description="Serve a Hub-compatible store on this machine. Any user may create any organisation; see the"
+        description="Serve a Hub-compatible store on this machine, with pages for browsers. Any user may create any"
+        " organisation; see the"
         " documentation of hfmerge.hubserver for what is supported.",
     )
     parser.add_argument("--root", type=Path, default=None, help="folder of the store (default: %(default)s)")
@@ -162,6 +163,7 @@ def main_serve(argv: list[str]) -> int:
             print(json.dumps({"endpoint": endpoint}), flush=True)
             return
         print(f"# store: {arguments.root}")
+        print(f"# pages: {endpoint}/")
         for name, token in users.items():
             print(f"# user {name}:")
             print(f"export HF_ENDPOINT={endpoint}")
