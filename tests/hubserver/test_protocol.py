@@ -108,7 +108,7 @@ def test_headers(hub: Hub, repo: str) -> None:
         ("DELETE", "/api/models/gpt2/like", 404, "RepoNotFound"),
         ("GET", "/acme/http.git/info/refs?service=git-upload-pack", 501, "NotImplemented"),
         ("GET", "/nowhere", 404, None),
-        ("GET", "/", 404, None),
+        ("GET", "/_nothing/at/all/here", 404, None),
         ("GET", "/api/models/acme/http/unknown/route/here", 404, None),
         ("DELETE", "/api/models/acme/http", 405, None),
         ("GET", "/api/models?limit=-1", 400, None),

@@ -41,7 +41,8 @@ def talk(hub: Hub, call: Call) -> Response:
         raise HubFault(404, f"No discussion {call.args['num']} in {row.id}")
     refused = refusal(hub, row, call)
     events = hub.database.events(row.rid, found.num)
-    said, letters = [], 0
+    said: list[dict[str, Any]] = []
+    letters = 0
     for event in events[:_MOST_EVENTS]:
         letters += len(event["data"]["latest"]["raw"]) if event["type"] == "comment" else 0
         if letters > _MOST_LETTERS and said:
