@@ -114,9 +114,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _hub(argv: list[str]) -> int:
-    usage = "usage: hfmerge hub serve [...] | hfmerge hub run [...] -- COMMAND"
+    usage = "usage: hfmerge hub serve [...] | hfmerge hub run [...] -- COMMAND | hfmerge hub user|token|org [...]"
     try:
-        from hfmerge.hubserver.serve import main_run, main_serve
+        from hfmerge.hubserver.people import main_org, main_token, main_user
+        from hfmerge.hubserver.serve import PURPOSE, main_run, main_serve
     except ImportError as error:
         print(f"hfmerge: the Hub on loopback needs `pip install hfmerge[hub]` ({error}).", file=sys.stderr)
         return 1
@@ -124,5 +125,11 @@ def _hub(argv: list[str]) -> int:
         return main_serve(argv[1:])
     if argv[:1] == ["run"]:
         return main_run(argv[1:])
-    print(usage, file=sys.stderr if argv[:1] not in (["--help"], ["-h"]) else sys.stdout)
+    if argv[:1] == ["user"]:
+        return main_user(argv[1:])
+    if argv[:1] == ["token"]:
+        return main_token(argv[1:])
+    if argv[:1] == ["org"]:
+        return main_org(argv[1:])
+    print(f"{usage}\n{PURPOSE}", file=sys.stderr if argv[:1] not in (["--help"], ["-h"]) else sys.stdout)
     return 0 if argv[:1] in (["--help"], ["-h"]) else 2

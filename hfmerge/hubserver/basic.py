@@ -15,8 +15,8 @@ from hfmerge.hubserver.wire import HubFault
 _OF_GIT = ("application/x-git-upload-pack-request", "application/vnd.git-lfs+json")
 
 
-def caller(hub: Hub, request: Request) -> str | None:
-    """The user of a request, None if it is anonymous.
+def caller(hub: Hub, request: Request) -> tuple[str, str] | None:
+    """The user of a request and what their token may do, None if it is anonymous.
 
     A browser sends a name and a token it knows by itself, also where another site's page makes it ask. So they count
     only where nothing is changed by asking, and for bodies that such a page cannot send.
@@ -26,12 +26,12 @@ def caller(hub: Hub, request: Request) -> str | None:
     """
     authorization = request.headers.get("authorization")
     if authorization is None or authorization[:6].lower() != "basic ":
-        return hub.user_of(authorization)
+        return hub.token_of(authorization)
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if request.method not in ("GET", "HEAD") and kind not in _OF_GIT:
         raise HubFault(401, "A name and a token cannot change anything here; send the token as Bearer")
     try:
-        return hub.user_of(f"Bearer {_token(authorization)}")
+        return hub.token_of(f"Bearer {_token(authorization)}")
     except HubFault as fault:
         fault.headers.setdefault("WWW-Authenticate", 'Basic realm="Hub", charset="UTF-8"')
         raise

@@ -10,6 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
+# The Hub takes files of this size at most; a disk keeps some bytes free for everything else.
+MOST_OBJECT = 50 << 30
+_SPARE_BYTES = 256 << 20
+
+
 class BlobStore:
     """Objects under `root/aa/bb/<sha256>`; what is being received lies in `temporary`, on the same file system."""
 
@@ -30,9 +35,30 @@ class BlobStore:
         except FileNotFoundError:
             return None
 
+    def require_room(self, size: int) -> None:
+        """Refuse an object by its announced size, before any of it is written.
+
+        Raises:
+            ValueError: it is longer than any may be, or than the disk has room for.
+        """
+        room = max(0, shutil.disk_usage(self.temporary).free - _SPARE_BYTES)
+        if size > min(MOST_OBJECT, room):
+            raise ValueError(f"a file of {size} bytes; at most {min(MOST_OBJECT, room)} are taken")
+
     def receive(self) -> Incoming:
         """Begin to receive an object."""
         return Incoming(self)
+
+    def put(self, path: Path, data: bytes) -> None:
+        """Write a file of another folder of the same file system: whole, or not at all."""
+        handle, temporary = tempfile.mkstemp(dir=self.temporary)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+            os.replace(temporary, path)
+        except BaseException:  # a full disk, above all
+            os.unlink(temporary)
+            raise
 
     def all(self) -> Iterator[str]:
         """The names of all objects."""

@@ -38,7 +38,7 @@ def resolve(hub: Hub, call: Call) -> Response:
     headers = {"X-Repo-Commit": commit, "ETag": etag, "Accept-Ranges": "bytes", **_HARMLESS}
     if entry.lfs is None:
         return _send(call, headers, len(data), data, "text/plain; charset=utf-8")
-    if not hub.database.linked(hub.repo(call).rid, entry.lfs.oid) or hub.blobs.size(entry.lfs.oid) is None:
+    if not entry.lfs.present:
         raise entry_missing(f"{entry.path}: this large file was deleted", commit)
     headers |= {"X-Linked-Etag": etag, "X-Linked-Size": str(entry.size)}
     if hub.cdn_port is not None:
@@ -47,7 +47,7 @@ def resolve(hub: Hub, call: Call) -> Response:
         token, _ = hub.signer.sign("cdn", claims, seconds=3600)
         headers["Location"] = f"http://{f'[{host}]' if ':' in host else host}:{hub.cdn_port}/cdn/{token}"
         return reply({"redirect": "cdn"}, status=302, headers=headers)
-    return _send(call, headers, entry.size, hub.blobs.path(entry.lfs.oid), _media_type(entry.path))
+    return _send(call, headers, entry.size, hub.object_path(entry), _media_type(entry.path))
 
 
 def raw(hub: Hub, call: Call) -> Response:

@@ -77,7 +77,7 @@ async def put_part(hub: Hub, call: Call) -> Response:
 
 def complete(hub: Hub, call: Call) -> Response:
     """Join the parts of an object."""
-    claims = hub.signer.check("complete", call.args["token"])
+    claims = _completes(hub, call)
     parts = call.json().get("parts")
     if not isinstance(parts, list) or len(parts) != claims["parts"]:
         raise HubFault(400, f"Expected {claims['parts']} parts")
@@ -88,14 +88,16 @@ def complete(hub: Hub, call: Call) -> Response:
         if not _OID.fullmatch(etag) or part.get("partNumber") != number or not path.exists():
             raise HubFault(400, f"Part {number} was not received with that entity tag")
         paths.append(path)
-    with hub.blobs.receive() as incoming:
+    try:
+        with hub.blobs.receive() as incoming:
+            for path in paths:
+                with path.open("rb") as file:
+                    while data := file.read(_CHUNK):
+                        incoming.write(data)
+            _keep(hub, incoming, claims)
+    finally:  # parts that make another object than announced make it again when they are joined again
         for path in paths:
-            with path.open("rb") as file:
-                while data := file.read(_CHUNK):
-                    incoming.write(data)
-        _keep(hub, incoming, claims)
-    for path in paths:
-        path.unlink()
+            path.unlink(missing_ok=True)
     return reply({})
 
 
@@ -124,6 +126,10 @@ def _action(hub: Hub, call: Call, row: RepoRow, item: Any, multipart: bool) -> d
     # Knowing a hash is no proof of having the object: only what this repository has may be skipped.
     if hub.database.linked(row.rid, oid) and hub.blobs.size(oid) == size:
         return answer
+    try:
+        hub.blobs.require_room(size)
+    except ValueError as error:
+        raise HubFault(413, f"{oid}: {error}") from error
     claims: dict[str, object] = {"rid": row.rid, "oid": oid, "size": size}
     verification = call.origin + repo_path(row.kind, row.id) + ".git/info/lfs/verify"
     if multipart and size > hub.part_size:
@@ -159,12 +165,16 @@ async def _pieces(call: Call) -> AsyncIterator[bytes]:
         yield bytes(buffer)
 
 
+def _completes(hub: Hub, call: Call) -> dict[str, Any]:
+    return hub.signer.check("complete", call.args["token"])
+
+
 ROUTES = [
-    route("POST", "/{web}{repo}.git/info/lfs/objects/batch", batch),
-    route("POST", "/{web}{repo}.git/info/lfs/verify", verify),
+    route("POST", "/{web}{repo}.git/info/lfs/objects/batch", batch, check=Hub.speaker, reads=True),
+    route("POST", "/{web}{repo}.git/info/lfs/verify", verify, check=Hub.speaker, reads=True),
     route("GET", "/{web}{repo}.git/info/refs", git_transport),
     route("GET", "/{web}{repo}/info/refs", git_transport),
     route("PUT", "/_signed/object/{token}", put_object, open=True),
     route("PUT", "/_signed/part/{token}", put_part, open=True),
-    route("POST", "/_signed/complete/{token}", complete, open=True),
+    route("POST", "/_signed/complete/{token}", complete, check=_completes, open=True),
 ]

@@ -36,9 +36,9 @@ def front(hub: Hub, call: Call) -> Response:
         commit = hub.commit_of(git, DEFAULT_BRANCH)
         entries = list(git.entries(commit, stop=_MOST_ON_FRONT + 1))
         if refused is None:
-            text = read_text(hub, row, git, git.lookup(commit, "README.md"), MOST_BYTES)
+            text = read_text(hub, git, git.lookup(commit, "README.md"), MOST_BYTES)
             values["matter"], values["card"] = _card(text, row.kind, f"{repo_path(row.kind, row.id)} main")
-            values["history"] = read_history(hub, row, git, commit)
+            values["history"] = read_history(hub, git, commit)
         values |= {
             "commit": commit,
             "entries": entries[:_MOST_ON_FRONT],
@@ -75,8 +75,8 @@ def blob(hub: Hub, call: Call) -> Response:
     with opened(hub, call) as (row, git):
         commit = hub.commit_of(git, call.args["rev"])
         entry = hub.file_at(git, commit, call.args["path"].strip("/"))
-        text = read_text(hub, row, git, entry, _MOST_SHOWN)
-        note = _note(entry, is_here(hub, row, entry)) if text is None else ""
+        text = read_text(hub, git, entry, _MOST_SHOWN)
+        note = _note(entry, is_here(entry)) if text is None else ""
     return page(hub, call, "blob.html.j2", row=row, rev=call.args["rev"], entry=entry, text=text, note=note)
 
 
@@ -87,7 +87,7 @@ def wrong_id(hub: Hub, call: Call) -> Response:
 
 def _note(entry: Entry, here: bool) -> str:
     if not here:
-        return "This large file was deleted, or was never sent to this repository."
+        return "This large file was deleted."
     if entry.size > _MOST_SHOWN:
         return "This file is too long to be shown here."
     return "This file is not a text."

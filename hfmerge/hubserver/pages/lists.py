@@ -8,14 +8,15 @@ from typing import Any
 from starlette.responses import Response
 
 from hfmerge.hubserver.database import RepoRow
-from hfmerge.hubserver.gitstore import DEFAULT_BRANCH
 from hfmerge.hubserver.hub import Hub
+from hfmerge.hubserver.info import listed
 from hfmerge.hubserver.pages.rendering import page, page_route
 from hfmerge.hubserver.routing import route
 from hfmerge.hubserver.wire import Call, HubFault
 
 
 _PAGE = 30
+_MOST = 300
 _STYLE = (files(__package__) / "static" / "hub.css").read_bytes()
 
 
@@ -38,14 +39,17 @@ def namespace(hub: Hub, call: Call) -> Response:
     """What a user or an organisation has."""
     name = call.args["namespace"]
     rows = [row for row in _seen(hub, call, None) if row.namespace.lower() == name.lower()]
-    members = _members(hub, name, rows)
-    if not rows and not members:
+    user, org = hub.accounts.user(name), hub.accounts.org(name)
+    members = hub.accounts.members(org) if org is not None else []
+    # Who sees nothing of an organisation does not learn that it exists.
+    if user is None and not rows and call.user not in [member for member, _ in members]:
         raise HubFault(404, f"Nothing here is called {name}")
-    shown = rows[0].namespace if rows else members[0]
     lists = {"Models": [row for row in rows if row.kind == "model"]}
     lists["Data sets"] = [row for row in rows if row.kind != "model"]
-    values: dict[str, Any] = {"name": shown, "members": members}
-    return page(hub, call, "namespace.html.j2", lists={k: _dated(hub, v) for k, v in lists.items()}, **values)
+    values: dict[str, Any] = {"name": user or org or rows[0].namespace, "members": members}
+    values["more"] = {title: len(found) > _MOST for title, found in lists.items()}
+    shown = {title: _dated(hub, found[:_MOST]) for title, found in lists.items()}
+    return page(hub, call, "namespace.html.j2", lists=shown, **values)
 
 
 def sign_in(hub: Hub, call: Call) -> Response:
@@ -79,20 +83,17 @@ def _seen(hub: Hub, call: Call, kind: str | None) -> list[RepoRow]:
     return [row for row in hub.database.repos(kind) if hub.may_see(row, call.user)]
 
 
-def _dated(hub: Hub, rows: list[RepoRow]) -> list[tuple[RepoRow, int, str]]:
-    """Rows with the time and the title of their last commit on main."""
+def _dated(hub: Hub, rows: list[RepoRow]) -> list[tuple[RepoRow, str, str]]:
+    """Rows with the time of their last commit on main, and what the model is for."""
     dated = []
-    for row in rows:
-        with hub.git(row) as git:
-            head = next(git.history(hub.commit_of(git, DEFAULT_BRANCH)))
-        dated.append((row, head.time, head.title))
-    return dated
-
-
-def _members(hub: Hub, name: str, rows: list[RepoRow]) -> list[str]:
-    """The user of that name, or who has repositories in the organisation."""
-    users = [user for user in hub.users if user.lower() == name.lower()]
-    return users or sorted({row.owner for row in rows})
+    for kind in ("model", "dataset"):
+        of_kind = [row for row in rows if row.kind == kind]
+        found = listed(hub, kind, of_kind)
+        facts = {row.rid: found[row.rid][1] for row in of_kind if row.rid in found}
+        for row in of_kind:
+            if (known := facts.get(row.rid)) is not None:
+                dated.append((row, known["lastModified"], known.get("pipeline_tag") or ""))
+    return sorted(dated, key=lambda item: rows.index(item[0]))
 
 
 ROUTES = [

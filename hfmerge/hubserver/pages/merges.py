@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hfmerge.hubserver.database import RepoRow
 from hfmerge.hubserver.gitstore import GitStore
 from hfmerge.hubserver.hub import Hub
 from hfmerge.hubserver.pages.reading import read_text
@@ -81,7 +80,7 @@ class History:
     graph: Graph | None
 
 
-def read_history(hub: Hub, row: RepoRow, git: GitStore, commit: str) -> History | None:
+def read_history(hub: Hub, git: GitStore, commit: str) -> History | None:
     """The history at a commit, None if there is no such folder."""
     found = {}
     for entry in git.entries(commit, FOLDER):
@@ -93,7 +92,7 @@ def read_history(hub: Hub, row: RepoRow, git: GitStore, commit: str) -> History 
     faults = []
     shown = sorted(found)[-_MOST_STEPS - 1 :]
     for number in shown:
-        step = _step(number, found[number].path, read_text(hub, row, git, found[number], _MOST_BYTES))
+        step = _step(number, found[number].path, read_text(hub, git, found[number], _MOST_BYTES))
         if step is None:
             faults.append(found[number].path)
         else:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from hfmerge.hubserver.cards import base_models
 from hfmerge.hubserver.database import RepoRow
 from hfmerge.hubserver.hub import Hub
-from hfmerge.hubserver.info import main_facts
+from hfmerge.hubserver.info import listed, tip_facts
 from hfmerge.hubserver.wire import Call
 
 
@@ -36,22 +37,21 @@ def model_tree(hub: Hub, row: RepoRow, call: Call) -> ModelTree:
     """The tree of a model; of anything else an empty one."""
     if row.kind != "model":
         return ModelTree([], [])
-    relation, names = _bases(hub, row)
+    relation, names = _bases(tip_facts(hub, row).found)
     parents = [Relative(name, relation, _seen(hub, name, call)) for name in names[:_MOST]]
+    others = [other for other in hub.database.repos("model") if hub.may_see(other, call.user)]
+    found = listed(hub, "model", others)
     children = []
-    for other in hub.database.repos("model"):
-        if other.rid != row.rid and hub.may_see(other, call.user):
-            how, of = _bases(hub, other)
-            if row.id.lower() in [name.lower() for name in of]:
-                children.append(Relative(other.id, how, other))
-                if len(children) == _MOST:
-                    break
-    return ModelTree(parents, children)
+    for other in others:
+        how, of = _bases(found[other.rid][1]) if other.rid in found else ("", [])
+        if other.rid != row.rid and row.id.lower() in [name.lower() for name in of]:
+            children.append(Relative(other.id, how, other))
+    return ModelTree(parents, children[:_MOST])
 
 
-def _bases(hub: Hub, row: RepoRow) -> tuple[str, list[str]]:
-    facts = main_facts(hub, row)
-    return str(facts.get("baseModels", {}).get("relation") or "base"), base_models(facts.get("cardData") or {})
+def _bases(found: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """How a model comes from others, and from which, as its card says."""
+    return str(found.get("baseModels", {}).get("relation") or "base"), base_models(found.get("cardData") or {})
 
 
 def _seen(hub: Hub, name: str, call: Call) -> RepoRow | None:

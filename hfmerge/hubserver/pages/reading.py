@@ -1,4 +1,4 @@
-"""What a page may read of a repository: what its viewer may, through links that are its own, up to a limit."""
+"""What a page may read of a repository: what its viewer may, up to a limit."""
 
 from __future__ import annotations
 
@@ -29,16 +29,14 @@ def refusal(hub: Hub, row: RepoRow, call: Call) -> str | None:
     return None
 
 
-def is_here(hub: Hub, row: RepoRow, entry: Entry) -> bool:
-    """Whether there are bytes to read: a pointer counts only if its object was sent to this very repository."""
-    if entry.lfs is None:
-        return True
-    return hub.database.linked(row.rid, entry.lfs.oid) and hub.blobs.size(entry.lfs.oid) == entry.lfs.size
+def is_here(entry: Entry) -> bool:
+    """Whether there are bytes to read: a large file may have been deleted for good."""
+    return entry.lfs is None or entry.lfs.present
 
 
-def read_text(hub: Hub, row: RepoRow, git: GitStore, entry: Entry | None, most: int) -> str | None:
+def read_text(hub: Hub, git: GitStore, entry: Entry | None, most: int) -> str | None:
     """The text of a file; None if there is none: missing, deleted, longer than `most` bytes, or not a text."""
-    if entry is None or entry.is_folder or entry.size > most or not is_here(hub, row, entry):
+    if entry is None or entry.is_folder or entry.size > most or not is_here(entry):
         return None
     data = hub.content(git, entry)
     if b"\0" in data:
