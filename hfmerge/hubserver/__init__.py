@@ -17,7 +17,7 @@ Inside the scope, for `models` and `datasets`:
 - model cards: front matter checked by `validate-yaml` and at each commit, tags (`base_model:merge:...` included).
 
 Outside it, answered by 501 with `X-Error-Code: NotImplemented`: spaces, kernels, buckets, collections, jobs, webhooks,
-git clone and push, Xet downloads (files are served by plain HTTP), copies of LFS files between repositories.
+git push, Xet downloads (files are served by plain HTTP), copies of LFS files between repositories.
 
 Storage, under one folder that one server at a time may use: a bare git repository for each repository (readable by
 `git`), a content-addressed store of sha256 objects, and an SQLite file. Everything is written aside and renamed, and a

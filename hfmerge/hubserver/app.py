@@ -20,6 +20,7 @@ from starlette.responses import Response
 from hfmerge.hubserver import (
     discussions,
     download,
+    gitserve,
     lfs,
     lfsfiles,
     listing,
@@ -48,6 +49,7 @@ _ROUTES = [
     *discussions.ROUTES,
     *upload.ROUTES,
     *xet.ROUTES,
+    *gitserve.ROUTES,
     *lfs.ROUTES,
     *lfsfiles.ROUTES,
     *download.ROUTES,

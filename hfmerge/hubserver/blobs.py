@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 
 # The Hub takes files of this size at most; a disk keeps some bytes free for everything else.
@@ -59,6 +60,10 @@ class BlobStore:
         except BaseException:  # a full disk, above all
             os.unlink(temporary)
             raise
+
+    def scratch(self) -> IO[bytes]:
+        """A file without a name: whatever ends its use, nothing is left of it."""
+        return tempfile.TemporaryFile(dir=self.temporary)
 
     def all(self) -> Iterator[str]:
         """The names of all objects."""

@@ -61,7 +61,16 @@ def raw(hub: Hub, call: Call) -> Response:
 
 def cdn(hub: Hub, call: Call) -> Response:
     """A large object on the second port, for whoever holds a signed address."""
-    claims = hub.signer.check("cdn", call.args["token"])
+    return _signed(hub, call, "cdn")
+
+
+def fetch(hub: Hub, call: Call) -> Response:
+    """A large object for git-lfs, which holds a signed address."""
+    return _signed(hub, call, "fetch")
+
+
+def _signed(hub: Hub, call: Call, scope: str) -> Response:
+    claims = hub.signer.check(scope, call.args["token"])
     size = hub.blobs.size(claims["oid"])
     if size is None:
         raise HubFault(404, "No such object")
@@ -149,6 +158,7 @@ async def _chunks(path: Path, start: int, end: int) -> AsyncIterator[bytes]:
 ROUTES = [
     route("GET", "/{web}{repo}/resolve/{rev}/{path}", resolve),
     route("GET", "/{web}{repo}/raw/{rev}/{path}", raw),
+    route("GET", "/_signed/fetch/{token}", fetch, open=True),
 ]
 # Only these answer on the second port.
 CDN_ROUTES = [route("GET", "/cdn/{token}", cdn, open=True)]

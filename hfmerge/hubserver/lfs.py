@@ -1,4 +1,4 @@
-"""Routes of Git-LFS uploads: the batch, objects in one piece or in parts, and their verification."""
+"""Routes of Git-LFS: the batch, objects in one piece or in parts, and their verification."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from starlette.responses import Response
 from hfmerge.hubserver.blobs import Incoming
 from hfmerge.hubserver.database import RepoRow
 from hfmerge.hubserver.hub import Hub
+from hfmerge.hubserver.lfsdownload import batch_download
 from hfmerge.hubserver.routing import route
-from hfmerge.hubserver.wire import Call, HubFault, not_implemented, reply, repo_path
+from hfmerge.hubserver.wire import Call, HubFault, reply, repo_path
 
 
 _OID = re.compile(r"[0-9a-f]{64}")
@@ -27,10 +28,10 @@ _CHUNK = 1 << 20
 
 
 def batch(hub: Hub, call: Call) -> Response:
-    """Where to send which objects; those the repository has need no action."""
+    """Where to send or to get which objects; to send those the repository has needs no action."""
     body = call.json()
-    if body.get("operation") != "upload":
-        raise not_implemented("LFS downloads through the batch API")
+    if body.get("operation") == "download":
+        return batch_download(hub, call, body)
     ref = body.get("ref")
     revision = ref.get("name") if isinstance(ref, dict) else None
     # Without a reference the objects are for a pull request that will be opened with the commit.
@@ -101,12 +102,6 @@ def complete(hub: Hub, call: Call) -> Response:
     return reply({})
 
 
-def git_transport(hub: Hub, call: Call) -> Response:
-    """Cloning and pushing with git."""
-    hub.repo(call)
-    raise not_implemented("git clone, fetch and push")
-
-
 def verify(hub: Hub, call: Call) -> Response:
     """Whether an object has arrived."""
     row = hub.repo(call)
@@ -170,10 +165,8 @@ def _completes(hub: Hub, call: Call) -> dict[str, Any]:
 
 
 ROUTES = [
-    route("POST", "/{web}{repo}.git/info/lfs/objects/batch", batch, check=Hub.speaker, reads=True),
+    route("POST", "/{web}{repo}.git/info/lfs/objects/batch", batch, reads=True),
     route("POST", "/{web}{repo}.git/info/lfs/verify", verify, check=Hub.speaker, reads=True),
-    route("GET", "/{web}{repo}.git/info/refs", git_transport),
-    route("GET", "/{web}{repo}/info/refs", git_transport),
     route("PUT", "/_signed/object/{token}", put_object, open=True),
     route("PUT", "/_signed/part/{token}", put_part, open=True),
     route("POST", "/_signed/complete/{token}", complete, check=_completes, open=True),
