@@ -18,6 +18,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from hfmerge.hubserver import (
+    control,
     discussions,
     download,
     gitserve,
@@ -49,6 +50,7 @@ _ROUTES = [
     *discussions.ROUTES,
     *upload.ROUTES,
     *xet.ROUTES,
+    *control.ROUTES,
     *gitserve.ROUTES,
     *lfs.ROUTES,
     *lfsfiles.ROUTES,

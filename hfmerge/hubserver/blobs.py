@@ -104,6 +104,10 @@ class Incoming:
         self._hash.update(data)
         self.size += len(data)
 
+    def digest(self) -> str:
+        """The SHA-256 of what was written so far."""
+        return self._hash.hexdigest()
+
     def keep(self, oid: str, size: int | None) -> None:
         """Move the object to its place.
 

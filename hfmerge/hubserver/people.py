@@ -108,7 +108,9 @@ def add_root(parser: argparse.ArgumentParser) -> None:
     """The option that names the store."""
     data = os.environ.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
     default = Path(data) / "hfmerge" / "hub"
-    parser.add_argument("--root", type=Path, default=default, help="folder of the store (default: %(default)s)")
+    parser.add_argument(
+        "--root", "--store", type=Path, default=default, help="folder of the store (default: %(default)s)"
+    )
 
 
 def first_users(root: Path) -> list[str]:

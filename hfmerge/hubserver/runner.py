@@ -64,6 +64,7 @@ def run(options: Options, announce: Announce, lifeline: BinaryIO | None = None) 
 
         from hfmerge.hubserver.app import HubApp, RequestLog
         from hfmerge.hubserver.connections import GuardedProtocol
+        from hfmerge.hubserver.control import announce_control, forget_control
         from hfmerge.hubserver.hub import DEFAULT_PART_SIZE, Hub
     except ModuleNotFoundError as error:
         raise HfMergeError(f"the hub server needs {error.name}; run: pip install 'hfmerge[hub]'") from error
@@ -89,7 +90,10 @@ def run(options: Options, announce: Announce, lifeline: BinaryIO | None = None) 
         class Server(uvicorn.Server):
             async def startup(self, sockets: list[Socket] | None = None) -> None:
                 await super().startup(sockets)
-                announce(_endpoint(options.host, main.getsockname()[1]), made, hub.accounts.users())
+                endpoint = _endpoint(options.host, main.getsockname()[1])
+                announce_control(hub, endpoint)
+                stack.callback(forget_control, options.root)
+                announce(endpoint, made, hub.accounts.users())
 
         config = uvicorn.Config(
             HubApp(hub, log),

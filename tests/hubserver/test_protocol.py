@@ -106,7 +106,7 @@ def test_headers(hub: Hub, repo: str) -> None:
         ("GET", "/api/models/acme/http/xet-read-token/main", 501, "NotImplemented"),
         ("DELETE", "/api/models/acme/http/like", 501, "NotImplemented"),
         ("DELETE", "/api/models/gpt2/like", 404, "RepoNotFound"),
-        ("GET", "/acme/http.git/info/refs?service=git-receive-pack", 403, None),
+        ("POST", "/acme/http.git/git-receive-pack", 403, None),
         ("GET", "/nowhere", 404, None),
         ("GET", "/_nothing/at/all/here", 404, None),
         ("GET", "/api/models/acme/http/unknown/route/here", 404, None),
