@@ -14,6 +14,9 @@ Inside the scope, for `models` and `datasets`:
 - the list of a repository's large files, and their deletion for good (without a rewrite of history);
 - uploads: regular files, Git-LFS basic and multipart, Xet (checked: every xorb against its hash, every file against
   its sha256); commits with parent checks; pull requests and discussions, also by people without write access;
+- git clone and fetch over HTTP with a name and a token, and downloads by git-lfs;
+- pages for browsers under the addresses that clients print (`pages`);
+- import and export of whole repositories, and a check of the store, also while a server runs (`control`);
 - model cards: front matter checked by `validate-yaml` and at each commit, tags (`base_model:merge:...` included).
 
 Outside it, answered by 501 with `X-Error-Code: NotImplemented`: spaces, kernels, buckets, collections, jobs, webhooks,

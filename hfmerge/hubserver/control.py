@@ -50,14 +50,9 @@ def perform(root: Path, verb: str, request: dict[str, Any], *, new: bool = False
     """
     if not new and not (root / "format").is_file():
         raise HfMergeError(f"{root}: no store of this server; name its folder with --root")
-    try:
-        control = json.loads((root / _FILE).read_text("utf-8"))
-    except FileNotFoundError:
-        control = None
-    if control is not None:
-        answer = _ask(control, verb, request)
-        if answer is not None:
-            return answer
+    answer = _ask(root / _FILE, verb, request)
+    if answer is not None:
+        return answer
     with closing(_Closed(root, {})) as hub:
         return _work(hub, verb, request, running=False)
 
@@ -108,10 +103,16 @@ def _work(hub: Hub, verb: str, request: dict[str, Any], *, running: bool) -> Any
     raise HubFault(404, f"No such work: {verb}")
 
 
-def _ask(control: dict[str, Any], verb: str, request: dict[str, Any]) -> Any:
-    """What the running server answers; None if none runs any more."""
-    parts = urlsplit(control["endpoint"])
-    connection = http.client.HTTPConnection(parts.hostname or "127.0.0.1", parts.port)
+def _ask(path: Path, verb: str, request: dict[str, Any]) -> Any:
+    """What the running server answers; None if none runs, or none runs any more."""
+    try:
+        control = json.loads(path.read_text("utf-8"))
+        parts = urlsplit(control["endpoint"])
+        connection = http.client.HTTPConnection(parts.hostname or "127.0.0.1", parts.port)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise HfMergeError(f"{path}: cannot be read ({error}); delete it if no server runs on the store") from error
     with closing(connection):
         try:
             connection.connect()

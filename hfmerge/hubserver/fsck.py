@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
+import sqlite3
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +67,15 @@ def _database(hub: Hub) -> Iterator[Fault]:
     for line in said:
         if line != "ok":
             yield Fault("hub.sqlite", line)
+    # Several processes may have this one open.
+    with closing(sqlite3.connect(hub.root / "people.sqlite", timeout=10)) as people:
+        try:
+            people_said = [str(row[0]) for row in people.execute("PRAGMA integrity_check")]
+        except sqlite3.DatabaseError as error:
+            people_said = [str(error)]
+    for line in people_said:
+        if line != "ok":
+            yield Fault("people.sqlite", line)
     for row in torn:
         yield Fault("hub.sqlite", f"a row of {row[0]} belongs to none of {row[2]}")
 
@@ -102,6 +113,9 @@ def _repository(hub: Hub, row: RepoRow) -> Iterator[Fault]:
     for oid in hub.database.objects(row.rid):
         if hub.blobs.size(oid) is None:
             yield Fault(name, f"the large object {oid} is missing; send the file again")
+    if not hub.git_path(row.rid).is_dir():
+        yield Fault(name, f"its git repository is gone: {hub.git_path(row.rid)}")
+        return
     try:
         repo = Repo(str(hub.git_path(row.rid)), bare=True)
     except (NotGitRepository, OSError) as error:

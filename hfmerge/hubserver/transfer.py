@@ -7,12 +7,14 @@ import os
 import re
 import stat
 import uuid
+import zlib
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
 from dulwich.errors import ApplyDeltaError, ChecksumMismatch, ObjectFormatException
-from dulwich.pack import write_pack_from_container
+from dulwich.pack import PackData, PackInflater, UnresolvedDeltas, write_pack_from_container
 from dulwich.repo import Repo
 
 from hfmerge.errors import HfMergeError, OutputError
@@ -36,6 +38,11 @@ _MOST_MANIFEST = 64 << 20
 _MOST_LINE = 4096
 _OID, _COMMIT = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{40}")
 _CACHED = re.compile(r"(model|dataset)s--(.+)--(.+)")
+# What dulwich raises for packs that are none.
+_BROKEN = (
+    *(ValueError, KeyError, IndexError, AssertionError, zlib.error, EOFError),
+    *(ChecksumMismatch, ObjectFormatException, ApplyDeltaError, UnresolvedDeltas),
+)
 _LEFT_OUT = (".git", ".cache", "__pycache__")
 _SAMPLE = 512
 _CHUNK = 1 << 20
@@ -175,9 +182,8 @@ def import_export(hub: Hub, folder: Path, repo_id: str | None, owner: str | None
     row = _new_row(hub, manifest["kind"], name, owner, manifest["private"], manifest["gated"])
     path = hub.git_path(row.rid)
     try:
-        with GitStore.create(path):
-            pass
-        large = _unbundle(path, folder / _BUNDLE, manifest["refs"])
+        GitStore.create(path).__exit__()
+        large = _unbundle(path, folder / _BUNDLE, manifest["refs"], hub.blobs.scratch())
         for oid in manifest["objects"]:
             if oid not in large:
                 raise HfMergeError(f"{folder / _MANIFEST}: no commit points to the large object {oid}")
@@ -218,11 +224,11 @@ def _manifest(path: Path) -> dict[str, Any]:
     return cast("dict[str, Any]", raw)
 
 
-def _unbundle(path: Path, bundle: Path, refs: dict[str, str]) -> set[str]:
+def _unbundle(path: Path, bundle: Path, refs: dict[str, str], scratch: IO[bytes]) -> set[str]:
     """Unpack a bundle into an empty repository and set its references; returns the large objects it points to."""
     repo = Repo(str(path), bare=True)
     try:
-        with _opened(bundle) as file:
+        with scratch as pack, _opened(bundle) as file:
             if file.readline(_MOST_LINE) != _BUNDLE_HEAD:
                 raise HfMergeError(f"{bundle}: not a git bundle of version 2")
             while (line := file.readline(_MOST_LINE)) != b"\n":
@@ -231,13 +237,12 @@ def _unbundle(path: Path, bundle: Path, refs: dict[str, str]) -> set[str]:
             start = file.tell()
             check_pack(file)
             file.seek(start)
-            target, commit, abort = repo.object_store.add_pack()
-            try:
-                _copy(file, target)
-            except BaseException:
-                abort()
-                raise
-            commit()
+            _copy(file, pack)
+            pack.seek(0)
+            with closing(PackData.from_file(pack, repo.object_format)) as data:
+                data.check()
+                for made in PackInflater.for_pack_data(data):
+                    repo.object_store.add_object(made)
         large = set()
         for found in walk(repo.object_store, refs.values()):
             if found.fault is not None:
@@ -247,7 +252,7 @@ def _unbundle(path: Path, bundle: Path, refs: dict[str, str]) -> set[str]:
         for name, oid in refs.items():
             repo.refs[name.encode()] = oid.encode()
         return large
-    except (ValueError, KeyError, AssertionError, ChecksumMismatch, ObjectFormatException, ApplyDeltaError) as error:
+    except _BROKEN as error:
         raise HfMergeError(f"{bundle}: cannot be unpacked ({type(error).__name__}: {error})") from error
     finally:
         repo.close()

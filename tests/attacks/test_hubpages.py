@@ -7,17 +7,25 @@ import hashlib
 import html
 import http.client
 import json
+import os
 import re
+import resource
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import pytest
+from dulwich.object_format import SHA1
+from dulwich.objects import Blob, Commit, Tree
+from dulwich.pack import write_pack_objects
 from hubserver.browser import browser
 from hubserver.harness import USERS, Answer, Hub, commit
 from hubserver.hostile import MARKDOWN, TEXTS, Checker, filled
+
+from hfmerge.cli import main
 
 
 BROWSER = {"Accept": "text/html,*/*;q=0.8"}
@@ -303,6 +311,159 @@ def test_a_browser_would_ask_the_canary(hub: Hub, tmp_path: Path) -> None:
     page.write_text("".join(filled(MARKDOWN[:3], hub.server.endpoint)))
     assert "owned" in chrome.dom(page.as_uri())
     assert [record for record in hub.log() if record["path"].startswith("/canary/")]
+
+
+def _bundle(folder: Path, entries: list[tuple[bytes, int, bytes]], **changes: Any) -> Path:
+    """An export as somebody else's program might write it: a tree of any names and modes, and any manifest."""
+    folder.mkdir()
+    tree, objects = Tree(), []
+    for name, mode, data in entries:
+        blob = Blob.from_string(data)
+        objects.append(blob)
+        tree.add(name, mode, blob.id)
+    made = Commit()
+    made.tree, made.parents, made.message = tree.id, [], b"x"
+    made.author = made.committer = b"x <x@x>"
+    made.author_time = made.commit_time = made.author_timezone = made.commit_timezone = 0
+    with (folder / "repository.bundle").open("wb") as file:
+        file.write(b"# v2 git bundle\n" + made.id + b" refs/heads/main\n\n")
+        write_pack_objects(file.write, [*objects, tree, made], object_format=SHA1)
+    manifest = {"format": "hfmerge/hub-export/1", "kind": "model", "id": "me/taken", "private": False, "gated": None}
+    manifest |= {"refs": {"refs/heads/main": made.id.decode()}, "objects": [], **changes}
+    (folder / "repository.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def _import(folder: Path, store: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    code = main(["hub", "import", str(folder), "--store", str(store)])
+    return code, "".join(capsys.readouterr())
+
+
+def test_an_export_of_a_stranger_is_checked_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A stranger's export holds paths that leave it, links, foreign objects, wrong digests, broken references."""
+    store, file = tmp_path / "store", 0o100644
+    good = _bundle(tmp_path / "good", [(b"a.txt", file, b"a")])
+    assert _import(good, store, capsys)[0] == 0
+    secret = tmp_path / "secret"
+    secret.write_bytes(b"the user's own")
+    oid = hashlib.sha256(b"the user's own").hexdigest()
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{oid}\nsize 14\n".encode()
+    main_ref = json.loads((good / "repository.json").read_text())["refs"]["refs/heads/main"]
+    entries: list[list[tuple[bytes, int, bytes]]] = [
+        [(b"..", file, b"x")],
+        [(b".git", file, b"x")],
+        [(b"a\\b", file, b"x")],
+        [(b"a\nb", file, b"x")],
+        [(b"\xff", file, b"x")],
+        [(b"link", 0o120000, b"/etc/passwd")],
+        [(b"module", 0o160000, b"x")],
+        [(b"folder", 0o40000, b"not a tree")],
+    ]
+    for number, made in enumerate(entries):
+        code, said = _import(_bundle(tmp_path / f"tree-{number}", made, id=f"me/t{number}"), store, capsys)
+        assert code == 1 and said.startswith("error: ") and said.count("\n") == 1, (number, said)
+    changes: list[dict[str, Any]] = [
+        {"refs": {"refs/heads/main": "1" * 40}},
+        {"refs": {"refs/heads/../../x": main_ref, "refs/heads/main": main_ref}},
+        {"refs": {"refs/heads/main": main_ref, "refs/pr/1": main_ref}},
+        {"refs": {"HEAD": main_ref}},
+        {"refs": [1]},
+        {"id": "../../x"},
+        {"id": "a/b/c"},
+        {"kind": "space"},
+        {"format": "other"},
+        {"objects": ["../../secret"]},
+        {"objects": [oid]},
+        {"objects": {"a": 1}},
+        {"private": "no"},
+        {"gated": []},
+    ]
+    for number, change in enumerate(changes):
+        folder = _bundle(
+            tmp_path / f"manifest-{number}", [(b"a.txt", file, b"a")], **{"id": f"me/m{number}", **change}
+        )
+        code, said = _import(folder, store, capsys)
+        assert code == 1 and said.startswith("error: ") and said.count("\n") == 1, (change, said)
+    for number, how in enumerate(("missing", "link", "other", "folder", "pipe")):
+        folder = _bundle(tmp_path / f"large-{number}", [(b"b", file, pointer)], id=f"me/l{number}", objects=[oid])
+        place = folder / "lfs" / "objects" / oid[:2] / oid[2:4] / oid
+        place.parent.mkdir(parents=True)
+        if how == "link":
+            place.symlink_to(secret)
+        elif how == "other":
+            place.write_bytes(b"the user's 0wn")
+        elif how == "folder":
+            place.mkdir()
+        elif how == "pipe":
+            os.mkfifo(place)
+        code, said = _import(folder, store, capsys)
+        assert code == 1 and said.startswith("error: "), (how, said)
+    (good / "repository.json").write_text("[" * 100_000)
+    assert _import(good, store, capsys)[0] == 1
+    assert main(["hub", "fsck", "--store", str(store)]) == 0  # nothing of all that was left
+    assert len(list((store / "repos").iterdir())) == 1
+
+
+def test_a_bundle_that_unpacks_to_more_than_it_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A stranger's bundle of a few kilobytes unpacks to gigabytes, or says so, or is cut off anywhere."""
+    store = tmp_path / "store"
+    folder = _bundle(tmp_path / "bomb", [(b"a.txt", 0o100644, b"a" * 1000)])
+    whole = (folder / "repository.bundle").read_bytes()
+    head, mark, pack = whole.partition(b"\n\n")
+
+    def tried(data: bytes) -> tuple[int, str]:
+        (folder / "repository.bundle").write_bytes(head + mark + data)
+        start = time.monotonic()
+        result = _import(folder, store, capsys)
+        assert time.monotonic() - start < 10
+        return result
+
+    def size(count: int) -> bytes:
+        text, count = [0x30 | count & 15], count >> 4
+        while count:
+            text[-1] |= 0x80
+            text.append(count & 0x7F)
+            count >>= 7
+        return bytes(text)
+
+    zeros = zlib.compress(b"\0" * (50 << 20), 9)
+    count = b"PACK\0\0\0\2\0\0\0\1"
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for data, words in (
+        (count + size(10) + zeros, "longer than announced"),
+        (count + size(50 << 20) + zeros[:-100], "ends early"),
+        (count + size(3 << 30) + zeros, "the limit is"),
+        (count + b"\xb0" + b"\x80" * 20 + zeros, "a size that is none"),
+        (b"PACK\0\0\0\2\xff\xff\xff\xff" + size(1) + zlib.compress(b"x"), "ends early"),
+        (b"nothing", "not a pack"),
+    ):
+        code, said = tried(data)
+        assert code == 1 and words in said, said
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kB
+    for end in range(0, len(pack), 29):
+        assert tried(pack[:end])[0] == 1
+    for place in range(0, len(pack), 23):
+        code, said = tried(pack[:place] + bytes([pack[place] ^ 0x55]) + pack[place + 1 :])
+        assert code == 1 and said.startswith("error: ") and said.count("\n") == 1, said
+    assert tried(pack)[0] == 0
+
+
+def test_an_import_follows_no_link_out_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder or a cache from a stranger holds links to the user's own files, and pipes that never end."""
+    (tmp_path / "key").write_text("the user's own")
+    for number, make in enumerate(("notes.txt", "snapshot", "pipe")):
+        folder = tmp_path / f"folder-{number}"
+        if make == "snapshot":
+            folder = tmp_path / "cache" / "models--a--b"
+            (folder / "snapshots" / ("1" * 40)).mkdir(parents=True)
+            (folder / "snapshots" / ("1" * 40) / "config.json").symlink_to(tmp_path / "key")
+        else:
+            folder.mkdir()
+            (folder / "notes.txt").symlink_to("../key") if make == "notes.txt" else os.mkfifo(folder / "pipe")
+        code = main(["hub", "import", str(folder), "--as", "me/x", "--store", str(tmp_path / "store")])
+        said = capsys.readouterr().err
+        assert code == 1 and ("leads out of" in said or "not a regular file" in said), said
+    assert main(["hub", "fsck", "--store", str(tmp_path / "store")]) == 0
 
 
 def test_a_half_sent_request_is_no_fault(hub: Hub) -> None:

@@ -109,7 +109,8 @@ def test_an_export_comes_back_with_the_same_commits(
     assert "no such model" in say("export", "alice/none", tmp_path / "x", "--store", tmp_path / "origin" / "store")[1]
     origin.close()
     if shutil.which("git") is not None:
-        subprocess.run(["git", "clone", "-q", out / "repository.bundle", tmp_path / "clone"], check=True)
+        plain = {**os.environ, "GIT_LFS_SKIP_SMUDGE": "1"}
+        subprocess.run(["git", "clone", "-q", out / "repository.bundle", tmp_path / "clone"], check=True, env=plain)
         assert (tmp_path / "clone" / "config.json").read_text() == '{"new": 1}'
 
     store, hub = place
@@ -209,7 +210,7 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda store: (_git(store) / "refs" / "heads" / "main").write_text("1" * 40 + "\n"),
         f"commit {'1' * 40} is missing",
     ),
-    "repository gone": (lambda store: shutil.rmtree(_git(store)), "cannot be opened"),
+    "repository gone": (lambda store: shutil.rmtree(_git(store)), "its git repository is gone"),
     "stranger among objects": (
         lambda store: (_large(store).parent / "x").write_text("x"),
         "is no large object",
