@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,11 +209,12 @@ class Database:
 
     # Facts about the newest commit of main
 
-    def put_facts(self, rid: str, sha: str, document: str, siblings: str) -> None:
-        """Remember what was found out about a commit; of a repository that is gone, nothing."""
-        self._write(
-            "INSERT OR REPLACE INTO facts SELECT rid, ?, ?, ? FROM repos WHERE rid = ?", sha, document, siblings, rid
-        )
+    def put_facts(self, rows: Sequence[tuple[str, str, str, str]]) -> None:
+        """Remember what was found out: commit, document, files and `rid`; of a repository that is gone, nothing."""
+        if rows:
+            with self.transaction() as connection:
+                query = "INSERT OR REPLACE INTO facts SELECT rid, ?, ?, ? FROM repos WHERE rid = ?"
+                connection.executemany(query, rows)
 
     def facts(self, kind: str) -> dict[str, tuple[str, str]]:
         """Of each repository: the commit that is remembered, and the document about it."""

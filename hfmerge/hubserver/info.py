@@ -78,14 +78,11 @@ def commit_facts(hub: Hub, repo: RepoRow, git: GitStore, commit: str) -> Facts:
 
 def tip_facts(hub: Hub, repo: RepoRow) -> Facts:
     """The facts of the newest commit of main: found out once, when it was made, and read from the database since."""
-    tip = hub.tip(repo)
     stored = hub.database.facts_of(repo.rid)
-    if stored is not None and stored[0] == tip:
+    if stored is not None and stored[0] == hub.tip(repo):
         return Facts(stored[0], json.loads(stored[1]), json.loads(stored[2]))
-    with hub.git(repo) as git:
-        facts = commit_facts(hub, repo, git, hub.commit_of(git, DEFAULT_BRANCH))
-    document, siblings = (json.dumps(part, allow_nan=False) for part in (facts.found, facts.siblings))
-    hub.database.put_facts(repo.rid, facts.sha, document, siblings)
+    facts = _find_out(hub, repo)
+    hub.database.put_facts([_row(repo, facts)])
     return facts
 
 
@@ -93,17 +90,30 @@ def listed(hub: Hub, kind: str, rows: Sequence[RepoRow]) -> dict[str, tuple[str,
     """Of each repository by `rid`: the newest commit of main, and what was found in it."""
     stored = hub.database.facts(kind)
     result = {}
+    new = []
     for row in rows:
         sha, document = stored.get(row.rid, ("", ""))
-        if sha and sha == hub.tip(row):
-            result[row.rid] = (sha, json.loads(document))
-            continue
         try:
-            facts = tip_facts(hub, row)
+            if sha and sha == hub.tip(row):
+                result[row.rid] = (sha, json.loads(document))
+            else:
+                facts = _find_out(hub, row)
+                result[row.rid] = (facts.sha, facts.found)
+                new.append(_row(row, facts))
         except HubFault:
             continue  # deleted since the rows were read
-        result[row.rid] = (facts.sha, facts.found)
+    hub.database.put_facts(new)
     return result
+
+
+def _find_out(hub: Hub, repo: RepoRow) -> Facts:
+    with hub.git(repo) as git:
+        return commit_facts(hub, repo, git, hub.commit_of(git, DEFAULT_BRANCH))
+
+
+def _row(repo: RepoRow, facts: Facts) -> tuple[str, str, str, str]:
+    document, siblings = (json.dumps(part, allow_nan=False) for part in (facts.found, facts.siblings))
+    return facts.sha, document, siblings, repo.rid
 
 
 def properties(hub: Hub, repo: RepoRow, user: str | None, sha: str, found: dict[str, Any]) -> dict[str, Any]:

@@ -331,8 +331,8 @@ ROUTES = [
     route("POST", "/api/{kind}/{repo}/user-access-request/grant", grant_access, check=Hub.writable),
     route("POST", "/api/{kind}/{repo}/user-access-request/handle", handle_access, check=Hub.writable),
     route("GET", "/api/{kind}/{repo}/user-access-request/{status}", list_access),
-    route("POST", "/api/{kind}/{repo}/ask-access", ask_access, check=Hub.speaker),
-    route("POST", "/{web}{repo}/ask-access", ask_access, check=Hub.speaker),
+    route("POST", "/api/{kind}/{repo}/ask-access", ask_access, check=Hub.speaker, reads=True),
+    route("POST", "/{web}{repo}/ask-access", ask_access, check=Hub.speaker, reads=True),
     *(
         route(method, f"/api/{{kind}}/{{repo}}/{name}", absent)
         for method, name in (
