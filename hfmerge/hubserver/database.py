@@ -216,10 +216,10 @@ class Database:
                 query = "INSERT OR REPLACE INTO facts SELECT rid, ?, ?, ? FROM repos WHERE rid = ?"
                 connection.executemany(query, rows)
 
-    def facts(self, kind: str) -> dict[str, tuple[str, str]]:
-        """Of each repository: the commit that is remembered, and the document about it."""
-        rows = self._rows("SELECT rid, sha, document FROM facts JOIN repos USING (rid) WHERE kind = ?", kind)
-        return {row["rid"]: (row["sha"], row["document"]) for row in rows}
+    def facts(self, kind: str) -> dict[str, tuple[str, str, str]]:
+        """Of each repository: the commit that is remembered, the document about it, and its files."""
+        rows = self._rows("SELECT facts.* FROM facts JOIN repos USING (rid) WHERE kind = ?", kind)
+        return {row["rid"]: (row["sha"], row["document"], row["siblings"]) for row in rows}
 
     def facts_of(self, rid: str) -> tuple[str, str, str] | None:
         """The commit that is remembered of one repository, the document about it, and its files."""
