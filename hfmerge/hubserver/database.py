@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,16 +209,17 @@ class Database:
 
     # Facts about the newest commit of main
 
-    def put_facts(self, rid: str, sha: str, document: str, siblings: str) -> None:
-        """Remember what was found out about a commit; of a repository that is gone, nothing."""
-        self._write(
-            "INSERT OR REPLACE INTO facts SELECT rid, ?, ?, ? FROM repos WHERE rid = ?", sha, document, siblings, rid
-        )
+    def put_facts(self, rows: Sequence[tuple[str, str, str, str]]) -> None:
+        """Remember what was found out: commit, document, files and `rid`; of a repository that is gone, nothing."""
+        if rows:
+            with self.transaction() as connection:
+                query = "INSERT OR REPLACE INTO facts SELECT rid, ?, ?, ? FROM repos WHERE rid = ?"
+                connection.executemany(query, rows)
 
-    def facts(self, kind: str) -> dict[str, tuple[str, str]]:
-        """Of each repository: the commit that is remembered, and the document about it."""
-        rows = self._rows("SELECT rid, sha, document FROM facts JOIN repos USING (rid) WHERE kind = ?", kind)
-        return {row["rid"]: (row["sha"], row["document"]) for row in rows}
+    def facts(self, kind: str) -> dict[str, tuple[str, str, str]]:
+        """Of each repository: the commit that is remembered, the document about it, and its files."""
+        rows = self._rows("SELECT facts.* FROM facts JOIN repos USING (rid) WHERE kind = ?", kind)
+        return {row["rid"]: (row["sha"], row["document"], row["siblings"]) for row in rows}
 
     def facts_of(self, rid: str) -> tuple[str, str, str] | None:
         """The commit that is remembered of one repository, the document about it, and its files."""

@@ -337,11 +337,12 @@ class Hub:
     # Content
 
     def tip(self, repo: RepoRow) -> str | None:
-        """The newest commit of main, read from its file; None where git keeps it elsewhere."""
+        """The newest commit of main: read from its file, as lists ask for a thousand; git may keep it elsewhere."""
         try:
             return (self.git_path(repo.rid) / DEFAULT_BRANCH).read_text("ascii").strip()
         except OSError:
-            return None
+            with self.git(repo) as git:
+                return git.ref(DEFAULT_BRANCH)
 
     def commit_of(self, git: GitStore, revision: str) -> str:
         """The commit of a revision; `RevisionNotFound` if there is none."""

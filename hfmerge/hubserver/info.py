@@ -78,32 +78,41 @@ def commit_facts(hub: Hub, repo: RepoRow, git: GitStore, commit: str) -> Facts:
 
 def tip_facts(hub: Hub, repo: RepoRow) -> Facts:
     """The facts of the newest commit of main: found out once, when it was made, and read from the database since."""
-    tip = hub.tip(repo)
     stored = hub.database.facts_of(repo.rid)
-    if stored is not None and stored[0] == tip:
+    if stored is not None and stored[0] == hub.tip(repo):
         return Facts(stored[0], json.loads(stored[1]), json.loads(stored[2]))
-    with hub.git(repo) as git:
-        facts = commit_facts(hub, repo, git, hub.commit_of(git, DEFAULT_BRANCH))
-    document, siblings = (json.dumps(part, allow_nan=False) for part in (facts.found, facts.siblings))
-    hub.database.put_facts(repo.rid, facts.sha, document, siblings)
+    facts = _find_out(hub, repo)
+    hub.database.put_facts([(*_texts(facts), repo.rid)])
     return facts
 
 
-def listed(hub: Hub, kind: str, rows: Sequence[RepoRow]) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Of each repository by `rid`: the newest commit of main, and what was found in it."""
+def listed(hub: Hub, kind: str, rows: Sequence[RepoRow]) -> dict[str, tuple[str, dict[str, Any], str]]:
+    """Of each repository by `rid`: the newest commit of main, what was found in it, and its files as JSON."""
     stored = hub.database.facts(kind)
     result = {}
+    new = []
     for row in rows:
-        sha, document = stored.get(row.rid, ("", ""))
-        if sha and sha == hub.tip(row):
-            result[row.rid] = (sha, json.loads(document))
-            continue
         try:
-            facts = tip_facts(hub, row)
+            known = stored.get(row.rid, ("", "", ""))
+            if known[0] != hub.tip(row):
+                known = _texts(_find_out(hub, row))
+                new.append((*known, row.rid))
         except HubFault:
             continue  # deleted since the rows were read
-        result[row.rid] = (facts.sha, facts.found)
+        sha, document, siblings = known
+        result[row.rid] = (sha, json.loads(document), siblings)
+    hub.database.put_facts(new)
     return result
+
+
+def _find_out(hub: Hub, repo: RepoRow) -> Facts:
+    with hub.git(repo) as git:
+        return commit_facts(hub, repo, git, hub.commit_of(git, DEFAULT_BRANCH))
+
+
+def _texts(facts: Facts) -> tuple[str, str, str]:
+    document, siblings = (json.dumps(part, allow_nan=False) for part in (facts.found, facts.siblings))
+    return facts.sha, document, siblings
 
 
 def properties(hub: Hub, repo: RepoRow, user: str | None, sha: str, found: dict[str, Any]) -> dict[str, Any]:
@@ -143,7 +152,8 @@ def children_count(hub: Hub, repo: RepoRow) -> int:
     """How many public models name this one as their base."""
     wanted = f"base_model:{repo.id}".lower()
     others = [row for row in hub.database.repos("model") if not row.private]
-    return sum(wanted in [tag.lower() for tag in found["tags"]] for _, found in listed(hub, "model", others).values())
+    found = [facts for _, facts, _ in listed(hub, "model", others).values()]
+    return sum(wanted in [tag.lower() for tag in facts["tags"]] for facts in found)
 
 
 def _sibling(entry: Entry) -> dict[str, Any]:

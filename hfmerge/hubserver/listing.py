@@ -30,6 +30,8 @@ from hfmerge.hubserver.wire import (
 _TREE_PAGE = 1000
 _EXPANDED_PAGE = 50
 _COMMITS_PAGE = 50
+# The paths somebody asks about, as a form.
+_MOST_PATHS = 32 << 20
 
 
 def tree(hub: Hub, call: Call) -> Response:
@@ -237,7 +239,7 @@ def _require_free(git: GitStore, name: str) -> None:
 ROUTES = [
     route("GET", "/api/{kind}/{repo}/tree/{rev}", tree),
     route("GET", "/api/{kind}/{repo}/tree/{rev}/{path}", tree),
-    route("POST", "/api/{kind}/{repo}/paths-info/{rev}", paths_info, reads=True),
+    route("POST", "/api/{kind}/{repo}/paths-info/{rev}", paths_info, most=_MOST_PATHS, reads=True),
     route("GET", "/api/{kind}/{repo}/refs", refs),
     route("GET", "/api/{kind}/{repo}/commits/{rev}", commits),
     route("POST", "/api/{kind}/{repo}/branch/{branch}", create_branch, check=Hub.writable),

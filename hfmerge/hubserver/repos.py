@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import uuid
 from typing import Any
 
@@ -150,7 +151,7 @@ def listing(hub: Hub, call: Call) -> Response:
     filters = [*call.queries("filter"), *call.queries("pipeline_tag")]
     rows = [row for row in hub.database.repos(call.kind) if _wanted(hub, call, row)]
     facts = listed(hub, call.kind, rows)
-    found = [(row, properties(hub, row, call.user, *facts[row.rid])) for row in rows if row.rid in facts]
+    found = [(row, properties(hub, row, call.user, *facts[row.rid][:2])) for row in rows if row.rid in facts]
     found = [(row, shown) for row, shown in found if all(tag in shown["tags"] for tag in filters)]
     sort = call.query("sort") or "createdAt"
     if found and sort not in ("createdAt", "lastModified", "downloads", "likes", "trendingScore"):
@@ -168,7 +169,7 @@ def listing(hub: Hub, call: Call) -> Response:
         keys = ["_id", "id", *expand]
     if "siblings" in keys:
         for row, shown in page:
-            shown["siblings"] = plain_siblings(tip_facts(hub, row).siblings)
+            shown["siblings"] = plain_siblings(json.loads(facts[row.rid][2]))
     return reply([{key: shown[key] for key in keys if key in shown} for _, shown in page], headers=headers)
 
 
@@ -331,8 +332,8 @@ ROUTES = [
     route("POST", "/api/{kind}/{repo}/user-access-request/grant", grant_access, check=Hub.writable),
     route("POST", "/api/{kind}/{repo}/user-access-request/handle", handle_access, check=Hub.writable),
     route("GET", "/api/{kind}/{repo}/user-access-request/{status}", list_access),
-    route("POST", "/api/{kind}/{repo}/ask-access", ask_access, check=Hub.speaker),
-    route("POST", "/{web}{repo}/ask-access", ask_access, check=Hub.speaker),
+    route("POST", "/api/{kind}/{repo}/ask-access", ask_access, check=Hub.speaker, reads=True),
+    route("POST", "/{web}{repo}/ask-access", ask_access, check=Hub.speaker, reads=True),
     *(
         route(method, f"/api/{{kind}}/{{repo}}/{name}", absent)
         for method, name in (
