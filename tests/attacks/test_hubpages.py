@@ -271,14 +271,14 @@ def test_hostile_texts_cost_little_time(hub: Hub) -> None:
         commit(hub, "alice/slow", {"README.md": card.encode()})
         start = time.monotonic()
         _page(hub, "/alice/slow")
-        assert time.monotonic() - start < 6, card[:20]
+        assert time.monotonic() - start < 10, card[:20]
     one = "".join(f"{number % 7}\n{number % 11}\n" for number in range(20_000))
     other = "".join(f"{number % 11}\n{number % 5}\n" for number in range(20_000))
     commit(hub, "alice/slow", {f"{n}.txt": one.encode() for n in range(30)})
     commit(hub, "alice/slow", {f"{n}.txt": other.encode() for n in range(30)})
     start = time.monotonic()
     _page(hub, "/alice/slow/commit/main")
-    assert time.monotonic() - start < 6
+    assert time.monotonic() - start < 10
 
 
 def test_a_browser_runs_nothing_of_a_hostile_repository(hub: Hub, tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def diff_commits(git: GitStore, old: str | None, new: str) -> Diff:
         place = change.new if change.new is not None and change.new.path else change.old
         path = (place.path if place is not None else b"").decode("utf-8", "replace")
         kind = "added" if gone is None else "deleted" if come is None else "changed"
-        note, lines = _compared(git, gone, come, left)
+        note, lines = _compared(git, gone, come, left) if left > 0 else ("not shown here, after so many lines", [])
         left -= len(lines)
         files.append(FileDiff(path, kind, note, lines))
     return Diff(files, len(changes) > MOST_FILES)
