@@ -30,8 +30,8 @@ other pointer is an ordinary text. What lists tell of a repository is found out 
 
 Storage, under one folder that one server at a time may use: a bare git repository for each repository (readable by
 `git`), a content-addressed store of sha256 objects, an SQLite file, and a second one for people, which the command
-line may change while a server runs. Everything is written aside and renamed, and a
-branch moves last, so a server that is killed leaves no half-written object and no half-made commit. Objects that no
-repository links any more go at the next start, and so do the chunks received by Xet uploads (their place is then
-named anew, which tells clients to forget what they believe is stored); until then they take space a second time.
+line may change while a server runs. Everything is written aside and renamed, and a branch moves last, so a server that
+is killed leaves no half-written object and no half-made commit. Objects that no repository links any more go at the
+next start, and so do the chunks received by Xet uploads (their place is then named anew, which tells clients to forget
+what they believe is stored); until then they take space a second time, once for each user.
 """

@@ -6,7 +6,9 @@ import hashlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -73,6 +75,14 @@ class BlobStore:
     def remove(self, oid: str) -> None:
         """Delete an object."""
         self.path(oid).unlink()
+
+    def clear_stale(self, seconds: float) -> None:
+        """Delete what was being received and has not grown for a while: parts of objects that nobody completes."""
+        oldest = time.time() - seconds
+        for path in self.temporary.iterdir():
+            with suppress(FileNotFoundError):
+                if path.stat().st_mtime < oldest:
+                    path.unlink()
 
     def clear_temporary(self) -> None:
         """Delete what was being received when a server ended."""

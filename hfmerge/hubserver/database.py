@@ -182,7 +182,7 @@ class Database:
             connection.execute("INSERT OR IGNORE INTO objects VALUES (?, ?)", (rid, oid))
             connection.execute("DELETE FROM deleted WHERE rid = ? AND oid = ?", (rid, oid))
             # A pointer that stood there before its object may mean something now.
-            connection.execute("DELETE FROM facts WHERE rid = ?", (rid,))
+            connection.execute("UPDATE facts SET sha = '' WHERE rid = ?", (rid,))
 
     def linked(self, rid: str, oid: str) -> bool:
         """Whether a repository may refer to an object: it was uploaded to it, not only known by its hash."""
@@ -193,7 +193,7 @@ class Database:
         with self.transaction() as connection:
             connection.execute("DELETE FROM objects WHERE rid = ? AND oid = ?", (rid, oid))
             connection.execute("INSERT OR IGNORE INTO deleted VALUES (?, ?)", (rid, oid))
-            connection.execute("DELETE FROM facts WHERE rid = ?", (rid,))
+            connection.execute("UPDATE facts SET sha = '' WHERE rid = ?", (rid,))
 
     def objects(self, rid: str) -> list[str]:
         """All objects a repository may refer to, in order."""

@@ -90,6 +90,7 @@ class GitStore:
         self._owned = owned
         self.objects = self._repo.object_store
         self._folders: dict[bytes, dict[bytes, tuple[int, bytes]]] = {}
+        self._blobs: dict[bytes, tuple[int, Pointer | None]] = {}
 
     @classmethod
     def create(cls, path: Path) -> GitStore:
@@ -184,6 +185,15 @@ class GitStore:
                 self._walk(found[1], f"{folder}/" if folder else "", recursive), start, stop
             ):
                 yield self._entry(path, mode, oid)
+
+    def recall(self, entries: Sequence[Entry]) -> None:
+        """Take over what an earlier commit's entries said, so that only new files are read to know their size.
+
+        Whether a pointer counts is asked anew; a small file that did not count as one is read again.
+        """
+        for entry in entries:
+            if entry.lfs is not None or entry.size > _POINTER_LIMIT:
+                self._blobs[entry.oid.encode()] = (entry.size, entry.lfs)
 
     def read(self, oid: str) -> bytes:
         """The bytes of a blob: for an LFS file, its pointer."""
@@ -286,11 +296,13 @@ class GitStore:
     def _entry(self, path: str, mode: int, oid: bytes) -> Entry:
         if stat.S_ISDIR(mode):
             return Entry(path, oid.decode(), True, 0, None)
-        data = self.read(oid.decode())
-        pointer = parse_pointer(data)
+        if oid not in self._blobs:
+            data = self.read(oid.decode())
+            self._blobs[oid] = (len(data), parse_pointer(data))
+        size, pointer = self._blobs[oid]
         present = None if pointer is None else self._owned(pointer)
         pointer = replace(pointer, present=present) if pointer is not None and present is not None else None
-        return Entry(path, oid.decode(), False, pointer.size if pointer else len(data), pointer)
+        return Entry(path, oid.decode(), False, pointer.size if pointer else size, pointer)
 
 
 def _person(user: str) -> bytes:

@@ -31,6 +31,9 @@ from hfmerge.hubserver.wire import (
 # Objects larger than this are sent in parts by clients without Xet.
 DEFAULT_PART_SIZE = 64 << 20
 
+# How long an address is good that needs no authorisation.
+URL_SECONDS = 24 * 3600
+
 _MAY_CREATE = ("contributor", "write", "admin")
 
 
@@ -388,7 +391,7 @@ class Hub:
         except sqlite3.IntegrityError as error:
             raise repo_missing("") from error
 
-    def signed_url(self, call: Call, scope: str, claims: dict[str, object], *, seconds: int = 24 * 3600) -> str:
+    def signed_url(self, call: Call, scope: str, claims: dict[str, object], *, seconds: int = URL_SECONDS) -> str:
         """An address that needs no authorisation, for a while."""
         token, _ = self.signer.sign(scope, claims, seconds=seconds)
         return f"{call.origin}/_signed/{scope}/{segment(token)}"

@@ -9,7 +9,7 @@ from typing import Any
 
 from hfmerge.hubserver.cards import base_models, card_tags, load_yaml, read_card, relation_of
 from hfmerge.hubserver.database import RepoRow
-from hfmerge.hubserver.gitstore import DEFAULT_BRANCH, Entry, GitStore
+from hfmerge.hubserver.gitstore import DEFAULT_BRANCH, Entry, GitStore, Pointer
 from hfmerge.hubserver.hub import Hub, moment
 from hfmerge.hubserver.plain import load_json
 from hfmerge.hubserver.safetensors import count_parameters, read_header, read_sharded
@@ -81,7 +81,7 @@ def tip_facts(hub: Hub, repo: RepoRow) -> Facts:
     stored = hub.database.facts_of(repo.rid)
     if stored is not None and stored[0] == hub.tip(repo):
         return Facts(stored[0], json.loads(stored[1]), json.loads(stored[2]))
-    facts = _find_out(hub, repo)
+    facts = _find_out(hub, repo, stored[2] if stored is not None else "")
     hub.database.put_facts([(*_texts(facts), repo.rid)])
     return facts
 
@@ -95,7 +95,7 @@ def listed(hub: Hub, kind: str, rows: Sequence[RepoRow]) -> dict[str, tuple[str,
         try:
             known = stored.get(row.rid, ("", "", ""))
             if known[0] != hub.tip(row):
-                known = _texts(_find_out(hub, row))
+                known = _texts(_find_out(hub, row, known[2]))
                 new.append((*known, row.rid))
         except HubFault:
             continue  # deleted since the rows were read
@@ -105,8 +105,10 @@ def listed(hub: Hub, kind: str, rows: Sequence[RepoRow]) -> dict[str, tuple[str,
     return result
 
 
-def _find_out(hub: Hub, repo: RepoRow) -> Facts:
+def _find_out(hub: Hub, repo: RepoRow, before: str) -> Facts:
+    """Look into the newest commit of main; `before` is the JSON of the files of an earlier one."""
     with hub.git(repo) as git:
+        git.recall([_entry(sibling) for sibling in json.loads(before or "[]")])
         return commit_facts(hub, repo, git, hub.commit_of(git, DEFAULT_BRANCH))
 
 
@@ -161,6 +163,12 @@ def _sibling(entry: Entry) -> dict[str, Any]:
     if entry.lfs is not None:
         sibling["lfs"] = {"sha256": entry.lfs.oid, "size": entry.size, "pointerSize": entry.lfs.pointer_size}
     return sibling
+
+
+def _entry(sibling: dict[str, Any]) -> Entry:
+    lfs = sibling.get("lfs")
+    pointer = Pointer(lfs["sha256"], lfs["size"], lfs["pointerSize"]) if lfs is not None else None
+    return Entry(sibling["rfilename"], sibling["blobId"], False, sibling["size"], pointer)
 
 
 def _tags(

@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from hfmerge.hubserver.blobs import Incoming
 from hfmerge.hubserver.database import RepoRow
-from hfmerge.hubserver.hub import Hub
+from hfmerge.hubserver.hub import URL_SECONDS, Hub
 from hfmerge.hubserver.lfsdownload import batch_download
 from hfmerge.hubserver.routing import route
 from hfmerge.hubserver.wire import Call, HubFault, reply, repo_path
@@ -69,7 +69,12 @@ async def put_part(hub: Hub, call: Call) -> Response:
                     raise HubFault(400, f"The part is longer than {hub.part_size} bytes")
                 await run_in_threadpool(file.write, data)
                 digest.update(data)
-        os.replace(temporary, hub.blobs.temporary / f"{claims['upload']}.{claims['part']}.{digest.hexdigest()}")
+        name = f"{claims['upload']}.{claims['part']}."
+        earlier = list(hub.blobs.temporary.glob(f"{name}*"))
+        os.replace(temporary, hub.blobs.temporary / (name + digest.hexdigest()))
+        for path in earlier:  # a part that is sent again and again takes its place once
+            if path.name != name + digest.hexdigest():
+                path.unlink(missing_ok=True)
     except BaseException:  # an upload that ends early leaves nothing
         os.unlink(temporary)
         raise
@@ -131,6 +136,7 @@ def _action(hub: Hub, call: Call, row: RepoRow, item: Any, multipart: bool) -> d
         count = -(-size // hub.part_size)
         if count > _MOST_PARTS:
             raise HubFault(413, f"{oid}: more than {_MOST_PARTS} parts")
+        hub.blobs.clear_stale(URL_SECONDS)
         claims |= {"upload": uuid.uuid4().hex, "parts": count}
         header = {"chunk_size": str(hub.part_size)}
         for number in range(1, count + 1):

@@ -468,6 +468,28 @@ def test_cards_beyond_the_limits(hub: Hub, yaml: str) -> None:
     assert time.perf_counter() - start < 10
 
 
+def test_facts_follow_what_is_large(hub: Hub) -> None:
+    """Facts that were kept from an earlier commit make a text pass as a pointer, or a large file as a text."""
+    repo = _create(hub, "follow")
+    data = _safetensors("late.weight")
+    pointer = _pointer(hashlib.sha256(data).hexdigest(), len(data))
+    files = {"model.safetensors": pointer, "long.txt": b"x" * 1000, "short.txt": b"y"}
+    assert commit(hub, repo, files).status == 200
+    assert "safetensors" not in hub.ask("GET", f"/api/models/{repo}").json()
+
+    def sizes() -> dict[str, int]:
+        told = hub.ask("GET", f"/api/models/{repo}?blobs=1").json()["siblings"]
+        return {item["rfilename"]: item["size"] for item in told if item["rfilename"] != ".gitattributes"}
+
+    assert sizes() == {"model.safetensors": len(pointer), "long.txt": 1000, "short.txt": 1}
+    _upload(hub, repo, {"copy.safetensors": data})
+    assert sizes()["model.safetensors"] == len(data) == sizes()["copy.safetensors"]
+    assert "safetensors" in hub.ask("GET", f"/api/models/{repo}").json()
+    assert commit(hub, repo, {"long.txt": b"z" * 300}).status == 200
+    names = ["model.safetensors", "copy.safetensors", "long.txt", "short.txt"]
+    assert sizes() == dict(zip(names, (len(data), len(data), 300, 1), strict=True))
+
+
 # Bodies, sizes and slow connections
 
 
@@ -544,6 +566,19 @@ def test_failed_uploads_leave_nothing(hub: Hub) -> None:
     name = hash_text(chunk_hash(chunk))
     assert hub.ask("POST", f"{cas}/v1/xorbs/default/{name}", _raw_chunk(chunk), token=token).status == 200
     assert list((hub.folder / "store" / "incoming").iterdir()) == []
+
+
+def test_parts_sent_again_and_again(tmp_path: Path) -> None:
+    """A writer sends one part of an object many times, each time with other bytes, and never completes it."""
+    hub = Hub(tmp_path, part_size=1000)
+    _create(hub, "parts")
+    body = {"operation": "upload", "transfers": ["multipart"], "objects": [{"oid": "ab" * 32, "size": 2000}]}
+    batch = hub.ask("POST", "/alice/parts.git/info/lfs/objects/batch", body).json()
+    href = batch["objects"][0]["actions"]["upload"]["header"]["1"].removeprefix(hub.server.endpoint)
+    for number in range(5):
+        assert hub.ask("PUT", href, b"%d" % number * 100, user=None).status == 200
+    assert len(list((tmp_path / "store" / "incoming").iterdir())) == 1
+    hub.close()
 
 
 def test_slow_requests(hub: Hub) -> None:
@@ -765,6 +800,20 @@ def test_organisations(tmp_path: Path, command: Command) -> None:
     assert hub.ask("POST", "/api/organizations/create", {"name": "acme"}, user="bob").status == 409
     assert hub.ask("POST", "/api/organizations/create", {"name": "new-one"}, user="bob").status == 200
     hub.close()
+
+
+def test_stores_from_before_organisations(tmp_path: Path) -> None:
+    """Not an attack: in a store that knows no organisations yet, people keep what they had."""
+    hub = Hub(tmp_path)
+    _create(hub, "acme/model", visibility="private")
+    _create(hub, "own")
+    hub.close()
+    (tmp_path / "store" / "people.sqlite").unlink(missing_ok=True)
+    again = Hub(tmp_path)
+    assert commit(again, "acme/model", {"a": b"a"}).status == 200 == commit(again, "alice/own", {"a": b"a"}).status
+    assert again.ask("GET", "/api/whoami-v2").json()["orgs"][0]["name"] == "acme"
+    assert again.ask("POST", "/api/repos/create", {"name": "acme/other"}, user="bob").status == 403
+    again.close()
 
 
 def test_a_server_that_others_can_reach_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
