@@ -110,21 +110,35 @@ def _parser() -> argparse.ArgumentParser:
 
     for family in (merging, changing, revising, reading, inspecting, evaluating, continual, publishing, proving):
         family.register(command)
-    hub = commands.add_parser("hub", help="A Hub on loopback: `hfmerge hub serve`, `hfmerge hub run -- COMMAND`.")
+    hub = commands.add_parser("hub", help="A Hub on loopback: serve, run, import, export, fsck, user, token, org.")
     hub.add_argument("rest", nargs=argparse.REMAINDER)
     return parser
 
 
 def _hub(argv: list[str]) -> int:
-    usage = "usage: hfmerge hub serve [...] | hfmerge hub run [...] -- COMMAND"
+    usage = """usage: hfmerge hub COMMAND [...]; `hfmerge hub COMMAND --help` explains it
+
+  serve    serve a store on this machine, with pages for browsers
+  run      run one command against a server of its own: hfmerge hub run [...] -- COMMAND
+  import   put an export, a Hugging Face cache or a folder into a store
+  export   write a repository, or the files of a revision, into a folder
+  fsck     check a store, and repair what can be
+  user     add and remove users
+  token    make and revoke tokens
+  org      say who is a member of an organisation
+"""
     try:
-        from hfmerge.hubserver.serve import main_run, main_serve
+        from hfmerge.hubserver import maintenance, people, serve
     except ImportError as error:
         tell(f"hfmerge: the Hub on loopback needs `pip install hfmerge[hub]` ({error}).")
         return 1
-    if argv[:1] == ["serve"]:
-        return main_serve(argv[1:])
-    if argv[:1] == ["run"]:
-        return main_run(argv[1:])
-    say(usage, file=sys.stderr if argv[:1] not in (["--help"], ["-h"]) else sys.stdout)
-    return 0 if argv[:1] in (["--help"], ["-h"]) else 2
+    commands = {
+        **{"serve": serve.main_serve, "run": serve.main_run},
+        **{"import": maintenance.main_import, "export": maintenance.main_export, "fsck": maintenance.main_fsck},
+        **{"user": people.main_user, "token": people.main_token, "org": people.main_org},
+    }
+    if argv[:1] and argv[0] in commands:
+        return commands[argv[0]](argv[1:])
+    asked = argv[:1] in (["--help"], ["-h"])
+    say(*usage.split("\n"), serve.PURPOSE, file=sys.stdout if asked else sys.stderr)
+    return 0 if asked else 2

@@ -9,6 +9,7 @@ import threading
 import traceback
 import uuid
 from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,11 +17,24 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from hfmerge.hubserver import discussions, download, lfs, lfsfiles, listing, repos, upload, xet
+from hfmerge.hubserver import (
+    control,
+    discussions,
+    download,
+    gitserve,
+    lfs,
+    lfsfiles,
+    listing,
+    organizations,
+    pages,
+    repos,
+    upload,
+    xet,
+)
+from hfmerge.hubserver.basic import caller
 from hfmerge.hubserver.hub import Hub
 from hfmerge.hubserver.routing import Match, find
-from hfmerge.hubserver.wire import Call, HubFault, not_implemented
-from hfmerge.hubserver.xorb import MOST_XORB_BODY
+from hfmerge.hubserver.wire import Call, HubFault, forbidden, not_implemented
 
 
 Message = MutableMapping[str, Any]
@@ -29,15 +43,15 @@ Send = Callable[[Message], Awaitable[None]]
 
 _HOST = re.compile(r"([\w.-]+|\[[0-9a-fA-F:]+\])(:\d{1,5})?", re.ASCII)
 
-# The longest body that is held in memory: a commit carries its regular files.
-_MOST_BODY = 512 << 20
-
 _ROUTES = [
+    *organizations.ROUTES,
     *repos.ROUTES,
     *listing.ROUTES,
     *discussions.ROUTES,
     *upload.ROUTES,
     *xet.ROUTES,
+    *control.ROUTES,
+    *gitserve.ROUTES,
     *lfs.ROUTES,
     *lfsfiles.ROUTES,
     *download.ROUTES,
@@ -110,11 +124,14 @@ class HubApp:
         try:
             try:
                 match = self._match(request)
-                if not match.open:
-                    record["user"] = self._hub.user_of(request.headers.get("authorization"))
-                response = await self._answer(request, match, record["user"])
+                user, role = None, "write"
+                if not match.route.open:
+                    known = caller(self._hub, request)
+                    user, role = known if known is not None else (None, role)
+                record["user"] = user
+                response = await self._answer(request, match, user, role)
             except HubFault as fault:
-                response = fault.response()
+                response = pages.fault_page(self._hub, request, fault)
             except ClientDisconnect:
                 raise
             except Exception:  # a fault of the server: shown in its log, answered with 500, fatal to no other request
@@ -144,26 +161,35 @@ class HubApp:
         first = path.removeprefix("/api/").strip("/").split("/")[0]
         if first in _ABSENT and not is_cdn:
             raise not_implemented(first)
+        if not is_cdn and (match := find(pages.ROUTES, request.method, path)[0]) is not None:
+            return match
         raise HubFault(404, f"No such route: {request.method} {path}")
 
-    async def _answer(self, request: Request, match: Match, user: str | None) -> Response:
-        if match.streams:
-            call = self._call(request, match, user, b"")
-            return await cast(Awaitable[Response], match.handler(self._hub, call))
-        body = await _body(request, MOST_XORB_BODY if match.open else _MOST_BODY)
-        call = self._call(request, match, user, body)
-        return cast(Response, await run_in_threadpool(match.handler, self._hub, call))
-
-    def _call(self, request: Request, match: Match, user: str | None, body: bytes) -> Call:
+    async def _answer(self, request: Request, match: Match, user: str | None, role: str) -> Response:
+        route = match.route
+        if role == "read" and not route.reads:
+            raise forbidden("This token may only read; use one with the role `write`")
         host, port = request.scope["server"]
         origin = f"{request.scope['scheme']}://{request.headers.get('host') or f'{host}:{port}'}"
-        return Call(request, match.arguments, match.repo_span, user, origin, body)
+        call = Call(request, match.arguments, match.repo_span, user, origin, b"", role)
+        if match.streams:
+            return await cast(Awaitable[Response], route.handler(self._hub, call))
+        if route.most:
+            # Who may not do this learns it before sending much, and before anything of theirs takes memory.
+            if route.check is not None:
+                await run_in_threadpool(route.check, self._hub, call)
+            call = replace(call, body=await _body(request, route.most))
+        return cast(Response, await run_in_threadpool(route.handler, self._hub, call))
 
 
 async def _body(request: Request, most: int) -> bytes:
+    too_long = HubFault(413, f"The body is longer than {most} bytes")
+    announced = request.headers.get("content-length", "")
+    if announced.isascii() and announced.isdigit() and int(announced[:20]) > most:
+        raise too_long
     body = bytearray()
     async for data in request.stream():
         body += data
         if len(body) > most:
-            raise HubFault(413, f"The body is longer than {most} bytes")
+            raise too_long
     return bytes(body)

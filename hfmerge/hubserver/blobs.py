@@ -6,8 +6,16 @@ import hashlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import IO
+
+
+# The Hub takes files of this size at most; a disk keeps some bytes free for everything else.
+MOST_OBJECT = 50 << 30
+_SPARE_BYTES = 256 << 20
 
 
 class BlobStore:
@@ -30,9 +38,34 @@ class BlobStore:
         except FileNotFoundError:
             return None
 
+    def require_room(self, size: int) -> None:
+        """Refuse an object by its announced size, before any of it is written.
+
+        Raises:
+            ValueError: it is longer than any may be, or than the disk has room for.
+        """
+        room = max(0, shutil.disk_usage(self.temporary).free - _SPARE_BYTES)
+        if size > min(MOST_OBJECT, room):
+            raise ValueError(f"a file of {size} bytes; at most {min(MOST_OBJECT, room)} are taken")
+
     def receive(self) -> Incoming:
         """Begin to receive an object."""
         return Incoming(self)
+
+    def put(self, path: Path, data: bytes) -> None:
+        """Write a file of another folder of the same file system: whole, or not at all."""
+        handle, temporary = tempfile.mkstemp(dir=self.temporary)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+            os.replace(temporary, path)
+        except BaseException:  # a full disk, above all
+            os.unlink(temporary)
+            raise
+
+    def scratch(self) -> IO[bytes]:
+        """A file without a name: whatever ends its use, nothing is left of it."""
+        return tempfile.TemporaryFile(dir=self.temporary)
 
     def all(self) -> Iterator[str]:
         """The names of all objects."""
@@ -42,6 +75,14 @@ class BlobStore:
     def remove(self, oid: str) -> None:
         """Delete an object."""
         self.path(oid).unlink()
+
+    def clear_stale(self, seconds: float) -> None:
+        """Delete what was being received and has not grown for a while: parts of objects that nobody completes."""
+        oldest = time.time() - seconds
+        for path in self.temporary.iterdir():
+            with suppress(FileNotFoundError):
+                if path.stat().st_mtime < oldest:
+                    path.unlink()
 
     def clear_temporary(self) -> None:
         """Delete what was being received when a server ended."""
@@ -72,6 +113,10 @@ class Incoming:
         self._file.write(data)
         self._hash.update(data)
         self.size += len(data)
+
+    def digest(self) -> str:
+        """The SHA-256 of what was written so far."""
+        return self._hash.hexdigest()
 
     def keep(self, oid: str, size: int | None) -> None:
         """Move the object to its place.

@@ -10,13 +10,18 @@ from typing import Any
 
 import yaml
 
+from hfmerge.hubserver.plain import MOST_DEPTH, check_plain
+
 
 REPO_ID = re.compile(r"(?=.{1,96}$)(?!.*(--|\.\.))\w[\w.-]*(/\w[\w.-]*)?(?<![.-])", re.ASCII)
 
 RELATIONS = ("adapter", "finetune", "merge", "quantized")
 
-# How far aliases may blow a document up before it is refused.
-_MOST_VALUES = 100_000
+# Limits of a YAML document, checked before anything is built from it: its length, the values it becomes once
+# aliases are written out, how deep they lie, and the digits of a number.
+_MOST_TEXT = 1 << 20
+_MOST_VALUES = 50_000
+_MOST_DIGITS = 64
 
 
 @dataclass(frozen=True)
@@ -28,19 +33,31 @@ class Card:
     warnings: Sequence[str]
 
 
-class _CardLoader(yaml.SafeLoader):
+# The loader in C reads ten times as fast; it is missing from some installations.
+_Base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class _CardLoader(_Base):
     """YAML 1.2 as the Hub reads it: only true and false are booleans, dates are texts, a key stands once."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: list[str] = []
+        seen: set[str] = set()
         for key_node, _ in node.value:
             key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"duplicated key {key!r}", key_node.start_mark)
-            seen += [] if key is None else [key]
-        return super().construct_mapping(node, deep)
+            seen.update([] if key is None else [key])
+        return dict(super().construct_mapping(node, deep))
+
+    def construct_number(self, node: yaml.ScalarNode) -> Any:
+        """An integer or a float; more digits than any number has, which take quadratic time to read, stay a text."""
+        if len(node.value) > _MOST_DIGITS:
+            return node.value
+        return self.construct_yaml_int(node) if node.tag.endswith(":int") else self.construct_yaml_float(node)
 
 
+_CardLoader.add_constructor("tag:yaml.org,2002:int", _CardLoader.construct_number)
+_CardLoader.add_constructor("tag:yaml.org,2002:float", _CardLoader.construct_number)
 _CardLoader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in ("bool", "timestamp")]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -54,32 +71,60 @@ def load_yaml(text: str) -> Any:
     """A YAML document as JSON-like values.
 
     Raises:
-        ValueError: not YAML, or not representable (recursive, huge).
+        ValueError: not YAML, beyond a limit, or not representable (recursive, not Unicode).
     """
+    if len(text) > _MOST_TEXT:
+        raise ValueError(f"bad YAML: longer than {_MOST_TEXT} characters")
     try:
-        value = yaml.load(text, _CardLoader)  # a safe loader
+        _measure(text)
+        value = _plain(yaml.load(text, _CardLoader))  # a safe loader
+        check_plain(value)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
         raise ValueError(f"bad YAML{where}: {getattr(error, 'problem', None) or error}") from error
-    count = [0]
+    return value
 
-    def plain(node: Any) -> Any:
-        count[0] += 1
-        if count[0] > _MOST_VALUES:
-            raise ValueError("bad YAML: recursive or too large")
-        if isinstance(node, Mapping):
-            return {str(key): plain(item) for key, item in node.items()}
-        if isinstance(node, list | tuple | set | frozenset):
-            return [plain(item) for item in node]
-        if isinstance(node, float) and not math.isfinite(node):
-            return str(node)
-        return node if isinstance(node, str | int | float | bool | None) else str(node)
 
-    try:
-        return plain(value)
-    except RecursionError as error:
-        raise ValueError("bad YAML: recursive or too large") from error
+def _measure(text: str) -> None:
+    """How deep a document is and how many values it has, from its events, without following an alias.
+
+    Raises:
+        ValueError: too much of either, or an alias to what holds it.
+    """
+    sizes: dict[str, int] = {}
+    open_nodes: list[tuple[str | None, int]] = []
+    total = 0
+    for event in yaml.parse(text, _CardLoader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            open_nodes.append((event.anchor, total))
+            total += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = open_nodes.pop()
+            if anchor is not None:
+                sizes[anchor] = total - before
+        elif isinstance(event, yaml.AliasEvent):
+            if event.anchor in [anchor for anchor, _ in open_nodes]:
+                raise ValueError("recursive or too large")
+            total += sizes.get(str(event.anchor), 1)
+        elif isinstance(event, yaml.ScalarEvent):
+            total += 1
+            if event.anchor is not None:
+                sizes[event.anchor] = 1
+        if total > _MOST_VALUES:
+            raise ValueError("recursive or too large")
+        if len(open_nodes) > MOST_DEPTH:
+            raise ValueError(f"nested deeper than {MOST_DEPTH} levels")
+
+
+def _plain(node: Any) -> Any:
+    if isinstance(node, Mapping):
+        return {str(key): _plain(item) for key, item in node.items()}
+    if isinstance(node, list | tuple | set | frozenset):
+        return [_plain(item) for item in node]
+    if isinstance(node, float) and not math.isfinite(node):
+        return str(node)
+    return node if isinstance(node, str | int | float | bool | None) else str(node)
 
 
 def front_matter(text: str) -> str | None:

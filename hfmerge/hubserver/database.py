@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,11 @@ CREATE TABLE IF NOT EXISTS moved (
     PRIMARY KEY (kind, key));
 CREATE TABLE IF NOT EXISTS objects (
     rid TEXT NOT NULL REFERENCES repos (rid) ON DELETE CASCADE, oid TEXT NOT NULL, PRIMARY KEY (rid, oid));
+CREATE TABLE IF NOT EXISTS deleted (
+    rid TEXT NOT NULL REFERENCES repos (rid) ON DELETE CASCADE, oid TEXT NOT NULL, PRIMARY KEY (rid, oid));
+CREATE TABLE IF NOT EXISTS facts (
+    rid TEXT PRIMARY KEY REFERENCES repos (rid) ON DELETE CASCADE, sha TEXT NOT NULL, document TEXT NOT NULL,
+    siblings TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS access (
     rid TEXT NOT NULL REFERENCES repos (rid) ON DELETE CASCADE, user TEXT NOT NULL, status TEXT NOT NULL,
     time TEXT NOT NULL, PRIMARY KEY (rid, user));
@@ -173,29 +178,68 @@ class Database:
 
     def link(self, rid: str, oid: str) -> None:
         """Let a repository refer to an object."""
-        self._write("INSERT OR IGNORE INTO objects VALUES (?, ?)", rid, oid)
+        with self.transaction() as connection:
+            connection.execute("INSERT OR IGNORE INTO objects VALUES (?, ?)", (rid, oid))
+            connection.execute("DELETE FROM deleted WHERE rid = ? AND oid = ?", (rid, oid))
+            # A pointer that stood there before its object may mean something now.
+            connection.execute("UPDATE facts SET sha = '' WHERE rid = ?", (rid,))
 
     def linked(self, rid: str, oid: str) -> bool:
         """Whether a repository may refer to an object: it was uploaded to it, not only known by its hash."""
         return bool(self._rows("SELECT 1 FROM objects WHERE rid = ? AND oid = ?", rid, oid))
 
     def unlink(self, rid: str, oid: str) -> None:
-        """Take an object from a repository."""
-        self._write("DELETE FROM objects WHERE rid = ? AND oid = ?", rid, oid)
+        """Take an object from a repository, and remember that it was there."""
+        with self.transaction() as connection:
+            connection.execute("DELETE FROM objects WHERE rid = ? AND oid = ?", (rid, oid))
+            connection.execute("INSERT OR IGNORE INTO deleted VALUES (?, ?)", (rid, oid))
+            connection.execute("UPDATE facts SET sha = '' WHERE rid = ?", (rid,))
 
     def objects(self, rid: str) -> list[str]:
         """All objects a repository may refer to, in order."""
         return [row["oid"] for row in self._rows("SELECT oid FROM objects WHERE rid = ? ORDER BY oid", rid)]
 
+    def deleted(self, rid: str) -> frozenset[str]:
+        """All objects that were taken from a repository."""
+        return frozenset(row["oid"] for row in self._rows("SELECT oid FROM deleted WHERE rid = ?", rid))
+
     def linked_anywhere(self) -> frozenset[str]:
         """All objects some repository may refer to."""
         return frozenset(row["oid"] for row in self._rows("SELECT DISTINCT oid FROM objects"))
+
+    # Facts about the newest commit of main
+
+    def put_facts(self, rows: Sequence[tuple[str, str, str, str]]) -> None:
+        """Remember what was found out: commit, document, files and `rid`; of a repository that is gone, nothing."""
+        if rows:
+            with self.transaction() as connection:
+                query = "INSERT OR REPLACE INTO facts SELECT rid, ?, ?, ? FROM repos WHERE rid = ?"
+                connection.executemany(query, rows)
+
+    def facts(self, kind: str) -> dict[str, tuple[str, str, str]]:
+        """Of each repository: the commit that is remembered, the document about it, and its files."""
+        rows = self._rows("SELECT facts.* FROM facts JOIN repos USING (rid) WHERE kind = ?", kind)
+        return {row["rid"]: (row["sha"], row["document"], row["siblings"]) for row in rows}
+
+    def facts_of(self, rid: str) -> tuple[str, str, str] | None:
+        """The commit that is remembered of one repository, the document about it, and its files."""
+        rows = self._rows("SELECT sha, document, siblings FROM facts WHERE rid = ?", rid)
+        return (rows[0]["sha"], rows[0]["document"], rows[0]["siblings"]) if rows else None
 
     # Gated access
 
     def set_access(self, rid: str, user: str, status: str, time: str) -> None:
         """Record an access request: `accepted`, `rejected` or `pending`."""
         self._write("INSERT OR REPLACE INTO access VALUES (?, ?, ?, ?)", rid, user, status, time)
+
+    def access_of(self, rid: str, user: str) -> str | None:
+        """The status of a user's request; None if they never asked."""
+        rows = self._rows("SELECT status FROM access WHERE rid = ? AND user = ?", rid, user)
+        return str(rows[0]["status"]) if rows else None
+
+    def requesters(self, rid: str) -> list[str]:
+        """Everybody who asked, or was let in."""
+        return [row["user"] for row in self._rows("SELECT user FROM access WHERE rid = ? ORDER BY user", rid)]
 
     def access(self, rid: str, status: str) -> list[tuple[str, str]]:
         """Users with that status and since when."""

@@ -8,17 +8,22 @@ import uuid
 from typing import Any
 
 from dulwich.diff_tree import tree_changes
-from dulwich.patch import write_tree_diff
+from dulwich.patch import write_object_diff
 from starlette.responses import Response
 
 from hfmerge.hubserver.database import DiscussionRow, RepoRow
 from hfmerge.hubserver.gitstore import DEFAULT_BRANCH, GitStore
 from hfmerge.hubserver.hub import Hub, now
+from hfmerge.hubserver.info import tip_facts
 from hfmerge.hubserver.routing import route
 from hfmerge.hubserver.wire import Call, HubFault, forbidden, reply, revision_missing, text_field
 
 
 _PAGE = 50
+# Comparing takes time that grows with the square of the lines; more is no reading for people.
+_MOST_COMPARED = 1 << 20
+_MOST_LINES = 5_000
+_MOST_DIFF = 4 << 20
 
 
 def open_pull(hub: Hub, git: GitStore, row: RepoRow, user: str, message: str, *, base: str, commit: str) -> int:
@@ -73,7 +78,11 @@ def listing(hub: Hub, call: Call) -> Response:
 
 
 def details(hub: Hub, call: Call) -> Response:
-    """One discussion with its events; for a pull request also conflicts and, if asked for, the difference."""
+    """One discussion with its events; for a pull request also conflicts and, if asked for, the difference.
+
+    The difference is text of files: of a gated repository, only those who were let in have it. The conversation is
+    open to all who see the repository, so the rest of the answer stays.
+    """
     row = hub.repo(call)
     discussion = _discussion(hub, row, call)
     result = {**_summary(row, discussion), "events": hub.database.events(row.rid, discussion.num)}
@@ -88,7 +97,7 @@ def details(hub: Hub, call: Call) -> Response:
             else:
                 result["filesWithConflicts"] = merge_trees(git, base, head)[1]
                 ends = (git.common_ancestor(base, head), head)
-            if call.flag("diff"):
+            if call.flag("diff") and hub.may_read(row, call.user):
                 result["diff"] = _diff(git, *ends)
     return reply(result)
 
@@ -171,6 +180,7 @@ def merge(hub: Hub, call: Call) -> Response:
         git.set_ref(discussion.base, oid)
         _say(hub, row, discussion, user, body)
         _set_status(hub, row, discussion, user, "merged", oid)
+    tip_facts(hub, row)
     return reply({"mergeCommitId": oid})
 
 
@@ -206,10 +216,22 @@ def _changes(git: GitStore, old: str | None, new: str) -> dict[str, bytes | None
 
 
 def _diff(git: GitStore, old: str | None, new: str) -> str:
+    """The difference as git writes it; files that are too long to compare are only named."""
     text = io.BytesIO()
     old_tree = None if old is None else git.tree_id(old)
-    write_tree_diff(text, git.objects, old_tree, git.tree_id(new))
+    for paths, modes, oids in git.objects.tree_changes(old_tree, git.tree_id(new)):
+        if text.tell() < _MOST_DIFF and all(_comparable(git, oid) for oid in oids):
+            before, after = zip(paths, modes, oids, strict=True)
+            write_object_diff(text, git.objects, before, after)
+        else:
+            path = paths[1] or paths[0] or b""
+            text.write(b"diff --git a/%b b/%b\nThis file is too long to be compared\n" % (path, path))
     return text.getvalue().decode("utf-8", "replace")
+
+
+def _comparable(git: GitStore, oid: bytes | None) -> bool:
+    data = b"" if oid is None else git.read(oid.decode())
+    return len(data) <= _MOST_COMPARED and data.count(b"\n") <= _MOST_LINES
 
 
 def _ends(git: GitStore, discussion: DiscussionRow) -> tuple[str, str]:
@@ -317,13 +339,13 @@ def _summary(row: RepoRow, discussion: DiscussionRow) -> dict[str, Any]:
 _ONE = "/api/{kind}/{repo}/discussions/{num}"
 
 ROUTES = [
-    route("POST", "/api/{kind}/{repo}/discussions", create),
+    route("POST", "/api/{kind}/{repo}/discussions", create, check=Hub.speaker),
     route("GET", "/api/{kind}/{repo}/discussions", listing),
     route("GET", _ONE, details),
-    route("POST", f"{_ONE}/comment", comment),
-    route("POST", f"{_ONE}/comment/{{comment}}/edit", edit_comment),
-    route("POST", f"{_ONE}/comment/{{comment}}/hide", hide_comment),
-    route("POST", f"{_ONE}/title", rename),
-    route("POST", f"{_ONE}/status", change_status),
-    route("POST", f"{_ONE}/merge", merge),
+    route("POST", f"{_ONE}/comment", comment, check=Hub.speaker),
+    route("POST", f"{_ONE}/comment/{{comment}}/edit", edit_comment, check=Hub.speaker),
+    route("POST", f"{_ONE}/comment/{{comment}}/hide", hide_comment, check=Hub.speaker),
+    route("POST", f"{_ONE}/title", rename, check=Hub.speaker),
+    route("POST", f"{_ONE}/status", change_status, check=Hub.speaker),
+    route("POST", f"{_ONE}/merge", merge, check=Hub.writable),
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 import re
 from collections.abc import AsyncIterator
 from email.utils import quote as quote_text
@@ -20,15 +21,24 @@ from hfmerge.hubserver.wire import Call, HubFault, entry_missing, reply
 _CHUNK = 1 << 20
 _RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})", re.ASCII)
 
+# Whatever a file holds, a browser must not run it as a page of this server.
+_HARMLESS = {
+    "X-Content-Type-Options": "nosniff",
+    "Content-Security-Policy": "sandbox; default-src 'none'; frame-ancestors 'none'",
+    "Cross-Origin-Resource-Policy": "same-site",
+}
+# Pictures are told by their name, so that cards can show them; none of these kinds can hold a script.
+_PICTURES = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".gif": "gif", ".webp": "webp"}
+
 
 def resolve(hub: Hub, call: Call) -> Response:
     """A file of a revision: its content, not its LFS pointer."""
     entry, commit, data = _fetch(hub, call)
     etag = f'"{entry.lfs.oid if entry.lfs else entry.oid}"'
-    headers = {"X-Repo-Commit": commit, "ETag": etag, "Accept-Ranges": "bytes"}
+    headers = {"X-Repo-Commit": commit, "ETag": etag, "Accept-Ranges": "bytes", **_HARMLESS}
     if entry.lfs is None:
         return _send(call, headers, len(data), data, "text/plain; charset=utf-8")
-    if not hub.database.linked(hub.repo(call).rid, entry.lfs.oid) or hub.blobs.size(entry.lfs.oid) is None:
+    if not entry.lfs.present:
         raise entry_missing(f"{entry.path}: this large file was deleted", commit)
     headers |= {"X-Linked-Etag": etag, "X-Linked-Size": str(entry.size)}
     if hub.cdn_port is not None:
@@ -37,7 +47,7 @@ def resolve(hub: Hub, call: Call) -> Response:
         token, _ = hub.signer.sign("cdn", claims, seconds=3600)
         headers["Location"] = f"http://{f'[{host}]' if ':' in host else host}:{hub.cdn_port}/cdn/{token}"
         return reply({"redirect": "cdn"}, status=302, headers=headers)
-    return _send(call, headers, entry.size, hub.blobs.path(entry.lfs.oid), "application/octet-stream")
+    return _send(call, headers, entry.size, hub.object_path(entry), _media_type(entry.path))
 
 
 def raw(hub: Hub, call: Call) -> Response:
@@ -45,13 +55,22 @@ def raw(hub: Hub, call: Call) -> Response:
     entry, commit, _ = _fetch(hub, call)
     with hub.git(hub.repo(call)) as git:
         data = git.read(entry.oid)
-    headers = {"X-Repo-Commit": commit, "ETag": f'"{entry.oid}"', "Accept-Ranges": "bytes"}
+    headers = {"X-Repo-Commit": commit, "ETag": f'"{entry.oid}"', "Accept-Ranges": "bytes", **_HARMLESS}
     return _send(call, headers, len(data), data, "text/plain; charset=utf-8")
 
 
 def cdn(hub: Hub, call: Call) -> Response:
     """A large object on the second port, for whoever holds a signed address."""
-    claims = hub.signer.check("cdn", call.args["token"])
+    return _signed(hub, call, "cdn")
+
+
+def fetch(hub: Hub, call: Call) -> Response:
+    """A large object for git-lfs, which holds a signed address."""
+    return _signed(hub, call, "fetch")
+
+
+def _signed(hub: Hub, call: Call, scope: str) -> Response:
+    claims = hub.signer.check(scope, call.args["token"])
     size = hub.blobs.size(claims["oid"])
     if size is None:
         raise HubFault(404, "No such object")
@@ -59,9 +78,10 @@ def cdn(hub: Hub, call: Call) -> Response:
     headers = {
         "ETag": f'"{claims["oid"]}"',
         "Accept-Ranges": "bytes",
+        **_HARMLESS,
         "Content-Disposition": f"inline; filename*=UTF-8''{quote(name)}; filename=\"{quote_text(_ascii(name))}\"",
     }
-    return _send(call, headers, size, hub.blobs.path(claims["oid"]), "application/octet-stream")
+    return _send(call, headers, size, hub.blobs.path(claims["oid"]), _media_type(name))
 
 
 def _fetch(hub: Hub, call: Call) -> tuple[Entry, str, bytes]:
@@ -71,6 +91,11 @@ def _fetch(hub: Hub, call: Call) -> tuple[Entry, str, bytes]:
         commit = hub.commit_of(git, call.args["rev"])
         entry = hub.file_at(git, commit, call.args["path"].strip("/"))
         return entry, commit, b"" if entry.lfs is not None else git.read(entry.oid)
+
+
+def _media_type(path: str) -> str:
+    kind = _PICTURES.get(posixpath.splitext(path.lower())[1])
+    return f"image/{kind}" if kind is not None else "application/octet-stream"
 
 
 def _ascii(text: str) -> str:
@@ -133,6 +158,7 @@ async def _chunks(path: Path, start: int, end: int) -> AsyncIterator[bytes]:
 ROUTES = [
     route("GET", "/{web}{repo}/resolve/{rev}/{path}", resolve),
     route("GET", "/{web}{repo}/raw/{rev}/{path}", raw),
+    route("GET", "/_signed/fetch/{token}", fetch, open=True),
 ]
 # Only these answer on the second port.
 CDN_ROUTES = [route("GET", "/cdn/{token}", cdn, open=True)]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 import stat
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -28,11 +28,16 @@ _HEX = re.compile(r"[0-9a-f]{7,40}")
 
 @dataclass(frozen=True)
 class Pointer:
-    """What a Git-LFS pointer file says."""
+    """What a Git-LFS pointer file says; `present` is False for an object that was deleted for good."""
 
     oid: str
     size: int
     pointer_size: int
+    present: bool = True
+
+
+# Whether the repository has the object a pointer names: True, False if it had it and it was deleted, None if not.
+Owned = Callable[[Pointer], "bool | None"]
 
 
 @dataclass(frozen=True)
@@ -74,12 +79,18 @@ def valid_ref(name: str) -> bool:
 
 
 class GitStore:
-    """A bare repository, opened for one request. Histories are linear here: merges are squashed."""
+    """A bare repository, opened for one request. Histories are linear here: merges are squashed.
 
-    def __init__(self, path: Path):
+    Anybody can write a text that reads as a pointer to somebody else's object. So a pointer counts as one only if
+    `owned` knows its object; any other is an ordinary small file. By default none counts.
+    """
+
+    def __init__(self, path: Path, owned: Owned = lambda pointer: None):
         self._repo = Repo(str(path), bare=True)
+        self._owned = owned
         self.objects = self._repo.object_store
         self._folders: dict[bytes, dict[bytes, tuple[int, bytes]]] = {}
+        self._blobs: dict[bytes, tuple[int, Pointer | None]] = {}
 
     @classmethod
     def create(cls, path: Path) -> GitStore:
@@ -174,6 +185,15 @@ class GitStore:
                 self._walk(found[1], f"{folder}/" if folder else "", recursive), start, stop
             ):
                 yield self._entry(path, mode, oid)
+
+    def recall(self, entries: Sequence[Entry]) -> None:
+        """Take over what an earlier commit's entries said, so that only new files are read to know their size.
+
+        Whether a pointer counts is asked anew; a small file that did not count as one is read again.
+        """
+        for entry in entries:
+            if entry.lfs is not None or entry.size > _POINTER_LIMIT:
+                self._blobs[entry.oid.encode()] = (entry.size, entry.lfs)
 
     def read(self, oid: str) -> bytes:
         """The bytes of a blob: for an LFS file, its pointer."""
@@ -276,9 +296,13 @@ class GitStore:
     def _entry(self, path: str, mode: int, oid: bytes) -> Entry:
         if stat.S_ISDIR(mode):
             return Entry(path, oid.decode(), True, 0, None)
-        data = self.read(oid.decode())
-        pointer = parse_pointer(data)
-        return Entry(path, oid.decode(), False, pointer.size if pointer else len(data), pointer)
+        if oid not in self._blobs:
+            data = self.read(oid.decode())
+            self._blobs[oid] = (len(data), parse_pointer(data))
+        size, pointer = self._blobs[oid]
+        present = None if pointer is None else self._owned(pointer)
+        pointer = replace(pointer, present=present) if pointer is not None and present is not None else None
+        return Entry(path, oid.decode(), False, pointer.size if pointer else size, pointer)
 
 
 def _person(user: str) -> bytes:

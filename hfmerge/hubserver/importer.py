@@ -34,8 +34,8 @@ def import_folder(
 ) -> str:
     """Upload a folder (a saved model, a snapshot of a Hugging Face cache) and create the repository if need be.
 
-    Any user may create any organisation of this server by naming it, so `repo_id` may be `org/name` for any `org`
-    that is not the name of another user. The client runs in a process of its own: it reads its endpoint when it is
+    An organisation that does not exist is made, with the user as its administrator; in one that exists the user must
+    be a member who may create repositories. The client runs in a process of its own: it reads its endpoint when it is
     imported, and with another one it would ask huggingface.co in passing.
 
     Args:

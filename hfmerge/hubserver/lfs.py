@@ -1,4 +1,4 @@
-"""Routes of Git-LFS uploads: the batch, objects in one piece or in parts, and their verification."""
+"""Routes of Git-LFS: the batch, objects in one piece or in parts, and their verification."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from starlette.responses import Response
 
 from hfmerge.hubserver.blobs import Incoming
 from hfmerge.hubserver.database import RepoRow
-from hfmerge.hubserver.hub import Hub
+from hfmerge.hubserver.hub import URL_SECONDS, Hub
+from hfmerge.hubserver.lfsdownload import batch_download
 from hfmerge.hubserver.routing import route
-from hfmerge.hubserver.wire import Call, HubFault, not_implemented, reply, repo_path
+from hfmerge.hubserver.wire import Call, HubFault, reply, repo_path
 
 
 _OID = re.compile(r"[0-9a-f]{64}")
@@ -27,10 +28,10 @@ _CHUNK = 1 << 20
 
 
 def batch(hub: Hub, call: Call) -> Response:
-    """Where to send which objects; those the repository has need no action."""
+    """Where to send or to get which objects; to send those the repository has needs no action."""
     body = call.json()
-    if body.get("operation") != "upload":
-        raise not_implemented("LFS downloads through the batch API")
+    if body.get("operation") == "download":
+        return batch_download(hub, call, body)
     ref = body.get("ref")
     revision = ref.get("name") if isinstance(ref, dict) else None
     # Without a reference the objects are for a pull request that will be opened with the commit.
@@ -68,7 +69,12 @@ async def put_part(hub: Hub, call: Call) -> Response:
                     raise HubFault(400, f"The part is longer than {hub.part_size} bytes")
                 await run_in_threadpool(file.write, data)
                 digest.update(data)
-        os.replace(temporary, hub.blobs.temporary / f"{claims['upload']}.{claims['part']}.{digest.hexdigest()}")
+        name = f"{claims['upload']}.{claims['part']}."
+        earlier = list(hub.blobs.temporary.glob(f"{name}*"))
+        os.replace(temporary, hub.blobs.temporary / (name + digest.hexdigest()))
+        for path in earlier:  # a part that is sent again and again takes its place once
+            if path.name != name + digest.hexdigest():
+                path.unlink(missing_ok=True)
     except BaseException:  # an upload that ends early leaves nothing
         os.unlink(temporary)
         raise
@@ -77,7 +83,7 @@ async def put_part(hub: Hub, call: Call) -> Response:
 
 def complete(hub: Hub, call: Call) -> Response:
     """Join the parts of an object."""
-    claims = hub.signer.check("complete", call.args["token"])
+    claims = _completes(hub, call)
     parts = call.json().get("parts")
     if not isinstance(parts, list) or len(parts) != claims["parts"]:
         raise HubFault(400, f"Expected {claims['parts']} parts")
@@ -88,21 +94,17 @@ def complete(hub: Hub, call: Call) -> Response:
         if not _OID.fullmatch(etag) or part.get("partNumber") != number or not path.exists():
             raise HubFault(400, f"Part {number} was not received with that entity tag")
         paths.append(path)
-    with hub.blobs.receive() as incoming:
+    try:
+        with hub.blobs.receive() as incoming:
+            for path in paths:
+                with path.open("rb") as file:
+                    while data := file.read(_CHUNK):
+                        incoming.write(data)
+            _keep(hub, incoming, claims)
+    finally:  # parts that make another object than announced make it again when they are joined again
         for path in paths:
-            with path.open("rb") as file:
-                while data := file.read(_CHUNK):
-                    incoming.write(data)
-        _keep(hub, incoming, claims)
-    for path in paths:
-        path.unlink()
+            path.unlink(missing_ok=True)
     return reply({})
-
-
-def git_transport(hub: Hub, call: Call) -> Response:
-    """Cloning and pushing with git."""
-    hub.repo(call)
-    raise not_implemented("git clone, fetch and push")
 
 
 def verify(hub: Hub, call: Call) -> Response:
@@ -124,12 +126,17 @@ def _action(hub: Hub, call: Call, row: RepoRow, item: Any, multipart: bool) -> d
     # Knowing a hash is no proof of having the object: only what this repository has may be skipped.
     if hub.database.linked(row.rid, oid) and hub.blobs.size(oid) == size:
         return answer
+    try:
+        hub.blobs.require_room(size)
+    except ValueError as error:
+        raise HubFault(413, f"{oid}: {error}") from error
     claims: dict[str, object] = {"rid": row.rid, "oid": oid, "size": size}
     verification = call.origin + repo_path(row.kind, row.id) + ".git/info/lfs/verify"
     if multipart and size > hub.part_size:
         count = -(-size // hub.part_size)
         if count > _MOST_PARTS:
             raise HubFault(413, f"{oid}: more than {_MOST_PARTS} parts")
+        hub.blobs.clear_stale(URL_SECONDS)
         claims |= {"upload": uuid.uuid4().hex, "parts": count}
         header = {"chunk_size": str(hub.part_size)}
         for number in range(1, count + 1):
@@ -159,12 +166,14 @@ async def _pieces(call: Call) -> AsyncIterator[bytes]:
         yield bytes(buffer)
 
 
+def _completes(hub: Hub, call: Call) -> dict[str, Any]:
+    return hub.signer.check("complete", call.args["token"])
+
+
 ROUTES = [
-    route("POST", "/{web}{repo}.git/info/lfs/objects/batch", batch),
-    route("POST", "/{web}{repo}.git/info/lfs/verify", verify),
-    route("GET", "/{web}{repo}.git/info/refs", git_transport),
-    route("GET", "/{web}{repo}/info/refs", git_transport),
+    route("POST", "/{web}{repo}.git/info/lfs/objects/batch", batch, reads=True),
+    route("POST", "/{web}{repo}.git/info/lfs/verify", verify, check=Hub.speaker, reads=True),
     route("PUT", "/_signed/object/{token}", put_object, open=True),
     route("PUT", "/_signed/part/{token}", put_part, open=True),
-    route("POST", "/_signed/complete/{token}", complete, open=True),
+    route("POST", "/_signed/complete/{token}", complete, check=_completes, open=True),
 ]

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from datetime import datetime, timezone
-
 from starlette.responses import Response
 
-from hfmerge.hubserver.gitstore import GitStore
+from hfmerge.hubserver.gitstore import DEFAULT_BRANCH, GitStore
 from hfmerge.hubserver.hub import Hub, moment
 from hfmerge.hubserver.routing import route
 from hfmerge.hubserver.wire import Call, HubFault, not_implemented, reply
@@ -25,11 +23,10 @@ def listing(hub: Hub, call: Call) -> Response:
     page = []
     for oid in oids[start : start + _PAGE]:
         info = hub.blobs.path(oid).stat()
-        pushed = moment(datetime.fromtimestamp(info.st_mtime, timezone.utc).timestamp())
-        page.append(
-            {"fileOid": oid, "oid": oid, "filename": names.get(oid, oid), "pushedAt": pushed, "size": info.st_size}
-        )
-    headers = {}
+        name, ref = names.get(oid, (oid, None))
+        item = {"fileOid": oid, "oid": oid, "filename": name, "ref": ref}
+        page.append({**item, "pushedAt": moment(info.st_mtime), "size": info.st_size})
+    headers = {"X-Total-Count": str(len(oids))}
     if start + len(page) < len(oids):
         url = call.request.url.include_query_params(cursor=start + len(page))
         headers["Link"] = f'<{call.origin}{url.path}?{url.query}>; rel="next"'
@@ -56,17 +53,17 @@ def delete(hub: Hub, call: Call) -> Response:
     return reply({})
 
 
-def _names(git: GitStore) -> dict[str, str]:
-    """Object id -> a path it has at the end of some reference."""
-    names: dict[str, str] = {}
-    for _, commit in git.refs("refs/"):
+def _names(git: GitStore) -> dict[str, tuple[str, str]]:
+    """Object id -> a path it has at the end of some reference, and the reference; main before all others."""
+    names: dict[str, tuple[str, str]] = {}
+    for ref, commit in sorted(git.refs("refs/"), key=lambda item: item[0] != DEFAULT_BRANCH):
         for entry in git.entries(commit, recursive=True):
             if entry.lfs is not None:
-                names.setdefault(entry.lfs.oid, entry.path)
+                names.setdefault(entry.lfs.oid, (entry.path, ref))
     return names
 
 
 ROUTES = [
     route("GET", "/api/{kind}/{repo}/lfs-files", listing),
-    route("POST", "/api/{kind}/{repo}/lfs-files/batch", delete),
+    route("POST", "/api/{kind}/{repo}/lfs-files/batch", delete, check=Hub.writable),
 ]

@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from hfmerge.hubserver.gitstore import DEFAULT_BRANCH, Entry, GitStore, LogEntry, valid_ref
 from hfmerge.hubserver.hub import Hub, moment
+from hfmerge.hubserver.info import tip_facts
 from hfmerge.hubserver.routing import route
 from hfmerge.hubserver.safetensors import read_sharded
 from hfmerge.hubserver.wire import (
@@ -29,6 +30,8 @@ from hfmerge.hubserver.wire import (
 _TREE_PAGE = 1000
 _EXPANDED_PAGE = 50
 _COMMITS_PAGE = 50
+# The paths somebody asks about, as a form.
+_MOST_PATHS = 32 << 20
 
 
 def tree(hub: Hub, call: Call) -> Response:
@@ -98,10 +101,11 @@ def commits(hub: Hub, call: Call) -> Response:
     size = call.number("limit", _COMMITS_PAGE, _COMMITS_PAGE)
     number = call.number("p", 0, 1 << 40)
     formatted = "formatted" in call.queries("expand", "expand[]")
-    headers = {}
     with hub.git(row) as git:
         history = git.history(hub.commit_of(git, call.args["rev"]))
-        page = list(islice(history, number * size, (number + 1) * size + 1))
+        passed = sum(1 for _ in islice(history, number * size))
+        page = list(islice(history, size + 1))
+        headers = {"X-Total-Count": str(passed + len(page) + sum(1 for _ in history))}
     if len(page) > size:
         page.pop()
         url = call.request.url.include_query_params(p=number + 1)
@@ -171,6 +175,7 @@ def super_squash(hub: Hub, call: Call) -> Response:
         if commit is None:
             raise revision_missing(branch)
         git.set_ref(ref, git.commit(git.tree_id(commit), None, hub.require_user(call), f"{message}\n"))
+    tip_facts(hub, row)
     return reply({})
 
 
@@ -234,13 +239,13 @@ def _require_free(git: GitStore, name: str) -> None:
 ROUTES = [
     route("GET", "/api/{kind}/{repo}/tree/{rev}", tree),
     route("GET", "/api/{kind}/{repo}/tree/{rev}/{path}", tree),
-    route("POST", "/api/{kind}/{repo}/paths-info/{rev}", paths_info),
+    route("POST", "/api/{kind}/{repo}/paths-info/{rev}", paths_info, most=_MOST_PATHS, reads=True),
     route("GET", "/api/{kind}/{repo}/refs", refs),
     route("GET", "/api/{kind}/{repo}/commits/{rev}", commits),
-    route("POST", "/api/{kind}/{repo}/branch/{branch}", create_branch),
-    route("DELETE", "/api/{kind}/{repo}/branch/{branch}", delete_branch),
-    route("POST", "/api/{kind}/{repo}/tag/{rev}", create_tag),
-    route("DELETE", "/api/{kind}/{repo}/tag/{tag}", delete_tag),
-    route("POST", "/api/{kind}/{repo}/super-squash/{rev}", super_squash),
+    route("POST", "/api/{kind}/{repo}/branch/{branch}", create_branch, check=Hub.writable),
+    route("DELETE", "/api/{kind}/{repo}/branch/{branch}", delete_branch, check=Hub.writable),
+    route("POST", "/api/{kind}/{repo}/tag/{rev}", create_tag, check=Hub.writable),
+    route("DELETE", "/api/{kind}/{repo}/tag/{tag}", delete_tag, check=Hub.writable),
+    route("POST", "/api/{kind}/{repo}/super-squash/{rev}", super_squash, check=Hub.writable),
     route("GET", "/api/{kind}/{repo}/safetensors-metadata/{path}", safetensors_metadata),
 ]

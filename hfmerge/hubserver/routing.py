@@ -15,6 +15,11 @@ from hfmerge.hubserver.wire import Call
 
 
 Handler = Callable[[Hub, Call], "Response | Awaitable[Response]"]
+# Raises what is to be answered if the caller may not do this, or if what the path names may not be seen.
+Check = Callable[[Hub, Call], object]
+
+# The longest body of a request that says in JSON what to do.
+MOST_JSON = 4 << 20
 
 _TWO, _ONE = r"(?P<repo>[^/]+/[^/]+)", r"(?P<repo>[^/]+)"
 
@@ -30,18 +35,24 @@ _PARTS = {
 
 @dataclass(frozen=True)
 class Match:
-    """A route that fits a path: its handler, the decoded arguments, where the repository's id stands."""
+    """A route that fits a path, the decoded arguments, where the repository's id stands."""
 
-    handler: Handler
+    route: Route
     arguments: dict[str, str]
     repo_span: tuple[int, int] | None
-    streams: bool
-    open: bool
+
+    @property
+    def streams(self) -> bool:
+        """Whether the handler reads the body itself."""
+        return inspect.iscoroutinefunction(self.route.handler)
 
 
 @dataclass(frozen=True)
 class Route:
-    """A method and a path; `open` routes check their caller themselves, by a signed token.
+    """A method and a path. `check` comes before the body, of which at most `most` bytes are read; of a `GET` none is.
+
+    `open` routes know their caller by a signed token. `reads` says that a `POST` changes nothing, so that a token that
+    may only read is enough.
 
     An id of one segment (`gpt2`) never names a repository here, but must find its route to be told so; `short` is the
     pattern for it. Such ids come last, or a repository called `org/tree` could not be reached.
@@ -51,7 +62,10 @@ class Route:
     pattern: re.Pattern[str]
     short: re.Pattern[str] | None
     handler: Handler
+    check: Check | None
+    most: int
     open: bool
+    reads: bool
 
     def match(self, raw_path: str, *, short: bool) -> Match | None:
         """The decoded arguments, if the path fits."""
@@ -61,11 +75,20 @@ class Route:
             return None
         groups = {name: unquote(value) for name, value in found.groupdict().items() if value is not None}
         span = found.span("repo") if "repo" in groups else None
-        return Match(self.handler, groups, span, inspect.iscoroutinefunction(self.handler), self.open)
+        return Match(self, groups, span)
 
 
-def route(method: str, template: str, handler: Handler, *, open: bool = False) -> Route:
-    """A route from a template such as `/api/{kind}/{repo}/tree/{rev}`."""
+def route(
+    method: str,
+    template: str,
+    handler: Handler,
+    *,
+    check: Check | None = None,
+    most: int = MOST_JSON,
+    open: bool = False,
+    reads: bool = False,
+) -> Route:
+    """A route from a template such as `/api/{kind}/{repo}/tree/{rev}`; a repository in it must be visible."""
 
     def compiled(repo: str) -> re.Pattern[str]:
         pieces = re.split(r"\{(\w+)\}", template)
@@ -77,7 +100,14 @@ def route(method: str, template: str, handler: Handler, *, open: bool = False) -
             )
         )
 
-    return Route(method, compiled(_TWO), compiled(_ONE) if "{repo}" in template else None, handler, open)
+    names_repo = "{repo}" in template
+    return Route(
+        *(method, compiled(_TWO), compiled(_ONE) if names_repo else None, handler),
+        check=check or (Hub.repo if names_repo else None),
+        most=0 if method == "GET" else most,
+        open=open,
+        reads=reads or method == "GET",
+    )
 
 
 def find(routes: Sequence[Route], method: str, raw_path: str) -> tuple[Match | None, list[str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import socket
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,8 @@ class Options:
         root: folder of the store.
         host: address to listen on; one that is not loopback needs `public`.
         port: port to listen on, 0 for a free one.
-        users: user name to token.
+        users: tokens that hold while the server runs, by user name.
+        new_users: users to make with a kept token, if they do not exist.
         public: allow an address that other machines can reach.
         cdn_port: second port for large files, 0 for a free one, None for none.
         log: file for the request log.
@@ -37,18 +38,22 @@ class Options:
     host: str
     port: int
     users: Mapping[str, str]
+    new_users: Sequence[str] = ()
     public: bool = False
     cdn_port: int | None = None
     log: Path | None = None
     part_size: int | None = None
 
 
-def run(options: Options, announce: Callable[[str], None], lifeline: BinaryIO | None = None) -> None:
+Announce = Callable[[str, Mapping[str, str], Sequence[str]], None]
+
+
+def run(options: Options, announce: Announce, lifeline: BinaryIO | None = None) -> None:
     """Serve until interrupted, or until the lifeline ends.
 
     Args:
         options: how to run.
-        announce: called with the endpoint once requests are answered.
+        announce: called once requests are answered, with the endpoint, the tokens made now, and all users.
         lifeline: a pipe from the parent process; its end means that the parent is gone.
 
     Raises:
@@ -58,6 +63,8 @@ def run(options: Options, announce: Callable[[str], None], lifeline: BinaryIO | 
         import uvicorn
 
         from hfmerge.hubserver.app import HubApp, RequestLog
+        from hfmerge.hubserver.connections import GuardedProtocol
+        from hfmerge.hubserver.control import announce_control, forget_control
         from hfmerge.hubserver.hub import DEFAULT_PART_SIZE, Hub
     except ModuleNotFoundError as error:
         raise HfMergeError(f"the hub server needs {error.name}; run: pip install 'hfmerge[hub]'") from error
@@ -75,6 +82,7 @@ def run(options: Options, announce: Callable[[str], None], lifeline: BinaryIO | 
             cdn_port=sockets[1].getsockname()[1] if len(sockets) > 1 else None,
         )
         stack.callback(hub.close)
+        made = hub.add_users(options.new_users)
         log = RequestLog(options.log) if options.log is not None else None
         if log is not None:
             stack.callback(log.close)
@@ -82,7 +90,10 @@ def run(options: Options, announce: Callable[[str], None], lifeline: BinaryIO | 
         class Server(uvicorn.Server):
             async def startup(self, sockets: list[Socket] | None = None) -> None:
                 await super().startup(sockets)
-                announce(_endpoint(options.host, main.getsockname()[1]))
+                endpoint = _endpoint(options.host, main.getsockname()[1])
+                announce_control(hub, endpoint)
+                stack.callback(forget_control, options.root)
+                announce(endpoint, made, hub.accounts.users())
 
         config = uvicorn.Config(
             HubApp(hub, log),
@@ -90,7 +101,7 @@ def run(options: Options, announce: Callable[[str], None], lifeline: BinaryIO | 
             access_log=False,
             lifespan="off",
             ws="none",
-            http="h11",
+            http=GuardedProtocol,
             server_header=False,
             # Clients keep connections in a pool; closing them early makes their next request fail.
             timeout_keep_alive=75,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import secrets
 import shutil
 import subprocess
 import sys
@@ -18,12 +17,19 @@ from types import TracebackType
 from typing import IO
 
 from hfmerge.errors import HfMergeError
+from hfmerge.hubserver.accounts import new_token
 from hfmerge.hubserver.importer import MISLEADING, import_folder
-from hfmerge.hubserver.runner import Options, run
+from hfmerge.hubserver.people import add_root, first_users
+from hfmerge.hubserver.runner import Options, is_loopback, run
 
 
 DEFAULT_USER = "me"
 DEFAULT_PORT = 8421
+
+PURPOSE = (
+    "This Hub is for tests, continuous integration, and work without a network by people who trust each other:"
+    " connections are not encrypted, and nothing limits what a user stores."
+)
 
 _START_SECONDS = 30.0
 _STOP_SECONDS = 5.0
@@ -36,7 +42,8 @@ class HubServer:
         root: folder of the store; made if it is missing, kept when the server stops.
         host: loopback address to listen on.
         port: port to listen on, 0 for a free one.
-        users: user name to token; one user `me` with a random token if None.
+        users: user name to token, which hold while this server runs; one user `me` with a random token if None.
+            Tokens that were made for the store hold beside them.
         cdn: serve large files from a second port, after a redirect.
         log: file for the request log, one JSON object a line.
         part_size: bytes of one part of a multipart LFS upload; None for the default.
@@ -61,7 +68,7 @@ class HubServer:
         log: Path | None = None,
         part_size: int | None = None,
     ):
-        self.tokens = dict(users) if users else {DEFAULT_USER: _new_token()}
+        self.tokens = dict(users) if users else {DEFAULT_USER: new_token()}
         self.token = next(iter(self.tokens.values()))
         command = [sys.executable, "-m", "hfmerge.hubserver", "--child", "--root", str(root)]
         command += ["--host", host, "--port", str(port)]
@@ -141,36 +148,52 @@ def main_serve(argv: list[str]) -> int:
     """`hfmerge hub serve`: serve in the foreground until Ctrl-C. Returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="hfmerge hub serve",
-        description="Serve a Hub-compatible store on this machine. Any user may create any organisation; see the"
-        " documentation of hfmerge.hubserver for what is supported.",
+        description=f"Serve a Hub-compatible store on this machine, with pages for browsers. {PURPOSE} Users and their"
+        " tokens are kept with the store: `hfmerge hub user`, `hfmerge hub token` and `hfmerge hub org` change them,"
+        " also while it is served.",
     )
-    parser.add_argument("--root", type=Path, default=None, help="folder of the store (default: %(default)s)")
+    add_root(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=DEFAULT_PORT, help="port, 0 for a free one (default: %(default)s)")
     parser.add_argument("--public", action="store_true", help="allow an address that other machines can reach")
-    parser.add_argument("--user", action="append", default=[], metavar="NAME", help="a user, with a random token")
-    parser.add_argument("--users", type=Path, metavar="FILE", help="JSON file of user names and tokens")
+    parser.add_argument(
+        "--user",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help=f"make this user, with a token that is printed once (default: {DEFAULT_USER}, in a new store)",
+    )
+    parser.add_argument(
+        "--users", type=Path, metavar="FILE", help="JSON file of user names and tokens, which are not kept"
+    )
     parser.add_argument("--cdn-port", type=int, metavar="N", help="serve large files from a second port")
     parser.add_argument("--log", type=Path, metavar="FILE", help="append one JSON object a request")
     parser.add_argument("--part-size", type=int, metavar="BYTES", help="part of a multipart LFS upload")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
-    parser.set_defaults(root=_default_root())
     arguments = parser.parse_args(argv)
 
-    def announce(endpoint: str) -> None:
+    def announce(endpoint: str, made: Mapping[str, str], users: Sequence[str]) -> None:
         if arguments.child:
             print(json.dumps({"endpoint": endpoint}), flush=True)
             return
         print(f"# store: {arguments.root}")
-        for name, token in users.items():
-            print(f"# user {name}:")
+        print(f"# pages: {endpoint}/")
+        shown = {**session, **made}
+        for name, token in shown.items():
+            print(f"# user {name}:" + (" (this token is kept, and not shown again)" if name in made else ""))
             print(f"export HF_ENDPOINT={endpoint}")
             print(f"export HF_TOKEN={token}", flush=True)
+        if not shown:
+            print(f"# users: {', '.join(users)}; a new token: hfmerge hub token add USER --root {arguments.root}")
+            print(f"export HF_ENDPOINT={endpoint}", flush=True)
 
     try:
-        users = _users(arguments)
+        session = _session_tokens(arguments)
+        if not is_loopback(arguments.host) and arguments.public:
+            print(f"warning: other machines can reach {arguments.host}. {PURPOSE}", file=sys.stderr)
         options = Options(
-            *(arguments.root, arguments.host, arguments.port, users),
+            *(arguments.root, arguments.host, arguments.port, session),
+            new_users=[] if session else arguments.user or first_users(arguments.root),
             public=arguments.public,
             cdn_port=arguments.cdn_port,
             log=arguments.log,
@@ -191,7 +214,7 @@ def main_run(argv: list[str]) -> int:
         prog="hfmerge hub run",
         usage="%(prog)s [--root DIR] [--import FOLDER=org/name]... [--home DIR] -- COMMAND...",
         description="Start a Hub-compatible server on a free port, run COMMAND with HF_ENDPOINT, HF_TOKEN and HF_HOME"
-        " set, and stop the server.",
+        f" set, and stop the server. {PURPOSE}",
     )
     parser.add_argument("--root", type=Path, help="folder of the store (default: a temporary one)")
     parser.add_argument("--home", type=Path, help="HF_HOME of the command (default: a temporary one)")
@@ -255,7 +278,8 @@ def _import(parser: argparse.ArgumentParser, text: str) -> tuple[Path, str, str]
     return Path(folder), repo_type, repo_id
 
 
-def _users(arguments: argparse.Namespace) -> dict[str, str]:
+def _session_tokens(arguments: argparse.Namespace) -> dict[str, str]:
+    """Tokens from the parent process or from a file; none if the store's own are to be used."""
     if arguments.child:
         users = json.loads(sys.stdin.buffer.readline())["users"]
     elif arguments.users is not None:
@@ -264,16 +288,7 @@ def _users(arguments: argparse.Namespace) -> dict[str, str]:
         except (OSError, ValueError) as error:
             raise HfMergeError(f'{arguments.users}: cannot be read ({error}); write {{"name": "token"}}') from error
     else:
-        users = {name: _new_token() for name in arguments.user or [DEFAULT_USER]}
+        return {}
     if not isinstance(users, dict) or not users or not all(isinstance(t, str) and t for t in users.values()):
         raise HfMergeError("users: a JSON object of names and tokens is needed, with at least one user")
     return users
-
-
-def _new_token() -> str:
-    return "hf_" + secrets.token_hex(17)
-
-
-def _default_root() -> Path:
-    data = os.environ.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
-    return Path(data) / "hfmerge" / "hub"

@@ -42,5 +42,9 @@ class Signer:
             raise HubFault(401, "This token has expired")
         return claims
 
+    def name(self, scope: str, text: str) -> str:
+        """A name for a text that nobody can guess, and that ends with the process."""
+        return self._mac(f"{scope}:{text}")[:32]
+
     def _mac(self, body: str) -> str:
         return hmac.new(self._secret, body.encode(), hashlib.sha256).hexdigest()

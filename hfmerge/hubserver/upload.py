@@ -15,13 +15,14 @@ from hfmerge.hubserver.attributes import DEFAULT_ATTRIBUTES, attributes_of, igno
 from hfmerge.hubserver.cards import read_card
 from hfmerge.hubserver.database import RepoRow
 from hfmerge.hubserver.discussions import note_commit, open_pull
-from hfmerge.hubserver.gitstore import GitStore, pointer_text
+from hfmerge.hubserver.gitstore import DEFAULT_BRANCH, GitStore, pointer_text
 from hfmerge.hubserver.hub import Hub
+from hfmerge.hubserver.info import tip_facts
+from hfmerge.hubserver.plain import load_json
 from hfmerge.hubserver.routing import route
 from hfmerge.hubserver.wire import (
     Call,
     HubFault,
-    check_unicode,
     entry_missing,
     reply,
     repo_path,
@@ -32,6 +33,8 @@ from hfmerge.hubserver.wire import (
 
 STALE = "The branch was updated since you opened this page. Please refresh and try again."
 _MOST_FILES = 256
+# A commit carries its regular files, and is held in memory.
+_MOST_COMMIT = 512 << 20
 _OID = re.compile(r"[0-9a-f]{64}")
 
 
@@ -48,7 +51,7 @@ class Operation:
 
 def preupload(hub: Hub, call: Call) -> Response:
     """How each file should be sent, and what the repository has in its place."""
-    row = hub.pushable(call, call.args["rev"], opens_pull=call.flag("create_pr"))
+    row = _pushable(hub, call)
     body = call.json()
     files = body.get("files")
     if not isinstance(files, list) or len(files) > _MOST_FILES:
@@ -79,7 +82,7 @@ def preupload(hub: Hub, call: Call) -> Response:
 def commit(hub: Hub, call: Call) -> Response:
     """Make a commit on a branch or on a pull request, or open a pull request with it."""
     opens_pull = call.flag("create_pr")
-    row = hub.pushable(call, call.args["rev"], opens_pull=opens_pull)
+    row = _pushable(hub, call)
     header, operations = _parse(call.body)
     user = hub.require_user(call)
     message = text_field(header, "summary") + "\n"
@@ -103,6 +106,8 @@ def commit(hub: Hub, call: Call) -> Response:
         else:
             git.set_ref(ref, oid)
             note_commit(hub, row, ref, user, message, oid)
+    if ref == DEFAULT_BRANCH and not opens_pull:
+        tip_facts(hub, row)
     return reply(answer)
 
 
@@ -140,14 +145,15 @@ def _parse(body: bytes) -> tuple[dict[str, Any], list[Operation]]:
         if not line.strip():
             continue
         try:
-            item = json.loads(line)
+            item = load_json(line)
             key, value = item["key"], item["value"]
         except (ValueError, KeyError, TypeError) as error:
-            raise HubFault(400, f'Line {number} of the commit is not a JSON object with "key" and "value"') from error
+            raise HubFault(
+                400, f'Line {number} of the commit is not a JSON object with "key" and "value": {error}'
+            ) from error
         if not isinstance(value, dict):
             raise HubFault(400, f'Line {number} of the commit: "value" must be an object')
         if key == "header":
-            check_unicode(value)
             header = value
         else:
             operations.append(_operation(key, value))
@@ -159,7 +165,6 @@ def _parse(body: bytes) -> tuple[dict[str, Any], list[Operation]]:
 
 
 def _operation(key: Any, value: dict[str, Any]) -> Operation:
-    check_unicode(value.get("path"))
     if key == "deletedFolder" and isinstance(value.get("path"), str):
         return Operation(key, check_path(value["path"].rstrip("/")))
     path = check_path(value.get("path"))
@@ -171,7 +176,6 @@ def _operation(key: Any, value: dict[str, Any]) -> Operation:
             return Operation(key, path, content=_decode(content))
         if not isinstance(content, str):
             raise HubFault(400, f'{path}: "content" must be a text')
-        check_unicode(content)
         return Operation(key, path, content=content.encode())
     if key == "lfsFile":
         oid, size = value.get("oid"), value.get("size")
@@ -207,7 +211,7 @@ def _target(hub: Hub, git: GitStore, row: RepoRow, revision: str, *, pulls: bool
         return revision
     name = revision if revision.startswith("refs/heads/") else f"refs/heads/{revision}"
     if revision == "HEAD":
-        name = "refs/heads/main"
+        name = DEFAULT_BRANCH
     if git.ref(name) is None:
         raise revision_missing(revision)
     return name
@@ -236,7 +240,11 @@ def _stored(operation: Operation) -> bytes:
     return pointer_text(operation.oid, operation.size or 0)
 
 
+def _pushable(hub: Hub, call: Call) -> RepoRow:
+    return hub.pushable(call, call.args["rev"], opens_pull=call.flag("create_pr"))
+
+
 ROUTES = [
-    route("POST", "/api/{kind}/{repo}/preupload/{rev}", preupload),
-    route("POST", "/api/{kind}/{repo}/commit/{rev}", commit),
+    route("POST", "/api/{kind}/{repo}/preupload/{rev}", preupload, check=_pushable),
+    route("POST", "/api/{kind}/{repo}/commit/{rev}", commit, check=_pushable, most=_MOST_COMMIT),
 ]

@@ -11,6 +11,8 @@ from urllib.parse import quote
 from starlette.requests import Request
 from starlette.responses import Response
 
+from hfmerge.hubserver.plain import load_json
+
 
 class HubFault(Exception):
     """An answer that is not a success: status, `X-Error-Code`, `X-Error-Message`, and the JSON body."""
@@ -45,7 +47,8 @@ class HubFault(Exception):
 class Call:
     """One request: its path arguments (decoded), who makes it, and its body (empty for streaming handlers).
 
-    `repo_span` is where the repository's id stands in the raw path, None if the path names none.
+    `repo_span` is where the repository's id stands in the raw path, None if the path names none. `role` is what the
+    user's token may do, `read` or `write`.
     """
 
     request: Request
@@ -54,6 +57,7 @@ class Call:
     user: str | None
     origin: str
     body: bytes
+    role: str = "write"
 
     @property
     def kind(self) -> str:
@@ -67,12 +71,11 @@ class Call:
             HubFault: 400 if the body is something else.
         """
         try:
-            value = json.loads(self.body) if self.body.strip() else {}
+            value = load_json(self.body) if self.body.strip() else {}
         except ValueError as error:
             raise HubFault(400, f"The request body is not JSON: {error}") from error
         if not isinstance(value, dict):
             raise HubFault(400, "The request body must be a JSON object")
-        check_unicode(value)
         return value
 
     def query(self, name: str) -> str | None:
@@ -95,18 +98,6 @@ class Call:
         if not text.isascii() or not text.isdigit():
             raise HubFault(400, f'Query parameter "{name}" must be a whole number, got "{text}"')
         return min(int(text), most)
-
-
-def check_unicode(value: Any) -> None:
-    """Refuse texts that UTF-8 cannot hold, which JSON can smuggle in as lone surrogates.
-
-    Raises:
-        HubFault: 400.
-    """
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise HubFault(400, "The request holds a text that is not valid Unicode") from error
 
 
 def truthy(text: str | None) -> bool:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +12,8 @@ from hfmerge.hubserver.hub import Hub
 from hfmerge.hubserver.routing import route
 from hfmerge.hubserver.wire import Call, HubFault, not_implemented, reply
 from hfmerge.hubserver.xorb import (
+    MOST_SHARD_BODY,
+    MOST_XORB_BODY,
     Chunk,
     FileRecipe,
     Term,
@@ -36,8 +36,9 @@ def write_token(hub: Hub, call: Call) -> Response:
     revision = call.args["rev"]
     # `None` stands for a pull request that does not exist yet.
     row = hub.pushable(call, revision, opens_pull=call.flag("create_pr") or revision == "None")
-    token, expires = hub.signer.sign("xet", {"rid": row.rid}, seconds=_TOKEN_SECONDS)
-    url = f"{call.origin}/cas/{hub.xet_id}"
+    store = hub.xet_store(hub.require_user(call))
+    token, expires = hub.signer.sign("xet", {"rid": row.rid, "store": store}, seconds=_TOKEN_SECONDS)
+    url = f"{call.origin}/cas/{store}"
     headers = {"X-Xet-Cas-Url": url, "X-Xet-Access-Token": token, "X-Xet-Token-Expiration": str(expires)}
     return reply({"accessToken": token, "exp": expires, "casUrl": url}, headers=headers)
 
@@ -50,21 +51,19 @@ def read_token(hub: Hub, call: Call) -> Response:
 
 def put_xorb(hub: Hub, call: Call) -> Response:
     """Store a xorb whose chunks make its hash."""
-    _claims(hub, call)
+    _, folder = _claims(hub, call)
     name = call.args["hash"]
     if not _HASH.fullmatch(name):
         raise HubFault(400, "Malformed hash")
-    path = hub.xorbs / name
+    path = folder / name
     if path.exists():
         return reply({"was_inserted": False})
     try:
         check_xorb(call.body, name)
     except ValueError as error:
         raise HubFault(400, f"Bad xorb: {error}") from error
-    handle, temporary = tempfile.mkstemp(dir=hub.blobs.temporary)
-    with os.fdopen(handle, "wb") as file:
-        file.write(call.body)
-    os.replace(temporary, path)
+    folder.mkdir(parents=True, exist_ok=True)
+    hub.blobs.put(path, call.body)
     return reply({"was_inserted": True})
 
 
@@ -76,25 +75,28 @@ def find_chunk(hub: Hub, call: Call) -> Response:
 
 def put_shard(hub: Hub, call: Call) -> Response:
     """Put the files of a shard together, check each against its sha256, and give them to the token's repository."""
-    rid = _claims(hub, call)
+    rid, folder = _claims(hub, call)
     try:
         recipes = read_shard(call.body)
-        xorbs = _Xorbs(hub.xorbs)
+        xorbs = _Xorbs(folder)
         for recipe in recipes:
+            # A shard of few bytes can name one chunk a million times: its sum is looked at before it is written out.
+            hub.blobs.require_room(sum(term.size for term in recipe.terms))
             _store(hub, rid, recipe, xorbs)
     except ValueError as error:
         raise HubFault(400, f"Bad shard: {error}") from error
     return reply({"result": 1})
 
 
-def _claims(hub: Hub, call: Call) -> str:
-    """The repository a Xet token was issued for."""
-    if call.args["store"] != hub.xet_id:
-        raise HubFault(400, "This Xet store is gone; ask for a new token")
+def _claims(hub: Hub, call: Call) -> tuple[str, Path]:
+    """The repository a Xet token was issued for, and the folder of the xorbs its user has sent."""
     scheme, _, token = call.request.headers.get("authorization", "").partition(" ")
     if scheme.lower() != "bearer":
         raise HubFault(401, "A Xet token is needed")
-    return str(hub.signer.check("xet", token.strip())["rid"])
+    claims = hub.signer.check("xet", token.strip())
+    if call.args["store"] != claims["store"]:
+        raise HubFault(400, "This Xet store is gone; ask for a new token")
+    return str(claims["rid"]), hub.xorbs / str(claims["store"])
 
 
 class _Xorbs:
@@ -129,6 +131,8 @@ def _store(hub: Hub, rid: str, recipe: FileRecipe, xorbs: _Xorbs) -> None:
             before = incoming.size
             hashes = []
             for data in xorbs.chunks(term):
+                if incoming.size - before + len(data) > term.size:
+                    raise ValueError(f"a run of chunks has more than {term.size} bytes")
                 incoming.write(data)
                 if term.check is not None:
                     hashes.append(chunk_hash(data))
@@ -145,7 +149,7 @@ _CAS = "/cas/{store}/v1"
 ROUTES = [
     route("GET", "/api/{kind}/{repo}/xet-write-token/{rev}", write_token),
     route("GET", "/api/{kind}/{repo}/xet-read-token/{rev}", read_token),
-    route("POST", f"{_CAS}/xorbs/{{prefix}}/{{hash}}", put_xorb, open=True),
+    route("POST", f"{_CAS}/xorbs/{{prefix}}/{{hash}}", put_xorb, check=_claims, most=MOST_XORB_BODY, open=True),
     route("GET", f"{_CAS}/chunks/{{prefix}}/{{hash}}", find_chunk, open=True),
-    route("POST", f"{_CAS}/shards", put_shard, open=True),
+    route("POST", f"{_CAS}/shards", put_shard, check=_claims, most=MOST_SHARD_BODY, open=True),
 ]

@@ -14,12 +14,15 @@ import lz4.frame
 from blake3 import blake3
 
 
-# The service refuses larger ones; clients fill them to about this size.
+# What the protocol and its clients keep to: bytes of a xorb's chunks together, their number, bytes of one.
 MOST_XORB = 64 << 20
+_MOST_CHUNKS = 8 << 10
+_MOST_CHUNK = 128 << 10
 # Room for chunk headers and a footer beside the data.
 MOST_XORB_BODY = MOST_XORB + (4 << 20)
+# The service takes shards of this size.
+MOST_SHARD_BODY = 64 << 20
 
-_MOST_CHUNK = 16 << 20
 _CHUNK_HEADER = 8
 _FOOTER = b"XETBLOB"
 _RECORD = 48
@@ -112,7 +115,7 @@ def read_chunks(xorb: bytes) -> list[Chunk]:
         ValueError: malformed.
     """
     chunks: list[Chunk] = []
-    position = 0
+    position = total = 0
     while position < len(xorb) and not xorb.startswith(_FOOTER, position):
         if position + _CHUNK_HEADER > len(xorb):
             raise ValueError("a chunk header is cut off")
@@ -122,6 +125,11 @@ def read_chunks(xorb: bytes) -> list[Chunk]:
         position += _CHUNK_HEADER
         if version != 0 or scheme > 2 or position + stored > len(xorb):
             raise ValueError(f"chunk {len(chunks)} is malformed")
+        total += size
+        # A few bytes that become gigabytes are refused by what their headers say, before anything is decompressed.
+        if size > _MOST_CHUNK or total > MOST_XORB or len(chunks) == _MOST_CHUNKS:
+            limits = f"{MOST_XORB} bytes, {_MOST_CHUNKS} chunks, {_MOST_CHUNK} bytes of one chunk"
+            raise ValueError(f"the xorb is beyond the limits of Xet: {limits}")
         chunks.append(Chunk(position, stored, scheme, size))
         position += stored
     return chunks

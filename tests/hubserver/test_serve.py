@@ -209,7 +209,7 @@ def test_serve_in_the_foreground(tmp_path: Path, capsys: pytest.CaptureFixture[s
     command = [sys.executable, "-m", "hfmerge.hubserver", *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=_here()) as process:
         assert process.stdout is not None and process.stderr is not None
-        lines = [process.stdout.readline().strip() for _ in range(10)]
+        lines = [process.stdout.readline().strip() for _ in range(11)]
         endpoint = next(line for line in lines if line.startswith("export HF_ENDPOINT=")).partition("=")[2]
         assert "export HF_TOKEN=hf_alice" in lines and "export HF_TOKEN=hf_carol" in lines
         assert _alive(endpoint)
