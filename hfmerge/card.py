@@ -9,7 +9,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hfmerge.digest import sha256_bytes
 from hfmerge.errors import LedgerError
 from hfmerge.ledger import Entry, Material
 from hfmerge.methods import registry
@@ -50,7 +49,7 @@ def metadata(entries: Sequence[Entry], facts: Mapping[str, Any]) -> dict[str, An
         data["pipeline_tag"] = facts["pipeline_tag"]
     data |= licence([last.base, *last.models])
     data["tags"] = ["merge", "hfmerge", last.method["name"]]
-    pointer = {"ledger": last.file, "sha256": sha256_bytes(last.to_bytes()), "steps": last.step}
+    pointer = {"ledger": last.file, "sha256": last.digest, "steps": last.step}
     data["hfmerge"] = pointer | ({"repo": facts["repo_id"]} if facts.get("repo_id") else {})
     return data
 
@@ -132,7 +131,7 @@ def block(entries: Sequence[Entry], facts: Mapping[str, Any]) -> str:
                 "models": ", ".join(e.subjects) or f"step {e.restored}",
                 "how": e.how,
                 "file": e.file,
-                "digest": sha256_bytes(e.to_bytes())[:12],
+                "digest": e.digest[:12],
             }
             for e in entries
         ],

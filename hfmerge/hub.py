@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING, Any
 from hfmerge.asking import hub_api, hub_errors, patiently
 from hfmerge.card import FILE, card_facts, combine_cards, render_card
 from hfmerge.commits import commit_once, download, listed, moved, upload
+from hfmerge.digest import git_blob_id, sha256_bytes
 from hfmerge.errors import HfMergeError, PushError
-from hfmerge.ledger import FOLDER, Entry, check_chain
+from hfmerge.fetching import pin
+from hfmerge.ledger import Entry, ledger_files
 from hfmerge.marked import part, with_part
-from hfmerge.merged import STATE_BRANCH
+from hfmerge.merged import STATE_BRANCH, ledger_in
 from hfmerge.pictures.embedding import FIGURES, drawn
 from hfmerge.scorecard import PREFIX, carried_scores
+from hfmerge.source import Place
 from hfmerge.statebranch import drop_states, push_states
 
 
@@ -69,14 +72,13 @@ def push_folder(
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     api = hub_api()
-    history = {f"{FOLDER}/{p.name}": p.read_bytes() for p in sorted((folder / FOLDER).glob("*.json"))}
-    entries = check_chain(history, str(folder))
+    entries, history = ledger_in(pin(Place(str(folder), None, None, folder)))
     head = ensure_repo(repo_id, private=private, create_pr=create_pr)
     if parent_commit is not None and head != parent_commit:
         raise moved(repo_id, parent_commit)
     with hub_errors(repo_id):
         remote = listed(api, repo_id, head)
-        _check_lineage(api, repo_id, head, remote, history)
+        _check_lineage(repo_id, remote, history)
         existing = download(api, repo_id, FILE, head).decode("utf-8") if FILE in remote else None
     card = combine_cards(existing, render_card(entries, card_facts(entries[-1], repo_id)))
     files = _public_files(folder)
@@ -199,11 +201,14 @@ def _message(entry: Entry) -> str:
     return f"{done} with hfmerge ({entry.method['name']}, step {entry.step})"
 
 
-def _check_lineage(api: Any, repo_id: str, head: str, remote: Mapping[str, Any], history: Mapping[str, bytes]) -> None:
-    """A repository that holds a ledger already takes only a continuation of it."""
-    theirs = sorted(name for name in remote if name.startswith(f"{FOLDER}/"))
-    for name in theirs:
-        if history.get(name) != download(api, repo_id, name, head):
+def _check_lineage(repo_id: str, remote: Mapping[str, Any], history: Mapping[str, bytes]) -> None:
+    """A repository that holds a ledger already takes only a continuation of it; the Hub's listing has the digests."""
+    for name in ledger_files(remote):
+        data, there = history.get(name), remote[name]
+        same = data is not None and (
+            there.lfs.sha256 == sha256_bytes(data) if there.lfs else there.blob_id == git_blob_id(data)
+        )
+        if not same:
             raise PushError(
                 f"{repo_id}: holds another merge ({name} differs); go on from it with `hfmerge add {repo_id} MODEL`, "
                 "or push "

@@ -45,6 +45,7 @@ DIMENSIONS = Limit("dimensions in a tensor", 16, "known tensors have at most six
 ENTRIES = Limit("ledger entries", 20_000, "a merge with one change an hour reaches it after two years")
 ENTRY_BYTES = Limit("bytes of ledger entry", 16 * MB, "100 models with 1,000 weights each take half of it")
 LEDGER_BYTES = Limit("bytes of ledger", 256 * MB, "the whole ledger is held in memory")
+MODELS = Limit("models", 2_000, "the largest merges have some dozens")
 FILES = Limit("files", 100_000, "the Hub recommends fewer in a repository")
 
 CARD_BYTES = Limit("bytes of card", 16 * MB, "a card with 10,000 entries takes 4 MB")

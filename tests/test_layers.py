@@ -45,7 +45,7 @@ LAYERS = [
     ["checkpoint"],
     ["learning.replay.asked", "learning.asked"],
     ["weights", "recipe_values", "mergekit_syntax", "mergekit_weights", "mergekit"],
-    ["recipe", "flags"],
+    ["recipe", "flags", "ledger_schema"],
     ["ledger"],
     ["archives", "planned", "card", "templates", "journal", "removal", "comparing"],
     ["chunks"],
