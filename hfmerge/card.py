@@ -13,7 +13,7 @@ from hfmerge.errors import LedgerError
 from hfmerge.ledger import Entry, Material
 from hfmerge.methods import registry
 from hfmerge.weights import PatternWeights, Weight, shown, written
-from hfmerge.yamlio import dump_yaml
+from hfmerge.yamlio import dump_yaml, parse_front
 
 
 BEGIN, END = "<!-- hfmerge:begin -->", "<!-- hfmerge:end -->"
@@ -203,15 +203,13 @@ def parse_card(text: str) -> tuple[dict[str, Any], str | None, str]:
     Raises:
         LedgerError: front matter that is not YAML.
     """
-    import yaml
-
     front: dict[str, Any] = {}
     found = re.match(r"\A---\r?\n(.*?)\r?\n---\r?\n?", text, re.DOTALL)
     if found:
         try:
-            front = yaml.safe_load(found.group(1)) or {}
-        except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
-            raise LedgerError(f"{FILE}: its front matter is not YAML ({str(error).splitlines()[0]}).") from error
+            front = parse_front(found.group(1)) or {}
+        except ValueError as error:
+            raise LedgerError(f"{FILE}: its front matter is not usable YAML ({error}).") from error
         if not isinstance(front, dict):
             raise LedgerError(f"{FILE}: its front matter is not a mapping of keys to values.")
         text = text[found.end() :]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from hfmerge.asking import hub_api, hub_errors, patiently
 from hfmerge.errors import CorruptFileError, NotFoundError
+from hfmerge.jsonio import read_json_file
+from hfmerge.limits import HEADER_VALUES, INDEX_BYTES, JSON_BYTES, JSON_VALUES
 from hfmerge.source import FileInfo, Pinned, Place
+from hfmerge.source_schema import kind_of_file
 
 
 _COMMIT = re.compile("[0-9a-f]{40}")
@@ -119,13 +121,19 @@ def cached(pinned: Pinned, file: str) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
-def read_json(pinned: Pinned, file: str) -> dict[str, Any]:
-    """A small JSON object of a pinned place."""
+def read_json(pinned: Pinned, file: str) -> Any:
+    """A small JSON file of a pinned place, checked against what such a file may say (see `source_schema`).
+
+    Raises:
+        CorruptFileError: beyond a limit, not JSON, or with values of other kinds. SourceError: see `fetch`.
+    """
     path = fetch(pinned, file)
+    limit = INDEX_BYTES if file.endswith(".index.json") else JSON_BYTES
+    values = HEADER_VALUES if file.endswith(".index.json") else JSON_VALUES
     try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, UnicodeDecodeError) as error:
-        raise CorruptFileError(f"{pinned.label}: {file} is not JSON ({error}).") from error
-    if not isinstance(value, dict):
-        raise CorruptFileError(f"{pinned.label}: {file} holds no JSON object.")
+        # transformers writes infinities into the configurations of some classes
+        value = read_json_file(path, limit, values=values, finite=not file.endswith("config.json"))
+        kind_of_file(file)(value)
+    except (ValueError, OSError) as error:
+        raise CorruptFileError(f"{pinned.label}: {file} cannot be used: {error}.") from error
     return value

@@ -197,7 +197,7 @@ _ROWS = record(
 LEARNED = record(
     {
         "how": plain_text,
-        "groups": items(line, FILES),
+        "groups": items(plain_text, FILES),
         "steps": amount,
         "curve": items(_look),
         "replay": items(nullable(_ROWS), MODELS),

@@ -14,9 +14,10 @@ from hfmerge.digest import sha256_file
 from hfmerge.digesting import digests, folder_digest
 from hfmerge.errors import HfMergeError, LedgerError, SourceError
 from hfmerge.fetching import fetch, pin
-from hfmerge.jsonio import read_limited
+from hfmerge.fields import plain_text, table
+from hfmerge.jsonio import read_json_file, read_limited
 from hfmerge.ledger import FOLDER, Entry, KeptState, Material, check_chain, check_size, contained, ledger_files
-from hfmerge.limits import ENTRY_BYTES, LEDGER_BYTES
+from hfmerge.limits import CARD_BYTES, ENTRY_BYTES, LEDGER_BYTES
 from hfmerge.source import Pinned, parse_ref
 
 
@@ -47,8 +48,17 @@ class Merged:
         return self.entries[-1]
 
     def read(self, name: str) -> bytes | None:
-        """A small file of the merge, or None."""
-        return fetch(self.pinned, name).read_bytes() if name in self.pinned.files else None
+        """A small file of the merge, or None.
+
+        Raises:
+            LedgerError: it is too large. SourceError: see `fetch`.
+        """
+        if name not in self.pinned.files:
+            return None
+        try:
+            return read_limited(fetch(self.pinned, name), CARD_BYTES)
+        except (ValueError, OSError) as error:
+            raise LedgerError(f"{self.pinned.label}: {name} cannot be read: {error}.") from error
 
 
 def ledger_in(pinned: Pinned) -> tuple[tuple[Entry, ...], dict[str, bytes]]:
@@ -112,8 +122,10 @@ def known_places(pinned: Pinned, entry: Entry, sources: Mapping[str, str]) -> di
     refs: dict[str, str] = {}
     if pinned.folder is not None and (pinned.folder / LOCAL_SOURCES).is_file():
         try:
-            refs |= {str(k): str(v) for k, v in json.loads((pinned.folder / LOCAL_SOURCES).read_bytes()).items()}
-        except (ValueError, AttributeError) as error:
+            found = read_json_file(pinned.folder / LOCAL_SOURCES)
+            table(plain_text, plain_text)(found)
+            refs |= found
+        except (ValueError, OSError) as error:
             raise LedgerError(
                 f"{pinned.label}: {LOCAL_SOURCES} cannot be read; delete it, and say where folders are with --source "
                 "NAME=FOLDER."

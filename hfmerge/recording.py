@@ -16,7 +16,9 @@ from hfmerge.errors import HfMergeError, LedgerError
 from hfmerge.execute import Outcome
 from hfmerge.fetching import fetch, pin
 from hfmerge.fields import plain_text
+from hfmerge.jsonio import read_limited
 from hfmerge.ledger import Entry, Material, same_prefix, settings_of
+from hfmerge.limits import CARD_BYTES
 from hfmerge.marked import with_part
 from hfmerge.merged import Merged, ledger_in, note_places, parts_of, state_path
 from hfmerge.methods import AdditiveFold
@@ -202,8 +204,9 @@ def _front_matter(source: Source) -> dict[str, Any]:
     if FILE not in source.pinned.files:
         return {}
     try:
-        return parse_card(fetch(source.pinned, FILE).read_text(encoding="utf-8", errors="replace"))[0]
-    except LedgerError:
+        text = read_limited(fetch(source.pinned, FILE), CARD_BYTES).decode("utf-8", errors="replace")
+        return parse_card(text)[0]
+    except (LedgerError, ValueError):
         return {}  # somebody else's card that nobody can read says nothing, and a missing licence is warned of
 
 

@@ -25,6 +25,7 @@ LAYERS = [
             "runtime",
             "fields",
             "yamlio",
+            "source_schema",
         ),
         *("source", "headers", "asking", "commits", "fetching", "ordered", "ranged", "blockstore", "remote"),
         *("spans", "streaming", "describing", "notes", "stamps", "digesting", "dsse", "signers"),
