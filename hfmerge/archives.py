@@ -28,7 +28,6 @@ from hfmerge.fetching import fetch
 from hfmerge.fields import amount, line, nullable, one_of, plain_text, record, safe_path, sha256, table
 from hfmerge.headers import header_length, parse_header, read_header
 from hfmerge.jsonio import read_json
-from hfmerge.ledger_schema import identity
 from hfmerge.limits import DIRECTORY_BYTES, MANIFEST_BYTES, MB, MEMBERS, UNPACKED
 from hfmerge.source import Pinned, Source, TensorEntry, weight_files
 from hfmerge.source_schema import tensor_name
@@ -199,7 +198,7 @@ def _elements(planes: bytes, entry: TensorEntry) -> bytes:
 _KIND = record(
     {
         "schema": one_of((SCHEMA,)),
-        "base": nullable(identity),
+        "base": nullable(line),
         "files": table(
             lambda name: safe_path(line(name).removeprefix("+")), record({"size": amount, "sha256": sha256})
         ),
