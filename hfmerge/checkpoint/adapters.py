@@ -204,8 +204,8 @@ def _add_lora(
     if up[1] != rank:
         raise ShapeError(f"{label}: {module}: A has rank {rank}, B has rank {up[1]}.")
     try:
-        alpha = _pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
-        configured = _pattern(config.get("rank_pattern"), module, config.get("r", 8))
+        alpha = matching(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
+        configured = matching(config.get("rank_pattern"), module, config.get("r", 8))
     except ValueError as error:
         raise UnsupportedError(f"{label}: adapter_config.json: {error}.") from error
     if configured != rank:
@@ -225,7 +225,7 @@ def _add_lora(
     lora[target] = LoraOrigin(down_key, up_key, scale, rank, swapped)
 
 
-def _pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+def matching(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
     """The value of the first pattern that matches a module path, as PEFT matches it."""
     for pattern, value in (patterns or {}).items():
         try:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hfmerge.commands.shared import Command, first_process, given_sources, notify, print_json, source_flag, stream_flag
 from hfmerge.errors import HfMergeError
+from hfmerge.jsonio import read_json_file
 
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ def _plot(args: argparse.Namespace) -> int:
     results = []
     for path in map(Path, args.results):
         try:
-            results.append(json.loads(path.read_text(encoding="utf-8")))
+            results.append(read_json_file(path))
         except (OSError, ValueError) as error:
             raise HfMergeError(f"{path}: cannot be read as JSON ({error}).") from error
     output = args.output or (None if args.card else str(Path(args.results[0]).parent))

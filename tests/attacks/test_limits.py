@@ -272,6 +272,29 @@ def test_an_expression_that_unfolds(root: Path, tmp_path: Path) -> None:
     refused(plan(root, folder), "states once its repeats are written out; the limit is")
 
 
+def test_an_expression_that_says_which_modules_are_changed(root: Path, tmp_path: Path) -> None:
+    """The attacker's adapter names its modules by such an expression, which peft would match before an evaluation."""
+    folder = Path(shutil.copytree(root / "a", tmp_path / "a"))
+    changes = {"target_modules": r"([a-z0-9.]+)+X|.*\.query", "alpha_pattern": {r"(.|.)*X": 9}}
+    tiny.edit_config(folder, "adapter_config.json", **changes)
+
+    def digest(adapter: Path) -> str:
+        from hfmerge.describing import describe
+        from hfmerge.evaluation.loading import adapter_config, adapter_weights
+
+        source = describe(f"{root / 'base'}+{adapter}")
+        tensors = adapter_weights(source, adapter_config(source))
+        return hashlib.sha256(b"".join(tensors[key].numpy().tobytes() for key in sorted(tensors))).hexdigest()
+
+    run = bounded(lambda: digest(folder), seconds=30, megabytes=4000)
+    assert run.code == 0 and run.out == digest(root / "a") != digest_of_base(root), run
+
+
+def digest_of_base(root: Path) -> str:
+    tensors = tiny.tensors(root / "base")
+    return hashlib.sha256(b"".join(tensors[key].numpy().tobytes() for key in sorted(tensors))).hexdigest()
+
+
 # --- one value under one key, and only numbers that are some --------------------------------------------------------
 
 
