@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hfmerge.asking import hub_api, hub_errors, patiently
-from hfmerge.errors import CorruptFileError, NotFoundError
+from hfmerge.errors import CorruptFileError, NotFoundError, SourceError
 from hfmerge.jsonio import read_json_file
-from hfmerge.limits import HEADER_VALUES, INDEX_BYTES, JSON_BYTES, JSON_VALUES
+from hfmerge.limits import FILES, HEADER_VALUES, INDEX_BYTES, JSON_BYTES, JSON_VALUES
 from hfmerge.source import FileInfo, Pinned, Place
 from hfmerge.source_schema import kind_of_file
 
@@ -32,6 +33,7 @@ def pin(place: Place) -> Pinned:
             for path in sorted(place.folder.rglob("*"))
             if path.is_file()
         }
+        _check_count(files, place)
         return Pinned(place, place.folder.resolve().name, None, place.folder.resolve(), files)
     assert place.repo_id is not None
     with hub_errors(place.text):
@@ -78,7 +80,15 @@ def _asked(place: Place, repo_id: str) -> Pinned:
         item.rfilename: FileInfo(item.size or 0, item.lfs.sha256 if item.lfs else None, item.blob_id)
         for item in info.siblings or ()
     }
+    _check_count(files, place)
     return Pinned(place, repo_id, str(info.sha), None, files)
+
+
+def _check_count(files: Mapping[str, FileInfo], place: Place) -> None:
+    try:
+        FILES.check(len(files))
+    except ValueError as error:
+        raise SourceError(f"{place.text}: {error}.") from error
 
 
 def _cached_files(repo_id: str, commit: str) -> dict[str, FileInfo]:

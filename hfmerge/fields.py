@@ -224,9 +224,12 @@ def plain_text(value: object) -> str:
 
 def line(value: object) -> str:
     """Text on one line, as it stands. Raises ValueError."""
-    if plain_text(value) and (value.isprintable() or text(f"-{value}-")):  # type: ignore[attr-defined]
-        return value  # type: ignore[return-value]
-    raise ValueError("must not be empty")
+    found = plain_text(value)
+    if not found:
+        raise ValueError("must not be empty")
+    if not found.isprintable():
+        text(f"-{found}-")  # says what is wrong; blanks at the ends are not
+    return found
 
 
 def amount(value: object) -> int:
@@ -259,17 +262,18 @@ def hub_id(value: object) -> str:
 
 def folder_name(value: object) -> str:
     """The name of one folder, which is no path. Raises ValueError."""
-    if line(value) in (".", "..") or re.search(r"[/\\]", value) or len(value) > 255:  # type: ignore[call-overload,arg-type]
-        raise ValueError(f"must be the name of a folder, not {show(value)}")
-    return value  # type: ignore[return-value]
+    name = line(value)
+    if name in (".", "..") or "/" in name or "\\" in name or len(name) > 255:
+        raise ValueError(f"must be the name of a folder, not {show(name)}")
+    return name
 
 
 def safe_path(value: object) -> str:
     """The path of a file inside of a repository. Raises ValueError."""
-    parts = line(value).split("/")
-    if "" in parts or "." in parts or ".." in parts or "\\" in value or len(value) > 1_000:  # type: ignore[operator,arg-type]
-        raise ValueError(f"must be a path inside of the repository, not {show(value)}")
-    return value  # type: ignore[return-value]
+    path = line(value)
+    if {"", ".", ".."} & {*path.split("/")} or "\\" in path or len(path) > 1_000:
+        raise ValueError(f"must be a path inside of the repository, not {show(path)}")
+    return path
 
 
 _SHA256 = re.compile("[0-9a-f]{64}").fullmatch

@@ -245,7 +245,7 @@ ENTRY = record(
         "environment": table(line, _of_environment),
     }
 )
-"""A whole file; `materials.models` may be empty where a restored entry had none."""
+"""A whole file, but for what its parts have to do with each other."""
 
 
 def check_entry(value: Any) -> Mapping[str, Any]:
