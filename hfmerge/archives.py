@@ -10,7 +10,6 @@ signs, exponents and untouched rows equal, so that planes are zeros or noise, an
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import zipfile
@@ -26,9 +25,13 @@ from hfmerge.checkpoint.writer import bytes_of, disk_errors
 from hfmerge.digest import CHUNK, canonical_json
 from hfmerge.errors import CorruptFileError
 from hfmerge.fetching import fetch
+from hfmerge.fields import amount, line, nullable, one_of, plain_text, record, safe_path, sha256, table
 from hfmerge.headers import header_length, parse_header, read_header
+from hfmerge.jsonio import read_json
+from hfmerge.limits import DIRECTORY_BYTES, MANIFEST_BYTES, MB, MEMBERS, UNPACKED
 from hfmerge.private import private_file, private_folder
-from hfmerge.source import Pinned, Source, TensorEntry, checked_path, weight_files
+from hfmerge.source import Pinned, Source, TensorEntry, weight_files
+from hfmerge.source_schema import tensor_name
 
 
 if TYPE_CHECKING:
@@ -193,24 +196,70 @@ def _elements(planes: bytes, entry: TensorEntry) -> bytes:
     return np.frombuffer(planes, np.uint8).reshape(_width(entry), -1).T.tobytes()
 
 
+_KIND = record(
+    {
+        "schema": one_of((SCHEMA,)),
+        "base": nullable(line),
+        "files": table(
+            lambda name: safe_path(line(name).removeprefix("+")), record({"size": amount, "sha256": sha256})
+        ),
+        "against": table(plain_text, table(tensor_name, tensor_name)),
+    }
+)
+
+
 def read_manifest(path: Path) -> Manifest:
     """What an archive, whose digest is known to be right, holds.
 
     Raises:
-        CorruptFileError: it is none of ours, or names files outside of its model.
+        CorruptFileError: it is none of ours, names files outside of its model, or is beyond a limit.
     """
     try:
+        _check_directory(path)
         with zipfile.ZipFile(path) as archive:
-            data = json.loads(archive.read(MANIFEST))
-        if data["schema"] != SCHEMA:
-            raise CorruptFileError(f"{path}: schema {data['schema']!r}; this version reads {SCHEMA}.")
-        files = {name: (int(item["size"]), str(item["sha256"])) for name, item in data["files"].items()}
-        manifest = Manifest(data["base"], files, data["against"])
-    except (zipfile.BadZipFile, KeyError, ValueError, TypeError, AttributeError) as error:
+            MEMBERS.check(len(archive.filelist))
+            MANIFEST_BYTES.check(archive.getinfo(MANIFEST).file_size)
+            data = read_json(archive.read(MANIFEST), MANIFEST_BYTES)
+        _KIND(data)
+        MEMBERS.check(len(data["files"]))
+    except _BROKEN as error:
         raise CorruptFileError(f"{path}: no kept copy of a source ({type(error).__name__}: {error}).") from error
-    for name in manifest.files:
-        checked_path(name.removeprefix("+"), str(path))
-    return manifest
+    files = {name: (item["size"], item["sha256"]) for name, item in data["files"].items()}
+    return Manifest(data["base"], files, data["against"])
+
+
+_BROKEN = (zipfile.BadZipFile, zlib.error, LookupError, ValueError, RuntimeError, EOFError)
+"""What zipfile, and a reader of what it gives, say to a file that is none, or an encrypted one."""
+
+
+def _check_directory(path: Path) -> None:
+    """Look at the end of a zip file, as `write_archive` writes it, before its directory is read whole.
+
+    Raises:
+        ValueError: it ends otherwise, or its directory is beyond the limit.
+    """
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - 98))
+        tail = file.read().rjust(98, b"\0")
+    if tail[-22:-18] != b"PK\5\6" or tail[-2:] != b"\0\0":
+        raise ValueError("it is no whole zip file")
+    size = int.from_bytes(tail[-10:-6], "little")
+    if tail[-42:-38] == b"PK\6\7":  # of more than 4 GB
+        size = int.from_bytes(tail[-58:-50], "little")
+    DIRECTORY_BYTES.check(size)
+
+
+def check_total(manifest: Manifest, path: Path, merge: int) -> None:
+    """Refuse an archive whose files together are out of all proportion to the merge (of `merge` bytes) it is for.
+
+    Raises:
+        CorruptFileError: it declares more.
+    """
+    total = sum(size for size, _ in manifest.files.values())
+    try:
+        UNPACKED.check(max(0, total - 16 * merge) // MB)
+    except ValueError as error:
+        raise CorruptFileError(f"{path}: {error}.") from error
 
 
 def unpack(path: Path, manifest: Manifest, targets: Mapping[str, Path], base: Callable[[], Reader]) -> None:
@@ -221,7 +270,7 @@ def unpack(path: Path, manifest: Manifest, targets: Mapping[str, Path], base: Ca
         base: gives a reader of the manifest's base; asked for only if it is needed.
 
     Raises:
-        CorruptFileError: what comes out is not what went in; names the file. OutputError: the disk refused.
+        CorruptFileError: what comes out is not what went in, or more; names the file. OutputError: the disk refused.
     """
     with zipfile.ZipFile(path) as archive:
         for name, place in targets.items():
@@ -234,12 +283,12 @@ def unpack(path: Path, manifest: Manifest, targets: Mapping[str, Path], base: Ca
                     private_folder(place.parent)
                     member = archive.open(f"{'weights' if packed else 'files'}/{name}")
                     with member as data, open(private_file(growing), "wb") as out:
-                        for piece in _unpacked(data, name, size, manifest, base) if packed else _reads(data):
+                        for piece in _unpacked(data, name, size, manifest, base) if packed else _reads(data, size):
                             found.update(piece)
                             out.write(piece)
                     if found.hexdigest() == digest:
                         os.replace(growing, place)
-            except (zipfile.BadZipFile, zlib.error, KeyError, ValueError) as error:
+            except _BROKEN as error:
                 raise CorruptFileError(f"{path}: {name} cannot be unpacked ({error}).") from error
             finally:
                 growing.unlink(missing_ok=True)
@@ -249,8 +298,12 @@ def unpack(path: Path, manifest: Manifest, targets: Mapping[str, Path], base: Ca
                 )
 
 
-def _reads(data: IO[bytes]) -> Iterator[bytes]:
-    while piece := data.read(CHUNK):
+def _reads(data: IO[bytes], size: int) -> Iterator[bytes]:
+    """The pieces of a file that is to have this size. Raises ValueError where it is longer."""
+    while piece := data.read(min(CHUNK, size + 1)):
+        size -= len(piece)
+        if size < 0:
+            raise ValueError("it is longer than the manifest says")
         yield piece
 
 
@@ -266,6 +319,10 @@ def _unpacked(
     pairs = manifest.against.get(name, {})
     for key in sorted(header.entries, key=lambda key: header.offsets[key]):
         entry = header.entries[key]
+        if key in pairs:
+            other = base().source.tensors[pairs[key]]
+            if (other.dtype, other.shape) != (entry.dtype, entry.shape):
+                raise ValueError(f"{key} was packed with a tensor of another shape")
         for rows, count in _pieces(entry):
             own = _elements(inflated.read(count), entry)
             yield _xored(own, base(), pairs[key], rows).tobytes() if key in pairs else own

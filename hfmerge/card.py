@@ -9,13 +9,12 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hfmerge.digest import sha256_bytes
 from hfmerge.errors import LedgerError
 from hfmerge.ledger import Entry, Material
 from hfmerge.methods import registry
 from hfmerge.quoting import Markdown, code, fenced, link, markdown, python_text, shell_word
 from hfmerge.weights import PatternWeights, Weight, shown, written
-from hfmerge.yamlio import dump_yaml
+from hfmerge.yamlio import dump_yaml, parse_front
 
 
 BEGIN, END = "<!-- hfmerge:begin -->", "<!-- hfmerge:end -->"
@@ -51,7 +50,7 @@ def metadata(entries: Sequence[Entry], facts: Mapping[str, Any]) -> dict[str, An
         data["pipeline_tag"] = facts["pipeline_tag"]
     data |= licence([last.base, *last.models])
     data["tags"] = ["merge", "hfmerge", last.method["name"]]
-    pointer = {"ledger": last.file, "sha256": sha256_bytes(last.to_bytes()), "steps": last.step}
+    pointer = {"ledger": last.file, "sha256": last.digest, "steps": last.step}
     data["hfmerge"] = pointer | ({"repo": facts["repo_id"]} if facts.get("repo_id") else {})
     return data
 
@@ -140,7 +139,7 @@ def block(entries: Sequence[Entry], facts: Mapping[str, Any]) -> str:
                 "models": ", ".join(e.subjects) or f"step {e.restored}",
                 "how": e.how,
                 "file": e.file,
-                "digest": sha256_bytes(e.to_bytes())[:12],
+                "digest": e.digest[:12],
             }
             for e in entries
         ],
@@ -210,15 +209,13 @@ def parse_card(text: str) -> tuple[dict[str, Any], str | None, str]:
     Raises:
         LedgerError: front matter that is not YAML.
     """
-    import yaml
-
     front: dict[str, Any] = {}
     found = re.match(r"\A---\r?\n(.*?)\r?\n---\r?\n?", text, re.DOTALL)
     if found:
         try:
-            front = yaml.safe_load(found.group(1)) or {}
-        except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
-            raise LedgerError(f"{FILE}: its front matter is not YAML ({str(error).splitlines()[0]}).") from error
+            front = parse_front(found.group(1)) or {}
+        except ValueError as error:
+            raise LedgerError(f"{FILE}: its front matter is not usable YAML ({error}).") from error
         if not isinstance(front, dict):
             raise LedgerError(f"{FILE}: its front matter is not a mapping of keys to values.")
         text = text[found.end() :]

@@ -30,7 +30,6 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
-from hfmerge.digest import sha256_bytes
 from hfmerge.dsse import IN_TOTO, Envelope
 from hfmerge.errors import CertificateError
 from hfmerge.ledger import Entry
@@ -104,7 +103,7 @@ def _of_ledger(entry: Entry) -> dict[str, Any]:
     """What of the predicate follows from the ledger's last entry."""
     recorded = json.loads(entry.to_bytes())
     return {
-        "ledger": {"file": entry.file, "sha256": sha256_bytes(entry.to_bytes())},
+        "ledger": {"file": entry.file, "sha256": entry.digest},
         **{name: recorded[name] for name in ("materials", "method", "settings", "environment")},
     }
 

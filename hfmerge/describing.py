@@ -8,7 +8,9 @@ from pathlib import Path
 
 from hfmerge.errors import CorruptFileError, NotFoundError, OfflineError, SourceError, UnsupportedError
 from hfmerge.fetching import cached, fetch, pin, read_json
+from hfmerge.fields import folder_name
 from hfmerge.headers import pickle_entries, read_header
+from hfmerge.limits import TENSORS
 from hfmerge.ranged import Traffic
 from hfmerge.remote import RemoteFile
 from hfmerge.source import FLOATS, OTHERS, Pinned, Source, TensorEntry, parse_ref
@@ -37,7 +39,13 @@ def describe(
         SourceError: with the file and the remedy.
     """
     places = parse_ref(ref)
-    source = _describe_pinned(ref, pin(places[-1], copies), allow_pickle, streaming)
+    pinned = pin(places[-1], copies)
+    if pinned.folder is not None and pinned.commit is None:
+        try:
+            folder_name(pinned.name)  # the ledger knows the folder by it
+        except ValueError as error:
+            raise SourceError(f"{ref}: {error}; rename the folder.") from error
+    source = _describe_pinned(ref, pinned, allow_pickle, streaming)
     if len(places) == 1:
         return source
     if source.kind != "adapter":
@@ -92,10 +100,10 @@ def _headers(
     for suffix, pickled in (("safetensors", False), ("bin", True)):
         single, index = f"{stem}.{suffix}", f"{stem}.{suffix}.index.json"
         if index in pinned.files:
-            weight_map = read_json(pinned, index).get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise CorruptFileError(f"{pinned.label}: {index} has no weight_map; upload it again.")
-            files = sorted({str(file) for file in weight_map.values()})
+            weight_map = read_json(pinned, index)["weight_map"]
+            if not weight_map:
+                raise CorruptFileError(f"{pinned.label}: {index} has an empty weight_map; upload it again.")
+            files = sorted(set(weight_map.values()))
             if missing := [file for file in files if file not in pinned.files]:
                 _check_online(pinned, missing[0])
                 raise CorruptFileError(
@@ -121,6 +129,10 @@ def _headers(
                     tensors[key] = entry
         if weight_map is not None and (lost := [key for key in weight_map if key not in tensors]):
             raise CorruptFileError(f"{pinned.label}: {weight_map[lost[0]]} lacks {lost[0]}, which {index} promises.")
+        try:
+            TENSORS.check(len(tensors))
+        except ValueError as error:
+            raise CorruptFileError(f"{pinned.label}: {error}.") from error
         for key, entry in tensors.items():
             if entry.dtype not in FLOATS and entry.dtype not in OTHERS:
                 raise UnsupportedError(f"{pinned.label}: {key} is {entry.dtype}: quantised weights are not merged.")

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hfmerge.asking import hub_api, hub_errors, patiently
 from hfmerge.errors import CorruptFileError, NotFoundError, SourceError
+from hfmerge.jsonio import read_json_file
+from hfmerge.limits import FILES, HEADER_VALUES, INDEX_BYTES, JSON_BYTES, JSON_VALUES
 from hfmerge.source import FileInfo, Pinned, Place, checked_path, is_commit, is_segment
+from hfmerge.source_schema import kind_of_file
 from hfmerge.trees import files_in
 
 
@@ -29,7 +31,9 @@ def pin(place: Place, copies: Mapping[str, Path] | None = None) -> Pinned:
         folder = place.folder.resolve()
         if not is_segment(folder.name):
             raise SourceError(f"{place.text}: its name {folder.name!r} cannot be that of a model; rename the folder.")
-        return Pinned(place, folder.name, None, folder, _held(folder))
+        files = _held(folder)
+        _check_count(files, place)
+        return Pinned(place, folder.name, None, folder, files)
     assert place.repo_id is not None
     copy = (copies or {}).get(f"{place.repo_id}@{place.revision}")
     if copy is not None:
@@ -84,7 +88,15 @@ def _asked(place: Place, repo_id: str) -> Pinned:
         )
         for item in info.siblings or ()
     }
+    _check_count(files, place)
     return Pinned(place, repo_id, str(info.sha), None, files)
+
+
+def _check_count(files: Mapping[str, FileInfo], place: Place) -> None:
+    try:
+        FILES.check(len(files))
+    except ValueError as error:
+        raise SourceError(f"{place.text}: {error}.") from error
 
 
 def _cached_files(repo_id: str, commit: str) -> dict[str, FileInfo]:
@@ -130,13 +142,19 @@ def cached(pinned: Pinned, file: str) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
-def read_json(pinned: Pinned, file: str) -> dict[str, Any]:
-    """A small JSON object of a pinned place."""
+def read_json(pinned: Pinned, file: str) -> Any:
+    """A small JSON file of a pinned place, checked against what such a file may say (see `source_schema`).
+
+    Raises:
+        CorruptFileError: beyond a limit, not JSON, or with values of other kinds. SourceError: see `fetch`.
+    """
     path = fetch(pinned, file)
+    limit = INDEX_BYTES if file.endswith(".index.json") else JSON_BYTES
+    values = HEADER_VALUES if file.endswith(".index.json") else JSON_VALUES
     try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, UnicodeDecodeError) as error:
-        raise CorruptFileError(f"{pinned.label}: {file} is not JSON ({error}).") from error
-    if not isinstance(value, dict):
-        raise CorruptFileError(f"{pinned.label}: {file} holds no JSON object.")
+        # transformers writes infinities into the configurations of some classes
+        value = read_json_file(path, limit, values=values, finite=not file.endswith("config.json"))
+        kind_of_file(file)(value)
+    except (ValueError, OSError) as error:
+        raise CorruptFileError(f"{pinned.label}: {file} cannot be used: {error}.") from error
     return value

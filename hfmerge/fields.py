@@ -1,4 +1,8 @@
-"""Typed, strict reading of plain data: one function a kind of value, whose ValueError is the text of the problem."""
+"""Typed, strict reading of plain data: one function a kind of value, whose ValueError is the text of the problem.
+
+Recipes are read key by key, so that all their problems are told (`Section`). What a file of a repository says is
+checked as a whole by kinds put together (`record`, `table`, `items`), up to its first problem.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import difflib
 import json
 import math
 import os
+import re
 import types
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,11 +18,14 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from hfmerge.errors import Problem
+from hfmerge.limits import TEXT, Limit
 from hfmerge.yamlio import parse_scalar
 
 
 T = TypeVar("T")
 U = TypeVar("U")
+Kind = Callable[[Any], Any]
+"""Takes a value that is of a kind; raises ValueError for all others."""
 
 
 @dataclass(frozen=True)
@@ -204,3 +212,139 @@ def typed(hint: Any, limits: Mapping[str, Any]) -> Callable[[Any], Any]:
         return result
 
     return kind
+
+
+def plain_text(value: object) -> str:
+    """Any text of bounded length, empty or of several lines too. Raises ValueError."""
+    if not isinstance(value, str):
+        raise ValueError(f"must be text, not {show(value)}")
+    TEXT.check(len(value))
+    return value
+
+
+def line(value: object) -> str:
+    """Text on one line, as it stands. Raises ValueError."""
+    found = plain_text(value)
+    if not found:
+        raise ValueError("must not be empty")
+    if not found.isprintable():
+        text(f"-{found}-")  # says what is wrong; blanks at the ends are not
+    return found
+
+
+def amount(value: object) -> int:
+    """A whole number, not below zero and not beyond 64 bits. Raises ValueError."""
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise ValueError(f"must be a whole number of at least 0, not {show(value)}")
+    return value
+
+
+def sha256(value: object) -> str:
+    """A SHA-256 in lower-case hexadecimal digits. Raises ValueError."""
+    if not isinstance(value, str) or not _SHA256(value):
+        raise ValueError(f"must be 64 hexadecimal digits, not {show(value)}")
+    return value
+
+
+def commit(value: object) -> str:
+    """The full name of a commit on the Hub. Raises ValueError."""
+    if not isinstance(value, str) or not _COMMIT(value):
+        raise ValueError(f"must be 40 hexadecimal digits, not {show(value)}")
+    return value
+
+
+def hub_id(value: object) -> str:
+    """A repository ID by the Hub's grammar: `org/name` or `name`. Raises ValueError."""
+    if not isinstance(value, str) or not _HUB_ID(value) or "--" in value or ".." in value or value.endswith(".git"):
+        raise ValueError(f"must be a Hub ID org/name, not {show(value)}")
+    return value
+
+
+def folder_name(value: object) -> str:
+    """The name of one folder, which is no path. Raises ValueError."""
+    name = line(value)
+    if name in (".", "..") or "/" in name or "\\" in name or len(name) > 255:
+        raise ValueError(f"must be the name of a folder, not {show(name)}")
+    return name
+
+
+def safe_path(value: object) -> str:
+    """The path of a file inside of a repository. Raises ValueError."""
+    path = line(value)
+    if {"", ".", ".."} & {*path.split("/")} or "\\" in path or len(path) > 1_000:
+        raise ValueError(f"must be a path inside of the repository, not {show(path)}")
+    return path
+
+
+_SHA256 = re.compile("[0-9a-f]{64}").fullmatch
+_COMMIT = re.compile("[0-9a-f]{40}").fullmatch
+_HUB_ID = re.compile(r"(?:[A-Za-z0-9_][\w.-]{0,95}(?<![.-])/)?[A-Za-z0-9_][\w.-]{0,95}(?<![.-])", re.ASCII).fullmatch
+
+
+def nullable(kind: Kind) -> Kind:
+    """Kind of null or a value of another kind."""
+    return lambda value: None if value is None else kind(value)
+
+
+def items(kind: Kind, most: Limit | None = None) -> Kind:
+    """Kind of a list, each item of one kind."""
+
+    def check(value: Any) -> Any:
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"must be a list, not {show(value)}")
+        if most is not None:
+            most.check(len(value))
+        for i, item in enumerate(value):
+            _within(f"item {i}", kind, item)
+        return value
+
+    return check
+
+
+def table(key: Kind, kind: Kind, most: Limit | None = None) -> Kind:
+    """Kind of a mapping from keys of one kind to values of one kind."""
+
+    def check(value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            raise ValueError(f"must be a mapping, not {show(value)}")
+        if most is not None:
+            most.check(len(value))
+        for name, item in value.items():
+            _within(f"the key {show(name)}", key, name)
+            _within(name, kind, item)
+        return value
+
+    return check
+
+
+def record(required: Mapping[str, Kind], optional: Mapping[str, Kind] | None = None, *, strict: bool = True) -> Kind:
+    """Kind of a mapping with these keys.
+
+    Args:
+        required: keys that are there, with the kinds of their values.
+        optional: keys that may be there.
+        strict: no other keys may be there.
+    """
+    known = {**required, **(optional or {})}
+
+    def check(value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            raise ValueError(f"must be a mapping, not {show(value)}")
+        for name in required:
+            if name not in value:
+                raise ValueError(f"lacks the key {name}")
+        for name, item in value.items():
+            if name in known:
+                _within(name, known[name], item)
+            elif strict:
+                raise ValueError(f"has the unknown key {show(name)}{suggestion(name, known)}")
+        return value
+
+    return check
+
+
+def _within(place: str, kind: Kind, value: Any) -> None:
+    try:
+        kind(value)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from hfmerge.errors import CorruptFileError
+from hfmerge.fields import show, table
+from hfmerge.jsonio import read_json
+from hfmerge.limits import DIMENSIONS, HEADER_BYTES, HEADER_VALUES, TENSOR_NAME, TENSORS
 from hfmerge.source import FLOATS, OTHERS, TensorEntry
 
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec"
-LONGEST = 100_000_000
-"""Bytes of the longest header that safetensors itself reads."""
 MET_AT_ONCE = 100_000
 """Bytes that hold the header of nearly every file."""
 
@@ -44,7 +44,7 @@ def header_length(head: bytes, size: int, where: str) -> int:
     if head[:8] == LFS_POINTER[:8]:
         raise CorruptFileError(f"{where} is a Git-LFS pointer, not weights; run `git lfs pull` or download it again.")
     length = int.from_bytes(head[:8], "little")
-    if len(head) < 8 or length > min(size, LONGEST):
+    if len(head) < 8 or length > min(size, HEADER_BYTES.most):
         raise CorruptFileError(f"{where} is no safetensors file or is truncated ({size} bytes); get it again.")
     return 8 + length
 
@@ -65,14 +65,16 @@ def parse_header(head: bytes, file: str, size: int, where: str) -> Header:
     entries: dict[str, TensorEntry] = {}
     spans: dict[str, tuple[int, int]] = {}
     try:
-        for key, info in json.loads(head[8:end]).items():
-            if key == "__metadata__":
-                continue
-            start, stop = info["data_offsets"]
-            spans[key] = (int(start), int(stop))
-            entries[key] = TensorEntry(file, info["dtype"], tuple(int(n) for n in info["shape"]), stop - start)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CorruptFileError(f"{where}: broken safetensors header; get it again.") from error
+        found = read_json(head[8:end], HEADER_BYTES, values=HEADER_VALUES)
+        if not isinstance(found, dict):
+            raise ValueError("holds no JSON object")
+        table(_said, _said)(found.pop("__metadata__", {}))
+        TENSORS.check(len(found))
+        for key, info in found.items():
+            TENSOR_NAME.check(len(key))
+            spans[key], entries[key] = _entry(file, info)
+    except ValueError as error:
+        raise CorruptFileError(f"{where}: broken safetensors header: it {error}; get it again.") from error
     last = _end_of_data(where, spans)
     if end + last != size:
         raise CorruptFileError(f"{where} is truncated or overlong: {size} bytes, header says {end + last}.")
@@ -84,6 +86,26 @@ def parse_header(head: bytes, file: str, size: int, where: str) -> Header:
                 f"{entry.shape}; get it again."
             )
     return Header(end, entries, {key: end + start for key, (start, _) in spans.items()})
+
+
+def _said(value: Any) -> str:
+    """A key or value of the metadata, where some trainers leave long texts. Raises ValueError."""
+    if not isinstance(value, str):
+        raise ValueError(f"must be text, not {show(value)}")
+    return value
+
+
+def _entry(file: str, info: Any) -> tuple[tuple[int, int], TensorEntry]:
+    """First byte and end of a tensor, and what it is. Raises ValueError."""
+    if not isinstance(info, dict) or info.keys() != {"dtype", "shape", "data_offsets"}:
+        raise ValueError("has an entry that is none of a tensor")
+    dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
+    if type(dtype) is not str or type(shape) is not list or type(offsets) is not list or len(offsets) != 2:
+        raise ValueError("has an entry that is none of a tensor")
+    DIMENSIONS.check(len(shape))
+    if not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, *offsets)):
+        raise ValueError("has a size that is none")
+    return (offsets[0], offsets[1]), TensorEntry(file, dtype, tuple(shape), offsets[1] - offsets[0])
 
 
 def read_header(path: Path, where: str) -> Header:

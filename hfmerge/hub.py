@@ -17,15 +17,16 @@ from hfmerge.asking import hub_api, hub_errors, patiently
 from hfmerge.card import FILE, card_facts, combine_cards, render_card
 from hfmerge.commits import commit_once, download, moved, upload
 from hfmerge.errors import HfMergeError, PushError
-from hfmerge.ledger import FOLDER, Entry, check_chain
+from hfmerge.fetching import pin
+from hfmerge.ledger import FOLDER, Entry
 from hfmerge.marked import part, with_part
-from hfmerge.merged import STATE_BRANCH, open_merged
+from hfmerge.merged import STATE_BRANCH, ledger_in, open_merged
 from hfmerge.pictures.embedding import FIGURES, drawn
 from hfmerge.privacy import restricted
 from hfmerge.quoting import markdown, plain
 from hfmerge.removal import parts
 from hfmerge.scorecard import PREFIX, carried_scores
-from hfmerge.source import Pinned
+from hfmerge.source import Pinned, Place
 from hfmerge.statebranch import drop_states, push_states
 from hfmerge.steps import commit_of
 from hfmerge.targets import Destination, Target, check_levels, check_replacement, find_target, make_target
@@ -79,12 +80,7 @@ def open_push(folder: Path, to: Destination, written: Sequence[str] = ()) -> Ope
         PushError: somebody pushed meanwhile, it holds something else, or more people may read it than the inputs.
         SourceError: no right, no connection.
     """
-    history = {
-        name: path.read_bytes()
-        for name, path in files_in(folder).items()
-        if name.startswith(f"{FOLDER}/") and name.endswith(".json") and name.count("/") == 1
-    }
-    entries = check_chain(history, str(folder))
+    entries, history = ledger_in(pin(Place(str(folder), None, None, folder)))
     inputs = parts(entries[-1])
     levels = restricted(part.identity for part in inputs)
     notes = []

@@ -12,14 +12,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hfmerge.checkpoint.writer import disk_errors
+from hfmerge.fields import amount, items, nullable, plain_text, table
+from hfmerge.jsonio import read_json, read_json_file
 
 
 WORK = "work.json"
@@ -88,24 +92,42 @@ def begin(folder: Path, work: Mapping[str, str]) -> None:
 def work_in(folder: Path) -> dict[str, str] | None:
     """Which work a journal is for; None where there is none, or none that can be read."""
     try:
-        found = json.loads((folder / WORK).read_bytes())
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+        found: dict[str, str] = table(plain_text, plain_text)(read_json_file(folder / WORK))
+    except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
+    return found
+
+
+def _step(value: Any) -> tuple[Key, Finished]:
+    """The step that a line of a journal is about, and what it says. Raises ValueError."""
+    if not isinstance(value, list) or len(value) != 5:
+        raise ValueError("is no step")
+    stage, key, rows, found, wrote = value
+    plain_text(stage), plain_text(key), nullable(items(amount))(rows)
+    if rows is not None and len(rows) != 2:
+        raise ValueError("has rows that are none")
+    regions = []
+    for region in wrote if isinstance(wrote, list) else [None]:
+        if not isinstance(region, list) or [type(part) for part in region] != [str, str, int]:
+            raise ValueError("has a region that is none")
+        regions.append(Region(*region))
+    return (stage, key, None if rows is None else (rows[0], rows[1])), Finished(found, tuple(regions))
 
 
 def read_past(folder: Path) -> Past:
-    """All whole lines of all attempts."""
+    """All whole lines of all attempts; a line that says no step counts for nothing, like a torn one."""
     attempts = 0
     finished: dict[Key, Finished] = {}
     for path in sorted(folder.glob("*-*.jsonl")):
-        attempts = max(attempts, int(path.name.partition("-")[0]))
+        number = path.name.partition("-")[0]
+        attempts = max(attempts, int(number) if re.fullmatch("[0-9]{1,9}", number) else 0)
         for line in path.read_bytes().split(b"\n"):
             text = line[9:]
             if line[:9] == b"%08x " % zlib.crc32(text):
-                stage, key, rows, found, wrote = json.loads(text)
-                where = None if rows is None else (rows[0], rows[1])
-                finished[stage, key, where] = Finished(found, tuple(Region(*region) for region in wrote))
+                with suppress(ValueError):
+                    # norms of weights that may hold NaN are none themselves
+                    key, done = _step(read_json(text, finite=False))
+                    finished[key] = done
     return Past(attempts, finished)
 
 

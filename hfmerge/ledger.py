@@ -8,33 +8,27 @@ A merge is a function of its last entry alone: replaying it gives the same bytes
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from hfmerge.digest import canonical_json, is_digest, sha256_bytes
 from hfmerge.errors import LedgerError
+from hfmerge.jsonio import read_json
 from hfmerge.learning.asked import Learning
+from hfmerge.ledger_schema import SCHEMA, check_entry
+from hfmerge.limits import ENTRIES, ENTRY_BYTES
 from hfmerge.options import Consent
 from hfmerge.recipe import MethodChoice, ModelEntry, Recipe
-from hfmerge.source import is_commit, is_hub_id, is_identity, is_path, is_segment
 from hfmerge.weights import Weight, restored, stored
 
 
 FOLDER = "merge_history"
 ARCHIVES = "merge_state/sources"
 """Where copies of sources are kept (see `archives`)."""
-SCHEMA = "hfmerge/ledger/1"
-ACTIONS = ("merge", "add", "unmerge", "subtract", "replace", "reorder", "rebase", "restore")
-NEEDED = {
-    "method": ("name", "version", "options", "norm"),
-    "settings": ("dtype", "include", "exclude", "vocabulary", "state", "allow_nonfinite", "allow_pickle",
-                 "trust_remote_code", "card"),
-    "scalars": ("scale", "merged_norm"),
-}  # fmt: skip
-"""Keys that every entry has, by attribute of `Entry`."""
 
 
 @dataclass(frozen=True)
@@ -110,14 +104,9 @@ class Material:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Material:
-        """Inverse of `to_dict`.
-
-        Raises:
-            LedgerError: a name or digest in it could not be a part of a path or an address.
-        """
+        """Inverse of `to_dict`; see `ledger_schema.material` for what is checked before."""
         lists = {key: tuple(data.get(key, ())) for key in ("unverified", "contains")}
         material = cls(**{**data, **lists, "labels": tuple(data["labels"]), "weight": restored(data["weight"])})
-        _check_names(material)
         return material
 
 
@@ -142,7 +131,7 @@ class Entry:
     Attributes:
         step: 1 for the first.
         parent: SHA-256 of the previous file's bytes, None for the first.
-        action: one of `ACTIONS`.
+        action: one of `ledger_schema.ACTIONS`.
         subjects: names of the models the action added, removed or ordered; of "replace" the old and the new one; of
             "rebase" the new base.
         how: one line on how the result was computed.
@@ -211,6 +200,15 @@ class Entry:
 
     def to_bytes(self) -> bytes:
         """The file's bytes; their SHA-256 is what the next entry names."""
+        return self._bytes
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the file."""
+        return sha256_bytes(self._bytes)
+
+    @cached_property
+    def _bytes(self) -> bytes:
         action: dict[str, Any] = {"type": self.action, "models": list(self.subjects), "how": self.how}
         if self.restored is not None:
             action["restored"] = self.restored
@@ -241,37 +239,31 @@ class Entry:
             LedgerError: not a ledger entry of this schema, or not as hfmerge writes one.
         """
         try:
-            raw = json.loads(data)
-            if raw["schema"] != SCHEMA:
+            raw = read_json(data, ENTRY_BYTES)
+            if isinstance(raw, dict) and isinstance(raw.get("schema"), str) and raw["schema"] != SCHEMA:
                 raise LedgerError(f"{where}: schema {raw['schema']!r}; this version reads {SCHEMA}.")
-            entry = cls(
-                step=int(raw["step"]),
-                parent=raw["parent"],
-                action=raw["action"]["type"],
-                subjects=tuple(raw["action"]["models"]),
-                how=raw["action"]["how"],
-                base=Material.from_dict(raw["materials"]["base"]),
-                models=tuple(Material.from_dict(model) for model in raw["materials"]["models"]),
-                method=raw["method"],
-                settings=raw["settings"],
-                scalars=raw["byproducts"]["scalars"],
-                states=tuple(KeptState(**state) for state in raw["byproducts"]["states"]),
-                products=raw["products"],
-                environment=raw["environment"],
-                restored=raw["action"].get("restored"),
-                learned=raw["byproducts"].get("learned"),
-            )
-            _check_paths(entry)
-            canonical = entry.to_bytes()
-            lost = [key for key, held in NEEDED.items() for name in held if name not in getattr(entry, key)]
-        except LedgerError as error:
-            raise LedgerError(f"{where}: {str(error).removeprefix(f'{where}: ')}") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise LedgerError(f"{where}: not a ledger entry ({type(error).__name__}: {error}).") from error
-        if canonical != data:
+            check_entry(raw)
+        except ValueError as error:
+            raise LedgerError(f"{where}: not a ledger entry: {error}.") from error
+        entry = cls(
+            step=raw["step"],
+            parent=raw["parent"],
+            action=raw["action"]["type"],
+            subjects=tuple(raw["action"]["models"]),
+            how=raw["action"]["how"],
+            base=Material.from_dict(raw["materials"]["base"]),
+            models=tuple(Material.from_dict(model) for model in raw["materials"]["models"]),
+            method=raw["method"],
+            settings=raw["settings"],
+            scalars=raw["byproducts"]["scalars"],
+            states=tuple(KeptState(**state) for state in raw["byproducts"]["states"]),
+            products=raw["products"],
+            environment=raw["environment"],
+            restored=raw["action"].get("restored"),
+            learned=raw["byproducts"].get("learned"),
+        )
+        if entry.to_bytes() != data:
             raise LedgerError(f"{where} is not in canonical form; it was edited by hand.")
-        if lost:
-            raise LedgerError(f"{where}: its {lost[0]} are incomplete; it was edited by hand.")
         return entry
 
     def find(self, name: str) -> int:
@@ -310,36 +302,6 @@ def named(name: str, identities: Sequence[str]) -> list[int]:
     names = (wanted, Path(wanted).name)
     hits = [i for i, (own, _, _) in enumerate(parts) if own in names]
     return [i for i in hits if parts[i][2].removeprefix("sha256:").startswith(revision)]
-
-
-def _check_paths(entry: Entry) -> None:
-    """No file that an entry names lies outside of the merge."""
-    for name in (*entry.products, *entry.beside):
-        if not is_path(name):
-            raise LedgerError(f"{name!r} is no path of a file of a merge; somebody made up this ledger.")
-
-
-def _check_names(material: Material) -> None:
-    """Whatever of a material becomes a path or a part of an address has the form that hfmerge gives it."""
-    name, folder = material.name, material.head and material.head.removeprefix("heads/")
-    checks: list[tuple[str, object, bool]] = [
-        ("commit", material.commit, material.commit is None or is_commit(material.commit)),
-        ("digest", material.digest, is_digest(material.digest) if material.commit is None else not material.digest),
-        ("name", name, is_segment(name) if material.commit is None else is_hub_id(name)),
-        ("head", material.head, folder is None or (folder != material.head and is_segment(folder))),
-        *((key, one, one is None or is_digest(one)) for key, one in _digests(material)),
-        *(("files", file, is_path(file.removeprefix("+"))) for file in material.files),
-        *(("contains", one, is_identity(one)) for one in material.contains),
-        ("beneath", material.beneath, material.beneath is None or is_identity(material.beneath)),
-    ]
-    for key, value, good in checks:
-        if not good:
-            raise LedgerError(f"the model {name!r}: its {key} cannot be {value!r}; somebody made up this ledger.")
-
-
-def _digests(material: Material) -> list[tuple[str, object]]:
-    own = [("kept", material.kept), ("ledger", material.ledger)]
-    return [*own, *(("files", digest) for digest in material.files.values())]
 
 
 def _checked_digest(digest: object) -> str:
@@ -385,6 +347,16 @@ def contained(entry: Entry) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
+def ledger_files(names: Iterable[str]) -> list[str]:
+    """Those of the names that lie in the ledger's folder, by their step: `9999.json` comes before `10000.json`."""
+    return sorted((name for name in names if name.startswith(f"{FOLDER}/")), key=_by_step)
+
+
+def _by_step(name: str) -> tuple[int, str]:
+    number = re.fullmatch(r"([0-9]{4,9})\.json", name[len(FOLDER) + 1 :])
+    return (int(number[1]) if number else 0, name)
+
+
 def check_chain(files: Mapping[str, bytes], where: str) -> tuple[Entry, ...]:
     """All entries of a ledger, oldest first, after checking that each names its parent's digest.
 
@@ -393,11 +365,12 @@ def check_chain(files: Mapping[str, bytes], where: str) -> tuple[Entry, ...]:
         where: the merge's name, for errors.
 
     Raises:
-        LedgerError: no ledger, a gap, or a broken link; names the file.
+        LedgerError: no ledger, one of too many entries, a gap, or a broken link; names the file.
     """
-    names = sorted(name for name in files if name.startswith(f"{FOLDER}/"))
+    names = ledger_files(files)
     if not names:
         raise LedgerError(f"{where}: no {FOLDER}/ there; not a merge made by hfmerge.")
+    check_size(names, where)
     entries: list[Entry] = []
     parent: str | None = None
     for step, name in enumerate(names, 1):
@@ -410,16 +383,20 @@ def check_chain(files: Mapping[str, bytes], where: str) -> tuple[Entry, ...]:
                 f"{where}: {name} names another parent than {previous}; one of the two was changed after it was "
                 "written."
             )
-        if entry.action not in ACTIONS:
-            raise LedgerError(f"{where}: {name}: unknown action {entry.action!r}.")
-        if (entry.action == "restore") != (entry.restored is not None) or entry.restored not in (
-            None,
-            *range(1, step),
-        ):
+        known = entry.restored is None if entry.action != "restore" else 0 < (entry.restored or 0) < step
+        if not known:
             raise LedgerError(f"{where}: {name}: restores step {entry.restored}, which is none before it.")
         entries.append(entry)
-        parent = sha256_bytes(files[name])
+        parent = entry.digest
     return tuple(entries)
+
+
+def check_size(names: Sequence[str], where: str) -> None:
+    """Refuse a ledger of more entries than the limit, before any is read. Raises LedgerError."""
+    try:
+        ENTRIES.check(len(names))
+    except ValueError as error:
+        raise LedgerError(f"{where}: {FOLDER}/ {error}.") from error
 
 
 def settings_of(recipe: Recipe, card: Mapping[str, Any]) -> dict[str, Any]:

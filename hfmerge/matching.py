@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,6 @@ from hfmerge.checkpoint.names import Layout, Origin, match
 from hfmerge.checkpoint.names import describe as describe_layout
 from hfmerge.checkpoint.remembered import relevant
 from hfmerge.checkpoint.vocabulary import same_tokens
-from hfmerge.digest import canonical_json
 from hfmerge.errors import CorruptFileError, ShapeError, SourceError, UnsupportedError
 from hfmerge.recipe import Recipe
 from hfmerge.source import Source
@@ -24,7 +24,7 @@ class Layouts:
 
     def __init__(self, trust_remote_code: bool):
         self._trust = trust_remote_code
-        self._known: dict[bytes, Layout] = {}
+        self._known: dict[str, Layout] = {}
 
     def of(self, source: Source) -> Layout:
         """The layout of a full checkpoint."""
@@ -34,7 +34,7 @@ class Layouts:
         pinned = source.pinned
         label = f"{pinned.name}@{pinned.commit}" if pinned.commit else pinned.label
         own = label if config.get("auto_map") else ""
-        key = canonical_json([own, config, sorted(source.shapes.items())])
+        key = json.dumps([own, config, sorted(source.shapes.items())], sort_keys=True)
         if key not in self._known:
             self._known[key] = describe_layout(
                 source.config, source.shapes, origin=own or pinned.label, trust_remote_code=self._trust

@@ -15,7 +15,9 @@ from hfmerge.digest import canonical_json, sha256_bytes, sha256_file
 from hfmerge.digesting import digests, folder_digest
 from hfmerge.errors import HfMergeError, LedgerError, SourceError
 from hfmerge.fetching import fetch, pin
-from hfmerge.ledger import FOLDER, Entry, KeptState, Material, check_chain, contained
+from hfmerge.jsonio import read_limited
+from hfmerge.ledger import FOLDER, Entry, KeptState, Material, check_chain, check_size, contained, ledger_files
+from hfmerge.limits import CARD_BYTES, ENTRY_BYTES, LEDGER_BYTES
 from hfmerge.notes import keep_note
 from hfmerge.options import NO_CONSENT, Consent
 from hfmerge.private import home, private_folder
@@ -56,21 +58,35 @@ class Merged:
         return self.entries[-1]
 
     def read(self, name: str) -> bytes | None:
-        """A small file of the merge, or None."""
-        return fetch(self.pinned, name).read_bytes() if name in self.pinned.files else None
+        """A small file of the merge, or None.
+
+        Raises:
+            LedgerError: it is too large. SourceError: see `fetch`.
+        """
+        if name not in self.pinned.files:
+            return None
+        try:
+            return read_limited(fetch(self.pinned, name), CARD_BYTES)
+        except (ValueError, OSError) as error:
+            raise LedgerError(f"{self.pinned.label}: {name} cannot be read: {error}.") from error
 
 
 def ledger_in(pinned: Pinned) -> tuple[tuple[Entry, ...], dict[str, bytes]]:
     """The checked ledger of a place, oldest entry first, and its files' bytes.
 
     Raises:
-        LedgerError: no ledger or a broken one. SourceError: not readable.
+        LedgerError: no ledger, one beyond a limit, or a broken one. SourceError: not readable.
     """
-    files = {
-        name: fetch(pinned, name).read_bytes()
-        for name in sorted(pinned.files)
-        if name.startswith(f"{FOLDER}/") and name.endswith(".json")
-    }
+    names = ledger_files(name for name in pinned.files if name.endswith(".json"))
+    check_size(names, pinned.label)
+    files, total = dict[str, bytes](), 0
+    for name in names:
+        try:
+            files[name] = read_limited(fetch(pinned, name), ENTRY_BYTES)
+            total += len(files[name])
+            LEDGER_BYTES.check(total)
+        except (ValueError, OSError) as error:
+            raise LedgerError(f"{pinned.label}: {name} {error}.") from error
     return check_chain(files, pinned.label), files
 
 
@@ -86,7 +102,7 @@ def parts_of(pinned: Pinned, warnings: list[str]) -> tuple[str | None, tuple[str
     except LedgerError as error:
         warnings.append(f"{pinned.name}: taken as a model of its own, since its ledger says nothing: {error}")
         return None, ()
-    return sha256_bytes(entries[-1].to_bytes()), contained(entries[-1])
+    return entries[-1].digest, contained(entries[-1])
 
 
 def open_merged(ref: str, sources: Mapping[str, str] | None = None, consent: Consent = NO_CONSENT) -> Merged:

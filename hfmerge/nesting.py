@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from hfmerge.digest import sha256_bytes
 from hfmerge.errors import HfMergeError, LedgerError, NotFoundError
 from hfmerge.ledger import Entry, Material, contained, named, reference, same_model
 from hfmerge.merged import Merged, open_merged
@@ -167,7 +166,7 @@ def _without(
 
 def _check_is_its_ledger(inner: Merged, model: Material, what: str) -> None:
     """The ledger has to be the one that was recorded, and to describe the weights that were merged."""
-    changed = sha256_bytes(inner.last.to_bytes()) != model.ledger
+    changed = inner.last.digest != model.ledger
     products = inner.last.products
     foreign = [name for name, digest in model.files.items() if products.get(name) != digest]
     if changed or foreign:

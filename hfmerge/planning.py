@@ -20,14 +20,14 @@ from hfmerge.checkpoint.sidefiles import side_files
 from hfmerge.checkpoint.vocabulary import Vocabulary, align
 from hfmerge.checkpoint.writer import Slot, shard_names
 from hfmerge.describing import describe
-from hfmerge.errors import HfMergeError, Problem, RecipeError
+from hfmerge.errors import HfMergeError, Problem, RecipeError, UnsupportedError
 from hfmerge.estimating import with_estimate
-from hfmerge.fields import Section
+from hfmerge.fields import Section, show
 from hfmerge.matching import Layouts, match_source, some
 from hfmerge.methods import FoldMethod, MergeMethod, registry
 from hfmerge.planned import DTYPES, Estimate, Param, Plan, Prior
 from hfmerge.recipe import ModelEntry, Recipe
-from hfmerge.recipe_values import count_problem, sum_problem, weights_problem
+from hfmerge.recipe_values import count_problem, option_names, sum_problem, weights_problem
 from hfmerge.source import FLOATS, Source
 from hfmerge.streaming import Streaming
 from hfmerge.taskvector import WHOLE
@@ -35,8 +35,19 @@ from hfmerge.weights import PatternWeights, read_weight, written
 
 
 def build_method(recipe: Recipe) -> MergeMethod:
-    """The recipe's method with its options."""
-    return registry()[recipe.method.name](**recipe.method.options)
+    """The recipe's method with its options.
+
+    Raises:
+        UnsupportedError: a ledger's method that is not here, or not with these options.
+    """
+    kind = registry().get(recipe.method.name)
+    if kind is None or not {*recipe.method.options} <= {*option_names(kind)}:
+        options = ", ".join(recipe.method.options)
+        raise UnsupportedError(
+            f"the method {show(recipe.method.name)} with the options {show(options)} is not here; "
+            "install the version of hfmerge, or the package, that it was merged with."
+        )
+    return kind(**recipe.method.options)
 
 
 def make_plan(

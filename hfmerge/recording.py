@@ -13,21 +13,23 @@ from typing import Any
 from hfmerge.card import FILE, card_facts, card_pointer, combine_cards, licence_note, parse_card, render_card
 from hfmerge.changes import Change
 from hfmerge.checkpoint.sidefiles import is_asset
-from hfmerge.digest import sha256_bytes
 from hfmerge.digesting import folder_digest
 from hfmerge.environment import environment
 from hfmerge.errors import HfMergeError, LedgerError, OutputError
 from hfmerge.execute import Outcome
-from hfmerge.fetching import fetch
-from hfmerge.ledger import FOLDER, Entry, Material, check_chain, same_prefix, settings_of
+from hfmerge.fetching import fetch, pin
+from hfmerge.fields import plain_text
+from hfmerge.jsonio import read_limited
+from hfmerge.ledger import Entry, Material, same_prefix, settings_of
+from hfmerge.limits import CARD_BYTES
 from hfmerge.marked import with_part
-from hfmerge.merged import Merged, parts_of, state_path
+from hfmerge.merged import Merged, ledger_in, parts_of, state_path
 from hfmerge.methods import AdditiveFold
 from hfmerge.pictures.embedding import FIGURES, drawn, embed_learning
 from hfmerge.planned import Plan
 from hfmerge.runfiles import STATE_FOLDER
 from hfmerge.scorecard import PREFIX, without_scores
-from hfmerge.source import Source
+from hfmerge.source import Place, Source
 from hfmerge.trees import SPECIAL, TOOLS
 from hfmerge.weights import Weight
 
@@ -77,6 +79,7 @@ def record(
 def write_record(folder: Path, entry: Entry, opened: Merged | None, existing: str | None) -> None:
     """Write the ledger with a new entry, and the card and the list of licences that follow from it."""
     history = dict(opened.history) if opened else {}
+    Entry.from_bytes(entry.to_bytes(), entry.file)  # nothing is written that could not be read again
     history[entry.file] = entry.to_bytes()
     for name, data in history.items():
         path = folder / name
@@ -151,7 +154,7 @@ def _entry(
     settings = settings_of(recipe, {**_card_settings(planned.base), "architecture": planned.base_layout.architecture})
     return Entry(
         step=previous.step + 1 if previous else 1,
-        parent=sha256_bytes(previous.to_bytes()) if previous else None,
+        parent=previous.digest if previous else None,
         action=change.action if change else "merge",
         subjects=change.subjects if change else tuple(delta.source.name for delta in planned.deltas),
         how=change.how if change else f"merged {len(models)} models in order of arrival",
@@ -204,20 +207,30 @@ def _front_matter(source: Source) -> dict[str, Any]:
     if FILE not in source.pinned.files:
         return {}
     try:
-        return parse_card(fetch(source.pinned, FILE).read_text(encoding="utf-8", errors="replace"))[0]
-    except LedgerError:
+        text = read_limited(fetch(source.pinned, FILE), CARD_BYTES).decode("utf-8", errors="replace")
+        return parse_card(text)[0]
+    except (LedgerError, ValueError):
         return {}  # somebody else's card that nobody can read says nothing, and a missing licence is warned of
 
 
 def _license(source: Source) -> str | None:
-    value = _front_matter(source).get("license")
-    return str(value) if isinstance(value, str) and value else None
+    return _said(_front_matter(source).get("license"))
+
+
+def _said(value: Any) -> str | None:
+    """What somebody's card says under a key, if it is a text that the ledger takes."""
+    try:
+        return plain_text(value) or None
+    except ValueError:
+        return None
 
 
 def _card_settings(base: Source) -> dict[str, Any]:
     front = _front_matter(base)
     library = "sentence-transformers" if "modules.json" in base.pinned.files else "transformers"
-    return {"library_name": front.get("library_name") or library, "pipeline_tag": front.get("pipeline_tag")}
+    return {
+        "library_name": _said(front.get("library_name")) or library, "pipeline_tag": _said(front.get("pipeline_tag")),
+    }  # fmt: skip
 
 
 def _carry_states_over(
@@ -266,9 +279,7 @@ def local_sources(planned: Plan, entry: Entry, opened: Merged | None) -> dict[st
 
 def adopt_card(folder: Path, repo_id: str) -> None:
     """After a push the folder's card names its repository too."""
-    entries = check_chain(
-        {f"{FOLDER}/{p.name}": p.read_bytes() for p in (folder / FOLDER).glob("*.json")}, str(folder)
-    )
+    entries, _ = ledger_in(pin(Place(str(folder), None, None, folder)))
     path = folder / FILE
     text = combine_cards(path.read_text(encoding="utf-8"), render_card(entries, card_facts(entries[-1], repo_id)))
     path.write_text(text, encoding="utf-8")

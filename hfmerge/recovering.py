@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from hfmerge.archives import Manifest, read_manifest, unpack
+from hfmerge.archives import Manifest, check_total, read_manifest, unpack
 from hfmerge.asking import hub_errors, patiently
 from hfmerge.card import FILE, card_pointer
 from hfmerge.checkpoint.reader import Reader
@@ -161,6 +161,7 @@ def _bring_back(merged: Merged, material: Material, identities: Sequence[str], f
             if not _intact(place, wanted, mark):
                 archive = archive_path(merged, material.kept)
                 manifest = _checked(archive, wanted)
+                check_total(manifest, archive, sum(info.size for info in merged.pinned.files.values()))
                 names = [name for name in manifest.files if name.startswith("+") == bool(mark)]
                 # what the merge was made of comes last: where it is, all the rest is there too
                 names.sort(key=lambda name: (name in material.files, name))

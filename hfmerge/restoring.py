@@ -17,7 +17,7 @@ from hfmerge.asking import hub_api, hub_errors
 from hfmerge.card import card_pointer
 from hfmerge.checkpoint.owncode import listed_names
 from hfmerge.checkpoint.sidefiles import is_code
-from hfmerge.digest import sha256_bytes, sha256_file
+from hfmerge.digest import sha256_file
 from hfmerge.errors import CorruptFileError, LedgerError, NotFoundError, PushError, UnsupportedError
 from hfmerge.fetching import fetch, pin
 from hfmerge.hub import Pushed, push_folder
@@ -97,7 +97,7 @@ def restore_step(
     else:
         pushed = None
         whole = sum(info.size for name, info in earlier.pinned.files.items() if name in earlier.entry.products)
-        work = {"restore": sha256_bytes(earlier.entry.to_bytes())}
+        work = {"restore": earlier.entry.digest}
         with tempfile.TemporaryDirectory(prefix="hfmerge-") as spare:
             place = target or Path(spare) / "merged"
             with workspace(place, needed=whole, replace=replacing, work=work, resume=options.resume) as built:
@@ -150,7 +150,7 @@ def find_earlier(opened: Merged, step: int, card: str | None) -> Earlier:
     notes = [f"{file} ({counts.get(file, 'the copy of a source')}) is gone, and not kept." for file in lost]
     how = f"brought back from the commit {str(pinned.commit)[:12]} of step {step}; nothing was computed"
     entry = replace(
-        wanted.holding(states), step=len(entries) + 1, parent=sha256_bytes(opened.last.to_bytes()), action="restore",
+        wanted.holding(states), step=len(entries) + 1, parent=opened.last.digest, action="restore",
         subjects=(), how=how, restored=step,
     )  # fmt: skip
     return Earlier(entry, pinned, states, tuple(notes))

@@ -6,11 +6,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import yaml
-
 from hfmerge.errors import HfMergeError
 from hfmerge.marked import part, with_part
-from hfmerge.yamlio import dump_yaml
+from hfmerge.yamlio import dump_yaml, parse_front
 
 
 RESULTS = "results"
@@ -109,9 +107,9 @@ def _head(text: str) -> str:
 
 def _parse(head: str) -> dict[str, Any]:
     try:
-        front = yaml.safe_load(head) or {}
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
-        raise HfMergeError(f"the card's front matter is not YAML ({str(error).splitlines()[0]}).") from error
+        front = parse_front(head) or {}
+    except ValueError as error:
+        raise HfMergeError(f"the card's front matter is not usable YAML ({error}).") from error
     if not isinstance(front, dict):
         raise HfMergeError("the card's front matter is not a mapping of keys to values.")
     return front

@@ -192,7 +192,7 @@ def parse_ref(text: str) -> list[Place]:
         SourceError: not a folder and not a valid repository ID.
     """
     text = text.strip()
-    if "+" in text and not Path(text).expanduser().exists():
+    if "+" in text and not _path(text)[1]:
         base, _, adapter = text.partition("+")
         return [_parse_place(base), _parse_place(adapter)]
     return [_parse_place(text)]
@@ -211,8 +211,8 @@ def _parse_place(text: str) -> Place:
         if uri.type != "model" or uri.path_in_repo:
             raise SourceError(f"{text}: name a whole model repository, `hf://org/name@revision`.")
         return Place(text, uri.id, uri.revision, None)
-    path = Path(text).expanduser()
-    if path.is_dir() or text.startswith((".", "/", "~")):
+    path, there = _path(text)
+    if (there and path.is_dir()) or text.startswith((".", "/", "~")):
         return Place(text, None, None, path)
     repo_id, _, revision = text.partition("@")
     try:
@@ -220,6 +220,19 @@ def _parse_place(text: str) -> Place:
     except HFValidationError as error:
         raise SourceError(f"{text}: neither a folder here nor a Hub ID `org/name[@revision]`.") from error
     return Place(text, repo_id, revision or None, None)
+
+
+def _path(text: str) -> tuple[Path, bool]:
+    """A reference as a path, and whether something is there.
+
+    Raises:
+        SourceError: it can be no path of this machine, and so is too long for a Hub ID too.
+    """
+    try:
+        path = Path(text).expanduser()
+        return path, path.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, no such user's home, a null character
+        raise SourceError(f"{text[:200]}: neither a folder here nor a Hub ID ({error.__class__.__name__}).") from error
 
 
 def weight_files(source: Source) -> list[str]:

@@ -11,7 +11,6 @@ from datetime import datetime
 from typing import Any
 
 from hfmerge.asking import hub_api, hub_errors, patiently
-from hfmerge.digest import sha256_bytes
 from hfmerge.errors import OfflineError
 from hfmerge.ledger import FOLDER, Entry
 from hfmerge.merged import Merged
@@ -86,7 +85,7 @@ def steps_of(merged: Merged) -> tuple[tuple[Step, ...], tuple[str, ...]]:
         except OfflineError as error:
             notes.append(f"who and when are not known ({str(error).rstrip('.')}).")
     entries = merged.entries
-    steps = tuple(Step(entry, sha256_bytes(entry.to_bytes()), commits.get(entry.file)) for entry in entries)
+    steps = tuple(Step(entry, entry.digest, commits.get(entry.file)) for entry in entries)
     return steps, tuple(notes)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from hfmerge.card import BEGIN, FILE, card_differs, card_pointer, licence_note
 from hfmerge.checkpoint.sidefiles import is_asset, is_code, is_side_file
-from hfmerge.digest import sha256_bytes, sha256_file
+from hfmerge.digest import sha256_file
 from hfmerge.environment import differences, environment, far_apart
 from hfmerge.errors import HfMergeError, LedgerError, NotFoundError
 from hfmerge.fetching import fetch, pin
@@ -144,8 +144,9 @@ def check_contents(
             good = False
             what = f"sha256 is {found[:12]}..., the ledger says {digest[:12]}..." if found else "missing"
             yield Check(name, False, what)
+    history = {entry.file for entry in entries}
     for name in files:
-        if name not in wanted and (reason := _foreign(name, entries)) is not None:
+        if name not in wanted and name not in history and (reason := _foreign(name)) is not None:
             good = False
             yield Check(name, False, reason)
     if good:
@@ -154,14 +155,14 @@ def check_contents(
     yield _card(entries, card, licences)
 
 
-def _foreign(name: str, entries: Sequence[Entry]) -> str | None:
-    """Why a file that the last entry does not name must not be there; None for the few that may be added to a merge.
+def _foreign(name: str) -> str | None:
+    """Why a file that the ledger does not name must not be there; None for the few that may be added to a merge.
 
     Those are the files for the card and for git (see `is_asset`), and the scores that hfmerge puts beside the ledger.
     Whatever else there is, some loader may read.
     """
     if name.startswith(f"{FOLDER}/"):
-        return None if name in [entry.file for entry in entries] else "is no entry of the ledger"
+        return "is no entry of the ledger"
     if is_asset(name) or re.fullmatch(rf"{re.escape(PREFIX)}[^/]+\.yaml", name):
         return None
     if name.startswith("merge_state/"):
@@ -191,7 +192,7 @@ def _card(entries: Sequence[Entry], text: bytes | None, licences: bytes | None) 
     try:
         card = text.decode("utf-8", "replace")
         # the ledger's last entry has no successor to name its digest; the card does
-        named, found = card_pointer(card).get("sha256"), sha256_bytes(last.to_bytes())
+        named, found = card_pointer(card).get("sha256"), last.digest
         if re.search(r"\r(?!\n)", card.partition(BEGIN)[0]):
             # to YAML a line break like any other, so that the byte would not count
             problem: str | None = f"{FILE} has a carriage return in its front matter"

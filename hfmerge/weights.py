@@ -88,18 +88,11 @@ def stored(weight: Weight) -> float | list[list[Any]]:
     return [[pattern, value] for pattern, value in weight.pairs] if isinstance(weight, PatternWeights) else weight
 
 
-def restored(value: Any) -> Weight:
-    """Inverse of `stored`.
-
-    Raises:
-        ValueError, TypeError: neither a number nor a list of pairs.
-    """
-    if isinstance(value, int | float):
+def restored(value: float | list[list[Any]]) -> Weight:
+    """Inverse of `stored`."""
+    if not isinstance(value, list):
         return value
-    pairs = tuple((str(pattern), float(weight)) for pattern, weight in value)
-    if not pairs or pairs[-1][0] != "*":
-        raise ValueError("weights by pattern that do not end with *")
-    return PatternWeights(pairs)
+    return PatternWeights(tuple((pattern, float(weight)) for pattern, weight in value))
 
 
 def shown(weight: Weight) -> str:

@@ -14,6 +14,8 @@ from typing import Any
 import yaml
 
 from hfmerge.errors import Problem, RecipeError
+from hfmerge.jsonio import read_limited
+from hfmerge.limits import YAML_BYTES, YAML_DEPTH, YAML_NUMBER, YAML_VALUES
 
 
 NULL, BOOL, INT, FLOAT = (f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float"))
@@ -24,7 +26,11 @@ FLOAT_PATTERN = re.compile(
 )
 
 
-class _Loader(yaml.SafeLoader):
+_Plain: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""libyaml's reader, which is ten times as fast and counts levels, where PyYAML was built with it."""
+
+
+class _Loader(_Plain):
     """SafeLoader of plain data only, whose unquoted numbers are those of YAML 1.2's core schema."""
 
     yaml_implicit_resolvers = {
@@ -77,9 +83,11 @@ def read_yaml(path: str | Path) -> tuple[Any, list[Problem]]:
     """
     origin = str(path)
     try:
-        content = Path(path).read_bytes()
+        content = read_limited(Path(path), YAML_BYTES)
     except OSError as error:
         raise RecipeError([Problem("file", f"cannot be read: {error.strerror or error}")], origin) from error
+    except ValueError as error:
+        raise RecipeError([Problem("file", str(error))], origin) from error
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -94,25 +102,77 @@ def parse_yaml(text: str, origin: str) -> tuple[Any, list[Problem]]:
     Raises:
         RecipeError: not one well-formed document; the problem's path is the line and column, both from 1.
     """
+    problems: list[Problem] = []
     try:
-        loader = _Loader(text)
-        node = loader.get_single_node()
-        if node is None:
-            return None, []
-        problems: list[Problem] = []
-        _find_repeated(node, "", problems, {})
-        return loader.construct_document(node), problems
+        return _constructed(_Loader, text, problems), problems
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "file"
         what = ", ".join(part for part in (error.problem, error.context) if part)
         raise RecipeError([Problem(where, f"not valid YAML: {what}")], origin) from error
     except yaml.reader.ReaderError as error:
-        before = text[: error.position]
+        before = text.encode()[: error.position].decode("utf-8", "ignore")
         where = f"line {before.count(chr(10)) + 1}, column {len(before) - before.rfind(chr(10))}"
         raise RecipeError([Problem(where, f"not valid YAML: {error.reason}; remove the character")], origin) from error
     except RecursionError as error:
         raise RecipeError([Problem("file", "not usable YAML: nested too deeply")], origin) from error
+    except ValueError as error:
+        raise RecipeError([Problem("file", f"not usable YAML: {error}")], origin) from error
+
+
+def parse_front(text: str) -> Any:
+    """The data of a card's front matter, which other tools wrote and read as YAML 1.1.
+
+    Raises:
+        ValueError: not YAML, or beyond a limit.
+    """
+    try:
+        return _constructed(_Plain, text, None)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    # what a scalar's tag does not fit raises anything; a ReaderError is no MarkedYAMLError
+    except (yaml.YAMLError, TypeError, LookupError, AttributeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        what = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
+        raise ValueError(f"{' '.join(what.split())}{where}") from error
+
+
+def _constructed(kind: Any, text: str, problems: list[Problem] | None) -> Any:
+    """The data of one document, measured before it is made; keys written twice go to `problems`. Raises ValueError."""
+    YAML_BYTES.check(len(text))
+    YAML_VALUES.check(sum(map(text.count, ",\n:")))  # nearly every value needs one of them
+    loader = kind(text)
+    node = loader.get_single_node()
+    if node is None:
+        return None
+    _measure(node, {})
+    if problems is not None:
+        _find_repeated(node, "", problems, {})
+    return loader.construct_document(node)
+
+
+def _measure(node: yaml.Node, known: dict[int, tuple[int, int] | None]) -> tuple[int, int]:
+    """Values and levels of a node with all aliases written out. Raises ValueError beyond a limit."""
+    if isinstance(node, yaml.ScalarNode):
+        if node.tag in (INT, FLOAT):
+            YAML_NUMBER.check(len(node.value))
+        return 1, 0
+    if id(node) in known:
+        found = known[id(node)]
+        if found is None:
+            raise ValueError(f"an alias in line {node.start_mark.line + 1} stands within what it names")
+        return found
+    known[id(node)] = None
+    pairs = isinstance(node, yaml.MappingNode)
+    size, height = 1, 0
+    for child in (part for pair in node.value for part in pair) if pairs else node.value:
+        values, levels = _measure(child, known)
+        size, height = size + values, max(height, levels)
+    YAML_VALUES.check(size)
+    YAML_DEPTH.check(height + 1)
+    known[id(node)] = size, height + 1
+    return size, height + 1
 
 
 def parse_scalar(text: str) -> Any:

@@ -198,11 +198,12 @@ FAULTS = {
     "a truncated shard": Fault(with_a_truncated_shard, ["model-00002-of-", "is truncated or overlong"]),
     "a shard that lacks a tensor": Fault(with_a_shard_that_lacks_a_tensor, ["model-00001-of-", "lacks", "promises"]),
     "an index that is no JSON": Fault(
-        lambda f: (shards(f), (f / "model.safetensors.index.json").write_text("{")), ["index.json is not JSON"]
+        lambda f: (shards(f), (f / "model.safetensors.index.json").write_text("{")),
+        ["index.json cannot be used: is not JSON"],
     ),
     "an index without a map": Fault(
         lambda f: (shards(f), (f / "model.safetensors.index.json").write_text('{"weight_map": []}')),
-        ["index.json has no weight_map"],
+        ["index.json cannot be used: weight_map: must be a mapping"],
     ),
     "a missing tensor": Fault(drop(NORM), [f"lacks {NORM}", "LlamaForCausalLM"]),
     "no weights": Fault(lambda f: (f / WEIGHTS).unlink(), ["no weights", "model.safetensors or its index is needed"]),
@@ -214,8 +215,12 @@ FAULTS = {
     ),
     "F8": Fault(eight_bits, [NORM, "F8_E4M3", "quantised"]),
     "no configuration": Fault(lambda f: (f / "config.json").unlink(), ["neither config.json nor adapter_config.json"]),
-    "a broken configuration": Fault(lambda f: (f / "config.json").write_text("{"), ["config.json is not JSON"]),
-    "a configuration that is a list": Fault(lambda f: (f / "config.json").write_text("[]"), ["config.json holds no"]),
+    "a broken configuration": Fault(
+        lambda f: (f / "config.json").write_text("{"), ["config.json cannot be used: is not JSON"]
+    ),
+    "a configuration that is a list": Fault(
+        lambda f: (f / "config.json").write_text("[]"), ["config.json cannot be used: must be a mapping"]
+    ),
     "a configuration of another model": Fault(
         lambda f: tiny.edit_config(f, intermediate_size=40), ["mlp.", "does it belong to these weights?"]
     ),

@@ -403,7 +403,7 @@ def test_archives_that_somebody_made_up(root: Path, tmp_path: Path) -> None:
     assert read_manifest(made("good", good)).files == {}
     for name in ("../out", "/out", "+../out", "a//b", "a/./b", "", "a\\b"):
         files = {name: {"size": 1, "sha256": "0" * 64}}
-        with pytest.raises(CorruptFileError, match="which is no path in a repository"):
+        with pytest.raises(CorruptFileError, match="must (be a path inside|not be empty)"):
             read_manifest(made("bad", {**good, "files": files}))
     for manifest in ({}, [], {**good, "schema": "hfmerge/kept/9"}, {**good, "files": {"a": 1}}):
         with pytest.raises(CorruptFileError):

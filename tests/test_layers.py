@@ -12,7 +12,7 @@ import hfmerge
 PACKAGE = Path(hfmerge.__file__).parent
 
 LAYERS = [
-    ["version", "errors", "digest", "quoting"],
+    ["version", "errors", "digest", "limits", "jsonio", "quoting"],
     [
         *(
             "taskvector",
@@ -25,6 +25,7 @@ LAYERS = [
             "runtime",
             "fields",
             "yamlio",
+            "source_schema",
         ),
         *(
             "source",
@@ -57,7 +58,7 @@ LAYERS = [
     ["checkpoint"],
     ["learning.replay.asked", "learning.asked"],
     ["weights", "recipe_values", "mergekit_syntax", "mergekit_weights", "mergekit"],
-    ["recipe", "flags"],
+    ["recipe", "flags", "ledger_schema"],
     ["ledger"],
     ["archives", "planned", "card", "templates", "journal", "removal", "comparing"],
     ["chunks"],

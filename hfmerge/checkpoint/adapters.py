@@ -9,12 +9,13 @@ applies it.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from hfmerge.checkpoint.patterns import fits
 from hfmerge.errors import CorruptFileError, ShapeError, UnsupportedError
+from hfmerge.fields import show
 from hfmerge.source import Source
 from hfmerge.taskvector import LowRank
 
@@ -202,8 +203,11 @@ def _add_lora(
     rank = down[0]
     if up[1] != rank:
         raise ShapeError(f"{label}: {module}: A has rank {rank}, B has rank {up[1]}.")
-    alpha = _pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
-    configured = _pattern(config.get("rank_pattern"), module, config.get("r", 8))
+    try:
+        alpha = matching(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
+        configured = matching(config.get("rank_pattern"), module, config.get("r", 8))
+    except ValueError as error:
+        raise UnsupportedError(f"{label}: adapter_config.json: {error}.") from error
     if configured != rank:
         raise CorruptFileError(f"{label}: {module}: the configuration says r = {configured}, the file holds {rank}.")
     scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
@@ -221,9 +225,12 @@ def _add_lora(
     lora[target] = LoraOrigin(down_key, up_key, scale, rank, swapped)
 
 
-def _pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+def matching(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
     """The value of the first pattern that matches a module path, as PEFT matches it."""
     for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
+        try:
+            if fits(pattern, module):
+                return value
+        except ValueError as error:
+            raise ValueError(f"the pattern {show(pattern)} {error}") from error
     return default

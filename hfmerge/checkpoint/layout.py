@@ -162,7 +162,7 @@ def describe(
 
 
 def _described(config: Mapping[str, Any], shapes: Mapping[str, Shape], origin: str, trust_remote_code: bool) -> Layout:
-    skeleton = build(config, origin, trust_remote_code)
+    skeleton = build(config, shapes, origin, trust_remote_code)
     model_type = str(config.get("model_type") or "")
     if skeleton is None:
         architecture = str(next(iter(config.get("architectures") or ()), ""))

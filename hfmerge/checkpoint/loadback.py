@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,8 @@ from hfmerge.checkpoint.remembered import recall, relevant
 from hfmerge.checkpoint.skeleton import Shape, find_class, one_line, skeleton_of
 from hfmerge.errors import CorruptFileError, NotFoundError, ShapeError, UnsupportedError
 from hfmerge.headers import read_header
+from hfmerge.jsonio import read_json_file
+from hfmerge.limits import INDEX_BYTES
 
 
 def load_back(folder: Path, *, trust_remote_code: bool = False) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -76,7 +77,7 @@ def _load(folder: Path, config: dict[str, Any], trust_remote_code: bool) -> tupl
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_json_file(path, INDEX_BYTES, finite=False)
     except FileNotFoundError as error:
         raise NotFoundError(f"{path}: no such file; is {path.parent} a saved model?") from error
     except ValueError as error:

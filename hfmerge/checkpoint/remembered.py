@@ -14,7 +14,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from hfmerge.digest import canonical_json, sha256_bytes
+from hfmerge.digest import sha256_bytes
+from hfmerge.jsonio import read_json_file
+from hfmerge.limits import HEADER_BYTES, HEADER_VALUES
 from hfmerge.notes import keep_note
 
 
@@ -34,9 +36,9 @@ def recall(kind: str, question: Any, ask: Callable[[], Any], *, most: int = CACH
         ask: gives the answer as JSON values, or None for one that cannot be kept.
         most: answers of this kind that are kept.
     """
-    path = _folder() / kind / f"{sha256_bytes(canonical_json([_makers(), question]))}.json"
+    path = _folder() / kind / f"{sha256_bytes(json.dumps([_makers(), question], sort_keys=True).encode())}.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json_file(path, HEADER_BYTES, values=HEADER_VALUES)
     except FileNotFoundError:
         pass
     except (OSError, ValueError) as error:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hfmerge.fetching import fetch
+from hfmerge.fetching import fetch, read_json
 from hfmerge.source import Pinned
 
 
@@ -75,9 +75,8 @@ def copy_side_files(base: Pinned, names: list[str], folder: Path, changes: Mappi
     for name in names:
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        path = fetch(base, name)
         if name == "config.json":
-            config = json.loads(path.read_bytes())
+            config = dict(read_json(base, name))
             config.pop("_name_or_path", None)
             for key, value in changes.items():
                 config.pop(key, None)
@@ -85,4 +84,4 @@ def copy_side_files(base: Pinned, names: list[str], folder: Path, changes: Mappi
                     config[key] = value
             target.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         else:
-            shutil.copyfile(path, target)
+            shutil.copyfile(fetch(base, name), target)

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+import math
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfmerge.errors import UnsupportedError
+from hfmerge.limits import ELEMENTS, PARTS
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 Shape = tuple[int, ...]
+SMALL = 10_000
+"""Modules that any class may have, whatever is stored: they are made in a second."""
+SMALL_PARAMETER = 1 << 24
+"""Elements that any parameter may have."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +93,13 @@ class Skeleton:
         return axes
 
 
-def build(config: Mapping[str, Any], origin: str, trust_remote_code: bool = False) -> Skeleton | None:
+def build(
+    config: Mapping[str, Any], shapes: Mapping[str, Shape], origin: str, trust_remote_code: bool = False
+) -> Skeleton | None:
     """The class that config.json names; None if only the model's own code could build it.
+
+    Args:
+        shapes: of what is stored, which bounds what is built.
 
     Raises:
         UnsupportedError: quantised weights, no class for this config, or a class that cannot be built from it.
@@ -95,7 +108,8 @@ def build(config: Mapping[str, Any], origin: str, trust_remote_code: bool = Fals
     if found is None:
         return None
     try:
-        model = _on_meta(*found)
+        with bounded_by(shapes):
+            model = _on_meta(*found)
     except Exception as error:  # a class may raise anything at a config it was not written for
         raise UnsupportedError(
             f"{origin}: transformers cannot build {found[0].__name__} from config.json: {one_line(error)}"
@@ -115,6 +129,39 @@ def skeleton_of(model: PreTrainedModel) -> Skeleton:
     )
     prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
     return Skeleton(model, parameters, prefix, {name: _end(ties, name) for name in ties}, submodels)
+
+
+@contextmanager
+def bounded_by(shapes: Mapping[str, Shape]) -> Iterator[None]:
+    """Let this thread make no class that is out of all proportion to the stored tensors, whatever config.json says.
+
+    Raises:
+        ValueError: out of the class that is being made; names the limit.
+    """
+    from torch.nn.modules import module as torch_modules
+
+    me, made, elements = threading.get_ident(), 0, sum(map(math.prod, shapes.values()))
+
+    def count(*_: Any) -> None:
+        nonlocal made
+        if threading.get_ident() == me:
+            made += 1
+            if made > SMALL:
+                PARTS.check(made // max(1, len(shapes)))
+
+    def measure(_module: Any, _name: str, parameter: Any) -> None:
+        if threading.get_ident() == me and parameter is not None and parameter.numel() > SMALL_PARAMETER:
+            ELEMENTS.check(parameter.numel() // max(1, elements))
+
+    hooks = (
+        torch_modules.register_module_module_registration_hook(count),
+        torch_modules.register_module_parameter_registration_hook(measure),
+    )
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _end(ties: Mapping[str, str], name: str) -> str:

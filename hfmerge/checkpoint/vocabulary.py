@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hfmerge.checkpoint.skeleton import one_line
 from hfmerge.errors import UnsupportedError
 from hfmerge.fetching import fetch
+from hfmerge.limits import TOKENIZER_BYTES
 from hfmerge.source import Pinned, Source
 from hfmerge.taskvector import LowRank
 
@@ -64,11 +66,12 @@ def read_tokens(pinned: Pinned) -> dict[str, int]:
     names = [name for name in TOKENIZER_FILES if name in pinned.files]
     if not any(name.startswith(("tokenizer", "vocab", "spiece", "sentencepiece")) for name in names):
         raise UnsupportedError(f"{pinned.label}: no tokenizer files, so its rows cannot be matched by token.")
-    folder = {fetch(pinned, name).parent for name in names}
+    files = [fetch(pinned, name) for name in names]
     try:
-        return dict(AutoTokenizer.from_pretrained(str(folder.pop()), trust_remote_code=False).get_vocab())
-    except (OSError, ValueError, KeyError) as error:
-        raise UnsupportedError(f"{pinned.label}: its tokenizer cannot be read: {error}") from error
+        TOKENIZER_BYTES.check(sum(file.stat().st_size for file in files))
+        return dict(AutoTokenizer.from_pretrained(str(files[0].parent), trust_remote_code=False).get_vocab())
+    except Exception as error:  # a tokenizer's class may raise anything at files it was not written for
+        raise UnsupportedError(f"{pinned.label}: its tokenizer cannot be read: {one_line(error)}") from error
 
 
 def same_tokens(base: Pinned, other: Pinned) -> bool | None:

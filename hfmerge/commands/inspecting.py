@@ -20,6 +20,7 @@ from hfmerge.commands.shared import (
     stream_flag,
 )
 from hfmerge.errors import HfMergeError
+from hfmerge.jsonio import read_json_file
 from hfmerge.quoting import say, tell
 
 
@@ -128,7 +129,7 @@ def _plot(args: argparse.Namespace) -> int:
     results = []
     for path in map(Path, args.results):
         try:
-            results.append(json.loads(path.read_text(encoding="utf-8")))
+            results.append(read_json_file(path))
         except (OSError, ValueError) as error:
             raise HfMergeError(f"{path}: cannot be read as JSON ({error}).") from error
     output = args.output or (None if args.card else str(Path(args.results[0]).parent))

@@ -115,11 +115,10 @@ def _diff(args: argparse.Namespace) -> int:
 
 def _differences(found: Difference) -> Iterator[str]:
     """One line a difference: `-` of A alone, `+` of B alone, `~` of both."""
-    from hfmerge.digest import sha256_bytes
     from hfmerge.weights import shown
 
-    yield f"A: step {found.before.step}, {sha256_bytes(found.before.to_bytes())[:12]}"
-    yield f"B: step {found.after.step}, {sha256_bytes(found.after.to_bytes())[:12]}"
+    yield f"A: step {found.before.step}, {found.before.digest[:12]}"
+    yield f"B: step {found.after.step}, {found.after.digest[:12]}"
     if found.base is not None:
         yield f"~ base      {found.base[0].label} -> {found.base[1].label}"
     for sign, models in (("-", found.removed), ("+", found.added)):

@@ -13,6 +13,7 @@ from hfmerge.evaluation.models import Subject
 from hfmerge.evaluation.processors import TOKENIZER_FILES, find_place, load_tokenizer
 from hfmerge.evaluation.results import Score
 from hfmerge.evaluation.suite import Task
+from hfmerge.fetching import read_json
 
 
 def lm_eval_score(subject: Subject, task: Task, *, batch_size: int, seed: int) -> Score:
@@ -75,6 +76,7 @@ def mteb_score(subject: Subject, task: Task, *, batch_size: int) -> Score:
     place = subject.source.pinned
     if "modules.json" not in place.files:
         raise HfMergeError(f"{label}: has no modules.json; a sentence-transformers model is needed.")
+    read_json(place, "modules.json")  # checked before it says what is loaded
     try:
         wanted = mteb.get_task(str(task.benchmark), eval_splits=[task.split])
     except KeyError as error:

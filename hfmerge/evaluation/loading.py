@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hfmerge.checkpoint.adapters import PREFIX
+from hfmerge.checkpoint.adapters import PREFIX, matching
 from hfmerge.checkpoint.heads import adapter_head
 from hfmerge.checkpoint.loadback import quiet
 from hfmerge.checkpoint.skeleton import find_class
 from hfmerge.describing import describe
 from hfmerge.digest import canonical_json, sha256_bytes, sha256_file
-from hfmerge.errors import SourceError
+from hfmerge.errors import SourceError, UnsupportedError
 from hfmerge.fetching import fetch
 from hfmerge.source import Source, is_hub_id
 
@@ -82,6 +83,32 @@ def adapter_config(source: Source) -> dict[str, Any]:
     return dict(adapter_head(source, source.beneath.config, heads).config)
 
 
+def _settings(source: Source, folder: Path) -> Any:
+    """An adapter's configuration for peft, which would match its expressions by `re`: they are worked out here.
+
+    Raises:
+        UnsupportedError: an expression that is not matched here.
+    """
+    from peft import PeftConfig
+
+    config: Any = PeftConfig.from_pretrained(str(folder))
+    ends = (".lora_A.weight", ".lora_embedding_A")
+    paths = [key.removeprefix(PREFIX) for key in source.tensors]
+    modules = sorted(path.removesuffix(end) for path in paths for end in ends if path.endswith(end))
+    if isinstance(config.target_modules, str) or isinstance(config.exclude_modules, str) or config.layers_to_transform:
+        config.target_modules, config.exclude_modules = set(modules), None
+        config.layers_to_transform = config.layers_pattern = None
+    for name in ("rank_pattern", "alpha_pattern"):
+        patterns = getattr(config, name)
+        if patterns:
+            try:
+                found = {f"^{re.escape(module)}": matching(patterns, module, None) for module in modules}
+            except ValueError as error:
+                raise UnsupportedError(f"{source.pinned.label}: adapter_config.json: {error}.") from error
+            setattr(config, name, {path: value for path, value in found.items() if value is not None})
+    return config
+
+
 def adapter_weights(source: Source, config: Mapping[str, Any]) -> dict[str, Tensor]:
     """Every tensor of an adapter's model, as peft merges it.
 
@@ -102,6 +129,8 @@ def adapter_weights(source: Source, config: Mapping[str, Any]) -> dict[str, Tens
         # peft asks transformers for attributes that this version has renamed
         warnings.simplefilter("ignore", FutureWarning)
         model = cls.from_pretrained(None, config=settings, state_dict=stored(source.beneath))
-        merged = PeftModel.from_pretrained(model, str(folder)).merge_and_unload(safe_merge=True)
+        merged = PeftModel.from_pretrained(model, str(folder), config=_settings(source, folder)).merge_and_unload(
+            safe_merge=True
+        )
     state: dict[str, Tensor] = merged.state_dict()
     return state

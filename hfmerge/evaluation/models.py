@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hfmerge.checkpoint.heads import FOLDER
 from hfmerge.checkpoint.loadback import quiet
-from hfmerge.checkpoint.skeleton import find_class
+from hfmerge.checkpoint.skeleton import bounded_by, find_class
 from hfmerge.describing import describe
 from hfmerge.digest import sha256_bytes
 from hfmerge.errors import HeadError, SourceError
@@ -123,7 +123,12 @@ class Subject:
     @cached_property
     def head_names(self) -> frozenset[str]:
         """Names of this model's own head: what its class has and the bare encoder has not."""
-        return _head_names(self.config, self.info.label)
+        shapes: dict[str, tuple[int, ...]] = {}
+        if self.given is not None:
+            shapes = {name: tuple(value.shape) for name, value in self.given.state_dict().items()}
+        for source in (self.source, self.source and self.source.beneath):
+            shapes |= {} if source is None else source.shapes
+        return _head_names(self.config, shapes, self.info.label)
 
     @property
     def reads_texts(self) -> bool:
@@ -237,7 +242,7 @@ class Subject:
             if spare is not None and missing:
                 extra = spare.tensors(missing)
                 state = {**state, **{name: v.to(self.device, self._cast(v)) for name, v in extra.items()}}
-            with quiet():
+            with quiet(), bounded_by({name: tuple(value.shape) for name, value in state.items()}):
                 try:
                     model, told = cls.from_pretrained(
                         None, config=settings, state_dict=dict(state), output_loading_info=True,
@@ -317,7 +322,7 @@ def _plain_name(ref: str) -> str:
     return place.folder.resolve().name if place.folder is not None else str(place.repo_id)
 
 
-def _head_names(config: Mapping[str, Any], label: str) -> frozenset[str]:
+def _head_names(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], label: str) -> frozenset[str]:
     import torch
     from transformers import AutoModel
 
@@ -325,9 +330,12 @@ def _head_names(config: Mapping[str, Any], label: str) -> frozenset[str]:
     if found is None:
         return frozenset()
     cls, settings = found
-    with torch.device("meta"), quiet():
-        names = list(cls(settings).state_dict())
-        bare = set(AutoModel.from_config(settings, trust_remote_code=False).state_dict())
+    try:
+        with torch.device("meta"), quiet(), bounded_by(shapes):
+            names = list(cls(settings).state_dict())
+            bare = set(AutoModel.from_config(settings, trust_remote_code=False).state_dict())
+    except ValueError as error:
+        raise SourceError(f"{label}: transformers cannot build {cls.__name__} from config.json: {error}.") from error
     prefix = f"{cls.base_model_prefix}."
     return frozenset(name for name in names if name not in bare and name.removeprefix(prefix) not in bare)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hfmerge.errors import HfMergeError
+from hfmerge.jsonio import read_json_file
 from hfmerge.quoting import Markdown, markdown
 
 
@@ -232,8 +233,8 @@ def load_results(path: Path) -> Matrix:
         HfMergeError: unreadable, or of another schema.
     """
     try:
-        return Matrix.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return Matrix.from_dict(read_json_file(path))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise HfMergeError(f"{path}: no results of hfmerge ({type(error).__name__}: {error}).") from error
 
 

@@ -11,8 +11,10 @@ from typing import Any
 from hfmerge.checkpoint.writer import disk_errors
 from hfmerge.digest import canonical_json, sha256_bytes
 from hfmerge.errors import CorruptFileError
+from hfmerge.jsonio import read_json_file
 from hfmerge.learning.replay.asked import ReplayAsked
 from hfmerge.learning.replay.rows import Replay, load_replay, save_replay
+from hfmerge.limits import HEADER_BYTES, HEADER_VALUES
 
 
 class Progress:
@@ -84,11 +86,11 @@ class Progress:
         if self._folder is None:
             return None
         try:
-            known = json.loads(self._place(name).read_bytes())
-        except (FileNotFoundError, ValueError):
+            known = read_json_file(self._place(name), HEADER_BYTES, values=HEADER_VALUES, finite=False)
+            state: dict[str, Any] = known["state"]
+            return state if known["digest"] == self._digest(name, state) else None
+        except (FileNotFoundError, ValueError, LookupError, TypeError):
             return None
-        state: dict[str, Any] = known["state"]
-        return state if known["digest"] == self._digest(name, state) else None
 
     def _write(self, name: str, state: Mapping[str, Any]) -> None:
         place = self._place(name)

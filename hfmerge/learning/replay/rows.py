@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from hfmerge.digest import canonical_json, sha256_bytes
 from hfmerge.errors import CorruptFileError, NotFoundError, OutputError
+from hfmerge.fields import amount, line, nullable, one_of, record
+from hfmerge.jsonio import read_json
 
 
 if TYPE_CHECKING:
@@ -24,6 +25,16 @@ NOTICE = (
     "Synthetic rows made from the weights of the source model; they may reflect the data it was trained on. Delete "
     "them together with the model."
 )
+
+_ABOUT = record(
+    {
+        **dict.fromkeys(("source", "kind", "generator"), line),
+        **dict.fromkeys(("seed", "held_out", "passes"), amount),
+        "scores": one_of(("classes", "labels", "values", "tokens")),
+        "pad": nullable(amount),
+    }
+)
+"""What the metadata says, beside its schema and notice."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,7 +163,7 @@ def load_replay(path: str | Path) -> Replay:
         raise NotFoundError(f"{place}: no such file of replay rows; make them again.")
     try:
         with safe_open(place, framework="pt") as file:
-            about = json.loads((file.metadata() or {}).get(HEADER, "null"))
+            about = read_json((file.metadata() or {}).get(HEADER, "null").encode())
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, ValueError) as error:
         raise CorruptFileError(f"{place}: not a readable file of replay rows ({error}); make them again.") from error
@@ -170,4 +181,8 @@ def load_replay(path: str | Path) -> Replay:
         known = {name: about[name] for name in names}
     except KeyError as error:
         raise CorruptFileError(f"{place}: does not say its {error.args[0]}; make the rows again.") from error
+    try:
+        _ABOUT(known)
+    except ValueError as error:
+        raise CorruptFileError(f"{place}: {error}; make the rows again.") from error
     return Replay(**known, inputs=inputs, targets=targets)

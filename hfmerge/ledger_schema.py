@@ -1,0 +1,260 @@
+"""What a ledger entry may say: the kind of every value of the file, checked before anything is made of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+from hfmerge.errors import Problem, RecipeError
+from hfmerge.fields import (
+    Section,
+    amount,
+    commit,
+    flag,
+    folder_name,
+    hub_id,
+    items,
+    line,
+    nullable,
+    number,
+    one_of,
+    plain_text,
+    record,
+    safe_path,
+    sha256,
+    show,
+    table,
+)
+from hfmerge.learning.asked import Learning
+from hfmerge.limits import FILES, LABELS, MODELS, PATTERN, PATTERNS
+from hfmerge.methods import registry
+from hfmerge.recipe_values import DTYPES, VOCABULARIES, norm, option_names, read_options, state
+
+
+SCHEMA = "hfmerge/ledger/1"
+ACTIONS = ("merge", "add", "unmerge", "subtract", "replace", "reorder", "rebase", "restore")
+
+
+def model_name(value: object) -> str:
+    """A repository ID or the name of a folder. Raises ValueError."""
+    return hub_id(value) if isinstance(value, str) and "/" in value else folder_name(value)
+
+
+def identity(value: object) -> str:
+    """`org/name@commit` or `folder@sha256:digest`. Raises ValueError."""
+    name, folder, digest = line(value).rpartition("@sha256:")
+    if folder:
+        return f"{folder_name(name)}{folder}{sha256(digest)}"
+    name, _, pin = line(value).rpartition("@")
+    return f"{hub_id(name)}@{commit(pin)}"
+
+
+def weight(value: object) -> object:
+    """A number, or a list of pairs of pattern and number that ends with the pattern `*`. Raises ValueError."""
+    if not isinstance(value, list):
+        return number(value)
+    PATTERNS.check(len(value))
+    for pair in value:
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise ValueError(f"{show(pair)} is no pair of pattern and number")
+        pattern(pair[0])
+        number(pair[1])
+    if not value or value[-1][0] != "*":
+        raise ValueError("weights by pattern must end with *")
+    return value
+
+
+def pattern(value: object) -> str:
+    """A pattern on the names of parameters. Raises ValueError."""
+    PATTERN.check(len(line(value)))
+    return line(value)
+
+
+def square(value: object) -> float:
+    """A number that is not below zero. Raises ValueError."""
+    if number(value) < 0.0:
+        raise ValueError(f"must be at least 0, not {show(value)}")
+    return number(value)
+
+
+def _counted(value: object) -> int:
+    if amount(value) == 0:
+        raise ValueError("must be at least 1, not 0")
+    return amount(value)
+
+
+def _file(value: object) -> str:
+    """A file of a material; a leading `+` marks those of the model beneath an adapter."""
+    return safe_path(line(value).removeprefix("+"))
+
+
+def _head(value: object) -> str:
+    if safe_path(value).count("/") != 1 or not str(value).startswith("heads/"):
+        raise ValueError(f"must be a folder in heads/, not {show(value)}")
+    return str(value)
+
+
+def _scalar(value: object) -> object:
+    if isinstance(value, bool):
+        return value
+    return plain_text(value) if isinstance(value, str) else number(value)
+
+
+def _of_environment(value: object) -> object:
+    return line(value) if isinstance(value, str) else amount(value)
+
+
+def _learning(value: object) -> Learning:
+    try:
+        return Learning.from_dict(value)  # type: ignore[arg-type]
+    except (RecipeError, TypeError, KeyError, AttributeError) as error:
+        text = error.problems[0].text if isinstance(error, RecipeError) else str(error)
+        raise ValueError(f"cannot be read: {text}") from error
+
+
+_METHOD = record({"name": line, "version": _counted, "options": table(line, _scalar), "norm": norm})
+
+
+def method(value: Any) -> object:
+    """A method with its options, each of its own type where this version of the method is here. Raises ValueError."""
+    _METHOD(value)
+    problem = _options_problem(value["name"], value["version"], json.dumps(value["options"], sort_keys=True))
+    if problem is not None:
+        raise ValueError(problem)
+    return value
+
+
+@lru_cache(maxsize=256)
+def _options_problem(name: str, version: int, options: str) -> str | None:
+    known = registry().get(name)
+    if known is None or known.version != version:
+        return None  # of another package, or another version of hfmerge: read, but not run
+    problems: list[Problem] = []
+    section = Section(json.loads(options), "options", problems)
+    section.refuse_unknown(option_names(known), f"option of {name}")
+    read_options(section, known)
+    return f"{problems[0].path}: {problems[0].text}" if problems else None
+
+
+_MATERIAL = record(
+    {
+        "name": model_name,
+        "commit": nullable(commit),
+        "digest": nullable(sha256),
+        "kind": one_of(("full", "adapter")),
+        "weight": weight,
+        "files": table(_file, sha256, FILES),
+        "beneath": nullable(identity),
+        "squared_norm": nullable(square),
+        "head": nullable(_head),
+        "labels": items(plain_text, LABELS),
+        "license": nullable(plain_text),
+    },
+    {
+        "unverified": items(_file, FILES),
+        "ledger": sha256,
+        "contains": items(identity, FILES),
+        "subtracted": flag,
+        "kept": sha256,
+    },
+)
+
+
+def material(value: Any) -> object:
+    """A base or model: one of the Hub has a commit, a folder has a digest. Raises ValueError."""
+    _MATERIAL(value)
+    if (value["commit"] is None) == (value["digest"] is None):
+        raise ValueError("must have either a commit or a digest")
+    return identity(f"{value['name']}@{value['commit'] or 'sha256:' + value['digest']}")
+
+
+_LOOK = (amount, nullable(number), nullable(number), items(number))
+
+
+def _look(value: object) -> object:
+    """A point of the curve of learning: step, loss, loss on rows held out, mean weight of each model."""
+    if not isinstance(value, list) or len(value) != len(_LOOK):
+        raise ValueError(f"must be a list of {len(_LOOK)} values, not {show(value)}")
+    return [kind(item) for kind, item in zip(_LOOK, value, strict=True)]
+
+
+_ROWS = record(
+    {
+        "source": plain_text,
+        "kind": line,
+        "generator": line,
+        "seed": amount,
+        "rows": amount,
+        "held_out": amount,
+        "passes": amount,
+        "bytes": amount,
+        "sha256": sha256,
+    },
+    {"classes": record({"covered": amount, "of": amount, "confidence": number})},
+)
+LEARNED = record(
+    {
+        "how": plain_text,
+        "groups": items(plain_text, FILES),
+        "steps": amount,
+        "curve": items(_look),
+        "replay": items(nullable(_ROWS), MODELS),
+        "fisher": nullable(sha256),
+    },
+    {"device": line},
+)
+SETTINGS = record(
+    {
+        "dtype": nullable(one_of(DTYPES)),
+        "include": items(pattern, PATTERNS),
+        "exclude": items(pattern, PATTERNS),
+        "vocabulary": nullable(one_of(VOCABULARIES)),
+        "state": state,
+        "allow_nonfinite": flag,
+        "allow_pickle": flag,
+        "trust_remote_code": flag,
+        "card": table(line, nullable(plain_text)),
+    },
+    {"keep_sources": flag, "learn": _learning},
+)
+SCALARS = record(
+    {"scale": number, "merged_norm": square},
+    {"deviation": number, "grid": number, "gap": number, "gap_bound": number},
+)
+ENTRY = record(
+    {
+        "schema": one_of((SCHEMA,)),
+        "step": _counted,
+        "parent": nullable(sha256),
+        "action": record(
+            {"type": one_of(ACTIONS), "models": items(model_name, MODELS), "how": plain_text}, {"restored": _counted}
+        ),
+        "materials": record({"base": material, "models": items(material, MODELS)}),
+        "method": method,
+        "settings": SETTINGS,
+        "byproducts": record(
+            {
+                "scalars": SCALARS,
+                "states": items(record({"count": amount, "sha256": sha256, "nbytes": amount}), MODELS),
+            },
+            {"learned": LEARNED},
+        ),
+        "products": table(safe_path, sha256, FILES),
+        "environment": table(line, _of_environment),
+    }
+)
+"""A whole file, but for what its parts have to do with each other."""
+
+
+def check_entry(value: Any) -> Mapping[str, Any]:
+    """The entry as it is. Raises ValueError that names the place of its first problem."""
+    ENTRY(value)
+    found: Mapping[str, Any] = value
+    if not found["materials"]["models"]:
+        raise ValueError("materials: models: must not be empty")
+    rows = found["byproducts"].get("learned", {}).get("replay", ())
+    if rows and len(rows) != len(found["materials"]["models"]):
+        raise ValueError("byproducts: learned: replay: must have one item for each model")
+    return found

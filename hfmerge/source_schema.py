@@ -1,0 +1,124 @@
+"""What the small files of a model may say, as far as hfmerge reads them: configurations, adapters, indexes, modules.
+
+Other tools write these files, so keys that are not read here may hold anything.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from hfmerge.fields import Kind, flag, items, line, nullable, number, plain_text, record, safe_path, show, table
+from hfmerge.limits import LABELS, LAYERS, PATTERN, PATTERNS, TENSOR_NAME, TENSORS
+
+
+def label(value: object) -> object:
+    """A label's name, which some write as a number. Raises ValueError."""
+    return plain_text(value) if isinstance(value, str) else number(value)
+
+
+def index(value: object) -> int:
+    """A whole number written as text, as a key has to be. Raises ValueError."""
+    if not isinstance(value, str) or not re.fullmatch("-?[0-9]{1,18}", value, re.ASCII):
+        raise ValueError(f"must be a whole number in quotes, not {show(value)}")
+    return int(value)
+
+
+def tensor_name(value: object) -> str:
+    """The name of a stored tensor. Raises ValueError."""
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"must be the name of a tensor, not {show(value)}")
+    TENSOR_NAME.check(len(value))
+    return value
+
+
+def _rank(value: object) -> int:
+    if type(value) is not int or not 0 < value < 2**31:
+        raise ValueError(f"must be a positive whole number, not {show(value)}")
+    return value
+
+
+def _pattern(value: object) -> str:
+    PATTERN.check(len(plain_text(value)))
+    return plain_text(value)
+
+
+def _modules(value: object) -> object:
+    return _pattern(value) if isinstance(value, str) else items(_pattern, PATTERNS)(value)
+
+
+def _anything(value: object) -> object:
+    return value
+
+
+_CONFIG = record(
+    {},
+    {
+        "architectures": nullable(items(line)),
+        "model_type": nullable(line),
+        "auto_map": nullable(table(line, _anything)),
+        "id2label": nullable(table(index, label, LABELS)),
+        "label2id": nullable(table(plain_text, _anything, LABELS)),
+        "tie_word_embeddings": nullable(flag),
+    },
+    strict=False,
+)
+
+
+def config(value: Any) -> Mapping[str, Any]:
+    """A config.json with no more layers, experts or heads than a class can be built with. Raises ValueError."""
+    _CONFIG(value)
+    _check_counts(value)
+    found: Mapping[str, Any] = value
+    return found
+
+
+COUNTED = re.compile(r"(layers?|blocks|depths?|stages|experts|heads?|types|repeats?|levels?)(_list)?$")
+"""How keys of config.json end under which whole numbers, listed too, say how many modules a class makes."""
+
+
+def _check_counts(value: Any) -> None:
+    rest: list[tuple[str, bool, Any]] = [("", False, value)]
+    while rest:
+        name, counted, one = rest.pop()
+        if isinstance(one, Mapping):
+            rest += [(str(key), bool(COUNTED.search(str(key).lower())), item) for key, item in one.items()]
+        elif isinstance(one, list):
+            rest += [(name, counted, item) for item in one]
+        elif isinstance(one, int) and counted | name.endswith("labels"):
+            try:
+                (LAYERS if counted else LABELS).check(abs(one))
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+
+
+ADAPTER = record(
+    {"peft_type": nullable(line)},
+    {
+        "task_type": nullable(line),
+        "base_model_name_or_path": nullable(plain_text),
+        "revision": nullable(plain_text),
+        "r": _rank,
+        "lora_alpha": number,
+        "use_rslora": nullable(flag),
+        "ensure_weight_tying": nullable(flag),
+        "fan_in_fan_out": nullable(flag),
+        "rank_pattern": nullable(table(_pattern, _rank, PATTERNS)),
+        "alpha_pattern": nullable(table(_pattern, number, PATTERNS)),
+        "target_modules": nullable(_modules),
+        "exclude_modules": nullable(_modules),
+        "layers_pattern": nullable(_modules),
+        "modules_to_save": nullable(items(_pattern, PATTERNS)),
+    },
+    strict=False,
+)
+INDEX = record({"weight_map": table(tensor_name, safe_path, TENSORS)}, strict=False)
+MODULES = items(record({}, {"path": nullable(plain_text), "type": nullable(plain_text)}, strict=False))
+KINDS: Mapping[str, Kind] = {"config.json": config, "adapter_config.json": ADAPTER, "modules.json": MODULES}
+"""Name of a file -> what it may say; an index is known by its ending."""
+
+
+def kind_of_file(file: str) -> Kind:
+    """What a JSON file of a model may say."""
+    return INDEX if file.endswith(".index.json") else KINDS.get(file.rpartition("/")[2], record({}, strict=False))
