@@ -127,7 +127,7 @@ def verify_certified(
         signature = check_signature(envelope, trusted)
 
     def also(merged: Merged) -> list[Check]:
-        return [signature, *(check_statement(envelope, merged, now) if signature.ok else ())]
+        return [signature, *(check_statement(envelope, merged, now, replay=replay) if signature.ok else ())]
 
     return verify_merge(ref, replay=replay, device=device, sources=sources, also=also)
 
