@@ -12,7 +12,7 @@ import hfmerge
 PACKAGE = Path(hfmerge.__file__).parent
 
 LAYERS = [
-    ["version", "errors", "digest"],
+    ["version", "errors", "digest", "limits", "jsonio"],
     [
         *(
             "taskvector",

@@ -1,0 +1,73 @@
+"""Every limit on what a file may make hfmerge read, hold or compute: one table, each limit with its reason.
+
+A file of a repository is a claim by somebody. Its limit is checked before the file is read, parsed or built from, and
+whatever is streamed out of it stops at the size that it declared.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+MB = 1_000_000
+
+
+@dataclass(frozen=True)
+class Limit:
+    """One limit.
+
+    Attributes:
+        what: what is counted, with its unit, as an error names it.
+        most: the greatest number that is accepted.
+        reason: why no honest file comes near it, or what lies beyond it.
+    """
+
+    what: str
+    most: int
+    reason: str
+
+    def check(self, found: int) -> None:
+        """Refuse a number beyond the limit. Raises ValueError, whose text names limit, number and reason."""
+        if found > self.most:
+            raise ValueError(f"has {found:,} {self.what}; the limit is {self.most:,}: {self.reason}")
+
+
+JSON_BYTES = Limit("bytes", 16 * MB, "configurations and manifests take kilobytes")
+JSON_VALUES = Limit("values", 1_000_000, "a configuration has some hundreds")
+JSON_DEPTH = Limit("levels of nesting", 64, "known formats have fewer than ten")
+INDEX_BYTES = Limit("bytes of index", 64 * MB, "250,000 tensors with long names take less")
+HEADER_BYTES = Limit("bytes of header", 100 * MB, "safetensors reads no longer header")
+HEADER_VALUES = Limit("values in its header", 4_000_000, "250,000 tensors with five dimensions each have fewer")
+TENSORS = Limit("tensors", 250_000, "the largest open models have about 140,000")
+TENSOR_NAME = Limit("bytes in the name of a tensor", 1_000, "known names have fewer than 200")
+DIMENSIONS = Limit("dimensions in a tensor", 16, "known tensors have at most six")
+
+ENTRIES = Limit("ledger entries", 20_000, "a merge with one change an hour reaches it after two years")
+ENTRY_BYTES = Limit("bytes of ledger entry", 16 * MB, "100 models with 1,000 weights each take half of it")
+LEDGER_BYTES = Limit("bytes of ledger", 256 * MB, "the whole ledger is held in memory")
+FILES = Limit("files", 100_000, "the Hub recommends fewer in a repository")
+
+CARD_BYTES = Limit("bytes of card", 16 * MB, "a card with 10,000 entries takes 4 MB")
+YAML_BYTES = Limit("bytes of YAML", 2 * MB, "the longest front matter on the Hub, of benchmark results, has 0.5 MB")
+YAML_VALUES = Limit("values once its aliases are written out", 200_000, "recipes and cards have fewer than 50,000")
+YAML_DEPTH = Limit("levels of nesting", 64, "recipes and cards have fewer than ten")
+YAML_NUMBER = Limit("characters in a number", 400, "a float64 needs 25")
+
+MANIFEST_BYTES = Limit("bytes of manifest", 64 * MB, "250,000 tensors with long names take less")
+MEMBERS = Limit("files in a kept copy", 10_000, "a model has some dozens")
+ARCHIVE_RATIO = Limit(
+    "times its own size once unpacked", 1_100, "deflate cannot make less than a thousandth of any content"
+)
+
+LAYERS = Limit("layers, experts or heads of one kind", 10_000, "the deepest published models have about 1,000")
+LABELS = Limit("labels", 1_000_000, "known classifiers have at most some 100,000")
+CONFIG_NUMBER = Limit("as a whole number", 2**53, "sizes beyond are no sizes of tensors")
+PARTS = Limit("times the modules that the weights fill", 8, "a class has at most some modules for each stored tensor")
+ELEMENTS = Limit(
+    "times the elements that the weights hold", 8, "a class has no tensor that is larger than all weights"
+)
+
+PATTERN = Limit("characters in a pattern", 2_000, "known patterns have at most some hundreds")
+PATTERNS = Limit("patterns", 10_000, "an adapter has at most one for each module that it changes")
+PATTERN_STATES = Limit("states of a pattern once its repeats are written out", 4_000, "known patterns have fewer")
+TEXT = Limit("characters in a text", 10_000, "names, licences and labels have at most some hundreds")
