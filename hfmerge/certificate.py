@@ -37,9 +37,11 @@ from datetime import datetime, timedelta, timezone
 from typing import Any
 
 from hfmerge.digest import canonical_json, sha256_bytes
-from hfmerge.dsse import IN_TOTO, Envelope, strict_json
+from hfmerge.dsse import IN_TOTO, Envelope
 from hfmerge.errors import CertificateError
+from hfmerge.jsonio import read_json
 from hfmerge.ledger import Entry
+from hfmerge.limits import CERTIFICATE_BYTES
 from hfmerge.merged import Merged
 from hfmerge.removal import Removal, find_removed
 from hfmerge.signers import Trusted
@@ -224,7 +226,7 @@ def check_statement(envelope: Envelope, merged: Merged, now: datetime, *, replay
         replay: whoever asks also merges the materials again.
     """
     try:
-        statement = strict_json(envelope.payload)
+        statement = read_json(envelope.payload, CERTIFICATE_BYTES)
         if envelope.payload_type != IN_TOTO or statement["_type"] != STATEMENT:
             return [Check("certificate", False, "not an in-toto statement of version 1")]
         if statement["predicateType"] != PREDICATE:

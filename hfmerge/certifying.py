@@ -12,6 +12,8 @@ from hfmerge.certificate import check_signature, check_statement, statement_of
 from hfmerge.digest import canonical_json
 from hfmerge.dsse import Envelope, Signature
 from hfmerge.errors import CertificateError, VerificationError
+from hfmerge.jsonio import read_limited
+from hfmerge.limits import CERTIFICATE_BYTES
 from hfmerge.merged import STATE_BRANCH, Merged, open_merged
 from hfmerge.removal import Removal, find_removed
 from hfmerge.signers import allowed_signers, fingerprint, private_key, public_keys
@@ -116,9 +118,11 @@ def verify_certified(
         CertificateError: the certificate or a key cannot be read. SourceError: the merge cannot be reached.
     """
     try:
-        data = Path(certificate).expanduser().read_bytes()
+        data = read_limited(Path(certificate).expanduser(), CERTIFICATE_BYTES)
     except OSError as error:
         raise CertificateError(f"{certificate}: cannot be read ({error.strerror}).") from error
+    except ValueError as error:
+        raise CertificateError(f"{certificate}: {error}; give the file that `hfmerge certify` wrote.") from error
     envelope, now = Envelope.from_bytes(data, str(certificate)), datetime.now(timezone.utc)
     trusted = [*(public_keys(public_key) if public_key else ()), *(allowed_signers(signers, now) if signers else ())]
     if unsigned:

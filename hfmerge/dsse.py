@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
 from dataclasses import dataclass
 from typing import Any
 
 from hfmerge.digest import canonical_json
 from hfmerge.errors import CertificateError
+from hfmerge.jsonio import read_json
+from hfmerge.limits import CERTIFICATE_BYTES
 
 
 IN_TOTO = "application/vnd.in-toto+json"
@@ -60,7 +61,7 @@ class Envelope:
             CertificateError: not a DSSE envelope.
         """
         try:
-            raw = strict_json(data)
+            raw = read_json(data, CERTIFICATE_BYTES)
             given = [Signature(_text(one.get("keyid") or ""), _decoded(one["sig"])) for one in raw["signatures"]]
             return cls(_decoded(raw["payload"]), _text(raw["payloadType"]), tuple(given))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -68,28 +69,6 @@ class Envelope:
                 f"{where}: not a DSSE envelope ({type(error).__name__}: {error}); give the file that "
                 "`hfmerge certify` wrote."
             ) from error
-
-
-def strict_json(data: bytes) -> Any:
-    """A JSON value in UTF-8 of which no two readers can think differently: no key twice, no NaN, no Infinity.
-
-    Raises:
-        ValueError: not such JSON. RecursionError: nested too deeply.
-    """
-    return json.loads(data.decode("utf-8"), object_pairs_hook=_once, parse_constant=_no_number)
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"the key {key!r} is there twice")
-        found[key] = value
-    return found
-
-
-def _no_number(text: str) -> Any:
-    raise ValueError(f"{text} is no number in JSON")
 
 
 def _text(value: Any) -> str:

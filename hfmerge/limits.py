@@ -47,6 +47,10 @@ ENTRY_BYTES = Limit("bytes of ledger entry", 16 * MB, "100 models with 1,000 wei
 LEDGER_BYTES = Limit("bytes of ledger", 256 * MB, "the whole ledger is held in memory")
 FILES = Limit("files", 100_000, "the Hub recommends fewer in a repository")
 
+CERTIFICATE_BYTES = Limit("bytes of certificate", 32 * MB, "it holds one ledger entry, in base64")
+LOG_BYTES = Limit("bytes of log", 256 * MB, "a merge verified once a minute reaches it after nine months")
+LOG_LINE = Limit("bytes in a record of the log", 4_096, "a record of hfmerge takes less than 1,000")
+
 CARD_BYTES = Limit("bytes of card", 16 * MB, "a card with 10,000 entries takes 4 MB")
 YAML_BYTES = Limit("bytes of YAML", 2 * MB, "the longest front matter on the Hub, of benchmark results, has 0.5 MB")
 YAML_VALUES = Limit("values once its aliases are written out", 200_000, "recipes and cards have fewer than 50,000")
