@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 from hfmerge.asking import hub_api, hub_errors, patiently
 from hfmerge.card import FILE, card_facts, combine_cards, render_card
 from hfmerge.commits import commit_once, download, listed, moved, upload
+from hfmerge.digest import sha256_bytes
 from hfmerge.errors import HfMergeError, PushError
 from hfmerge.ledger import FOLDER, Entry, check_chain
 from hfmerge.marked import part, with_part
 from hfmerge.merged import STATE_BRANCH
 from hfmerge.pictures.embedding import FIGURES, drawn
 from hfmerge.scorecard import PREFIX, carried_scores
+from hfmerge.seen import remember_steps, repository_place
 from hfmerge.statebranch import drop_states, push_states
 
 
@@ -108,6 +110,8 @@ def push_folder(
     tag = None if create_pr else f"step-{last.step:04d}"
     if tag is not None:
         notes.extend(_follow_up(api, repo_id, made.oid, tag, _message(last), list(last.beside)))
+        seen = remember_steps(repository_place(repo_id), {e.step: sha256_bytes(history[e.file]) for e in entries})
+        notes.extend(() if seen is None else (seen,))
     return Pushed(repo_id, made.oid, made.url, made.pull_request, tag, tuple(notes))
 
 

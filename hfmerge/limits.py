@@ -48,7 +48,7 @@ LEDGER_BYTES = Limit("bytes of ledger", 256 * MB, "the whole ledger is held in m
 FILES = Limit("files", 100_000, "the Hub recommends fewer in a repository")
 
 CERTIFICATE_BYTES = Limit("bytes of certificate", 32 * MB, "it holds one ledger entry, in base64")
-LOG_BYTES = Limit("bytes of log", 256 * MB, "a merge verified once a minute reaches it after nine months")
+LOG_BYTES = Limit("bytes of log", 64 * MB, "a merge verified every five minutes reaches it after a year")
 LOG_LINE = Limit("bytes in a record of the log", 4_096, "a record of hfmerge takes less than 1,000")
 
 CARD_BYTES = Limit("bytes of card", 16 * MB, "a card with 10,000 entries takes 4 MB")

@@ -24,6 +24,7 @@ from hfmerge.options import RunOptions
 from hfmerge.publishing import Destination
 from hfmerge.recording import keep_foreign_files, readable_card, write_record
 from hfmerge.running import MergeResult, push_written
+from hfmerge.seen import follow, refuse_rewritten
 from hfmerge.source import Pinned, Place
 from hfmerge.statebranch import bring_states_back, find_states
 from hfmerge.steps import commit_of
@@ -69,6 +70,7 @@ def restore_step(
     start = time.monotonic()
     recover(merged)
     opened = open_merged(merged)
+    refuse_rewritten(opened)
     folder = opened.pinned.folder
     target = Path(output) if output is not None else folder
     if target is None and push_to is None:
@@ -91,6 +93,7 @@ def restore_step(
                 _fill(built.folder, earlier, opened, existing, places)
                 if replacing:
                     keep_foreign_files(opened, built.folder)
+            follow(place)
             if push_to is not None:
                 parent = opened.pinned.commit if own else None
                 pushed = push_written(place, Destination(push_to, None, create_pr, parent))

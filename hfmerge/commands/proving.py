@@ -7,7 +7,7 @@ import dataclasses
 import sys
 from typing import TYPE_CHECKING
 
-from hfmerge.commands.shared import Command, given_sources, print_json, source_flag
+from hfmerge.commands.shared import Command, given_sources, log_flag, print_json, source_flag
 from hfmerge.errors import HfMergeError
 
 
@@ -24,6 +24,7 @@ def register(command: Command) -> None:
     sub.add_argument("--output", metavar="FILE", help="where the certificate goes; default: standard output")
     sub.add_argument("--expires", metavar="DAYS", type=float, help="how long it is valid; default: for ever")
     sub.add_argument("--replay", action="store_true", help="merge the materials again first, and state that")
+    log_flag(sub)
     source_flag(sub)
     sub = command("purge-history", "Squash a published merge's history, which still holds earlier weights.", _purge)
     sub.add_argument("repo_id", metavar="REPO_ID")
@@ -46,6 +47,7 @@ def _certify(args: argparse.Namespace) -> int:
         days=args.expires,
         replay=args.replay,
         sources=given_sources(args),
+        log=args.log,
     )
     for warning in made.warnings:
         print(f"warning: {warning}", file=sys.stderr)

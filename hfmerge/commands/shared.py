@@ -90,6 +90,13 @@ def source_flag(sub: argparse.ArgumentParser) -> None:
     )
 
 
+def log_flag(sub: argparse.ArgumentParser) -> None:
+    """A witness of what was verified and certified."""
+    sub.add_argument(
+        "--log", metavar="FILE", help="check the history against this append-only log, then add a record to it"
+    )
+
+
 def run_options(args: argparse.Namespace) -> RunOptions:
     from hfmerge.options import RunOptions, parse_size
 
