@@ -41,7 +41,7 @@ from hfmerge.dsse import IN_TOTO, Envelope
 from hfmerge.errors import CertificateError
 from hfmerge.jsonio import read_json
 from hfmerge.ledger import Entry
-from hfmerge.limits import CERTIFICATE_BYTES
+from hfmerge.limits import CERTIFICATE_BYTES, TEXT
 from hfmerge.merged import Merged
 from hfmerge.removal import Removal, find_removed
 from hfmerge.signers import Trusted
@@ -109,6 +109,7 @@ class Told:
                 raise ValueError(f"{moment!r} is not written as YYYY-MM-DDTHH:MM:SSZ")
         if not isinstance(told.name, str) or not told.name:
             raise ValueError("the merge has no name")
+        TEXT.check(len(told.name))
         if told.commit is not None and not re.fullmatch("[0-9a-f]{40}", told.commit):
             raise ValueError(f"{told.commit!r} is no commit")
         if not re.fullmatch(r"[0-9A-Za-z.+-]{1,64}", told.version):
@@ -288,6 +289,7 @@ def _ledger(predicate: Mapping[str, Any], told: Told, merged: Merged) -> Check:
 def _removed(payload: bytes, statement: Mapping[str, Any], told: Told, merged: Merged) -> list[Check]:
     """Whether the model is gone, and whether all that the certificate says of it follows from the ledger."""
     removed = statement["predicate"]["removed"]
+    TEXT.check(len(removed["identity"]))  # it is compared with all names of the ledger
     try:
         found = find_removed(merged.entries, removed["identity"], merged.pinned.label)
     except CertificateError as error:

@@ -9,6 +9,7 @@ digest, or is missing, was rewritten, and whoever opens it is told.
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -102,6 +103,14 @@ def rewritten(merged: Merged) -> str | None:
     return f"the history was rewritten: on {seen.time} step {step} had the digest {then[:12]}..., and {found}"
 
 
+def acquaintance(merged: Merged) -> str:
+    """What this user saw before of a history that was not rewritten, in words."""
+    seen = recall(place_of(merged.pinned))
+    if seen is None:
+        return "not seen on this machine before"
+    return f"holds the {len(seen.steps)} steps that were seen on {seen.time}, with the same digests"
+
+
 def refuse_rewritten(merged: Merged) -> None:
     """Do not go on from a history that is not the one this user saw.
 
@@ -151,14 +160,16 @@ def remember_steps(place: str, steps: Mapping[int, str]) -> str | None:
     return None
 
 
-def follow(folder: Path) -> str | None:
+def follow(folder: Path) -> None:
     """After this program wrote a merge into a folder: if the folder was seen before, what it holds now is known."""
     place = folder_place(folder)
     if not _file(place).exists():
-        return None
+        return
     files = (folder / FOLDER / f"{step:04d}.json" for step in itertools.count(1))
     held = itertools.takewhile(Path.is_file, files)
-    return remember_steps(place, {step: sha256_bytes(file.read_bytes()) for step, file in enumerate(held, 1)})
+    note = remember_steps(place, {step: sha256_bytes(file.read_bytes()) for step, file in enumerate(held, 1)})
+    if note is not None:
+        logging.getLogger(__name__).warning("%s: %s", folder, note)
 
 
 def recall(place: str) -> Seen | None:

@@ -21,7 +21,7 @@ from hfmerge.fetching import cached, fetch, pin
 from hfmerge.ledger import ARCHIVES, FOLDER, Entry
 from hfmerge.merged import STATE_BRANCH, Merged, open_merged
 from hfmerge.options import RunOptions
-from hfmerge.seen import acceptance, remember, rewritten
+from hfmerge.seen import acceptance, acquaintance, remember, rewritten
 from hfmerge.served import served_digests
 from hfmerge.source import Place
 from hfmerge.witness import append, read_log
@@ -129,7 +129,7 @@ def check_merged(
 ) -> Report:
     """Check a merge that is open already; see `verify_merge`."""
     checks = [Check("ledger", True, f"{len(merged.entries)} entries, each names its parent's digest")]
-    checks.extend(_history(merged, accept_rewritten))
+    checks.append(_history(merged, accept_rewritten))
     download = download and merged.pinned.folder is None
     files, read = _downloaded(merged) if download else _digests(merged)
     card, licences = merged.read(FILE), merged.read(LICENCES)
@@ -185,12 +185,12 @@ def check_contents(
     yield _card(entries, card, licences)
 
 
-def _history(merged: Merged, accepted: bool) -> Iterator[Check]:
-    """Whether the history goes on from what this user saw of it; nothing is said where it does."""
+def _history(merged: Merged, accepted: bool) -> Check:
+    """Whether the history goes on from what this user saw of it."""
     problem = rewritten(merged)
-    if problem is not None:
-        todo = "accepted, as asked" if accepted else acceptance(merged)
-        yield Check("history", accepted, f"{problem}; {todo}")
+    if problem is None:
+        return Check("history", True, acquaintance(merged))
+    return Check("history", accepted, f"{problem}; {'accepted, as asked' if accepted else acceptance(merged)}")
 
 
 def _witnessed(merged: Merged, log: str | Path, accepted: bool) -> tuple[Check, str]:
