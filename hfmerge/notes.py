@@ -23,8 +23,11 @@ def keep_note(path: Path, value: Any, most: int) -> None:
         logging.getLogger(__name__).info("%s: cannot be kept: %s", path, error)
 
 
-def write_note(path: Path, value: Any) -> None:
+def write_note(path: Path, value: Any, *, sync: bool = False) -> None:
     """Write a JSON value whole or not at all, for its user only.
+
+    Args:
+        sync: it is on the disk before this returns.
 
     Raises:
         OSError: the folder cannot be made or written.
@@ -34,6 +37,9 @@ def write_note(path: Path, value: Any) -> None:
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             json.dump(value, file, separators=(",", ":"))
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(name, path)
     except BaseException:  # Ctrl-C too must leave no half file
         Path(name).unlink(missing_ok=True)

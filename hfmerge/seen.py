@@ -195,7 +195,8 @@ def recall(place: str) -> Seen | None:
 
 def _write(place: str, steps: Mapping[int, str]) -> None:
     time = datetime.now(timezone.utc).replace(microsecond=0).isoformat()
-    write_note(_file(place), {"place": place, "time": time, "steps": {str(step): one for step, one in steps.items()}})
+    note = {"place": place, "time": time, "steps": {str(step): one for step, one in steps.items()}}
+    write_note(_file(place), note, sync=True)
 
 
 def _file(place: str) -> Path:

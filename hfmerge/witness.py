@@ -133,7 +133,7 @@ class Log:
         """The log in a few words."""
         mine = [record for record in self.records if record.merge["place"] == place_of(merged.pinned)]
         torn = f"; {self._repair()}" if self.torn else ""
-        return f"{len(self.records)} records hold, {len(mine)} of them of this merge and in its ledger{torn}"
+        return f"{len(self.records)} records hold, {len(mine)} of them of this merge{torn}"
 
     def _repair(self) -> str:
         what = (
@@ -182,12 +182,22 @@ def append(path: str | Path, merged: Merged, did: str, *, certificate: str | Non
             ledger={"file": last.file, "sha256": digests_of(merged)[-1], "step": last.step},
             certificate=certificate,
         )
-        line = record.to_line()
-        LOG_LINE.check(len(line))
+        line = _line(record)
         _write(file, handle, log, line + b"\n")
         note = remember_steps(_place(file), {record.number: sha256_bytes(line)})
     kept = f"; {note}" if note is not None else ""
     return f"{log.summary(merged)}; record {record.number} was added, and the head is {sha256_bytes(line)}{kept}"
+
+
+def _line(record: Record) -> bytes:
+    try:
+        line = record.to_line()
+        LOG_LINE.check(len(line))
+    except ValueError as error:
+        raise LedgerError(
+            f"{record.merge['name']!r}: cannot be named in a log ({error}); rename the folder."
+        ) from error
+    return line
 
 
 def _write(file: Path, handle: int, log: Log, data: bytes) -> None:
@@ -200,15 +210,28 @@ def _write(file: Path, handle: int, log: Log, data: bytes) -> None:
         while written < len(data):
             written += os.pwrite(handle, data[written:], end + written)
         os.fsync(handle)
+        if end == 0:
+            _sync_folder(file.absolute().parent)
     except OSError as error:
         os.ftruncate(handle, end)
         raise OutputError(f"{file}: the log cannot be written ({error.strerror}); nothing was added.") from error
+
+
+def _sync_folder(folder: Path) -> None:
+    """Have the name of a new file outlive a crash."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 @contextmanager
 def _held(file: Path, how: int) -> Iterator[int]:
     """The log's file under a lock, made where it is to be written and is not there."""
     writes = how == fcntl.LOCK_EX
+    if file.exists() and not file.is_file():
+        raise OutputError(f"{file}: is not a regular file; choose another one for the log.")
     try:
         handle = os.open(file, os.O_RDWR | os.O_CREAT if writes else os.O_RDONLY, 0o600)
     except OSError as error:
