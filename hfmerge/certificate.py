@@ -13,8 +13,8 @@ A certificate is an in-toto Statement v1 in a DSSE envelope, signed with an ed25
       ledger       file and SHA-256 of the last entry
       materials    base and models, as that entry records them: name, commit or digest, weight, SHA-256 of every file
       method, settings, environment      as that entry records them: what a recomputation needs
-      recomputed   whether the signer merged the materials again and got the subjects, or only compared digests; see
-                   `BASES`
+      recomputed   "exact": the signer merged the materials again and got the subjects, byte for byte; "approximate":
+                   within the tolerance of other arithmetic; false: the signer only compared digests
       issued, expires                    UTC; `expires` is null if it does not
       tool         name and version
       notProved    what this does not say
@@ -54,8 +54,14 @@ PREDICATE = "urn:x-hfmerge:removal:v1"
 CLOCKS = timedelta(minutes=5)
 """How far apart the clocks of signer and reader may be."""
 BASES: Sequence[tuple[Any, str]] = (
-    (True, "merged again from the materials"),
+    ("exact", "merged again from the materials, with the same bytes"),
+    (
+        "approximate",
+        "merged again from the materials, with weights equal within the tolerance of other arithmetic, not byte for "
+        "byte",
+    ),
     (False, "compared with the ledger, and not merged again"),
+    (True, "merged again from the materials"),  # of versions that did not tell exact from approximate
 )
 """What `recomputed` may be, and how the claim words it: what the signer did with the subjects before signing."""
 NOT_PROVED = (
@@ -117,17 +123,18 @@ class Told:
         return told
 
 
-def statement_of(merged: Merged, removal: Removal, *, recomputed: bool, days: float | None) -> dict[str, Any]:
+def statement_of(merged: Merged, removal: Removal, *, recomputed: str | None, days: float | None) -> dict[str, Any]:
     """The statement about a merge that has lost a model; see the module's docstring.
 
     Args:
-        recomputed: the materials were merged again, and gave the weights.
+        recomputed: how the materials, merged again, gave the weights: "exact" or "approximate"; None: they were not.
         days: validity from now on; None: for ever.
     """
     now = datetime.now(timezone.utc).replace(microsecond=0)
     expires = None if days is None else _written(now + timedelta(days=days))
     here = merged.pinned
-    return _statement(merged, removal, Told(recomputed, _written(now), expires, here.name, here.commit, __version__))
+    told = Told(recomputed or False, _written(now), expires, here.name, here.commit, __version__)
+    return _statement(merged, removal, told)
 
 
 def _statement(merged: Merged, removal: Removal, told: Told) -> dict[str, Any]:

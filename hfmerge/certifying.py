@@ -86,7 +86,7 @@ def make_certificate(
     report = check_merged(merged, replay=replay)
     if not report.ok:
         raise VerificationError(f"{merged.pinned.label}: not certified; {report.culprits[0]}")
-    statement = statement_of(merged, removal, recomputed=replay, days=days)
+    statement = statement_of(merged, removal, recomputed="exact" if replay else None, days=days)
     envelope, keyid = _signed(Envelope(canonical_json(statement)), signer)
     warnings = []
     if keyid is None:

@@ -36,6 +36,8 @@ def read_json(data: bytes, limit: Limit = JSON_BYTES, *, values: Limit = JSON_VA
             text, object_pairs_hook=_unique, parse_constant=_not_finite if finite else None,
             parse_float=_finite if finite else None,
         )  # fmt: skip
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"is not JSON: {error}") from error
     except RecursionError as error:
         raise ValueError(f"has too many levels of nesting; the limit is {JSON_DEPTH.most}") from error
     _check_depth(found)

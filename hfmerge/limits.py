@@ -45,33 +45,34 @@ DIMENSIONS = Limit("dimensions in a tensor", 16, "known tensors have at most six
 ENTRIES = Limit("ledger entries", 20_000, "a merge with one change an hour reaches it after two years")
 ENTRY_BYTES = Limit("bytes of ledger entry", 16 * MB, "100 models with 1,000 weights each take half of it")
 LEDGER_BYTES = Limit("bytes of ledger", 256 * MB, "the whole ledger is held in memory")
-FILES = Limit("files", 100_000, "the Hub recommends fewer in a repository")
+MODELS = Limit("models", 2_000, "the largest merges have some dozens")
+FILES = Limit("files", 100_000, "the Hub advises no more in a repository")
 
 CERTIFICATE_BYTES = Limit("bytes of certificate", 32 * MB, "it holds one ledger entry, in base64")
 LOG_BYTES = Limit("bytes of log", 64 * MB, "a merge verified every five minutes reaches it after a year")
 LOG_LINE = Limit("bytes in a record of the log", 4_096, "a record of hfmerge takes less than 1,000")
 
 CARD_BYTES = Limit("bytes of card", 16 * MB, "a card with 10,000 entries takes 4 MB")
-YAML_BYTES = Limit("bytes of YAML", 2 * MB, "the longest front matter on the Hub, of benchmark results, has 0.5 MB")
-YAML_VALUES = Limit("values once its aliases are written out", 200_000, "recipes and cards have fewer than 50,000")
+YAML_BYTES = Limit("characters of YAML", 2 * MB, "the longest known front matter, of benchmark results, has 0.5 MB")
+YAML_VALUES = Limit("values once aliases are written out", 200_000, "recipes and cards have fewer than 50,000")
 YAML_DEPTH = Limit("levels of nesting", 64, "recipes and cards have fewer than ten")
 YAML_NUMBER = Limit("characters in a number", 400, "a float64 needs 25")
 
 MANIFEST_BYTES = Limit("bytes of manifest", 64 * MB, "250,000 tensors with long names take less")
-MEMBERS = Limit("files in a kept copy", 10_000, "a model has some dozens")
-ARCHIVE_RATIO = Limit(
-    "times its own size once unpacked", 1_100, "deflate cannot make less than a thousandth of any content"
-)
+MEMBERS = Limit("files", 10_000, "a model has some dozens")
+DIRECTORY_BYTES = Limit("bytes of directory", 4 * MB, "10,000 files with long names take 2 MB")
+UNPACKED = Limit("MB beyond 16 times its merge, once unpacked", 2_000, "a source is about as large as its merge")
 
+TOKENIZER_BYTES = Limit("bytes of tokenizer", 500 * MB, "the largest known tokenizers have 40 MB")
 LAYERS = Limit("layers, experts or heads of one kind", 10_000, "the deepest published models have about 1,000")
 LABELS = Limit("labels", 1_000_000, "known classifiers have at most some 100,000")
-CONFIG_NUMBER = Limit("as a whole number", 2**53, "sizes beyond are no sizes of tensors")
-PARTS = Limit("times the modules that the weights fill", 8, "a class has at most some modules for each stored tensor")
-ELEMENTS = Limit(
-    "times the elements that the weights hold", 8, "a class has no tensor that is larger than all weights"
-)
+PARTS = Limit("modules for each stored tensor", 8, "known classes have at most three")
+ELEMENTS = Limit("times as many elements in one parameter as all weights", 8, "a parameter is a part of the weights")
 
 PATTERN = Limit("characters in a pattern", 2_000, "known patterns have at most some hundreds")
 PATTERNS = Limit("patterns", 10_000, "an adapter has at most one for each module that it changes")
-PATTERN_STATES = Limit("states of a pattern once its repeats are written out", 4_000, "known patterns have fewer")
+PATTERN_STATES = Limit("states once its repeats are written out", 2_000, "known patterns have some hundreds")
+PATTERN_STEPS = Limit(
+    "steps of matching", 5_000_000, "known patterns take some thousands, as what follows is remembered"
+)
 TEXT = Limit("characters in a text", 10_000, "names, licences and labels have at most some hundreds")
