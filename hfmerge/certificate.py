@@ -13,7 +13,8 @@ A certificate is an in-toto Statement v1 in a DSSE envelope, signed with an ed25
       ledger       file and SHA-256 of the last entry
       materials    base and models, as that entry records them: name, commit or digest, weight, SHA-256 of every file
       method, settings, environment      as that entry records them: what a recomputation needs
-      recomputed   whether the signer merged the materials again and got the subjects, or only compared digests
+      recomputed   "exact": the signer merged the materials again and got the subjects, byte for byte; "approximate":
+                   within the tolerance of other arithmetic; false: the signer only compared digests
       issued, expires                    UTC; `expires` is null if it does not
       tool         name and version
       notProved    what this does not say
@@ -21,18 +22,26 @@ A certificate is an in-toto Statement v1 in a DSSE envelope, signed with an ed25
 The chain of proof: the signature covers the statement; the statement names the weights and the ledger's head by
 digest; the ledger names what they were made of; and merging that again gives the weights. All of it but the signature
 can be checked by anybody, without trust in the signer, by `hfmerge verify MERGED --certificate FILE --replay`.
+
+Who checks a certificate writes the statement anew from the merge, and compares every byte. Only what `Told` holds is
+taken from the signer.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
+from hfmerge.digest import canonical_json
 from hfmerge.dsse import IN_TOTO, Envelope
 from hfmerge.errors import CertificateError
+from hfmerge.jsonio import read_json
 from hfmerge.ledger import Entry
+from hfmerge.limits import CERTIFICATE_BYTES, TEXT
 from hfmerge.merged import Merged
 from hfmerge.quoting import plain
 from hfmerge.removal import Removal, find_removed
@@ -45,6 +54,17 @@ STATEMENT = "https://in-toto.io/Statement/v1"
 PREDICATE = "urn:x-hfmerge:removal:v1"
 CLOCKS = timedelta(minutes=5)
 """How far apart the clocks of signer and reader may be."""
+BASES: Sequence[tuple[Any, str]] = (
+    ("exact", "merged again from the materials, with the same bytes"),
+    (
+        "approximate",
+        "merged again from the materials, with weights equal within the tolerance of other arithmetic, not byte for "
+        "byte",
+    ),
+    (False, "compared with the ledger, and not merged again"),
+    (True, "merged again from the materials"),  # of versions that did not tell exact from approximate
+)
+"""What `recomputed` may be, and how the claim words it: what the signer did with the subjects before signing."""
 NOT_PROVED = (
     "Earlier commits, tags, branches and pull requests of the repository may still hold weights that the model is in, "
     "until its history is purged.",
@@ -55,43 +75,120 @@ NOT_PROVED = (
 )
 
 
-def statement_of(merged: Merged, removal: Removal, *, recomputed: bool, days: float | None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Told:
+    """What of a statement does not follow from the merge: the signer says it.
+
+    Attributes:
+        recomputed: one of `BASES`.
+        issued, expires: UTC as the statement writes it; `expires` is None if it does not.
+        name, commit: of the merge that the signer looked at. It may lie elsewhere now, with the same content.
+        version: of the hfmerge that wrote the statement.
+    """
+
+    recomputed: Any
+    issued: str
+    expires: str | None
+    name: str
+    commit: str | None
+    version: str
+
+    @property
+    def origin(self) -> str:
+        """The merge that the signer looked at, for messages."""
+        return plain(f"{self.name}@{self.commit[:8]}" if self.commit else self.name)
+
+    @classmethod
+    def of(cls, predicate: Mapping[str, Any]) -> Told:
+        """What the signer of a predicate says.
+
+        Raises:
+            KeyError, TypeError, ValueError: missing, of another type, or not in the form that `statement_of` writes.
+        """
+        merge, tool = predicate["merge"], predicate["tool"]
+        told = cls(
+            predicate["recomputed"], predicate["issued"], predicate["expires"], merge["name"], merge["commit"],
+            tool["version"],
+        )  # fmt: skip
+        _basis(told.recomputed)
+        for moment in (told.issued, *(() if told.expires is None else (told.expires,))):
+            if _written(_read(moment)) != moment:
+                raise ValueError(f"{moment!r} is not written as YYYY-MM-DDTHH:MM:SSZ")
+        if not isinstance(told.name, str) or not told.name:
+            raise ValueError("the merge has no name")
+        TEXT.check(len(told.name))
+        if told.commit is not None and not re.fullmatch("[0-9a-f]{40}", told.commit):
+            raise ValueError(f"{told.commit!r} is no commit")
+        if not re.fullmatch(r"[0-9A-Za-z.+-]{1,64}", told.version):
+            raise ValueError(f"{told.version!r} is no version")
+        return told
+
+
+def statement_of(merged: Merged, removal: Removal, *, recomputed: str | None, days: float | None) -> dict[str, Any]:
     """The statement about a merge that has lost a model; see the module's docstring.
 
     Args:
-        recomputed: the materials were merged again, and gave the weights.
+        recomputed: how the materials, merged again, gave the weights: "exact" or "approximate"; None: they were not.
         days: validity from now on; None: for ever.
     """
     now = datetime.now(timezone.utc).replace(microsecond=0)
+    expires = None if days is None else _written(now + timedelta(days=days))
+    here = merged.pinned
+    told = Told(recomputed or False, _written(now), expires, here.name, here.commit, __version__)
+    return _statement(merged, removal, told)
+
+
+def _statement(merged: Merged, removal: Removal, told: Told) -> dict[str, Any]:
+    """The one statement that is true of a merge, a removal, and what the signer says."""
     base = merged.last.base.label
     names = ", ".join(model.label for model in merged.last.models)
     claim = (
         f"The subjects are the weights of a merge of {names} into {base}. {removal.part.label} is none of these "
         f"materials; it was taken out by step {removal.removed} of the ledger."
     )
-    basis = "merged again from the materials" if recomputed else "compared with the ledger, and not merged again"
     return {
         "_type": STATEMENT,
-        "subject": [{"name": name, "digest": {"sha256": sha256}} for name, sha256 in _weights(merged.last).items()],
+        "subject": _subjects_of(merged.last),
         "predicateType": PREDICATE,
         "predicate": {
-            "claim": f"{claim} Before signing, the subjects were {basis}.",
-            "removed": {
-                "identity": removal.part.identity,
-                "role": removal.part.role,
-                "files": dict(removal.part.files),
-                "firstStep": removal.first,
-                "lastStep": removal.last,
-                "removedByStep": removal.removed,
-            },
-            "merge": {"name": merged.pinned.name, "commit": merged.pinned.commit},
+            "claim": f"{claim} Before signing, the subjects were {_basis(told.recomputed)}.",
+            "removed": _removed_of(removal),
+            "merge": {"name": told.name, "commit": told.commit},
             **_of_ledger(merged.last),
-            "recomputed": recomputed,
-            "issued": _written(now),
-            "expires": None if days is None else _written(now + timedelta(days=days)),
-            "tool": {"name": "hfmerge", "version": __version__},
+            "recomputed": told.recomputed,
+            "issued": told.issued,
+            "expires": told.expires,
+            "tool": {"name": "hfmerge", "version": told.version},
             "notProved": list(NOT_PROVED),
         },
+    }
+
+
+def _basis(recomputed: object) -> str:
+    """What a signer did with the subjects, in words.
+
+    Raises:
+        ValueError: none of `BASES`.
+    """
+    # in Python 1 equals True, and in a certificate it does not
+    for value, words in BASES:
+        if type(value) is type(recomputed) and value == recomputed:
+            return words
+    raise ValueError(f"recomputed is {recomputed!r}")
+
+
+def _subjects_of(entry: Entry) -> list[dict[str, Any]]:
+    return [{"name": name, "digest": {"sha256": sha256}} for name, sha256 in _weights(entry).items()]
+
+
+def _removed_of(removal: Removal) -> dict[str, Any]:
+    return {
+        "identity": removal.part.identity,
+        "role": removal.part.role,
+        "files": dict(removal.part.files),
+        "firstStep": removal.first,
+        "lastStep": removal.last,
+        "removedByStep": removal.removed,
     }
 
 
@@ -131,39 +228,50 @@ def check_signature(envelope: Envelope, trusted: Sequence[Trusted]) -> Check:
     return Check("signature", False, f"made with another key: signed with {hints}, trusted: {', '.join(keyids)}")
 
 
-def check_statement(envelope: Envelope, merged: Merged, now: datetime) -> list[Check]:
-    """Whether a statement holds for a merge at this time; its signature is somebody else's matter."""
+def check_statement(envelope: Envelope, merged: Merged, now: datetime, *, replay: bool = False) -> list[Check]:
+    """Whether a statement holds for a merge at this time; its signature is somebody else's matter.
+
+    Args:
+        replay: whoever asks also merges the materials again.
+    """
     try:
-        statement = json.loads(envelope.payload)
+        statement = read_json(envelope.payload, CERTIFICATE_BYTES)
         if envelope.payload_type != IN_TOTO or statement["_type"] != STATEMENT:
             return [Check("certificate", False, "not an in-toto statement of version 1")]
         if statement["predicateType"] != PREDICATE:
-            kind = statement["predicateType"]
-            return [Check("certificate", False, f"states {kind!r}; this version reads {PREDICATE}")]
+            kind = plain(repr(statement["predicateType"]))
+            return [Check("certificate", False, f"states {kind}; this version reads {PREDICATE}")]
         predicate = statement["predicate"]
+        told = Told.of(predicate)
         return [
-            _validity(predicate["issued"], predicate["expires"], now),
+            _validity(told, now),
             _subjects(statement["subject"], merged),
-            _ledger(predicate, merged),
-            _removed(predicate["removed"], merged),
+            _ledger(predicate, told, merged),
+            *_removed(envelope.payload, statement, told, merged),
+            _recomputed(told, replay),
         ]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        return [Check("certificate", False, f"not a whole certificate ({type(error).__name__}: {error})")]
+        return [Check("certificate", False, f"not a whole certificate ({type(error).__name__}: {plain(error)})")]
 
 
-def _validity(issued: str, expires: str | None, now: datetime) -> Check:
-    end = None if expires is None else _read(expires)
+def _validity(told: Told, now: datetime) -> Check:
+    issued, expires = told.issued, told.expires
     if _read(issued) > now + CLOCKS:
         return Check("validity", False, f"issued on {issued}, which is in the future; check the clocks")
-    if end is not None and now >= end:
+    if expires is not None and now >= _read(expires):
         return Check("validity", False, f"the certificate expired on {expires}; ask for a new one")
-    return Check("validity", True, f"issued on {issued}, {'does not expire' if end is None else f'until {expires}'}")
+    return Check(
+        "validity", True, f"issued on {issued}, {'does not expire' if expires is None else f'until {expires}'}"
+    )
 
 
 def _subjects(subjects: Sequence[Mapping[str, Any]], merged: Merged) -> Check:
     """The files themselves are compared with the ledger by `verify`; here the ledger with the certificate."""
+    names = [str(one["name"]) for one in subjects]
     named = {str(one["name"]): str(one["digest"]["sha256"]) for one in subjects}
     here = _weights(merged.last)
+    if len(named) < len(names):
+        return Check("subjects", False, "the certificate names a file twice, so that readers may differ on its digest")
     for name in sorted({*named, *here}):
         if named.get(name) != here.get(name):
             ours, theirs = (side.get(name, "none")[:12] for side in (here, named))
@@ -172,31 +280,65 @@ def _subjects(subjects: Sequence[Mapping[str, Any]], merged: Merged) -> Check:
     return Check("subjects", bool(named), f"{len(named)} weight files are those of the certificate")
 
 
-def _ledger(predicate: Mapping[str, Any], merged: Merged) -> Check:
-    given, here = predicate["merge"], merged.pinned
-    wanted = _of_ledger(merged.last)
-    if predicate["ledger"] != wanted["ledger"]:
+def _ledger(predicate: Mapping[str, Any], told: Told, merged: Merged) -> Check:
+    here, wanted = merged.pinned, _of_ledger(merged.last)
+    if not _same(predicate["ledger"], wanted["ledger"]):
         there = plain(predicate["ledger"]["sha256"])[:12]
         mine = wanted["ledger"]["sha256"][:12]
         return Check("ledger head", False, f"the certificate is for another history: {mine} here, {there} there")
     for name, value in wanted.items():
-        if predicate[name] != value:
+        if not _same(predicate[name], value):
             return Check("ledger head", False, f"the certificate's {name} are not those of {merged.last.file}")
-    moved = (given["name"], given["commit"]) != (here.name, here.commit)
-    origin = f"{plain(given['name'])}@{plain(given['commit'])[:8]}"
-    made = f"; made for {origin}, equal to {here.label}" if moved else ""
+    moved = (told.name, told.commit) != (here.name, here.commit)
+    made = f"; made for {told.origin}, equal to {here.label}" if moved else ""
     return Check("ledger head", True, f"{merged.last.file} is the one of the certificate{made}")
 
 
-def _removed(removed: Mapping[str, Any], merged: Merged) -> Check:
+def _removed(payload: bytes, statement: Mapping[str, Any], told: Told, merged: Merged) -> list[Check]:
+    """Whether the model is gone, and whether all that the certificate says of it follows from the ledger."""
+    removed = statement["predicate"]["removed"]
+    TEXT.check(len(removed["identity"]))  # it is compared with all names of the ledger
     try:
         found = find_removed(merged.entries, removed["identity"], merged.pinned.label)
     except CertificateError as error:
-        return Check("removed", False, plain(error))
-    steps = (removed["firstStep"], removed["lastStep"], removed["removedByStep"])
-    if steps != (found.first, found.last, found.removed) or dict(found.part.files) != removed["files"]:
-        return Check("removed", False, f"the ledger tells {found.part.label} otherwise than the certificate")
-    return Check("removed", True, f"{found.part.label} was taken out by step {found.removed} and is not in the merge")
+        return [Check("removed", False, plain(error))]
+    label = found.part.label
+    if not _same(removed, _removed_of(found)):
+        return [Check("removed", False, f"the ledger tells {label} otherwise than the certificate")]
+    gone = f"{label} was taken out by step {found.removed} and is not in the merge"
+    return [Check("removed", True, gone), _words(payload, statement, _statement(merged, found, told))]
+
+
+def _words(payload: bytes, given: Mapping[str, Any], wanted: Mapping[str, Any]) -> Check:
+    """Whether a statement is, byte for byte, the one that follows from the merge."""
+    theirs, ours = _flat(given), _flat(wanted)
+    for name in sorted({*theirs, *ours}):
+        if name not in theirs:
+            return Check("statement", False, f"the certificate lacks {name}")
+        if name not in ours:
+            return Check("statement", False, f"the certificate says {plain(name)}, which no certificate has")
+        if not _same(theirs[name], ours[name]):
+            return Check("statement", False, f"the certificate's {name} is not what follows from the ledger")
+    if payload != canonical_json(wanted):
+        return Check("statement", False, "the certificate is not written as hfmerge writes one")
+    return Check("statement", True, "every field is the one that follows from the ledger")
+
+
+def _flat(statement: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a statement, and those of its predicate under `predicate.`."""
+    own = {key: value for key, value in statement.items() if key != "predicate"}
+    return own | {f"predicate.{key}": value for key, value in statement["predicate"].items()}
+
+
+def _recomputed(told: Told, replay: bool) -> Check:
+    """What the signer did is the signer's word; only a replay of one's own shows what comes out."""
+    shows = "the check `replay` of this run shows what comes out" if replay else "not checked here; --replay checks it"
+    return Check("recomputed", True, f"the signer says that the subjects were {_basis(told.recomputed)}; {shows}")
+
+
+def _same(one: object, other: object) -> bool:
+    """Equal as JSON; in Python 1 equals True and 1.0."""
+    return canonical_json(one) == canonical_json(other)
 
 
 def _written(moment: datetime) -> str:

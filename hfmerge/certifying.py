@@ -9,14 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfmerge.certificate import check_signature, check_statement, statement_of
-from hfmerge.digest import canonical_json
+from hfmerge.digest import canonical_json, sha256_bytes
 from hfmerge.dsse import Envelope, Signature
 from hfmerge.errors import CertificateError, VerificationError
+from hfmerge.jsonio import read_limited
+from hfmerge.limits import CERTIFICATE_BYTES
 from hfmerge.merged import Merged, open_merged
 from hfmerge.options import NO_CONSENT, Consent
 from hfmerge.removal import Removal, find_removed
-from hfmerge.signers import allowed_signers, fingerprint, private_key, public_keys
-from hfmerge.verifying import Check, Report, check_merged, verify_merge
+from hfmerge.seen import acceptance, refuse_rewritten, remember
+from hfmerge.signers import Trusted, allowed_signers, fingerprint, private_key, public_keys
+from hfmerge.verifying import Check, check_merged
+from hfmerge.witness import append, read_log
 from hfmerge.workspace import recover
 
 
@@ -51,6 +55,7 @@ def make_certificate(
     days: float | None = None,
     replay: bool = False,
     sources: Mapping[str, str] | None = None,
+    log: str | Path | None = None,
     ask: Callable[[str], str | None] | None = None,
     consent: Consent = NO_CONSENT,
 ) -> Certificate:
@@ -63,23 +68,28 @@ def make_certificate(
         days: validity from now on; None: for ever.
         replay: also merge the materials again first, and state that.
         sources: name of a folder material -> where it lies now.
+        log: see `witness`; checked first, and a record is added.
         ask: see `private_key`.
         consent: what a replay may do with the sources.
 
     Raises:
         CertificateError: the model was never in the merge or still is, or the key cannot be used.
-        VerificationError: the merge is not what its ledger says. SourceError: not found or not readable.
+        VerificationError: the merge is not what its ledger says. LedgerError: the log is broken.
+        SourceError: not found or not readable. OutputError: the log cannot be written.
     """
     if days is not None and not 0 < days <= 36500:
         raise CertificateError(f"--expires {days:g}: write a number of days, above 0 and up to 36500.")
     signer = private_key(key, ask) if key is not None else None
     recover(ref)
     merged = open_merged(ref, sources, consent)
+    refuse_rewritten(merged)
+    if log is not None and (problem := read_log(log).problem(merged)) is not None:
+        raise VerificationError(f"{merged.pinned.label}: not certified; {problem}; {acceptance(merged, log)}.")
     removal = find_removed(merged.entries, model, merged.pinned.label)
     report = check_merged(merged, replay=replay)
     if not report.ok:
         raise VerificationError(f"{merged.pinned.label}: not certified; {report.culprits[0]}")
-    statement = statement_of(merged, removal, recomputed=replay, days=days)
+    statement = statement_of(merged, removal, recomputed="exact" if replay else None, days=days)
     envelope, keyid = _signed(Envelope(canonical_json(statement)), signer)
     warnings = []
     if keyid is None:
@@ -87,48 +97,65 @@ def make_certificate(
             "the certificate is unsigned: nobody vouches for it. Sign with --key FILE (`ssh-keygen -t ed25519` makes "
             "one), or vouch for the file by other means, such as `sigstore sign`."
         )
+    if (note := remember(merged)) is not None:
+        warnings.append(note)
+    if log is not None:
+        append(log, merged, "certified", certificate=sha256_bytes(envelope.to_bytes()))
     return Certificate(envelope, statement, removal, keyid, tuple(warnings))
 
 
-def verify_certified(
-    ref: str,
+@dataclass(frozen=True)
+class Given:
+    """A certificate that somebody handed over, and whose signature counts.
+
+    Attributes:
+        envelope: it.
+        sha256: of its file.
+        trusted: keys whose signature counts; None: no signature is asked for.
+    """
+
+    envelope: Envelope = field(repr=False)
+    sha256: str
+    trusted: tuple[Trusted, ...] | None
+
+    def checks(self, merged: Merged, *, replay: bool) -> list[Check]:
+        """Whether it is signed, and holds for a merge; `replay`: whoever asks also merges the materials again."""
+        if self.trusted is None:
+            signature = Check("signature", True, "not looked at, as asked; nobody vouches for the certificate")
+        else:
+            signature = check_signature(self.envelope, self.trusted)
+        if not signature.ok:
+            return [signature]
+        return [signature, *check_statement(self.envelope, merged, datetime.now(timezone.utc), replay=replay)]
+
+
+def given_certificate(
     certificate: str | Path,
     *,
     public_key: str | Path | None = None,
     signers: str | Path | None = None,
     unsigned: bool = False,
-    replay: bool = False,
-    device: str | None = None,
-    sources: Mapping[str, str] | None = None,
-    consent: Consent = NO_CONSENT,
-) -> Report:
-    """Check a merge, and a certificate of removal against it.
+) -> Given:
+    """Read a certificate of removal, and the keys that are trusted.
 
     Args:
-        ref, replay, device, sources, consent: see `verify_merge`.
         certificate: file that `make_certificate` gave.
         public_key: file of the key, or keys, that are trusted.
         signers: file of allowed signers, in OpenSSH's form.
         unsigned: look into the certificate though no signature is checked.
 
     Raises:
-        CertificateError: the certificate or a key cannot be read. SourceError: the merge cannot be reached.
+        CertificateError: the certificate or a key cannot be read.
     """
     try:
-        data = Path(certificate).expanduser().read_bytes()
+        data = read_limited(Path(certificate).expanduser(), CERTIFICATE_BYTES)
     except OSError as error:
         raise CertificateError(f"{certificate}: cannot be read ({error.strerror}).") from error
-    envelope, now = Envelope.from_bytes(data, str(certificate)), datetime.now(timezone.utc)
-    trusted = [*(public_keys(public_key) if public_key else ()), *(allowed_signers(signers, now) if signers else ())]
-    if unsigned:
-        signature = Check("signature", True, "not looked at, as asked; nobody vouches for the certificate")
-    else:
-        signature = check_signature(envelope, trusted)
-
-    def also(merged: Merged) -> list[Check]:
-        return [signature, *(check_statement(envelope, merged, now) if signature.ok else ())]
-
-    return verify_merge(ref, replay=replay, device=device, sources=sources, also=also, consent=consent)
+    except ValueError as error:
+        raise CertificateError(f"{certificate}: {error}; give the file that `hfmerge certify` wrote.") from error
+    now = datetime.now(timezone.utc)
+    trusted = (*(public_keys(public_key) if public_key else ()), *(allowed_signers(signers, now) if signers else ()))
+    return Given(Envelope.from_bytes(data, str(certificate)), sha256_bytes(data), None if unsigned else trusted)
 
 
 def _signed(envelope: Envelope, key: Ed25519PrivateKey | None) -> tuple[Envelope, str | None]:

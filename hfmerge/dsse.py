@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
 from dataclasses import dataclass
 from typing import Any
 
 from hfmerge.digest import canonical_json
 from hfmerge.errors import CertificateError
+from hfmerge.jsonio import read_json
+from hfmerge.limits import CERTIFICATE_BYTES
 
 
 IN_TOTO = "application/vnd.in-toto+json"
@@ -60,7 +61,7 @@ class Envelope:
             CertificateError: not a DSSE envelope.
         """
         try:
-            raw = json.loads(data)
+            raw = read_json(data, CERTIFICATE_BYTES)
             given = [Signature(_text(one.get("keyid") or ""), _decoded(one["sig"])) for one in raw["signatures"]]
             return cls(_decoded(raw["payload"]), _text(raw["payloadType"]), tuple(given))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

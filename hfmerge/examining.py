@@ -9,7 +9,7 @@ from typing import Literal
 
 from hfmerge.admitting import admit_change
 from hfmerge.api import unmerge
-from hfmerge.certifying import Certificate, make_certificate, verify_certified
+from hfmerge.certifying import Certificate, given_certificate, make_certificate
 from hfmerge.errors import OutputError, VerificationError
 from hfmerge.evaluation.checking import Behaviour, check_removal
 from hfmerge.evaluation.results import Matrix
@@ -84,8 +84,13 @@ def verify(
     allow_unsigned: bool = False,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
+    download: bool = False,
+    log: str | Path | None = None,
+    accept_rewritten: bool = False,
 ) -> Report:
     """Check ledger, files and card of a merge; with `replay`, merge again and compare bytes. See `Report.ok`.
+
+    A history that was seen before must go on from what was seen.
 
     Args:
         device: where a replay computes, as `RunOptions.device`.
@@ -93,23 +98,30 @@ def verify(
             `allowed_signers`, unless `allow_unsigned`.
         trust_remote_code, allow_pickle: what a replay may do with the sources, as of `RunOptions`; without a replay
             nothing is run or unpickled.
+        download: hash what the Hub serves, instead of believing the digests that it lists.
+        log: an append-only log (see `witness`) to check the history against; if all holds, a record is added.
+        accept_rewritten: take a history that is not the one seen before as the true one from now on.
 
     Raises:
         SourceError: the merge cannot be reached. CertificateError: certificate or keys cannot be read.
+        OutputError: the log cannot be written.
     """
-    consent = Consent(trust_remote_code, allow_pickle)
-    if certificate is None:
-        return verify_merge(str(merged), replay=replay, device=device, sources=sources, consent=consent)
-    return verify_certified(
+    given = None
+    if certificate is not None:
+        given = given_certificate(
+            certificate, public_key=public_key, signers=allowed_signers, unsigned=allow_unsigned
+        )  # fmt: skip
+    return verify_merge(
         str(merged),
-        certificate,
-        public_key=public_key,
-        signers=allowed_signers,
-        unsigned=allow_unsigned,
         replay=replay,
         device=device,
         sources=sources,
-        consent=consent,
+        consent=Consent(trust_remote_code, allow_pickle),
+        download=download,
+        also=partial(given.checks, replay=replay) if given is not None else None,
+        log=log,
+        certificate=given.sha256 if given is not None else None,
+        accept_rewritten=accept_rewritten,
     )
 
 
@@ -124,6 +136,7 @@ def certify(
     sources: Mapping[str, str] | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
+    log: str | Path | None = None,
 ) -> Certificate:
     """Certify that a merge no longer holds a model: an in-toto statement in a DSSE envelope (see `certificate`).
 
@@ -135,13 +148,16 @@ def certify(
         replay: merge the materials again first, and state that.
         sources: as for `add`.
         trust_remote_code, allow_pickle: as for `verify`.
+        log: as for `verify`.
 
     Raises:
         CertificateError: the model was never in the merge or still is, or the key cannot be used.
         VerificationError: the merge is not what its ledger says.
     """
     consent = Consent(trust_remote_code, allow_pickle)
-    made = make_certificate(str(merged), removed, key=key, days=days, replay=replay, sources=sources, consent=consent)
+    made = make_certificate(
+        str(merged), removed, key=key, days=days, replay=replay, sources=sources, log=log, consent=consent
+    )
     if output is not None:
         try:
             Path(output).write_bytes(made.envelope.to_bytes())

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from hfmerge.asking import hub_api, hub_errors, patiently
 from hfmerge.card import FILE, card_facts, combine_cards, render_card
 from hfmerge.commits import commit_once, download, moved, upload
+from hfmerge.digest import sha256_bytes
 from hfmerge.errors import HfMergeError, PushError
 from hfmerge.fetching import pin
 from hfmerge.ledger import FOLDER, Entry
@@ -26,6 +27,7 @@ from hfmerge.privacy import restricted
 from hfmerge.quoting import markdown, plain
 from hfmerge.removal import parts
 from hfmerge.scorecard import PREFIX, carried_scores
+from hfmerge.seen import remember_steps, repository_place
 from hfmerge.source import Pinned, Place
 from hfmerge.statebranch import drop_states, push_states
 from hfmerge.steps import commit_of
@@ -157,6 +159,8 @@ def push_folder(
         if any(name.startswith(f"{FOLDER}/") for name in opened.lost):
             notes.extend(_untagged(api, repo_id))
         notes.extend(_follow_up(api, repo_id, made.oid, tag, _message(last), list(last.beside)))
+        seen = remember_steps(repository_place(repo_id), {e.step: sha256_bytes(history[e.file]) for e in entries})
+        notes.extend(() if seen is None else (seen,))
     return Pushed(repo_id, made.oid, made.url, made.pull_request, tag, tuple(notes))
 
 

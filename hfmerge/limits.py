@@ -48,6 +48,10 @@ LEDGER_BYTES = Limit("bytes of ledger", 256 * MB, "the whole ledger is held in m
 MODELS = Limit("models", 2_000, "the largest merges have some dozens")
 FILES = Limit("files", 100_000, "the Hub advises no more in a repository")
 
+CERTIFICATE_BYTES = Limit("bytes of certificate", 32 * MB, "it holds one ledger entry, in base64")
+LOG_BYTES = Limit("bytes of log", 64 * MB, "a merge verified every five minutes reaches it after a year")
+LOG_LINE = Limit("bytes in a record of the log", 4_096, "a record of hfmerge takes less than 1,000")
+
 CARD_BYTES = Limit("bytes of card", 16 * MB, "a card with 10,000 entries takes 4 MB")
 YAML_BYTES = Limit("characters of YAML", 2 * MB, "the longest known front matter, of benchmark results, has 0.5 MB")
 YAML_VALUES = Limit("values once aliases are written out", 200_000, "recipes and cards have fewer than 50,000")

@@ -89,12 +89,22 @@ class RangedFile:
         url: its address on the Hub, where the token may go.
         size: bytes, as the Hub lists it.
         sha256: of its content, as the Hub lists it; None if unknown.
+        otherwise: how to run again where this way does not work, for errors.
     """
 
     def __init__(
-        self, where: str, url: str, size: int, sha256: str | None, traffic: Traffic, patience: Patience | None = None
+        self,
+        where: str,
+        url: str,
+        size: int,
+        sha256: str | None,
+        traffic: Traffic,
+        patience: Patience | None = None,
+        *,
+        otherwise: str = "without --stream, which keeps what it has",
     ):
         self.where, self.size = where, size
+        self._otherwise = otherwise
         self._url, self._sha256 = url, sha256
         self._traffic, self._patience = traffic, patience or Patience()
         self._direct: str | None = None
@@ -127,7 +137,7 @@ class RangedFile:
                 if failures >= self._patience.tries + done // PROGRESS:
                     raise OfflineError(
                         f"{self.where}: bytes {start + done}-{stop - 1} could not be read from the Hub in {failures} "
-                        f"tries (the last: {fault}); run again later, or without --stream, which keeps what it has."
+                        f"tries (the last: {fault}); run again later, or {self._otherwise}."
                     ) from fault
                 if since > 1:
                     self._direct = None
@@ -165,7 +175,7 @@ class RangedFile:
                         response.read()  # so that the connection can be used again
                     stack.close()
                 else:
-                    raise SourceError(f"{self.where}: the Hub redirects without end; run again without --stream.")
+                    raise SourceError(f"{self.where}: the Hub redirects without end; run again {self._otherwise}.")
                 if self._foreign(url) and response.status_code in (401, 403, 404, 410):
                     self._direct = None
                     raise _Fault(f"HTTP {response.status_code} from the storage", 0.0 if signed is not None else None)
@@ -211,21 +221,21 @@ class RangedFile:
             if asked is not None and asked > self._patience.asked:
                 raise OfflineError(
                     f"{self.where}: the Hub answered HTTP {status} and wants no request for {asked:.0f} s; run again "
-                    "then, or without --stream, which keeps what it has."
+                    f"then, or {self._otherwise}."
                 )
             raise _Fault(f"HTTP {status}", asked or None)
         if status == 416:
             raise CorruptFileError(f"{self.where}: ends before byte {stop}, though the Hub lists {self.size} bytes.")
         if status == 200 and (start, stop) != (0, self.size):
             raise SourceError(
-                f"{self.where}: this Hub sends the whole file instead of a part; run again without --stream."
+                f"{self.where}: this Hub sends the whole file instead of a part; run again {self._otherwise}."
             )
         if status not in (200, 206):
             from huggingface_hub.utils import hf_raise_for_status
 
             with hub_errors(self.where):
                 hf_raise_for_status(response)
-            raise SourceError(f"{self.where}: the Hub answered HTTP {status}; run again without --stream.")
+            raise SourceError(f"{self.where}: the Hub answered HTTP {status}; run again {self._otherwise}.")
         told = headers.get("Content-Range", "").strip()
         wanted = f"bytes {start}-{stop - 1}/"
         if status == 206 and told not in (f"{wanted}{self.size}", f"{wanted}*"):

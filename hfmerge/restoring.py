@@ -29,6 +29,7 @@ from hfmerge.recording import keep_foreign_files, readable_card, refuse_unknown_
 from hfmerge.repeating import finish, in_place, restored
 from hfmerge.running import MergeResult, push_written
 from hfmerge.runtime import Ranks
+from hfmerge.seen import follow, refuse_rewritten
 from hfmerge.source import Pinned, Place, checked_path, is_hub_id
 from hfmerge.statebranch import bring_states_back, find_states
 from hfmerge.steps import commit_of
@@ -75,6 +76,7 @@ def restore_step(
     start = time.monotonic()
     recover(merged)
     opened = open_merged(merged)
+    refuse_rewritten(opened)
     folder = opened.pinned.folder
     target = Path(output) if output is not None else folder
     if target is None and to is None:
@@ -105,6 +107,7 @@ def restore_step(
                 note_places(earlier.entry, target, places)
                 if replacing:
                     keep_foreign_files(opened, built.folder)
+            follow(place)
             if to is not None:
                 pushed = push_written(place, to)
     seconds = time.monotonic() - start

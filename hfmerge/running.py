@@ -42,6 +42,7 @@ from hfmerge.recording import (
     refuse_unknown_files,
 )
 from hfmerge.runtime import Ranks
+from hfmerge.seen import follow, refuse_rewritten
 from hfmerge.source import parse_ref
 from hfmerge.streaming import Streamed
 from hfmerge.targets import Destination
@@ -82,10 +83,18 @@ class MergeResult:
 
 
 def opened_merge(merged: str | Path, sources: Mapping[str, str] | None, ranks: Ranks, options: RunOptions) -> Merged:
-    """An existing merge, made whole if a killed run left it in two places."""
+    """An existing merge, made whole if a killed run left it in two places, and with the history that this user saw.
+
+    Raises:
+        LedgerError: no ledger, a broken one, or one that was rewritten since it was seen.
+    """
     ranks.on_main(partial(recover, merged))
     ref = pinned_ref(str(merged), ranks)
-    return ranks.each(lambda: open_merged(ref, sources, options.consent))
+    opened = ranks.each(lambda: open_merged(ref, sources, options.consent))
+    # as it was asked for: a history is remembered by its branch, not by the commit that stands for it in this run
+    asked = dataclasses.replace(opened.pinned, place=parse_ref(str(merged))[0])
+    ranks.on_main(partial(refuse_rewritten, dataclasses.replace(opened, pinned=asked)))
+    return opened
 
 
 def pinned_ref(ref: str, ranks: Ranks) -> str:
@@ -138,6 +147,8 @@ def folder_for(
         assert place is not None
         yield place
         ranks.each(stack.close)
+    if target is not None:
+        ranks.on_main(partial(follow, Path(target)))
 
 
 def _place(

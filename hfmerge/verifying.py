@@ -1,6 +1,6 @@
 """Check a merge against its ledger: chain, digests of every file, card; on request a replay, byte for byte.
 
-On the Hub the digests of weights are the LFS object IDs, so nothing large is downloaded.
+On the Hub the digests of weights are the LFS object IDs that it lists, so nothing large is downloaded, unless asked.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import math
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hfmerge.card import BEGIN, FILE, card_differs, card_pointer, licence_note
@@ -17,13 +17,16 @@ from hfmerge.checkpoint.sidefiles import is_asset, is_code, is_side_file
 from hfmerge.digest import sha256_file
 from hfmerge.environment import differences, environment, far_apart
 from hfmerge.errors import HfMergeError, LedgerError, NotFoundError
-from hfmerge.fetching import fetch, pin
+from hfmerge.fetching import cached, fetch, pin
 from hfmerge.ledger import ARCHIVES, FOLDER, Entry
 from hfmerge.merged import STATE_BRANCH, Merged, open_merged
 from hfmerge.options import NO_CONSENT, Consent, RunOptions
 from hfmerge.scorecard import PREFIX
+from hfmerge.seen import acceptance, acquaintance, remember, rewritten
+from hfmerge.served import served_digests
 from hfmerge.source import Pinned, Place
 from hfmerge.statebranch import ATTRIBUTES
+from hfmerge.witness import append, read_log
 from hfmerge.workspace import leftovers, recover
 
 
@@ -46,10 +49,19 @@ class Check:
 
 @dataclass(frozen=True)
 class Report:
-    """All checks of one merge."""
+    """All checks of one merge.
+
+    Attributes:
+        merged: what it is called.
+        checks: in the order they were made.
+        commit: all 40 digits of the one commit that was checked; None for a folder, and where no ledger could be read.
+        notes: what the user should know beside.
+    """
 
     merged: str
     checks: tuple[Check, ...]
+    commit: str | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -68,28 +80,46 @@ def verify_merge(
     replay: bool = False,
     device: str | None = None,
     sources: Mapping[str, str] | None = None,
+    download: bool = False,
     also: Callable[[Merged], Sequence[Check]] | None = None,
     consent: Consent = NO_CONSENT,
+    log: str | Path | None = None,
+    certificate: str | None = None,
+    accept_rewritten: bool = False,
 ) -> Report:
-    """Check a merge.
+    """Check a merge; if all holds, keep its history as seen, and add a record to the log.
 
     Args:
         ref: `org/name[@revision]` or a folder.
         replay: also merge again from the pinned sources and compare bytes.
         device: where it computes then, see `RunOptions.device`.
         sources: name of a folder material -> where it lies now.
+        download: hash what the Hub serves, instead of believing the digests that it lists. A folder is always read.
         also: further checks of the merge, once it is open.
         consent: what a replay may do with the sources; nothing is run or unpickled without one.
+        log: see `witness`; checked too.
+        certificate: SHA-256 of the one that `also` checks, for the log.
+        accept_rewritten: take a history that is not the one seen before as the true one from now on.
 
     Raises:
-        SourceError: the merge cannot be reached. A broken ledger is a failed check, not an error.
+        SourceError: the merge cannot be reached. OutputError: the log cannot be read or written. A broken ledger is a
+            failed check, not an error.
     """
     recover(ref)
     try:
         merged = open_merged(ref, sources, consent)
     except LedgerError as error:
         return Report(ref, (Check("ledger", False, str(error)),))
-    return check_merged(merged, replay=replay, device=device, also=also)
+    accept = accept_rewritten
+    report = check_merged(merged, replay=replay, device=device, download=download, also=also, accept_rewritten=accept)
+    witness, did = _witnessed(merged, log, accept) if log is not None else (None, "verified")
+    checks = [*report.checks, *(() if witness is None else (witness,))]
+    if not all(check.ok for check in checks):
+        return replace(report, checks=tuple(checks))
+    note = remember(merged, anew=accept)
+    if log is not None:
+        checks[-1] = Check("log", True, append(log, merged, did, certificate=certificate))
+    return replace(report, checks=tuple(checks), notes=() if note is None else (note,))
 
 
 def check_merged(
@@ -97,8 +127,10 @@ def check_merged(
     *,
     replay: bool = False,
     device: str | None = None,
+    download: bool = False,
     also: Callable[[Merged], Sequence[Check]] | None = None,
     strays: bool = True,
+    accept_rewritten: bool = False,
 ) -> Report:
     """Check a merge that is open already; see `verify_merge`.
 
@@ -106,14 +138,18 @@ def check_merged(
         strays: whether what interrupted commands left counts.
     """
     checks = [Check("ledger", True, f"{len(merged.entries)} entries, each names its parent's digest")]
-    files, read = _digests(merged)
-    checks.extend(check_contents(merged.entries, files, merged.read(FILE), merged.read(LICENCES), read=read))
-    checks.extend(_published_states(merged) if merged.pinned.folder is None else [])
+    checks.append(_history(merged, accept_rewritten))
+    download = download and merged.pinned.folder is None
+    files, read = _downloaded(merged) if download else _digests(merged)
+    card, licences = merged.read(FILE), merged.read(LICENCES)
+    checks.extend(check_contents(merged.entries, files, card, licences, read=read, downloaded=download))
+    checks.extend(_copies(merged, files) if download else ())
+    checks.extend(_published_states(merged, download) if merged.pinned.folder is None else [])
     checks.extend(left_behind(merged) if strays else [])
     checks.extend(also(merged) if also is not None else ())
     if replay:
         checks.append(_replay(merged, device))
-    return Report(merged.pinned.label, tuple(checks))
+    return Report(merged.pinned.label, tuple(checks), merged.pinned.commit)
 
 
 def check_contents(
@@ -123,6 +159,7 @@ def check_contents(
     licences: bytes | None,
     *,
     read: int = 0,
+    downloaded: bool = False,
 ) -> Iterator[Check]:
     """What can be said of a merge from its files alone; reads nothing.
 
@@ -131,6 +168,7 @@ def check_contents(
         files: path -> SHA-256 of every file there; None where it does not matter.
         card, licences: bytes of README.md and LICENSE.md, None if missing.
         read: how many files were read to know their SHA-256, for the report.
+        downloaded: they were all downloaded for it, for the report.
     """
     last = entries[-1]
     wanted = dict(last.products)
@@ -151,8 +189,32 @@ def check_contents(
             yield Check(name, False, reason)
     if good:
         count = len(wanted)
-        yield Check("files", True, f"{count} files have their digests ({count - read} by LFS id, {read} read)")
+        how = f"{count - read} by LFS id, as the Hub lists it, {read} read"
+        yield Check(
+            "files", True, f"{count} files have their digests ({'downloaded and hashed' if downloaded else how})"
+        )
     yield _card(entries, card, licences)
+
+
+def _history(merged: Merged, accepted: bool) -> Check:
+    """Whether the history goes on from what this user saw of it."""
+    problem = rewritten(merged)
+    if problem is None:
+        return Check("history", True, acquaintance(merged))
+    return Check("history", accepted, f"{problem}; {'accepted, as asked' if accepted else acceptance(merged)}")
+
+
+def _witnessed(merged: Merged, log: str | Path, accepted: bool) -> tuple[Check, str]:
+    """Whether a log holds and knows no other history of the merge, and what a new record would say was done."""
+    try:
+        read = read_log(log)
+    except LedgerError as error:
+        return Check("log", False, str(error)), "verified"
+    problem = read.problem(merged)
+    if problem is None:
+        return Check("log", True, read.summary(merged)), "verified"
+    todo = "accepted, as asked" if accepted else acceptance(merged, log)
+    return Check("log", accepted, f"{problem}; {todo}"), "accepted"
 
 
 def _foreign(name: str) -> str | None:
@@ -183,6 +245,23 @@ def _digests(merged: Merged) -> tuple[dict[str, str | None], int]:
         if name in found and found[name] is None:
             found[name], read = sha256_file(fetch(merged.pinned, name)), read + 1
     return found, read
+
+
+def _downloaded(merged: Merged) -> tuple[dict[str, str | None], int]:
+    """As `_digests`, of what the Hub serves; also of the ledger and of what people read."""
+    pinned, last = merged.pinned, merged.last
+    names = [name for name in (*last.products, *last.beside, *merged.history, FILE, LICENCES) if name in pinned.files]
+    served = served_digests(pinned, names)
+    return {name: served.get(name) for name in pinned.files}, len(names)
+
+
+def _copies(merged: Merged, served: Mapping[str, str | None]) -> Iterator[Check]:
+    """Whether this machine's cache, from which the ledger was read and models are loaded, has what the Hub serves."""
+    for name, digest in served.items():
+        copy = cached(merged.pinned, name) if digest is not None else None
+        if copy is not None and sha256_file(copy) != digest:
+            what = f"the cache of this machine holds other bytes than the Hub serves; delete {copy.resolve()}"
+            yield Check(name, False, what)
 
 
 def _card(entries: Sequence[Entry], text: bytes | None, licences: bytes | None) -> Check:
@@ -219,7 +298,7 @@ def _state_branch(merged: Merged) -> Pinned | None:
         return None
 
 
-def _published_states(merged: Merged) -> list[Check]:
+def _published_states(merged: Merged, download: bool) -> list[Check]:
     """A state that is not published (a pull request carries none) is no fault: the sources are read instead."""
     if not any(entry.beside for entry in merged.entries):
         return []
@@ -227,10 +306,13 @@ def _published_states(merged: Merged) -> list[Check]:
     if branch is None:
         return [Check("state", True, f"no branch {STATE_BRANCH}; add and unmerge read the sources")]
     checks = []
+    here = [file for file in merged.last.beside if file in branch.files]
+    served = served_digests(branch, here) if download else {file: branch.files[file].sha256 for file in here}
+    how = "downloaded and hashed" if download else "by LFS id, as the Hub lists it"
     for file, digest in merged.last.beside.items():
         held = branch.files.get(file)
-        right = held is None or held.sha256 in (None, digest)
-        detail = "not published; the sources are read instead" if held is None else "has its digest (by LFS id)"
+        right = held is None or served[file] in (None, digest)
+        detail = "not published; the sources are read instead" if held is None else f"has its digest ({how})"
         checks.append(Check(file, right, detail if right else f"the branch {STATE_BRANCH} holds other bytes"))
     return checks
 

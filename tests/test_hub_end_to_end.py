@@ -159,7 +159,7 @@ def test_state_lies_on_its_own_branch_and_goes_with_a_removed_model(world: World
     assert result.entry.how.startswith("taken from the kept state after model 1")
     assert held() == [result.entry.states[0].file]
     assert [c.detail for c in hfmerge.verify("org/state").checks if c.what == held()[0]] == [
-        "has its digest (by LFS id)"
+        "has its digest (by LFS id, as the Hub lists it)"
     ]
     broken = [CommitOperationAdd(held()[0], b"other bytes" * 100_000)]
     world.api.create_commit("org/state", broken, commit_message="tamper", revision="merge-state")

@@ -12,6 +12,7 @@ from hfmerge.commands.shared import (
     consent_flags,
     given_consent,
     given_sources,
+    log_flag,
     print_json,
     source_flag,
 )
@@ -33,6 +34,7 @@ def register(command: Command) -> None:
     sub.add_argument("--expires", metavar="DAYS", type=float, help="how long it is valid; default: for ever")
     sub.add_argument("--replay", action="store_true", help="merge the materials again first, and state that")
     consent_flags(sub)
+    log_flag(sub)
     source_flag(sub)
     sub = command("purge-history", "Squash a published merge's history, which still holds earlier weights.", _purge)
     sub.add_argument("repo_id", metavar="REPO_ID")
@@ -56,6 +58,7 @@ def _certify(args: argparse.Namespace) -> int:
         replay=args.replay,
         sources=given_sources(args),
         **given_consent(args),
+        log=args.log,
     )
     for warning in made.warnings:
         tell(f"warning: {warning}")

@@ -14,6 +14,7 @@ from hfmerge.commands.shared import (
     device_flag,
     given_consent,
     given_sources,
+    log_flag,
     print_json,
     source_flag,
 )
@@ -42,17 +43,27 @@ def register(command: Command) -> None:
     )
     sub.add_argument("merged", metavar="MERGED")
     sub.add_argument("--replay", action="store_true", help="merge again from the sources and compare every byte")
+    sub.add_argument(
+        "--download", action="store_true", help="hash what the Hub serves, instead of believing what it lists"
+    )
     device_flag(sub)
     sub.add_argument("--certificate", metavar="FILE", help="also check a certificate of removal")
     sub.add_argument("--public-key", metavar="FILE", help="the key, or keys, whose signature counts")
     sub.add_argument("--allowed-signers", metavar="FILE", help="the same as a file of OpenSSH")
     sub.add_argument("--allow-unsigned", action="store_true", help="check the certificate's content alone")
     consent_flags(sub)
+    log_flag(sub)
+    sub.add_argument(
+        "--accept-rewritten",
+        action="store_true",
+        help="the history is not the one seen before, and that is expected: take it as the true one from now on",
+    )
     source_flag(sub)
 
 
 def _history(args: argparse.Namespace) -> int:
     from hfmerge.merged import open_merged
+    from hfmerge.seen import acceptance, rewritten
     from hfmerge.steps import steps_of
     from hfmerge.treeview import method, tree
     from hfmerge.weights import shown
@@ -61,8 +72,10 @@ def _history(args: argparse.Namespace) -> int:
     recover(args.merged)
     merged = open_merged(args.merged)
     steps, notes = steps_of(merged)
-    for note in notes:
-        tell(f"note: {note}")
+    problem = rewritten(merged)
+    tell(*(f"note: {note}" for note in notes))
+    if problem is not None:
+        tell(f"note: {problem}; {acceptance(merged)}")
     if args.json:
         entries = [json.loads(step.entry.to_bytes()) for step in steps]
         steps_data = [step.to_dict() for step in steps]
@@ -156,12 +169,27 @@ def _verify(args: argparse.Namespace) -> int:
         allowed_signers=args.allowed_signers,
         allow_unsigned=args.allow_unsigned,
         **given_consent(args),
+        download=args.download,
+        log=args.log,
+        accept_rewritten=args.accept_rewritten,
     )
+    tell(*(f"note: {note}" for note in report.notes))
     if args.json:
-        print_json({"merged": report.merged, "ok": report.ok, "checks": [vars(check) for check in report.checks]})
+        checks = [vars(check) for check in report.checks]
+        print_json(
+            {
+                "merged": report.merged,
+                "commit": report.commit,
+                "ok": report.ok,
+                "checks": checks,
+                "notes": report.notes,
+            }
+        )
     else:
         for check in report.checks:
             say(f"{'ok  ' if check.ok else 'FAIL'} {check.what}: {check.detail}")
+        if report.commit is not None:
+            say(f"checked commit {report.commit}")
         broken = "NOT what its ledger says" if args.certificate is None else "NOT verified"
         say(f"{report.merged}: {'verified' if report.ok else broken}")
     return 0 if report.ok else 1

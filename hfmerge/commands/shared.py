@@ -136,6 +136,13 @@ def source_flag(sub: argparse.ArgumentParser) -> None:
     )
 
 
+def log_flag(sub: argparse.ArgumentParser) -> None:
+    """A witness of what was verified and certified."""
+    sub.add_argument(
+        "--log", metavar="FILE", help="check the history against this append-only log, then add a record to it"
+    )
+
+
 def run_options(args: argparse.Namespace) -> RunOptions:
     from hfmerge.options import RunOptions, parse_size
 
@@ -196,11 +203,11 @@ def print_result(args: argparse.Namespace, result: Any, more: Mapping[str, Any] 
         )
         return 0
     if result.repeated:
-        print(
+        say(
             f"{entry.action}: done already by step {entry.step}; nothing was computed, what it had left is cleaned up"
         )
         if pushed is not None:
-            print(f"published at {pushed.url}")
+            say(f"published at {pushed.url}")
         return 0
     crew = f" on {result.processes} processes" if result.processes > 1 else ""
     say(f"{entry.action} (step {entry.step}): {entry.how}, {result.seconds['total']:.1f} s{crew}")

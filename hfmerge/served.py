@@ -1,0 +1,56 @@
+"""SHA-256 of files as the Hub serves them now, read from it anew: neither its listing nor any cache is believed.
+
+Nothing is stored. A connection that is cut is taken up again at the byte that was reached.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+
+from hfmerge.asking import hub_errors
+from hfmerge.errors import OfflineError
+from hfmerge.ranged import RangedFile, Traffic
+from hfmerge.source import Pinned
+
+
+BLOCK = 1 << 24
+"""Bytes of one request."""
+OTHERWISE = "without --download, which believes what the Hub lists"
+
+
+def served_digests(pinned: Pinned, files: Sequence[str]) -> dict[str, str]:
+    """Path -> SHA-256 of what the Hub sends for it.
+
+    Args:
+        pinned: a repository at one commit.
+        files: paths in it.
+
+    Raises:
+        SourceError: the Hub cannot be reached, refuses, or sends fewer bytes than it lists.
+    """
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import tqdm
+
+    if pinned.offline or pinned.gone:
+        raise OfflineError(f"{pinned.label}: the Hub does not serve it now; run again online, or without --download.")
+    total, traffic, found = sum(pinned.files[file].size for file in files), Traffic(), {}
+    with (
+        hub_errors(pinned.label),
+        tqdm(total=total, desc="Downloading", unit="B", unit_scale=True, name="hfmerge", disable=None) as bar,
+    ):
+        for file in files:
+            url, size = hf_hub_url(pinned.name, file, revision=pinned.commit), pinned.files[file].size
+            # without a digest, so that what the answer says of itself is not looked at
+            ranged = RangedFile(f"{pinned.label}: {file}", url, size, None, traffic, otherwise=OTHERWISE)
+            found[file] = _hashed(ranged, bar.update)
+    return found
+
+
+def _hashed(file: RangedFile, progress: Callable[[int], object]) -> str:
+    digest = hashlib.sha256()
+    for start in range(0, file.size, BLOCK):
+        data = file.read(start, min(start + BLOCK, file.size))
+        digest.update(data)
+        progress(len(data))
+    return digest.hexdigest()

@@ -1,0 +1,310 @@
+"""A witness: an append-only log of what was verified and certified, each record naming the SHA-256 of the one before.
+
+Who keeps such a log notices later that the ledger of a published merge was written anew, however well its chain holds:
+the log names a digest that is not in it. One JSON object a line, keys sorted:
+
+    schema       hfmerge/log/1
+    number       1 for the first
+    previous     SHA-256 of the line before, without its end; null for the first
+    time         UTC
+    did          verified; certified; accepted: verified, and a history that was rewritten was taken as the true one
+    merge        name; place (see `seen`); commit, null for a folder
+    ledger       file, SHA-256 and step of the last entry
+    certificate  SHA-256 of the certificate that was made or checked; null
+
+The chain shows that a record was changed, left out or put in. That the end was cut off, or all was written anew, shows
+beside a head (the digest of the last line) that was noted elsewhere: the user's home keeps it, and `verify` prints it.
+Writers take turns by a lock on the file. A line without an end is what a killed writer leaves: the next one puts it
+right.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from hfmerge.digest import sha256_bytes
+from hfmerge.errors import LedgerError, OutputError
+from hfmerge.jsonio import read_json
+from hfmerge.ledger import FOLDER
+from hfmerge.limits import LOG_BYTES, LOG_LINE
+from hfmerge.merged import Merged
+from hfmerge.seen import digests_of, first_apart, may_be_older, place_of, recall, remember_steps
+
+
+SCHEMA = "hfmerge/log/1"
+DID = ("verified", "certified", "accepted")
+_SHA256 = re.compile("[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One record of a log; see the module's docstring."""
+
+    number: int
+    previous: str | None
+    time: str
+    did: str
+    merge: dict[str, Any]
+    ledger: dict[str, Any]
+    certificate: str | None
+
+    def to_line(self) -> bytes:
+        """The record as its line, without the end."""
+        value = {"schema": SCHEMA, **asdict(self)}
+        return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+
+    @classmethod
+    def from_line(cls, line: bytes) -> Record:
+        """Inverse of `to_line`.
+
+        Raises:
+            ValueError, KeyError, TypeError: not a record as hfmerge writes one.
+        """
+        raw = read_json(line, LOG_LINE)
+        if raw.pop("schema") != SCHEMA:
+            raise ValueError(f"is not of the schema {SCHEMA}")
+        record = cls(**raw)
+        merge, ledger = record.merge, record.ledger
+        step = ledger["step"]
+        good = (
+            {*merge} == {"name", "place", "commit"}
+            and all(isinstance(merge[key], str) for key in ("name", "place"))
+            and (merge["commit"] is None or re.fullmatch("[0-9a-f]{40}", merge["commit"]))
+            and {*ledger} == {"file", "sha256", "step"}
+            and type(record.number) is type(step) is int
+            and step > 0
+            and ledger["file"] == f"{FOLDER}/{step:04d}.json"
+            and _SHA256.fullmatch(ledger["sha256"])
+            and record.did in DID
+            and (record.certificate is None or _SHA256.fullmatch(record.certificate))
+            and datetime.strptime(record.time, "%Y-%m-%dT%H:%M:%SZ")
+        )
+        if not good or record.to_line() != line:
+            raise ValueError("is not a record as hfmerge writes one")
+        return record
+
+
+@dataclass(frozen=True)
+class Log:
+    """A log as it was read.
+
+    Attributes:
+        path: its file.
+        records: whole records, oldest first, their chain checked.
+        head: SHA-256 of the last line; None of an empty log.
+        whole: bytes of the file that are whole lines.
+        torn: bytes behind them.
+        missing_end: what is torn is a whole record that lacks nothing but the end of its line; it is in `records`.
+    """
+
+    path: Path
+    records: tuple[Record, ...]
+    head: str | None
+    whole: int
+    torn: bytes = b""
+    missing_end: bool = False
+
+    def problem(self, merged: Merged) -> str | None:
+        """What the log knows of a merge that does not hold of it now, in words; None if all holds."""
+        mine = [record for record in self.records if record.merge["place"] == place_of(merged.pinned)]
+        last = max((i for i, record in enumerate(mine) if record.did == "accepted"), default=0)
+        seen = {(record.ledger["step"], record.ledger["sha256"]): record for record in reversed(mine[last:])}
+        apart = first_apart(seen, digests_of(merged), older=may_be_older(merged.pinned))
+        if apart is None:
+            return None
+        step, then, now = apart
+        record = seen[step, then]
+        found = f"it has {now[:12]}... now" if now else f"the ledger ends with step {len(merged.entries)} now"
+        return (
+            f"the history was rewritten at step {step} or before: record {record.number} of {self.path}, of "
+            f"{record.time}, knows step {step} with the digest {then[:12]}..., and {found}"
+        )
+
+    def summary(self, merged: Merged) -> str:
+        """The log in a few words."""
+        mine = [record for record in self.records if record.merge["place"] == place_of(merged.pinned)]
+        torn = f"; {self._repair()}" if self.torn else ""
+        return f"{len(self.records)} records hold, {len(mine)} of them of this merge{torn}"
+
+    def _repair(self) -> str:
+        what = (
+            "lacked its end, which was added"
+            if self.missing_end
+            else f"was torn ({len(self.torn)} bytes), and cut off"
+        )
+        return f"its last line {what}"
+
+
+def read_log(path: str | Path) -> Log:
+    """A log with its chain checked; one that does not exist is empty.
+
+    Raises:
+        LedgerError: a record was changed or is missing; names it. OutputError: the file cannot be read.
+    """
+    file = Path(path).expanduser()
+    if not file.exists():
+        return _checked(file, b"")
+    with _held(file, fcntl.LOCK_SH) as handle:
+        return _checked(file, _bytes(file, handle))
+
+
+def append(path: str | Path, merged: Merged, did: str, *, certificate: str | None = None) -> str:
+    """Add a record about a merge, after the log was checked once more; tells in words what was added.
+
+    Args:
+        did: one of `DID`; "accepted" takes back what earlier records know of the merge.
+        certificate: SHA-256 of the one that was made or checked.
+
+    Raises:
+        LedgerError: the log is broken, or knows another history. OutputError: the file cannot be written.
+    """
+    file = Path(path).expanduser()
+    pinned, last = merged.pinned, merged.last
+    with _held(file, fcntl.LOCK_EX) as handle:
+        log = _checked(file, _bytes(file, handle))
+        if did != "accepted" and (problem := log.problem(merged)) is not None:
+            raise LedgerError(f"{pinned.label}: {problem}.")
+        record = Record(
+            number=len(log.records) + 1,
+            previous=log.head,
+            time=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            did=did,
+            merge={"name": pinned.name, "place": place_of(pinned), "commit": pinned.commit},
+            ledger={"file": last.file, "sha256": digests_of(merged)[-1], "step": last.step},
+            certificate=certificate,
+        )
+        line = _line(record)
+        _write(file, handle, log, line + b"\n")
+        note = remember_steps(_place(file), {record.number: sha256_bytes(line)})
+    kept = f"; {note}" if note is not None else ""
+    return f"{log.summary(merged)}; record {record.number} was added, and the head is {sha256_bytes(line)}{kept}"
+
+
+def _line(record: Record) -> bytes:
+    try:
+        line = record.to_line()
+        LOG_LINE.check(len(line))
+    except ValueError as error:
+        raise LedgerError(
+            f"{record.merge['name']!r}: cannot be named in a log ({error}); rename the folder."
+        ) from error
+    return line
+
+
+def _write(file: Path, handle: int, log: Log, data: bytes) -> None:
+    """Put an unfinished line right, and add a whole one, or nothing."""
+    end = log.whole + (len(log.torn) if log.missing_end else 0)
+    data = b"\n" + data if log.missing_end else data
+    try:
+        os.ftruncate(handle, end)
+        written = 0
+        while written < len(data):
+            written += os.pwrite(handle, data[written:], end + written)
+        os.fsync(handle)
+        if end == 0:
+            _sync_folder(file.absolute().parent)
+    except OSError as error:
+        os.ftruncate(handle, end)
+        raise OutputError(f"{file}: the log cannot be written ({error.strerror}); nothing was added.") from error
+
+
+def _sync_folder(folder: Path) -> None:
+    """Have the name of a new file outlive a crash."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _held(file: Path, how: int) -> Iterator[int]:
+    """The log's file under a lock, made where it is to be written and is not there."""
+    writes = how == fcntl.LOCK_EX
+    if file.exists() and not file.is_file():
+        raise OutputError(f"{file}: is not a regular file; choose another one for the log.")
+    try:
+        handle = os.open(file, os.O_RDWR | os.O_CREAT if writes else os.O_RDONLY, 0o600)
+    except OSError as error:
+        todo = "choose a file that can be written" if writes else "choose a file that can be read"
+        raise OutputError(f"{file}: cannot be opened as a log ({error.strerror}); {todo}.") from error
+    try:
+        fcntl.flock(handle, how)
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def _bytes(file: Path, handle: int) -> bytes:
+    try:
+        LOG_BYTES.check(os.fstat(handle).st_size)
+        with open(handle, "rb", closefd=False) as reader:
+            data = reader.read(LOG_BYTES.most + 1)
+        LOG_BYTES.check(len(data))
+    except ValueError as error:
+        raise LedgerError(f"{file}: {error}; begin another log.") from error
+    except OSError as error:
+        raise OutputError(f"{file}: cannot be read as a log ({error.strerror}).") from error
+    return data
+
+
+def _checked(file: Path, data: bytes) -> Log:
+    """The log in a file's bytes, after all its records, their chain and the head that was seen before were checked."""
+    whole = data.rfind(b"\n") + 1
+    torn = data[whole:]
+    lines = data[:whole].split(b"\n")[:-1]
+    records: list[Record] = []
+    head: str | None = None
+    for number, line in enumerate(lines, 1):
+        records.append(_next(file, line, number, head))
+        head = sha256_bytes(line)
+    missing_end = False
+    if torn:
+        try:
+            LOG_LINE.check(len(torn))
+        except ValueError as error:
+            raise LedgerError(f"{file}: what stands behind record {len(records)} {error}; it is no record.") from error
+        try:
+            records.append(_next(file, torn, len(records) + 1, head))
+            head, missing_end = sha256_bytes(torn), True
+        except LedgerError:
+            pass  # the first part of a record
+    digests = [*(record.previous for record in records[1:]), head] if records else []
+    seen = recall(_place(file))
+    apart = first_apart(seen.steps.items(), [str(one) for one in digests], older=False) if seen is not None else None
+    if apart is not None:
+        what = "is another one now" if apart[2] is not None else f"is missing: the log ends with record {len(records)}"
+        raise LedgerError(f"{file}: record {apart[0]}, which was written here, {what}; restore the log from a copy.")
+    return Log(file, tuple(records), head, whole, torn, missing_end)
+
+
+def _next(file: Path, line: bytes, number: int, previous: str | None) -> Record:
+    """The record of a line, which must be this one and follow the one before.
+
+    Raises:
+        LedgerError: it is not.
+    """
+    try:
+        record = Record.from_line(line)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise LedgerError(f"{file}: line {number} is no record of the log ({error}); it was changed.") from error
+    if (record.number, record.previous) != (number, previous):
+        raise LedgerError(
+            f"{file}: record {number} does not follow record {number - 1}; one of the two was changed, or records "
+            "between them are missing."
+        )
+    return record
+
+
+def _place(file: Path) -> str:
+    """What the log's own head is remembered under."""
+    return f"log:{sha256_bytes(os.path.realpath(file).encode('utf-8', 'surrogateescape'))}"
