@@ -13,7 +13,8 @@ A certificate is an in-toto Statement v1 in a DSSE envelope, signed with an ed25
       ledger       file and SHA-256 of the last entry
       materials    base and models, as that entry records them: name, commit or digest, weight, SHA-256 of every file
       method, settings, environment      as that entry records them: what a recomputation needs
-      recomputed   whether the signer merged the materials again and got the subjects, or only compared digests
+      recomputed   "exact": the signer merged the materials again and got the subjects, byte for byte; "approximate":
+                   within the tolerance of other arithmetic; false: the signer only compared digests
       issued, expires                    UTC; `expires` is null if it does not
       tool         name and version
       notProved    what this does not say
@@ -45,6 +46,13 @@ STATEMENT = "https://in-toto.io/Statement/v1"
 PREDICATE = "urn:x-hfmerge:removal:v1"
 CLOCKS = timedelta(minutes=5)
 """How far apart the clocks of signer and reader may be."""
+BASES = {
+    "exact": "merged again from the materials, with the same bytes",
+    "approximate": "merged again from the materials, with weights equal within the tolerance of other arithmetic, not "
+    "byte for byte",
+    None: "compared with the ledger, and not merged again",
+}
+"""How the subjects were compared before signing, by `recomputed`."""
 NOT_PROVED = (
     "Earlier commits, tags, branches and pull requests of the repository may still hold weights that the model is in, "
     "until its history is purged.",
@@ -55,11 +63,11 @@ NOT_PROVED = (
 )
 
 
-def statement_of(merged: Merged, removal: Removal, *, recomputed: bool, days: float | None) -> dict[str, Any]:
+def statement_of(merged: Merged, removal: Removal, *, recomputed: str | None, days: float | None) -> dict[str, Any]:
     """The statement about a merge that has lost a model; see the module's docstring.
 
     Args:
-        recomputed: the materials were merged again, and gave the weights.
+        recomputed: how the materials, merged again, gave the weights: a key of `BASES`; None: they were not.
         days: validity from now on; None: for ever.
     """
     now = datetime.now(timezone.utc).replace(microsecond=0)
@@ -69,13 +77,12 @@ def statement_of(merged: Merged, removal: Removal, *, recomputed: bool, days: fl
         f"The subjects are the weights of a merge of {names} into {base}. {removal.part.label} is none of these "
         f"materials; it was taken out by step {removal.removed} of the ledger."
     )
-    basis = "merged again from the materials" if recomputed else "compared with the ledger, and not merged again"
     return {
         "_type": STATEMENT,
         "subject": [{"name": name, "digest": {"sha256": sha256}} for name, sha256 in _weights(merged.last).items()],
         "predicateType": PREDICATE,
         "predicate": {
-            "claim": f"{claim} Before signing, the subjects were {basis}.",
+            "claim": f"{claim} Before signing, the subjects were {BASES[recomputed]}.",
             "removed": {
                 "identity": removal.part.identity,
                 "role": removal.part.role,
@@ -86,7 +93,7 @@ def statement_of(merged: Merged, removal: Removal, *, recomputed: bool, days: fl
             },
             "merge": {"name": merged.pinned.name, "commit": merged.pinned.commit},
             **_of_ledger(merged.last),
-            "recomputed": recomputed,
+            "recomputed": recomputed or False,
             "issued": _written(now),
             "expires": None if days is None else _written(now + timedelta(days=days)),
             "tool": {"name": "hfmerge", "version": __version__},
@@ -146,9 +153,21 @@ def check_statement(envelope: Envelope, merged: Merged, now: datetime) -> list[C
             _subjects(statement["subject"], merged),
             _ledger(predicate, merged),
             _removed(predicate["removed"], merged),
+            _recomputed(predicate),
         ]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return [Check("certificate", False, f"not a whole certificate ({type(error).__name__}: {error})")]
+
+
+def _recomputed(predicate: Mapping[str, Any]) -> Check:
+    """Whether the claim tells of the comparison before signing what `recomputed` does."""
+    how = predicate["recomputed"]
+    if how is True:  # of a version that did not tell exact from approximate
+        return Check("recomputed", True, "the signer merged again; the certificate does not say whether byte for byte")
+    basis = BASES.get(None if how is False else str(how))
+    if basis is None or not str(predicate["claim"]).endswith(f"the subjects were {basis}."):
+        return Check("recomputed", False, f"the claim does not say what recomputed: {_shown(how)} means")
+    return Check("recomputed", True, f"before signing, the subjects were {basis}")
 
 
 def _validity(issued: str, expires: str | None, now: datetime) -> Check:

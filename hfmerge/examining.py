@@ -73,7 +73,7 @@ def verify(
     allowed_signers: str | Path | None = None,
     allow_unsigned: bool = False,
 ) -> Report:
-    """Check ledger, files and card of a merge; with `replay`, merge again and compare bytes. See `Report.ok`.
+    """Check ledger, files and card of a merge; with `replay`, merge again and compare. See `Report.verdict`.
 
     Args:
         device: where a replay computes, as `RunOptions.device`.
@@ -105,6 +105,8 @@ def certify(
     output: str | Path | None = None,
     days: float | None = None,
     replay: bool = False,
+    accept_approximate: bool = False,
+    device: str | None = None,
     sources: Mapping[str, str] | None = None,
 ) -> Certificate:
     """Certify that a merge no longer holds a model: an in-toto statement in a DSSE envelope (see `certificate`).
@@ -115,13 +117,18 @@ def certify(
         output: file for the certificate.
         days: validity; None: for ever.
         replay: merge the materials again first, and state that.
+        accept_approximate: certify also what comes out equal only within the tolerance of other arithmetic.
+        device: where a replay computes, as `RunOptions.device`.
         sources: as for `add`.
 
     Raises:
         CertificateError: the model was never in the merge or still is, or the key cannot be used.
         VerificationError: the merge is not what its ledger says.
     """
-    made = make_certificate(str(merged), removed, key=key, days=days, replay=replay, sources=sources)
+    made = make_certificate(
+        str(merged), removed, key=key, days=days, replay=replay, accept_approximate=accept_approximate,
+        device=device, sources=sources,
+    )  # fmt: skip
     if output is not None:
         try:
             Path(output).write_bytes(made.envelope.to_bytes())

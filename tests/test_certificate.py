@@ -143,8 +143,8 @@ def test_another_checks_it_with_the_key_and_recomputes_the_weights(made: Path) -
     assert "ok   signature: made by key@here (SHA256:" in run.out and "come out with the same bytes" in run.out
     assert "ok   removed: m1@" in run.out and "was taken out by step 2" in run.out
     report = hfmerge.verify(made / "merged", certificate=made / "certificate.json", public_key=made / "key.pub")
-    assert report.ok and [check.what for check in report.checks][-4:] == [
-        *("validity", "subjects", "ledger head", "removed")
+    assert report.ok and [check.what for check in report.checks][-5:] == [
+        *("validity", "subjects", "ledger head", "removed", "recomputed")
     ]
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import sys
 from typing import TYPE_CHECKING
 
-from hfmerge.commands.shared import Command, given_sources, print_json, source_flag
+from hfmerge.commands.shared import Command, device_flag, given_sources, print_json, source_flag
 from hfmerge.errors import HfMergeError
 
 
@@ -24,6 +24,12 @@ def register(command: Command) -> None:
     sub.add_argument("--output", metavar="FILE", help="where the certificate goes; default: standard output")
     sub.add_argument("--expires", metavar="DAYS", type=float, help="how long it is valid; default: for ever")
     sub.add_argument("--replay", action="store_true", help="merge the materials again first, and state that")
+    sub.add_argument(
+        "--accept-approximate",
+        action="store_true",
+        help="certify a replay that is equal only within the tolerance of other arithmetic, and state that",
+    )
+    device_flag(sub)
     source_flag(sub)
     sub = command("purge-history", "Squash a published merge's history, which still holds earlier weights.", _purge)
     sub.add_argument("repo_id", metavar="REPO_ID")
@@ -45,6 +51,8 @@ def _certify(args: argparse.Namespace) -> int:
         output=args.output,
         days=args.expires,
         replay=args.replay,
+        accept_approximate=args.accept_approximate,
+        device=args.device,
         sources=given_sources(args),
     )
     for warning in made.warnings:
