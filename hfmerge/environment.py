@@ -145,8 +145,8 @@ def excuses(made: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
 
 
 def _shown(name: str, where: Mapping[str, Any]) -> str:
-    value = str(where.get(name))
-    return value[:12] if name == "fingerprint" else value
+    value = where.get(name)
+    return str(value or "unknown")[:12] if name == "fingerprint" else str(value)
 
 
 def far_apart(claimed: Path, made: Path, changes: Mapping[str, float]) -> str | None:
