@@ -102,7 +102,7 @@ def replay(merged: Merged, device: str | None = None) -> tuple[Verdict, list[str
         with tempfile.TemporaryDirectory(prefix="hfmerge-replay-") as name:
             folder = Path(name)
             outcome = run(plan, folder, options=RunOptions(device=device))
-            made = _named_as(last, entry_of(plan, outcome, None, None, [], _gap(merged, plan, outcome, folder)))
+            made = _beside(last, entry_of(plan, outcome, None, None, [], _gap(merged, plan, outcome, folder)))
             reasons = excuses(last.environment, made.environment)
             found = _compared(merged, made, folder, _bounds(plan, outcome), explained=bool(reasons))
     except HfMergeError as error:
@@ -133,8 +133,12 @@ def _gap(merged: Merged, plan: Plan, outcome: Outcome, folder: Path) -> dict[str
     return gap_of(plan, outcome, folder, exact)
 
 
-def _named_as(last: Entry, made: Entry) -> Entry:
-    """The rebuilt entry with the names that folders had when they were merged: only their digests identify them."""
+def _beside(last: Entry, made: Entry) -> Entry:
+    """The rebuilt entry in a form that can be compared.
+
+    Folders get the names that they had when they were merged: only their digests identify them. States that the ledger
+    does not list go: it need not keep any.
+    """
 
     def named(one: Material, said: Material) -> Material:
         moved = one.commit is None and said.commit is None
@@ -143,7 +147,13 @@ def _named_as(last: Entry, made: Entry) -> Entry:
         return replace(one, name=said.name if moved else one.name, beneath=said.beneath if same else one.beneath)
 
     pairs = zip(made.models, last.models, strict=True)
-    return replace(made, base=named(made.base, last.base), models=tuple(named(one, said) for one, said in pairs))
+    listed = {state.count for state in last.states}
+    return replace(
+        made,
+        base=named(made.base, last.base),
+        models=tuple(named(one, said) for one, said in pairs),
+        states=tuple(state for state in made.states if state.count in listed),
+    )
 
 
 def _bounds(plan: Plan, outcome: Outcome) -> dict[str, dict[str, float]]:

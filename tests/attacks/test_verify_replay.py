@@ -428,3 +428,15 @@ def test_a_file_that_no_replay_makes(hubbed: Path, tmp_path: Path) -> None:
     digest = sha256_file(out / "chat_template.jinja")
     forge(out, lambda record: record["products"].update({"chat_template.jinja": digest}))
     assert "chat_template.jinja comes out differently" in refused(out)
+
+
+def test_states_that_a_ledger_does_not_list_are_not_asked_for(hubbed: Path, tmp_path: Path) -> None:
+    """Nobody attacks: machines without a common disk keep no state, and some states are lost on the way."""
+    out = Path(shutil.copytree(hubbed / "out", tmp_path / "out"))
+    for left in (1, 0):
+        record = record_of(out)
+        for state in record["byproducts"]["states"][left:]:
+            (out / "merge_state" / f"{state['sha256']}.safetensors").unlink()
+        del record["byproducts"]["states"][left:]
+        forge(out, record=record)
+        assert "with the same fields" in tiny.done("verify", out, "--replay").out
