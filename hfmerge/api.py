@@ -27,7 +27,7 @@ from hfmerge.running import (
     MergeResult,
     apply_change,
     build,
-    device_name,
+    device_of,
     folder_for,
     given_recipe,
     opened_merge,
@@ -94,7 +94,7 @@ def merge(
         admit_merge(asked, to, ranks, options)
         pinned = pinned_recipe(asked, ranks)
         planned = ranks.each(partial(make_plan, pinned, origin=origin, on_source=early))
-        device = device_name(planned, ranks, options)
+        device = device_of(planned, ranks, options)
         planned = for_machines(planned, ranks, device)
         with folder_for(target, planned, ranks, device, replace=False, resume=options.resume) as place:
             planned, learned = weights_found(planned, place, ranks, options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 from hfmerge.certificate import check_signature, check_statement, statement_of
 from hfmerge.digest import canonical_json, sha256_bytes
 from hfmerge.dsse import Envelope, Signature
-from hfmerge.errors import CertificateError, VerificationError
+from hfmerge.errors import CertificateError, HfMergeError, VerificationError
 from hfmerge.jsonio import read_limited
+from hfmerge.ledger import short
 from hfmerge.limits import CERTIFICATE_BYTES
 from hfmerge.merged import Merged, open_merged
 from hfmerge.options import NO_CONSENT, Consent
-from hfmerge.removal import Removal, find_removed
+from hfmerge.removal import Part, Removal, check_no_copy, find_removed, parts
 from hfmerge.seen import acceptance, refuse_rewritten, remember
 from hfmerge.signers import Trusted, allowed_signers, fingerprint, private_key, public_keys
 from hfmerge.verifying import Check, check_merged
@@ -54,6 +55,8 @@ def make_certificate(
     key: str | Path | None = None,
     days: float | None = None,
     replay: bool = False,
+    accept_approximate: bool = False,
+    device: str | None = None,
     sources: Mapping[str, str] | None = None,
     log: str | Path | None = None,
     ask: Callable[[str], str | None] | None = None,
@@ -67,6 +70,9 @@ def make_certificate(
         key: file of an ed25519 private key; None: unsigned, with a warning.
         days: validity from now on; None: for ever.
         replay: also merge the materials again first, and state that.
+        accept_approximate: certify also weights that come out equal only within the tolerance of other arithmetic;
+            the certificate says so.
+        device: where a replay computes, see `RunOptions.device`.
         sources: name of a folder material -> where it lies now.
         log: see `witness`; checked first, and a record is added.
         ask: see `private_key`.
@@ -77,6 +83,8 @@ def make_certificate(
         VerificationError: the merge is not what its ledger says. LedgerError: the log is broken.
         SourceError: not found or not readable. OutputError: the log cannot be written.
     """
+    if accept_approximate and not replay:
+        raise CertificateError("--accept-approximate goes with --replay.")
     if days is not None and not 0 < days <= 36500:
         raise CertificateError(f"--expires {days:g}: write a number of days, above 0 and up to 36500.")
     signer = private_key(key, ask) if key is not None else None
@@ -86,12 +94,14 @@ def make_certificate(
     if log is not None and (problem := read_log(log).problem(merged)) is not None:
         raise VerificationError(f"{merged.pinned.label}: not certified; {problem}; {acceptance(merged, log)}.")
     removal = find_removed(merged.entries, model, merged.pinned.label)
-    report = check_merged(merged, replay=replay)
-    if not report.ok:
-        raise VerificationError(f"{merged.pinned.label}: not certified; {report.culprits[0]}")
-    statement = statement_of(merged, removal, recomputed="exact" if replay else None, days=days)
+    warnings = copies_inside(merged, removal.part, model)
+    report = check_merged(merged, replay=replay, device=device)
+    if report.verdict != "ok" and not (accept_approximate and report.verdict == "approximate"):
+        todo = "" if report.verdict == "failed" else "; certify where it was made, or pass --accept-approximate"
+        raise VerificationError(f"{merged.pinned.label}: not certified; {report.culprits[0]}{todo}")
+    recomputed = {"ok": "exact"}.get(report.verdict, "approximate") if replay else None
+    statement = statement_of(merged, removal, recomputed=recomputed, days=days)
     envelope, keyid = _signed(Envelope(canonical_json(statement)), signer)
-    warnings = []
     if keyid is None:
         warnings.append(
             "the certificate is unsigned: nobody vouches for it. Sign with --key FILE (`ssh-keygen -t ed25519` makes "
@@ -102,6 +112,36 @@ def make_certificate(
     if log is not None:
         append(log, merged, "certified", certificate=sha256_bytes(envelope.to_bytes()))
     return Certificate(envelope, statement, removal, keyid, tuple(warnings))
+
+
+def copies_inside(merged: Merged, gone: Part, model: str, seen: set[str] | None = None) -> list[str]:
+    """Look into the ledgers of merges that were merged for the weights of a model that has left, under any name.
+
+    Args:
+        model: as it was asked for.
+        seen: identities of merges that were looked into.
+
+    Returns:
+        Warnings: merges that cannot be read.
+
+    Raises:
+        CertificateError: there is one.
+    """
+    seen, notes = set() if seen is None else seen, []
+    for material in (merged.last.base, *merged.last.models):
+        inner = material.identity if material.ledger is not None else material.beneath if material.contains else None
+        if inner is None or inner in seen:
+            continue
+        seen.add(inner)
+        try:
+            opened = open_merged(merged.refs.get(inner, inner))
+        except HfMergeError as error:
+            notes.append(f"copies of {gone.name} were not looked for in {short(inner)}, a merge itself: {error}")
+            continue
+        found = [replace(part, role=f"{part.role} of {short(inner)}") for part in parts(opened.last)]
+        check_no_copy(gone, found, model, merged.pinned.label)
+        notes += copies_inside(opened, gone, model, seen)
+    return notes
 
 
 @dataclass(frozen=True)

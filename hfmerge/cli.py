@@ -1,6 +1,7 @@
 """The command line: parses, calls one verb of `api`, prints.
 
-Exit codes: 0 done, 1 a known error or a failed check, 2 wrong usage.
+Exit codes: 0 done, 1 a known error or a failed check, 2 wrong usage, 3 checks that hold only within the tolerance of
+other arithmetic (`verify --replay`).
 
 Results go to standard output (`--json` for machines), progress and warnings to standard error. `HFMERGE_DEBUG=1` shows
 tracebacks.

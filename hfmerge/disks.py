@@ -17,7 +17,7 @@ from pathlib import Path
 
 from hfmerge.checkpoint.writer import header_bytes
 from hfmerge.chunks import Chunk, cost
-from hfmerge.device import CPU
+from hfmerge.device import Device
 from hfmerge.digest import canonical_json, sha256_bytes
 from hfmerge.environment import differences, environment
 from hfmerge.errors import HfMergeError, OutputError
@@ -108,11 +108,11 @@ def own_params(plan: Plan, ranks: Ranks) -> tuple[Param, ...]:
     return tuple(param for param in plan.params if at[param.file] == ranks.disk)
 
 
-def for_machines(plan: Plan, ranks: Ranks, device: str = CPU) -> Plan:
+def for_machines(plan: Plan, ranks: Ranks, device: Device | None = None) -> Plan:
     """The plan as several machines can carry it out: without a common disk no state is kept, since it is one file.
 
     Args:
-        device: what computes in this process, by its name in the ledger.
+        device: what computes in this process; None: the CPU.
 
     Raises:
         HfMergeError: a machine sees other models than rank 0, as folders of one name may differ.

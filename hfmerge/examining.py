@@ -88,7 +88,7 @@ def verify(
     log: str | Path | None = None,
     accept_rewritten: bool = False,
 ) -> Report:
-    """Check ledger, files and card of a merge; with `replay`, merge again and compare bytes. See `Report.ok`.
+    """Check ledger, files and card of a merge; with `replay`, merge again and compare. See `Report.verdict`.
 
     A history that was seen before must go on from what was seen.
 
@@ -133,6 +133,8 @@ def certify(
     output: str | Path | None = None,
     days: float | None = None,
     replay: bool = False,
+    accept_approximate: bool = False,
+    device: str | None = None,
     sources: Mapping[str, str] | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
@@ -146,6 +148,8 @@ def certify(
         output: file for the certificate.
         days: validity; None: for ever.
         replay: merge the materials again first, and state that.
+        accept_approximate: certify also what comes out equal only within the tolerance of other arithmetic.
+        device: where a replay computes, as `RunOptions.device`.
         sources: as for `add`.
         trust_remote_code, allow_pickle: as for `verify`.
         log: as for `verify`.
@@ -154,10 +158,10 @@ def certify(
         CertificateError: the model was never in the merge or still is, or the key cannot be used.
         VerificationError: the merge is not what its ledger says.
     """
-    consent = Consent(trust_remote_code, allow_pickle)
     made = make_certificate(
-        str(merged), removed, key=key, days=days, replay=replay, sources=sources, log=log, consent=consent
-    )
+        str(merged), removed, key=key, days=days, replay=replay, accept_approximate=accept_approximate,
+        device=device, sources=sources, log=log, consent=Consent(trust_remote_code, allow_pickle),
+    )  # fmt: skip
     if output is not None:
         try:
             Path(output).write_bytes(made.envelope.to_bytes())

@@ -9,12 +9,13 @@ needs a number over all parameters, a second pass that scales what was kept and 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from hfmerge.checkpoint.reader import Reader
-from hfmerge.device import CPU, device_for, full_float32
+from hfmerge.device import device_for, full_float32
 from hfmerge.digest import sha256_file
 from hfmerge.digesting import Digester
 from hfmerge.disks import own_params
@@ -42,27 +43,30 @@ class Outcome:
         squared_norms: per model, squared Frobenius norm of its task vector over all merged parameters.
         merged_norm: norm of the merged task vector as written, before the output's rounding.
         scale: factor that `norm` put on the method's read-out.
+        changes: tensor -> root mean square of the largest change in it, the merged one or a model's with its weight,
+            as it went into what was written; of those that some model changes, if it is finite.
         source_digests: for the base and then each model (and None where a prior state stood for it), file -> SHA-256.
         states: kept states.
+        environment: versions, device and arithmetic of the run, for the ledger.
         products: every file written, path -> SHA-256, states left out.
         deviation: greatest relative deviation of an approximating method's last step from the exact one, of those that
             were compared; None where nothing was.
         dependent: per model, parameters in which its change was left out (see `JointMethod.dependent`).
         reused: chunks that an earlier, killed attempt had finished; one of two passes counts twice.
-        device: what computed, for the ledger's environment.
         streamed: what was read from the Hub without keeping it, by all processes; None where nothing was to be.
     """
 
     squared_norms: tuple[float, ...]
     merged_norm: float
     scale: float
+    changes: Mapping[str, float]
     source_digests: tuple[dict[str, str] | None, ...]
     states: tuple[KeptState, ...]
+    environment: Mapping[str, Any]
     products: dict[str, str]
     deviation: float | None = None
     dependent: tuple[int, ...] = ()
     reused: int = 0
-    device: str = CPU
     streamed: Streamed | None = None
 
 

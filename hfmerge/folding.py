@@ -131,6 +131,7 @@ class Folding:
         method = self.method
         param, files, count = self.chunk.param, self.files, len(self.files.models)
         plain = isinstance(method, AdditiveFold) and method.plain and files.prior is None and not self.plan.subtracted
+        plain = plain and all(kept == count for kept in files.states)
         if not plain or len(param.blocks) != 1 or not param.blocks[0].is_whole:
             return None
         if self.plan.vocabulary is not None and param.vocab_axis is not None:

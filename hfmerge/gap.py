@@ -4,29 +4,37 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
-from hfmerge.execute import run
-from hfmerge.ledger import Material
-from hfmerge.methods import MergeMethod
+from hfmerge.execute import Outcome, run
 from hfmerge.planned import Plan
 from hfmerge.weights import values_of
 
 
-def gap_bound(method: MergeMethod, models: Sequence[Material], subtracted: Sequence[int]) -> float | None:
-    """`MergeMethod.gap_bound` from the norms in the ledger, times the weights (the greatest of those by pattern).
+def gap_of(plan: Plan, outcome: Outcome, folder: Path, exact: Plan | None) -> dict[str, float]:
+    """How far a merge may be from the one that never saw what was subtracted, relative to the merged change.
 
     Args:
-        method: of the merge.
-        models: of the merge, in order of arrival, the subtracted ones among them.
-        subtracted: their indices.
+        plan: of the merge, which subtracts models.
+        outcome, folder: of its run.
+        exact: plan of the merge that never saw the models, to measure the gap as well.
+
+    Returns:
+        `gap_bound`, where the method knows one, and `gap`, where it was measured: scalars of the ledger.
     """
-    norms = [max(map(abs, values_of(model.weight))) * math.sqrt(model.squared_norm or 0.0) for model in models]
-    return method.gap_bound(norms, subtracted)
+    found = {}
+    models = zip(plan.recipe.models, outcome.squared_norms, strict=True)
+    # of weights by pattern the greatest
+    norms = [max(map(abs, values_of(entry.weight))) * math.sqrt(squared) for entry, squared in models]
+    bound = plan.method.gap_bound(norms, plan.subtracted)
+    if outcome.merged_norm and bound is not None:
+        found["gap_bound"] = bound * outcome.scale / outcome.merged_norm
+    if exact is not None:
+        found["gap"] = _measured(exact, folder)
+    return found
 
 
-def measured_gap(exact: Plan, folder: Path) -> float:
+def _measured(exact: Plan, folder: Path) -> float:
     """`||theta' - theta|| / ||theta - theta_0||` over all parameters; merges again, without the models, for `theta`.
 
     The models that stay have the same weights in both, learned ones too: learned without the models that leave they

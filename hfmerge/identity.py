@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hfmerge.checkpoint.vocabulary import TOKENIZER_FILES
-from hfmerge.device import CPU
+from hfmerge.device import Device
 from hfmerge.digest import canonical_json, sha256_bytes
 from hfmerge.environment import environment
 from hfmerge.planned import Plan
@@ -17,14 +17,14 @@ from hfmerge.source import Source, weight_files
 from hfmerge.weights import stored
 
 
-def work_of(plan: Plan, device: str = CPU) -> dict[str, str]:
+def work_of(plan: Plan, device: Device | None = None) -> dict[str, str]:
     """Part of the work, as a user would name it -> a digest of it.
 
     The files of a folder are known by size and by the times of their last changes: hashing them before every run would
     cost more than most interrupted runs.
 
     Args:
-        device: what computes, by its name in the ledger.
+        device: what computes; None: the CPU.
     """
     method, recipe, prior = plan.method, plan.recipe, plan.prior
     entries = zip(plan.deltas, recipe.models, strict=True)

@@ -145,7 +145,8 @@ class Entry:
             `gap` where it was measured).
         states: kept states.
         products: path -> SHA-256 of every file of the output but card, ledger and states.
-        environment: versions and device the bytes depend on.
+        environment: versions, device and arithmetic the bytes depend on; its `fingerprint` (see `environment`) is None
+            where arithmetic of several kinds took part, and missing from entries of older versions.
         restored: of "restore" the step it went back to; else None.
         learned: of learned weights how they were found (`how`, `groups`, `steps`, `curve`, `device`; where that is
             missing, on the CPU), of each model what made its `replay` rows and their SHA-256, and that of carried

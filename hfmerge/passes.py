@@ -19,6 +19,7 @@ from typing import Any
 from hfmerge.chunks import Chunk, ahead, alike, chunks, cost, held, visit_bytes
 from hfmerge.device import CPU, Device
 from hfmerge.disks import disk_of_files
+from hfmerge.environment import environment, fingerprint
 from hfmerge.estimating import stream_memory
 from hfmerge.journal import Finished, Key, Region
 from hfmerge.methods import JointMethod
@@ -89,6 +90,23 @@ def _or_copy(work: Callable[[Visit], Norms | None]) -> Callable[[Visit], Norms |
     return either
 
 
+def _changes(plan: Plan, found: Sequence[tuple[Chunk, Norms | None]], scale: float) -> dict[str, float]:
+    """`execute.Outcome.changes`, from what the first pass found out about all chunks."""
+    params = {param.key: param for param in plan.params if param.touched}
+    squares: dict[str, list[list[float]]] = {key: [] for key in params}
+    for chunk, norms in found:
+        if norms is not None:
+            squares[chunk.param.key].append([math.fsum(norms.read_out), *map(math.fsum, norms.models)])
+    changes: dict[str, float] = {}
+    for key, parts in squares.items():
+        merged, *models = (math.sqrt(math.fsum(column)) for column in zip(*parts, strict=True))
+        weights = plan.weights_of(params[key])[plan.start :]
+        sizes = [merged, *(abs(weight) * norm for weight, norm in zip(weights, models, strict=True))]
+        if all(map(math.isfinite, sizes)):
+            changes[key] = abs(scale) * max(sizes) / math.sqrt(max(1, math.prod(params[key].slot.shape)))
+    return changes
+
+
 class Passes:
     """The passes of one run over its chunks, and the sums between them."""
 
@@ -119,7 +137,7 @@ class Passes:
         self.ranks.on_main(lambda: self._announce(merging, writing, copying))
         known = self._known()
         found = self._over(merging, _or_copy(lambda visit: visit.merge(known, write=not two)))
-        norms = [n for n in found if n is not None]
+        norms = [n for _, n in found if n is not None]
         new = range(len(plan.deltas) - self.files.start)
         squares = tuple(math.fsum(chain(*(n.models[i] for n in norms))) for i in new)
         squared_norms = (*(plan.prior.squared_norms if plan.prior else ()), *squares)
@@ -139,12 +157,19 @@ class Passes:
             "squared_norms": squared_norms,
             "merged_norm": read_out * scale,
             "scale": scale,
+            "changes": _changes(plan, found, scale),
             "states": states,
             "deviation": max(deviations, default=None),
             "dependent": tuple(sum(i in n.dependent for n in norms) for i in range(len(plan.deltas))),
             "reused": self.reused,
-            "device": self.device.recorded(moved=any(self.ranks.gather(self.moved))),
+            "environment": self._environment(),
         }
+
+    def _environment(self) -> dict[str, Any]:
+        """Versions, device and arithmetic of all processes."""
+        moved = any(self.ranks.gather(self.moved))
+        mixed = len(set(self.ranks.gather(fingerprint(self.device.place)))) > 1
+        return environment(self.device, moved=moved, mixed=mixed)
 
     def _note_moved(self) -> None:
         """So that the ledger says it, even if this run is killed and another goes on."""
@@ -194,7 +219,7 @@ class Passes:
             first.join(other)
         return first.settle()
 
-    def _over(self, each: _Pass, work: Callable[[Visit], Norms | None]) -> list[Norms | None]:
+    def _over(self, each: _Pass, work: Callable[[Visit], Norms | None]) -> list[tuple[Chunk, Norms | None]]:
         """Run `work` over a pass's chunks, this rank's share on its pool; all results, in the same order on all."""
         crews = [self.ranks.on_disk(disk) for disk in range(self.ranks.disk_count)]
         at = disk_of_files(self.plan, self.ranks)
@@ -212,7 +237,8 @@ class Passes:
         )
         self.reused += sum(reused for part in parts for found in part for _, reused in found)
         cursors = [iter(part) for part in parts]
-        return [norms for owner in owners for norms, _ in next(cursors[owner])]
+        results = [zip(group, next(cursors[owner]), strict=True) for group, owner in zip(groups, owners, strict=True)]
+        return [(chunk, norms) for result in results for chunk, (norms, _) in result]
 
     def _groups(self, each: _Pass, at: Mapping[str, int]) -> list[Group]:
         """What is visited together: chunks one by one, but on an accelerator matrices of equal shape."""

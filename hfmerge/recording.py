@@ -14,7 +14,7 @@ from hfmerge.card import FILE, card_facts, card_pointer, combine_cards, licence_
 from hfmerge.changes import Change
 from hfmerge.checkpoint.sidefiles import is_asset
 from hfmerge.digesting import folder_digest
-from hfmerge.environment import environment
+from hfmerge.environment import differences
 from hfmerge.errors import HfMergeError, LedgerError, OutputError
 from hfmerge.execute import Outcome
 from hfmerge.fetching import fetch, pin
@@ -63,7 +63,7 @@ def record(
     """
     _check_loads(planned, folder)
     notes: list[str] = []
-    entry = _entry(planned, outcome, opened, change, notes, gap or {})
+    entry = entry_of(planned, outcome, opened, change, notes, gap or {})
     entry = _carry_states_over(entry, opened, folder, notes, only_last=_is_additive(planned))
     if copies:
         base, *models = (
@@ -124,7 +124,22 @@ def _check_loads(planned: Plan, folder: Path) -> None:
         )
 
 
-def _entry(
+def other_arithmetic(planned: Plan, opened: Merged | None, here: Mapping[str, Any]) -> list[str]:
+    """How the state that a run goes on from was computed otherwise than the run itself; empty if it was not.
+
+    Args:
+        opened: the merge that keeps the state.
+        here: environment of the run.
+    """
+    # other methods' sums have the same bits everywhere
+    if planned.prior is None or opened is None or not planned.method.matrixwise:
+        return []
+    state = planned.prior.path.name
+    made = next((e for e in opened.entries if any(Path(kept.file).name == state for kept in e.states)), opened.last)
+    return differences(made.environment, here)
+
+
+def entry_of(
     planned: Plan,
     outcome: Outcome,
     opened: Merged | None,
@@ -132,6 +147,13 @@ def _entry(
     notes: list[str],
     gap: Mapping[str, float],
 ) -> Entry:
+    """The entry that a run is recorded with, but for states of earlier steps, kept copies and how it learned.
+
+    Args:
+        opened, change: see `record`.
+        notes: takes warnings.
+        gap: more scalars.
+    """
     previous = opened.last if opened else None
     kept = change.kept if change else ()
     start, recipe = planned.start, planned.recipe
@@ -151,6 +173,7 @@ def _entry(
         models.append(Material.from_dict({**material.to_dict(), **fields}))
     base = _material(planned.base, outcome.source_digests[0] or {}, 1.0, None, notes)
     method = planned.method
+    mixed = other_arithmetic(planned, opened, outcome.environment)
     settings = settings_of(recipe, {**_card_settings(planned.base), "architecture": planned.base_layout.architecture})
     return Entry(
         step=previous.step + 1 if previous else 1,
@@ -177,7 +200,7 @@ def _entry(
         },
         states=outcome.states,
         products=outcome.products,
-        environment=environment(outcome.device),
+        environment={**outcome.environment, **({"fingerprint": None} if mixed else {})},
     )
 
 

@@ -11,6 +11,7 @@ from hfmerge.ledger import Entry, named, short
 
 
 SUBTRACTED = "only approximately subtracted"
+INSIDE = "part of "
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,11 @@ class Part:
     def label(self) -> str:
         """Short form of the identity for messages."""
         return short(self.identity)
+
+    @property
+    def read(self) -> bool:
+        """False of a part of another merge, of whose files nothing is known."""
+        return not self.role.startswith(INSIDE)
 
     @property
     def weights(self) -> frozenset[str]:
@@ -69,7 +75,7 @@ def parts(entry: Entry) -> tuple[Part, ...]:
         if material.beneath is not None:
             under = {name[1:]: digest for name, digest in material.files.items() if name.startswith("+")}
             found.append(Part(material.beneath, f"beneath {material.name}", under))
-        found.extend(Part(identity, f"part of {material.name}", {}) for identity in material.contains)
+        found.extend(Part(identity, f"{INSIDE}{material.name}", {}) for identity in material.contains)
     return tuple(found)
 
 
@@ -86,7 +92,11 @@ def find_removed(entries: Sequence[Entry], model: str, where: str) -> Removal:
             name means more than one.
     """
     steps = [parts(entry) for entry in entries]
-    known = {part.identity: part for step in steps for part in step}
+    known: dict[str, Part] = {}
+    for part in (part for step in steps for part in step):
+        # as a part of another merge it has no files; as a model of its own it may have had some
+        if part.read or part.identity not in known:
+            known[part.identity] = part
     now = {part.identity: part for part in reversed(steps[-1])}  # of several roles the first counts
     identities = list(known)
     hits = [model] if model in known else [identities[i] for i in named(model, identities)]
@@ -106,14 +116,26 @@ def find_removed(entries: Sequence[Entry], model: str, where: str) -> Removal:
         states = ", ".join(f"{short(one)} ({'still there' if one in now else 'removed'})" for one in hits)
         raise CertificateError(f"{model}: {where} has had it in {len(hits)} states: {states}; name the commit.")
     part = known[gone[0]]
-    for other in now.values():
-        if part.weights & other.weights:
+    check_no_copy(part, steps[-1], model, where)
+    held = [entry.step for entry, step in zip(entries, steps, strict=True) if part.identity in _identities(step)]
+    return Removal(part, held[0], held[-1], held[-1] + 1)
+
+
+def check_no_copy(gone: Part, present: Sequence[Part], model: str, where: str) -> None:
+    """Make sure that no file of what is there has the digest of a weight file of a model that has left.
+
+    Args:
+        model, where: the model and the merge, for the error.
+
+    Raises:
+        CertificateError: one has.
+    """
+    for other in present:
+        if not gone.weights.isdisjoint(other.files.values()):
             raise CertificateError(
                 f"{model}: left {where} under this name, but the same weights are still in it as {other.label} "
                 f"({other.role})."
             )
-    held = [entry.step for entry, step in zip(entries, steps, strict=True) if part.identity in _identities(step)]
-    return Removal(part, held[0], held[-1], held[-1] + 1)
 
 
 def _identities(step: Sequence[Part]) -> list[str]:

@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING
 from hfmerge.admitting import admit_change, own_destination
 from hfmerge.card import restrictive
 from hfmerge.changes import Change
-from hfmerge.device import device_for
+from hfmerge.device import Device, device_for
 from hfmerge.digesting import Digester
 from hfmerge.disks import for_machines, stand_ins
-from hfmerge.environment import differences, environment
+from hfmerge.environment import environment
 from hfmerge.errors import HfMergeError, OutputError, PushError
 from hfmerge.execute import Outcome, run
 from hfmerge.fetching import pin
-from hfmerge.gap import gap_bound, measured_gap
+from hfmerge.gap import gap_of
 from hfmerge.hub import Pushed, push_folder
 from hfmerge.identity import work_of
 from hfmerge.keeping import keep_sources
@@ -37,6 +37,7 @@ from hfmerge.recording import (
     adopt_card,
     keep_foreign_files,
     local_sources,
+    other_arithmetic,
     readable_card,
     record,
     refuse_unknown_files,
@@ -129,14 +130,14 @@ def given_recipe(recipe: Recipe | str | Path, consent: Consent = NO_CONSENT) -> 
     return asked, origin
 
 
-def device_name(planned: Plan, ranks: Ranks, options: RunOptions) -> str:
+def device_of(planned: Plan, ranks: Ranks, options: RunOptions) -> Device:
     """What will compute in this process; a device that cannot is refused here, before anything is loaded."""
-    return ranks.each(lambda: device_for(options.device, spectral=planned.method.matrixwise)).name
+    return ranks.each(lambda: device_for(options.device, spectral=planned.method.matrixwise))
 
 
 @contextlib.contextmanager
 def folder_for(
-    target: str | Path | None, planned: Plan, ranks: Ranks, device: str, *, replace: bool, resume: bool | None
+    target: str | Path | None, planned: Plan, ranks: Ranks, device: Device, *, replace: bool, resume: bool | None
 ) -> Iterator[Workspace]:
     """The folder to build in, held by one process a disk: a workspace that becomes `target`, or a temporary one."""
     with contextlib.ExitStack() as stack:
@@ -152,7 +153,7 @@ def folder_for(
 
 
 def _place(
-    target: str | Path | None, planned: Plan, device: str, replace: bool, resume: bool | None
+    target: str | Path | None, planned: Plan, device: Device, replace: bool, resume: bool | None
 ) -> contextlib.AbstractContextManager[Workspace]:
     if target is None and resume:
         raise OutputError(NOTHING_KEPT)
@@ -208,7 +209,7 @@ def apply_change(
     ranks = with_disks(ranks, target, options.storage)
     change = ranks.each(make)
     check_readers()
-    device = device_name(change.plan, ranks, options)
+    device = device_of(change.plan, ranks, options)
     change = dataclasses.replace(change, plan=for_machines(change.plan, ranks, device))
     if change.action in ("unmerge", "subtract") and options.notify is not None and ranks.main:
         need = change.plan.estimate
@@ -232,14 +233,9 @@ def apply_change(
     return result_of(target, entry, change.plan, pushed, start, seconds, notes, world=ranks.world, outcome=outcome)
 
 
-def _tell_mixture(opened: Merged, planned: Plan, device: str, ranks: Ranks, options: RunOptions) -> None:
+def _tell_mixture(opened: Merged, planned: Plan, device: Device, ranks: Ranks, options: RunOptions) -> None:
     """Say that a change goes on from a state of other arithmetic than it will be computed with."""
-    # other methods' sums have the same bits everywhere
-    if planned.prior is None or not planned.method.matrixwise:
-        return
-    state = planned.prior.path.name
-    made = next((e for e in opened.entries if any(Path(kept.file).name == state for kept in e.states)), opened.last)
-    apart = differences(made.environment, environment(device))
+    apart = other_arithmetic(planned, opened, environment(device))
     if apart and options.notify is not None and ranks.main:
         options.notify(
             f"the kept state was made with {'; '.join(apart)}: the last bits will be of both. Compute where it was "
@@ -314,7 +310,8 @@ def build(
     seconds = time.monotonic() - start
     copies, lost = _kept(planned, place.folder, ranks, outcome, opened, change, options, stays)
     with stand_ins(planned, place.folder, ranks):
-        gap = ranks.on_main(partial(_gap, place.folder, outcome, change)) if planned.subtracted else None
+        exact = change.exact if change is not None else None
+        gap = ranks.on_main(partial(gap_of, planned, outcome, place.folder, exact)) if planned.subtracted else None
         known = ranks.on_main(partial(learned.keep, place.folder)) if learned is not None else None
         entry, notes = ranks.on_main(
             partial(record, planned, place.folder, outcome, opened, change, existing, gap, copies, known)
@@ -350,18 +347,6 @@ def _left_out(planned: Plan, outcome: Outcome) -> list[str]:
         for delta, count in zip(planned.deltas, outcome.dependent, strict=True)
         if count
     ]
-
-
-def _gap(folder: Path, outcome: Outcome, change: Change | None) -> dict[str, float]:
-    """How far the result may be from the merge that never saw what was subtracted, relative to the merged change."""
-    assert change is not None
-    found = {}
-    bound = gap_bound(change.plan.method, change.kept, change.plan.subtracted)
-    if outcome.merged_norm and bound is not None:
-        found["gap_bound"] = bound * outcome.scale / outcome.merged_norm
-    if change.exact is not None:
-        found["gap"] = measured_gap(change.exact, folder)
-    return found
 
 
 def push_written(folder: Path, destination: Destination) -> Pushed:

@@ -1,26 +1,26 @@
-"""Check a merge against its ledger: chain, digests of every file, card; on request a replay, byte for byte.
+"""Check a merge against its ledger: chain, digests of every file, card; on request a replay (see `replaying`).
 
 On the Hub the digests of weights are the LFS object IDs that it lists, so nothing large is downloaded, unless asked.
 """
 
 from __future__ import annotations
 
-import math
 import re
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hfmerge.card import BEGIN, FILE, card_differs, card_pointer, licence_note
 from hfmerge.checkpoint.sidefiles import is_asset, is_code, is_side_file
 from hfmerge.digest import sha256_file
-from hfmerge.environment import differences, environment, far_apart
-from hfmerge.errors import HfMergeError, LedgerError, NotFoundError
+from hfmerge.digesting import folder_digest
+from hfmerge.errors import LedgerError, NotFoundError
 from hfmerge.fetching import cached, fetch, pin
 from hfmerge.ledger import ARCHIVES, FOLDER, Entry
 from hfmerge.merged import STATE_BRANCH, Merged, open_merged
-from hfmerge.options import NO_CONSENT, Consent, RunOptions
+from hfmerge.options import NO_CONSENT, Consent
+from hfmerge.removal import parts
 from hfmerge.scorecard import PREFIX
 from hfmerge.seen import acceptance, acquaintance, remember, rewritten
 from hfmerge.served import served_digests
@@ -29,6 +29,9 @@ from hfmerge.statebranch import ATTRIBUTES
 from hfmerge.witness import append, read_log
 from hfmerge.workspace import leftovers, recover
 
+
+if TYPE_CHECKING:
+    from hfmerge.replaying import Verdict
 
 LICENCES = "LICENSE.md"
 WEIGHTS = (
@@ -40,11 +43,22 @@ WEIGHTS = (
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was checked: what, whether it holds, and what was found."""
+    """One thing that was checked: what, whether it holds, and what was found.
+
+    Attributes:
+        approximate: it does not hold byte for byte, and the difference is within what other arithmetic explains; `ok`
+            is then False.
+    """
 
     what: str
     ok: bool
     detail: str
+    approximate: bool = False
+
+    @property
+    def verdict(self) -> Verdict:
+        """The outcome in one word."""
+        return "ok" if self.ok else "approximate" if self.approximate else "failed"
 
 
 @dataclass(frozen=True)
@@ -65,8 +79,14 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """True when every check holds."""
-        return all(check.ok for check in self.checks)
+        """True when every check holds, byte for byte."""
+        return self.verdict == "ok"
+
+    @property
+    def verdict(self) -> Verdict:
+        """The worst of the checks' verdicts."""
+        found = {check.verdict for check in self.checks}
+        return "failed" if "failed" in found else "approximate" if "approximate" in found else "ok"
 
     @property
     def culprits(self) -> list[str]:
@@ -91,7 +111,7 @@ def verify_merge(
 
     Args:
         ref: `org/name[@revision]` or a folder.
-        replay: also merge again from the pinned sources and compare bytes.
+        replay: also merge again from the pinned sources, and compare bytes and every field of the entry.
         device: where it computes then, see `RunOptions.device`.
         sources: name of a folder material -> where it lies now.
         download: hash what the Hub serves, instead of believing the digests that it lists. A folder is always read.
@@ -143,12 +163,13 @@ def check_merged(
     files, read = _downloaded(merged) if download else _digests(merged)
     card, licences = merged.read(FILE), merged.read(LICENCES)
     checks.extend(check_contents(merged.entries, files, card, licences, read=read, downloaded=download))
+    checks.extend(_materials(merged.last))
     checks.extend(_copies(merged, files) if download else ())
     checks.extend(_published_states(merged, download) if merged.pinned.folder is None else [])
     checks.extend(left_behind(merged) if strays else [])
     checks.extend(also(merged) if also is not None else ())
     if replay:
-        checks.append(_replay(merged, device))
+        checks.extend(_replay(merged, device))
     return Report(merged.pinned.label, tuple(checks), merged.pinned.commit)
 
 
@@ -287,6 +308,14 @@ def _card(entries: Sequence[Entry], text: bytes | None, licences: bytes | None) 
     return Check("card", problem is None, problem or "says what the ledger says")
 
 
+def _materials(last: Entry) -> Iterator[Check]:
+    """Of folders that were merged: whether the digests of their files give the digest by which they are known."""
+    for part in parts(last):
+        _, folder, digest = part.identity.rpartition("@sha256:")
+        if folder and part.read and folder_digest(part.files) != digest:
+            yield Check("materials", False, f"{part.label}: the digests of its files do not give its own")
+
+
 def _kind(name: str) -> str:
     return "a copy of a source" if name.startswith(f"{ARCHIVES}/") else "a state"
 
@@ -334,43 +363,9 @@ def left_behind(merged: Merged) -> list[Check]:
     return [Check(name, False, what.format(_kind(name))) for name in stray]
 
 
-def _replay(merged: Merged, asked: str | None) -> Check:
-    """Merge again from the sources alone and compare every product.
+def _replay(merged: Merged, device: str | None) -> list[Check]:
+    """One check; of a replay that fails one for each thing that differs."""
+    from hfmerge.replaying import replay
 
-    Bytes have to agree where the arithmetic is the ledger's; elsewhere weights may differ by what other arithmetic
-    explains.
-    """
-    from hfmerge.changes import plan_replay
-    from hfmerge.execute import run
-
-    wanted = merged.last.products
-    try:
-        plan = plan_replay(merged)
-        with tempfile.TemporaryDirectory(prefix="hfmerge-replay-") as folder:
-            outcome = run(plan, Path(folder), options=RunOptions(device=asked))
-            products, apart = outcome.products, differences(merged.last.environment, environment(outcome.device))
-            names = sorted(name for name in {*wanted, *products} if wanted.get(name) != products.get(name))
-            elements = sum(math.prod(param.slot.shape) for param in plan.params if param.touched)
-            change = float(merged.last.scalars["merged_norm"]) / math.sqrt(max(1, elements))
-            reasons = {name: _why_different(merged, Path(folder), name, change, apart) for name in names}
-    except HfMergeError as error:
-        return Check("replay", False, str(error))
-    for name, reason in reasons.items():
-        if reason is not None:
-            made = f" (made with {'; '.join(apart)})" if apart else ""
-            return Check("replay", False, f"{name} comes out differently{reason}{made}")
-    sources = f"from {len(merged.last.models)} sources"
-    if reasons:
-        detail = f"{len(wanted)} files come out alike {sources}, not with the same bytes: made with {'; '.join(apart)}"
-        return Check("replay", True, detail)
-    return Check("replay", True, f"{len(wanted)} files come out with the same bytes {sources}")
-
-
-def _why_different(merged: Merged, folder: Path, name: str, change: float, apart: Sequence[str]) -> str | None:
-    """What is wrong with a product whose digest differs; None if other arithmetic explains it."""
-    if not apart or not name.endswith(".safetensors") or name not in merged.pinned.files:
-        return ""
-    if not (folder / name).is_file():
-        return ", or not at all"
-    reason = far_apart(fetch(merged.pinned, name), folder / name, change)
-    return None if reason is None else f": {reason}"
+    verdict, lines = replay(merged, device)
+    return [Check("replay", verdict == "ok", line, approximate=verdict == "approximate") for line in lines]

@@ -6,9 +6,10 @@ brought back before it is written. Arithmetic is the CPU's, so bytes can be comp
     python pretended.py REPORT [NAME=VALUE...] -- JSON
 
 runs the command lines in JSON one after another and writes to REPORT what the device saw. Names: `memory`, the bytes
-that the device says it has; `free`, those it has; `die`, the number of the allocation at which the process is killed;
-`devices`, how many there are, 2 unless told otherwise (torch computes gradients on the first alone); `company`:
-eigenvalues come out a little differently, by how many matrices are taken apart in one call.
+that the device says it has; `free`, those it has; `late`, how many allocations find room before it counts; `die`, the
+number of the allocation at which the process is killed; `devices`, how many there are, 2 unless told otherwise (torch
+computes gradients on the first alone); `company`: eigenvalues come out a little differently, by how many matrices are
+taken apart in one call.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Memory:
     """What lies on the device, and what was done there."""
 
     def __init__(self) -> None:
-        self.size, self.free, self.die = 1 << 34, 1 << 34, 0
+        self.size, self.free, self.late, self.die = 1 << 34, 1 << 34, 0, 0
         self.devices = 2
         self.held: dict[int, list[int]] = {}
         self.now = self.most = self.times = 0
@@ -65,7 +66,7 @@ class Memory:
             self.times += 1
             if self.times == self.die:
                 os.kill(os.getpid(), signal.SIGKILL)
-            if self.now + storage.nbytes() > self.free:
+            if self.times > self.late and self.now + storage.nbytes() > self.free:
                 raise torch.OutOfMemoryError(f"{storage.nbytes()} bytes more than {self.free - self.now} free ones")
             self.held[storage.data_ptr()] = [1, storage.nbytes()]
             self.now += storage.nbytes()

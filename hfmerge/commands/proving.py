@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from hfmerge.commands.shared import (
     Command,
     consent_flags,
+    device_flag,
     given_consent,
     given_sources,
     log_flag,
@@ -35,6 +36,12 @@ def register(command: Command) -> None:
     sub.add_argument("--replay", action="store_true", help="merge the materials again first, and state that")
     consent_flags(sub)
     log_flag(sub)
+    sub.add_argument(
+        "--accept-approximate",
+        action="store_true",
+        help="certify a replay that is equal only within the tolerance of other arithmetic, and state that",
+    )
+    device_flag(sub)
     source_flag(sub)
     sub = command("purge-history", "Squash a published merge's history, which still holds earlier weights.", _purge)
     sub.add_argument("repo_id", metavar="REPO_ID")
@@ -56,6 +63,8 @@ def _certify(args: argparse.Namespace) -> int:
         output=args.output,
         days=args.expires,
         replay=args.replay,
+        accept_approximate=args.accept_approximate,
+        device=args.device,
         sources=given_sources(args),
         **given_consent(args),
         log=args.log,

@@ -27,6 +27,12 @@ if TYPE_CHECKING:
     from hfmerge.steps import Step
 
 
+LABELS = {"ok": "ok  ", "approximate": "NEAR", "failed": "FAIL"}
+"""How a line of a report begins, by verdict."""
+CODES = {"ok": 0, "failed": 1, "approximate": 3}
+"""Exit codes of `verify`, by verdict."""
+
+
 def register(command: Command) -> None:
     """Add the commands of this file."""
     sub = command("history", "Print a merge's steps as a table, or as a tree; on the Hub with who and when.", _history)
@@ -39,12 +45,17 @@ def register(command: Command) -> None:
         help="numbers of two steps, negative ones from the end (default: the last two), or another merge",
     )  # fmt: skip
     sub = command(
-        "verify", "Check a merge against its ledger; exit code 1 and the culprit's name if anything differs.", _verify
+        "verify",
+        "Check a merge against its ledger; exit code 1 and the culprit's name if anything differs, 3 if a replay is "
+        "equal only within the tolerance of other arithmetic.",
+        _verify,
     )
     sub.add_argument("merged", metavar="MERGED")
-    sub.add_argument("--replay", action="store_true", help="merge again from the sources and compare every byte")
     sub.add_argument(
         "--download", action="store_true", help="hash what the Hub serves, instead of believing what it lists"
+    )
+    sub.add_argument(
+        "--replay", action="store_true", help="merge again from the sources; compare all bytes and fields"
     )
     device_flag(sub)
     sub.add_argument("--certificate", metavar="FILE", help="also check a certificate of removal")
@@ -175,21 +186,23 @@ def _verify(args: argparse.Namespace) -> int:
     )
     tell(*(f"note: {note}" for note in report.notes))
     if args.json:
-        checks = [vars(check) for check in report.checks]
+        checks = [{"what": c.what, "ok": c.ok, "verdict": c.verdict, "detail": c.detail} for c in report.checks]
         print_json(
             {
                 "merged": report.merged,
                 "commit": report.commit,
                 "ok": report.ok,
+                "verdict": report.verdict,
                 "checks": checks,
                 "notes": report.notes,
             }
         )
     else:
         for check in report.checks:
-            say(f"{'ok  ' if check.ok else 'FAIL'} {check.what}: {check.detail}")
+            say(f"{LABELS[check.verdict]} {check.what}: {check.detail}")
         if report.commit is not None:
             say(f"checked commit {report.commit}")
         broken = "NOT what its ledger says" if args.certificate is None else "NOT verified"
-        say(f"{report.merged}: {'verified' if report.ok else broken}")
-    return 0 if report.ok else 1
+        said = {"ok": "verified", "approximate": "verified only within the tolerance of other arithmetic"}
+        say(f"{report.merged}: {said.get(report.verdict, broken)}")
+    return CODES[report.verdict]

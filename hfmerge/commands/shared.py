@@ -203,9 +203,7 @@ def print_result(args: argparse.Namespace, result: Any, more: Mapping[str, Any] 
         )
         return 0
     if result.repeated:
-        say(
-            f"{entry.action}: done already by step {entry.step}; nothing was computed, what it had left is cleaned up"
-        )
+        say(f"{entry.action}: done already by step {entry.step}; nothing was computed, what it had left is cleaned up")
         if pushed is not None:
             say(f"published at {pushed.url}")
         return 0
