@@ -68,6 +68,8 @@ def read_tokens(pinned: Pinned) -> dict[str, int]:
     try:
         return dict(AutoTokenizer.from_pretrained(str(folder.pop()), trust_remote_code=False).get_vocab())
     except (OSError, ValueError, KeyError) as error:
+        if "trust_remote_code" in str(error):
+            raise UnsupportedError(f"{pinned.label}: its tokenizer has code of its own, which is not run.") from error
         raise UnsupportedError(f"{pinned.label}: its tokenizer cannot be read: {error}") from error
 
 
