@@ -13,9 +13,9 @@ from hfmerge.asking import hub_api, hub_errors, patiently
 from hfmerge.card import FILE
 from hfmerge.checkpoint.sidefiles import is_side_file
 from hfmerge.commits import download, listed, moved
-from hfmerge.digest import sha256_bytes
+from hfmerge.digest import git_blob_id, sha256_bytes
 from hfmerge.errors import AccessError, LedgerError, NotFoundError, OfflineError, PushError
-from hfmerge.ledger import FOLDER, Entry, check_chain
+from hfmerge.ledger import FOLDER, Entry, check_chain, ledger_files
 from hfmerge.privacy import WORDS, level_of, restricted
 from hfmerge.removal import Part
 from hfmerge.verifying import LICENCES, WEIGHTS
@@ -292,14 +292,16 @@ def check_replacement(
     Raises:
         PushError: there are some, or the target is itself an input, and nobody allowed to replace them.
     """
-    theirs = {
-        name: download(hub_api(), to.repo_id, name, target.head) for name in sorted(target.files) if _entry(name)
-    }
-    strange = next((name for name, data in theirs.items() if history.get(name) != data), None)
-    if strange is not None and again is not None and len(theirs) == 1 and _is_again(theirs, again):
-        strange = None
+    theirs = ledger_files(name for name in target.files if name.endswith(".json"))
+    # the Hub's listing has their digests, and a ledger may be long
+    strange = next((name for name in theirs if not _is_file(target.files[name], history.get(name))), None)
+    known = {name: history[name] for name in theirs if strange is None}
+    if strange is not None and again is not None and len(theirs) == 1:
+        only = {strange: download(hub_api(), to.repo_id, strange, target.head)}
+        if _is_again(only, again):
+            known, strange = only, None
     if theirs and strange is None:
-        lost, why = _changed_since(target, to.repo_id, theirs), "holds files that its ledger does not describe"
+        lost, why = _changed_since(target, to.repo_id, known), "holds files that its ledger does not describe"
         role = None
     else:
         role = next((p.role for p in inputs if p.name.lower() in (to.repo_id.lower(), target.repo_id.lower())), None)
@@ -323,8 +325,13 @@ def check_replacement(
     return lost, f"{to.repo_id} {why}: {verb} {shown or 'nothing'}, of commit {target.head[:12]}"
 
 
-def _entry(name: str) -> bool:
-    return name.startswith(f"{FOLDER}/") and name.endswith(".json")
+def _is_file(listed: Any, data: bytes | None) -> bool:
+    """Whether a file that the Hub lists has these bytes."""
+    if data is None:
+        return False
+    if listed.lfs is not None:
+        return bool(listed.lfs.sha256 == sha256_bytes(data))
+    return bool(listed.blob_id == git_blob_id(data))
 
 
 def _is_again(theirs: Mapping[str, bytes], again: Callable[[Entry], bool]) -> bool:

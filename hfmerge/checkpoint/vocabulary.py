@@ -71,6 +71,8 @@ def read_tokens(pinned: Pinned) -> dict[str, int]:
         TOKENIZER_BYTES.check(sum(file.stat().st_size for file in files))
         return dict(AutoTokenizer.from_pretrained(str(files[0].parent), trust_remote_code=False).get_vocab())
     except Exception as error:  # a tokenizer's class may raise anything at files it was not written for
+        if "trust_remote_code" in str(error):
+            raise UnsupportedError(f"{pinned.label}: its tokenizer has code of its own, which is not run.") from error
         raise UnsupportedError(f"{pinned.label}: its tokenizer cannot be read: {one_line(error)}") from error
 
 

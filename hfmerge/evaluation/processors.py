@@ -69,6 +69,8 @@ def _load(auto: Any, place: Pinned, what: str) -> Any:
         with quiet():
             return auto.from_pretrained(name, revision=place.commit or "main", trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
+        if "trust_remote_code" in str(error):
+            raise SourceError(f"{place.label}: its {what} has code of its own, which is not run.") from error
         raise SourceError(
             f"{place.label}: its {what} cannot be loaded: {' '.join(str(error).split())[:200]}"
         ) from error
