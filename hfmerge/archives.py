@@ -222,7 +222,7 @@ def read_manifest(path: Path) -> Manifest:
             data = read_json(archive.read(MANIFEST), MANIFEST_BYTES)
         _KIND(data)
         MEMBERS.check(len(data["files"]))
-    except _BROKEN as error:
+    except (*_BROKEN, OSError) as error:  # an offset that is none makes the system refuse to go there
         raise CorruptFileError(f"{path}: no kept copy of a source ({type(error).__name__}: {error}).") from error
     files = {name: (item["size"], item["sha256"]) for name, item in data["files"].items()}
     return Manifest(data["base"], files, data["against"])

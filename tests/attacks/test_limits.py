@@ -182,7 +182,7 @@ def test_a_card_of_aliases(root: Path, merged: Path, text: str) -> None:
 def test_a_number_of_a_card_that_takes_hours(root: Path, merged: Path) -> None:
     """The attacker's card holds `1:1:1:...`, which YAML 1.1 reads as a number of base 60, digit by digit."""
     card = merged / "README.md"
-    card.write_text(card.read_text().replace("---\n", f"---\nx: {':'.join(['1'] * 100_000)}\n", 1))
+    card.write_text(card.read_text().replace("---\n", f"---\nx: {':'.join(['1'] * 400_000)}\n", 1))
     refused(bounded(lambda: tiny.cli("verify", merged), seconds=15), "the limit is")
 
 
@@ -257,7 +257,7 @@ def small_distilbert() -> Any:
 @pytest.mark.parametrize(
     "name", ["rank_pattern", "alpha_pattern"],
 )  # fmt: skip
-@pytest.mark.parametrize("pattern", [r"([a-z0-9.]+)+X", r"(.|.|.)*X", r".*.*.*.*.*.*.*.*.*X"])
+@pytest.mark.parametrize("pattern", [r"([a-z0-9.]+)+X", r"(.|.|.)*X", r"(.*)*X"])
 def test_an_expression_that_backtracks_for_ever(root: Path, tmp_path: Path, name: str, pattern: str) -> None:
     """The attacker's adapter gives ranks by an expression that takes 2^36 steps on the name of a module."""
     folder = Path(shutil.copytree(root / "a", tmp_path / "a"))
