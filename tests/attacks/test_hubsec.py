@@ -511,7 +511,7 @@ def _connect(hub: Hub) -> socket.socket:
         ("/api/models/alice/waiting/branch/x", "bob", 403),
         ("/api/models/alice/waiting/lfs-files/batch", "bob", 403),
         ("/api/models/alice/waiting/discussions", None, 401),
-        ("/alice/waiting.git/info/lfs/objects/batch", None, 401),
+        ("/alice/waiting.git/info/lfs/objects/batch", None, 413),
         ("/cas/0/v1/shards", "bob", 401),
         ("/cas/0/v1/xorbs/default/" + "0" * 64, "bob", 401),
         ("/_signed/complete/x.y", None, 401),
