@@ -28,7 +28,7 @@ FLAGS = {
     "iso_c": ("--method", "iso_c"),
     "mdm_oc_iso": ("--method", "mdm_oc_iso"),
 }
-FINGERPRINT = 40
+FINGERPRINT = 60
 """Allocations that suffice for the fingerprint of the device's arithmetic, the first work that is done there."""
 
 
