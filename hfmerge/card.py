@@ -215,7 +215,7 @@ def parse_card(text: str) -> tuple[dict[str, Any], str | None, str]:
         try:
             front = parse_front(found.group(1)) or {}
         except ValueError as error:
-            raise LedgerError(f"{FILE}: its front matter is not usable YAML ({error}).") from error
+            raise LedgerError(f"{FILE}: its front matter is not YAML that can be used ({error}).") from error
         if not isinstance(front, dict):
             raise LedgerError(f"{FILE}: its front matter is not a mapping of keys to values.")
         text = text[found.end() :]

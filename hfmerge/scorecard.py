@@ -109,7 +109,7 @@ def _parse(head: str) -> dict[str, Any]:
     try:
         front = parse_front(head) or {}
     except ValueError as error:
-        raise HfMergeError(f"the card's front matter is not usable YAML ({error}).") from error
+        raise HfMergeError(f"the card's front matter is not YAML that can be used ({error}).") from error
     if not isinstance(front, dict):
         raise HfMergeError("the card's front matter is not a mapping of keys to values.")
     return front

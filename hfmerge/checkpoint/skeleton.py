@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Shape = tuple[int, ...]
 SMALL = 10_000
 """Modules that any class may have, whatever is stored: they are made in a second."""
-SMALL_PARAMETER = 1 << 24
+SMALL_PARAMETER = 1 << 25
 """Elements that any parameter may have."""
 
 
