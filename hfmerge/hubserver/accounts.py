@@ -31,7 +31,7 @@ _FORMAT = "1"
 _NAME = re.compile(r"(?=.{1,94}$)(?!.*(--|\.\.))\w[\w.-]*(?<![.-])", re.ASCII)
 # First segments of addresses that mean something else.
 _RESERVED = frozenset(
-    ("api", "cas", "cdn", "models", "datasets", "spaces", "kernels", "buckets", "settings", "_signed")
+    "api cas cdn models datasets spaces kernels buckets settings login _signed _pages _control".split()
 )
 
 _SCHEMA = """
