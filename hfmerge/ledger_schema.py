@@ -242,7 +242,7 @@ ENTRY = record(
             {"learned": LEARNED},
         ),
         "products": table(safe_path, sha256, FILES),
-        "environment": table(line, _of_environment),
+        "environment": table(line, nullable(_of_environment)),
     }
 )
 """A whole file, but for what its parts have to do with each other."""
