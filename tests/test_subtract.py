@@ -58,24 +58,25 @@ def test_it_reads_one_model_tells_its_gap_and_can_still_be_removed(root: Path, t
     assert entry(out, 3)["action"]["type"] == "unmerge"
 
 
-def test_only_what_leaves_is_read(root: Path, tmp_path: Path) -> None:
-    """The other models' weights may be gone."""
+def test_only_what_leaves_is_read_and_all_are_what_was_merged(root: Path, tmp_path: Path) -> None:
+    """The other models' weights are not read again, but a folder that holds another model by now is refused."""
     import shutil
 
     for name in ("base", "all", "m0", "m1", "m2", "m3"):
         shutil.copytree(root / name, tmp_path / name)
     sources = [part for i in range(4) for part in ("--source", f"m{i}={tmp_path / f'm{i}'}")]
     sources += ["--source", f"base={tmp_path / 'base'}"]
-    for name in ("m0", "m2", "m3"):
-        weights = tmp_path / name / "model.safetensors"
-        head = weights.read_bytes()
-        length = 8 + int.from_bytes(head[:8], "little")
-        weights.write_bytes(head[:length] + bytes(len(head) - length))
-    tiny.done(
-        "unmerge", tmp_path / "all", "--remove", "m1", "--mode", "subtract", "--output", tmp_path / "out", *sources
-    )
+    command = ("unmerge", tmp_path / "all", "--remove", "m1", "--mode", "subtract")
+    run = tiny.done(*command, "--output", tmp_path / "out", *sources)
+    assert "subtracted from the kept state after model 4" in run.err
     tiny.done("unmerge", root / "all", "--remove", "m1", "--mode", "subtract", "--output", tmp_path / "other")
     assert tiny.files(tmp_path / "out") == tiny.files(tmp_path / "other")
+    weights = tmp_path / "m2" / "model.safetensors"
+    head = weights.read_bytes()
+    length = 8 + int.from_bytes(head[:8], "little")
+    weights.write_bytes(head[:length] + bytes(len(head) - length))
+    run = tiny.cli(*command, "--output", tmp_path / "more", *sources)
+    assert run.code == 1 and "m2@" in run.err and "are not those that were merged" in run.err
 
 
 def test_models_can_be_added_after_a_subtraction(root: Path, tmp_path: Path) -> None:
