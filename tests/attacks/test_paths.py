@@ -201,10 +201,10 @@ def test_names_that_lead_elsewhere(out: Path, what: str) -> None:
     """A ledger holds a name or a digest that becomes a path outside of the merge, or another address."""
     lie(out, LIES[what])
     text = refused("history", out)
-    assert "0001.json" in text and "made up" in text
+    assert "0001.json" in text and "not a ledger entry" in text
     run = tiny.cli("verify", out)
-    assert run.code == 1 and "FAIL ledger" in run.out and "made up" in run.out
-    assert "made up" in refused("add", out, out.parent / "none")
+    assert run.code == 1 and "FAIL ledger" in run.out and "not a ledger entry" in run.out
+    assert "not a ledger entry" in refused("add", out, out.parent / "none")
 
 
 def test_a_digest_of_a_copy_makes_no_file_elsewhere(root: Path, keeping: Path) -> None:
@@ -240,7 +240,7 @@ def test_an_index_that_names_a_file_elsewhere(root: Path, tmp_path: Path) -> Non
         weight_map = dict.fromkeys(tiny.tensors(root / "m0"), name)
         (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
         text = refused("merge", source, "--base", root / "base", "--method", "linear", "--output", tmp_path / "out")
-        assert name in text and not (tmp_path / "out").exists()
+        assert "must be a path inside of the repository" in text and not (tmp_path / "out").exists()
 
 
 # links and special files
@@ -250,7 +250,7 @@ def test_push_publishes_no_file_through_a_link(hub: HubServer, out: Path, secret
     """A link in the merge's folder leads to a private file of the victim."""
     (out / "notes.md").symlink_to(secret)
     text = refused("push", out, "victim/linked")
-    assert f"notes.txt is a link to {secret}" in text and no_repository("victim/linked")
+    assert f"notes.md is a link to {secret}" in text and no_repository("victim/linked")
 
 
 def test_add_publishes_no_file_through_a_link(hub: HubServer, root: Path, out: Path, secret: Path) -> None:

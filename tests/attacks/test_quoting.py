@@ -51,9 +51,8 @@ def forged(folder: Path, **changes: Any) -> Entry:
     """The merge's last entry with other texts in the places that are free text."""
     data = json.loads((folder / "merge_history" / "0001.json").read_bytes())
     model = data["materials"]["models"][0]
-    model |= {key: changes[key] for key in ("license", "labels", "name") if key in changes}
+    model |= {key: changes[key] for key in ("license", "labels") if key in changes}
     data["action"]["how"] = changes.get("how", data["action"]["how"])
-    data["action"]["models"] = changes.get("subjects", data["action"]["models"])
     return Entry.from_bytes(canonical_json(data), "forged")
 
 
@@ -111,7 +110,7 @@ def test_a_ledger_prints_no_line_of_its_own(merged: Path, tmp_path: Path, comman
         if path.is_file():
             (out / path.relative_to(merged / "out")).parent.mkdir(parents=True, exist_ok=True)
             (out / path.relative_to(merged / "out")).write_bytes(path.read_bytes())
-    entry = forged(out, how=text, license=text, subjects=[text, "m1"])
+    entry = forged(out, how=text, license=text, labels=[text, "yes"])
     (out / entry.file).write_bytes(entry.to_bytes())
     card = (out / "README.md").read_text()
     (out / "README.md").write_text(re.sub(r"sha256: \w+", f"sha256: {sha256_bytes(entry.to_bytes())}", card))
