@@ -140,6 +140,8 @@ def folder_for(
     target: str | Path | None, planned: Plan, ranks: Ranks, device: Device, *, replace: bool, resume: bool | None
 ) -> Iterator[Workspace]:
     """The folder to build in, held by one process a disk: a workspace that becomes `target`, or a temporary one."""
+    # the folder may be the current one, which is another once it was replaced
+    made = None if target is None else Path(target).absolute()
     with contextlib.ExitStack() as stack:
         places = ranks.together(
             lambda: stack.enter_context(_place(target, planned, device, replace, resume)) if ranks.leads else None
@@ -148,8 +150,8 @@ def folder_for(
         assert place is not None
         yield place
         ranks.each(stack.close)
-    if target is not None:
-        ranks.on_main(partial(follow, Path(target)))
+    if made is not None:
+        ranks.on_main(partial(follow, made))
 
 
 def _place(
