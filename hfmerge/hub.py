@@ -139,7 +139,10 @@ def push_folder(
     with hub_errors(repo_id, "write"):
         if create_pr:
             if states:
-                notes.append("the kept state stays here: a pull request cannot carry the branch merge-state")
+                notes.append(
+                    f"the kept state stays here: a pull request cannot carry the branch {STATE_BRANCH}; once it is "
+                    "merged, repeat the command without --create-pr, which drops the state of the step before"
+                )
         else:
             push_states(api, repo_id, states)
         # shard by shard, so that an interrupted upload goes on where it stopped

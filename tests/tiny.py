@@ -258,7 +258,7 @@ def start(*arguments: object, code: str | None = None, **environment: str) -> su
     )
 
 
-def finish(process: subprocess.Popen[str], timeout: float = 120) -> Run:
+def finish(process: subprocess.Popen[str], timeout: float = 240) -> Run:
     """Wait for a child process."""
     try:
         out, err = process.communicate(timeout=timeout)
