@@ -1,6 +1,7 @@
 """Files beside the weights: configuration, tokenizer, processor, chat templates, sentence-transformers modules; code.
 
-They are copied byte for byte from the base; only config.json is rewritten, for the output's dtype and vocabulary.
+They are copied byte for byte from the base; only config.json is rewritten, for the output's dtype and vocabulary, and
+so that it names no other weights.
 """
 
 from __future__ import annotations
@@ -77,7 +78,8 @@ def copy_side_files(base: Pinned, names: list[str], folder: Path, changes: Mappi
         target.parent.mkdir(parents=True, exist_ok=True)
         if name == "config.json":
             config = dict(read_json(base, name))
-            config.pop("_name_or_path", None)
+            for key in ("_name_or_path", "transformers_weights"):
+                config.pop(key, None)
             for key, value in changes.items():
                 config.pop(key, None)
                 if value is not None:

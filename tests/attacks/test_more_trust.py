@@ -1,0 +1,128 @@
+"""Files that a loader is led to, code that a third party names, and what else lies between two parts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+from shell import upload
+
+from hfmerge.digest import canonical_json, sha256_bytes, sha256_file
+from hfmerge.hubserver.serve import HubServer
+
+
+SMALL = {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 8, "vocab_size": 12}
+
+
+def models(root: Path) -> Path:
+    base = tiny.build("BertModel", tiny.config("bert", **SMALL))
+    tiny.save(base, root / "base")
+    for i, name in enumerate(("m0", "m1"), 1):
+        tiny.save(tiny.fine_tune(base, i), root / name)
+    return root
+
+
+def merge(root: Path, out: Path, *flags: object) -> tiny.Run:
+    return tiny.cli(
+        "merge", root / "m0", root / "m1", "--base", root / "base", "--method", "linear", "--output", out, *flags
+    )
+
+
+def relisted(out: Path, *, gone: Iterable[str] = (), new: Iterable[str] = ()) -> Path:
+    """Have the last entry of a merge list other products, with a card that fits, as its owner could."""
+    path = max((out / "merge_history").iterdir())
+    before = sha256_bytes(path.read_bytes())
+    entry = json.loads(path.read_bytes())
+    products = {name: digest for name, digest in entry["products"].items() if name not in gone}
+    entry["products"] = dict(sorted({**products, **{name: sha256_file(out / name) for name in new}}.items()))
+    path.write_bytes(canonical_json(entry))
+    after = sha256_bytes(path.read_bytes())
+    card = (out / "README.md").read_text()
+    (out / "README.md").write_text(card.replace(before, after).replace(before[:12], after[:12]))
+    return out
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three models and a merge of them."""
+    root = models(tmp_path_factory.mktemp("plain"))
+    assert merge(root, root / "merged").code == 0
+    return root
+
+
+@pytest.mark.parametrize("place", ["text", "nested"])
+def test_a_configuration_names_other_weights(place: str, plain: Path, tmp_path: Path) -> None:
+    """The attacker's base has transformers read weights from a file that hfmerge neither merges nor looks at."""
+    root = Path(shutil.copytree(plain, tmp_path / "root"))
+    named = {"transformers_weights": ".cache/huggingface/x.safetensors"}
+    tiny.edit_config(root / "base", **(named if place == "text" else {"text_config": named}))
+    run = merge(root, tmp_path / "out")
+    assert run.code == 1 and not (tmp_path / "out").exists()
+    assert "transformers_weights: names" in run.err
+
+
+def test_a_name_of_the_usual_weights_does_not_come_along(plain: Path, tmp_path: Path) -> None:
+    """No attack: the base names its weights, which the output may store in other files."""
+    root = Path(shutil.copytree(plain, tmp_path / "root"))
+    tiny.edit_config(root / "base", transformers_weights="model.safetensors")
+    assert merge(root, tmp_path / "out").code == 0
+    assert "transformers_weights" not in json.loads((tmp_path / "out" / "config.json").read_text())
+
+
+def led_astray(out: Path, kind: str) -> str:
+    """Make a loader of a merge read a file that only people or tools should have put there; its name."""
+    if kind == "index":
+        keys = list(load_file(out / "model.safetensors"))
+        torch.save(load_file(out / "model.safetensors"), out / "plot.png")
+        (out / "model.safetensors").unlink()
+        index = {"metadata": {}, "weight_map": dict.fromkeys(keys, "plot.png")}
+        (out / "model.safetensors.index.json").write_text(json.dumps(index))
+        relisted(out, gone=["model.safetensors"], new=["model.safetensors.index.json"])
+        return "plot.png"
+    hidden = ".cache/huggingface/x"
+    (out / hidden).mkdir(parents=True)
+    if kind == "configuration":
+        hidden += "/w.safetensors"
+        shutil.copy(out / "model.safetensors", out / hidden)
+        tiny.edit_config(out, transformers_weights=hidden)
+        relisted(out, new=["config.json"])
+    elif kind == "modules":
+        (out / "modules.json").write_text(json.dumps([{"path": hidden, "type": "sentence_transformers.models.Dense"}]))
+        relisted(out, new=["modules.json"])
+    elif kind == "twice":
+        text = (out / "config.json").read_text().rstrip("}\n ")
+        hidden += "/w.safetensors"
+        text += f', "transformers_weights": "{hidden}", "transformers_weights": null}}'
+        (out / "config.json").write_text(text)
+        relisted(out, new=["config.json"])
+    else:
+        hidden = ".git/tokenizer.4.0.0.json"
+        (out / "tokenizer_config.json").write_text(json.dumps({"fast_tokenizer_files": [f"./{hidden}"]}))
+        relisted(out, new=["tokenizer_config.json"])
+    return hidden
+
+
+@pytest.mark.parametrize("kind", ["index", "configuration", "twice", "modules", "tokenizer"])
+def test_a_listed_file_leads_a_loader_to_one_that_is_not_listed(kind: str, plain: Path, tmp_path: Path) -> None:
+    """The attacker lists a small file that has loaders read weights from a picture, or from where only tools write."""
+    out = Path(shutil.copytree(plain / "merged", tmp_path / "out"))
+    tiny.done("verify", out)
+    name = led_astray(out, kind)
+    run = tiny.cli("verify", out)
+    assert run.code == 1 and f'makes a loader read "{name}", which the ledger does not know' in run.out
+
+
+def test_on_the_hub_a_listed_file_leads_to_a_picture(plain: Path, hub: HubServer, tmp_path: Path) -> None:
+    """The attacker publishes such a merge; its weights, in a picture, could change later under the same history."""
+    out = Path(shutil.copytree(plain / "merged", tmp_path / "out"))
+    led_astray(out, "index")
+    upload(hub, tmp_path / "home", {"evil/pictured": out})
+    for words in ((), ("--download",)):
+        run = tiny.cli("verify", "evil/pictured", *words)
+        assert run.code == 1 and 'makes a loader read "plot.png"' in run.out
