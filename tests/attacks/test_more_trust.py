@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from shell import upload
 
+import hfmerge
 from hfmerge.digest import canonical_json, sha256_bytes, sha256_file
+from hfmerge.errors import HfMergeError
 from hfmerge.hubserver.serve import HubServer
 
 
@@ -126,3 +128,49 @@ def test_on_the_hub_a_listed_file_leads_to_a_picture(plain: Path, hub: HubServer
     for words in ((), ("--download",)):
         run = tiny.cli("verify", "evil/pictured", *words)
         assert run.code == 1 and 'makes a loader read "plot.png"' in run.out
+
+
+@pytest.fixture(scope="module")
+def headed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A merge that keeps the head of one of its sources."""
+    root = models(tmp_path_factory.mktemp("headed"))
+    base = tiny.build("BertModel", tiny.config("bert", **SMALL))
+    shutil.rmtree(root / "m0")
+    tiny.save(tiny.with_head("BertForSequenceClassification", base, 3, ["a", "b"]), root / "m0")
+    assert merge(root, root / "merged").code == 0
+    return root / "merged"
+
+
+HEADS: Mapping[str, dict[str, object]] = {
+    "no class of models": {"architectures": ["pipeline"]},
+    "a class that looks for code": {"architectures": ["AutoModel"], "auto_map": {"AutoModel": "evil/x--m.C"}},
+    "other weights": {"transformers_weights": "x.safetensors"},
+    "a quantiser": {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},
+    "layers without end": {"num_hidden_layers": 10**7},
+    "a width that is text": {"hidden_size": "8"},
+    "a width of its own": {"hidden_size": 12},
+    "no model type": {"model_type": ["bert"]},
+    "no number of heads": {"num_attention_heads": 0},
+}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_the_configuration_of_a_head(kind: str, headed: Path, tmp_path: Path) -> None:
+    """The attacker's merge holds a head whose configuration asks for other classes, code, libraries or sizes."""
+    out = Path(shutil.copytree(headed, tmp_path / "out"))
+    assert hfmerge.load_with_head(out, "m0").num_labels == 2
+    tiny.edit_config(out / "heads" / "m0", **HEADS[kind])
+    with pytest.raises(HfMergeError):
+        hfmerge.load_with_head(out, "m0")
+
+
+def test_a_head_gets_the_weights_of_the_model(headed: Path, tmp_path: Path) -> None:
+    """The attacker's merge holds a second weight file, which transformers does not load."""
+    out = Path(shutil.copytree(headed, tmp_path / "out"))
+    wanted = hfmerge.load_with_head(out, "m0").state_dict()
+    save_file({key: value + 1 for key, value in load_file(out / "model.safetensors").items()}, out / "z.safetensors")
+    found = hfmerge.load_with_head(out, "m0").state_dict()
+    assert all(torch.equal(found[key], value) for key, value in wanted.items())
+    (out / "heads" / "m0" / "model.safetensors").write_bytes(b"x" * 100)
+    with pytest.raises(HfMergeError):
+        hfmerge.load_with_head(out, "m0")
