@@ -174,3 +174,25 @@ def test_a_head_gets_the_weights_of_the_model(headed: Path, tmp_path: Path) -> N
     (out / "heads" / "m0" / "model.safetensors").write_bytes(b"x" * 100)
     with pytest.raises(HfMergeError):
         hfmerge.load_with_head(out, "m0")
+
+
+def test_a_model_has_two_checkpoints(plain: Path, tmp_path: Path) -> None:
+    """The attacker's model has an index of other weights beside the file that transformers loads."""
+    root = Path(shutil.copytree(plain, tmp_path / "root"))
+    keys = list(load_file(root / "m1" / "model.safetensors"))
+    shutil.copy(root / "m1" / "model.safetensors", root / "m0" / "other.safetensors")
+    index = {"weight_map": dict.fromkeys(keys, "other.safetensors")}
+    (root / "m0" / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert merge(root, tmp_path / "out").code == 0
+    wanted, found = tiny.tensors(plain / "merged"), tiny.tensors(tmp_path / "out")
+    assert all(torch.equal(found[key], value) for key, value in wanted.items())
+
+
+def test_the_output_names_no_code(plain: Path, tmp_path: Path) -> None:
+    """The attacker's base names code of his other repository, which users of the merge would run at any commit."""
+    root = Path(shutil.copytree(plain, tmp_path / "root"))
+    named = {"auto_map": {"AutoModel": "evil/elsewhere--modeling.BertModel"}}
+    tiny.edit_config(root / "base", **named, text_config=named)
+    assert merge(root, tmp_path / "out").code == 0
+    assert "evil/elsewhere" not in (tmp_path / "out" / "config.json").read_text()
+    tiny.done("verify", tmp_path / "out", "--replay")
