@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
+import types
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -15,7 +17,10 @@ from shell import upload
 
 import hfmerge
 from hfmerge.digest import canonical_json, sha256_bytes, sha256_file
-from hfmerge.errors import HfMergeError
+from hfmerge.errors import HfMergeError, SourceError
+from hfmerge.evaluation.harness import mteb_score
+from hfmerge.evaluation.models import open_subject
+from hfmerge.evaluation.suite import Task
 from hfmerge.hubserver.serve import HubServer
 
 
@@ -196,3 +201,55 @@ def test_the_output_names_no_code(plain: Path, tmp_path: Path) -> None:
     assert merge(root, tmp_path / "out").code == 0
     assert "evil/elsewhere" not in (tmp_path / "out" / "config.json").read_text()
     tiny.done("verify", tmp_path / "out", "--replay")
+
+
+@pytest.fixture
+def imported(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Stand-ins for MTEB and sentence-transformers, which import what modules.json names; what they imported."""
+    found: list[str] = []
+
+    def encoder(name: str, **_: object) -> None:
+        for module in json.loads((Path(name) / "modules.json").read_text()):
+            config = Path(name, module["path"], "config.json")
+            found.append(module["type"])
+            if config.is_file():
+                found.append(str(json.loads(config.read_text()).get("activation_function")))
+        raise HfMergeError("reached")
+
+    harness = types.ModuleType("mteb")
+    encoders = types.ModuleType("sentence_transformers")
+    vars(harness)["get_task"] = lambda *_, **__: types.SimpleNamespace(load_data=lambda: None)
+    vars(encoders)["SentenceTransformer"] = encoder
+    monkeypatch.setitem(sys.modules, "mteb", harness)
+    monkeypatch.setitem(sys.modules, "sentence_transformers", encoders)
+    return found
+
+
+DENSE = "sentence_transformers.models.Dense"
+MODULES: Mapping[str, tuple[str, str, str | None]] = {
+    "a class of the folder": ("modeling_evil.Evil", "", None),
+    "a class of another package": ("joblib.numpy_pickle.NumpyUnpickler", "", None),
+    "a function": (DENSE, "1_Dense", "modeling_evil.run"),
+    "a folder elsewhere": (DENSE, "../../elsewhere", None),
+}
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_modules_of_sentence_transformers(kind: str, plain: Path, tmp_path: Path, imported: list[str]) -> None:
+    """The attacker's modules.json names code of his folder, which sentence-transformers imports without a flag."""
+    pytest.importorskip("datasets", reason="the extra evaluate is not installed")
+    out = Path(shutil.copytree(plain / "merged", tmp_path / "out"))
+    (out / "1_Dense").mkdir()
+    task = Task("sts", "mteb", "main_score", benchmark="STSBenchmark")
+
+    def scored(module: str, path: str, function: str | None) -> None:
+        (out / "modules.json").write_text(json.dumps([{"type": module, "path": path}]))
+        (out / "1_Dense" / "config.json").write_text(json.dumps({"activation_function": function or "torch.nn.Tanh"}))
+        mteb_score(open_subject(str(out)), task, batch_size=1)
+
+    with pytest.raises(SourceError):
+        scored(*MODULES[kind])
+    assert not imported
+    with pytest.raises(HfMergeError, match="reached"):
+        scored(DENSE, "1_Dense", None)
+    assert imported == [DENSE, "torch.nn.Tanh"]
