@@ -253,3 +253,34 @@ def test_modules_of_sentence_transformers(kind: str, plain: Path, tmp_path: Path
     with pytest.raises(HfMergeError, match="reached"):
         scored(DENSE, "1_Dense", None)
     assert imported == [DENSE, "torch.nn.Tanh"]
+
+
+@pytest.mark.parametrize("kind", ["a weight", "a weight by pattern", "learned without being asked for"])
+def test_values_of_a_ledger_that_fit_alone(kind: str, plain: Path, tmp_path: Path) -> None:
+    """The attacker's ledger holds a number that no tensor can be multiplied with, or one part without another."""
+    out = Path(shutil.copytree(plain / "merged", tmp_path / "out"))
+    path = out / "merge_history" / "0001.json"
+    entry = json.loads(path.read_bytes())
+    if kind.startswith("learned"):
+        learned = {"how": "", "groups": [], "steps": 0, "curve": [], "replay": [], "fisher": None}
+        entry["byproducts"]["learned"] = learned
+    else:
+        entry["materials"]["models"][0]["weight"] = (
+            1e308 if kind == "a weight" else [["*embeddings*", 1e39], ["*", 1.0]]
+        )
+        entry["method"] |= {"name": "ties", "options": {}}
+    path.write_bytes(canonical_json(entry))
+    places = (word for name in ("base", "m0", "m1") for word in ("--source", f"{name}={plain / name}"))
+    run = tiny.cli("verify", out, "--replay", *places)
+    assert run.code == 1 and "FAIL ledger: " in run.out
+    assert ("what was asked" if kind.startswith("learned") else "in the range of float32") in run.out
+
+
+@pytest.mark.parametrize("name", [".git/config", ".GIT/config", "heads/.Git/hooks/post-checkout"])
+def test_a_product_that_git_would_obey(name: str, plain: Path, tmp_path: Path) -> None:
+    """The attacker's ledger lists settings of git, which would have a program run where `restore` writes them."""
+    out = Path(shutil.copytree(plain / "merged", tmp_path / "out"))
+    (out / name).parent.mkdir(parents=True)
+    (out / name).write_text("[core]\n\tfsmonitor = touch /tmp/x\n")
+    run = tiny.cli("verify", relisted(out, new=[name]))
+    assert run.code == 1 and "FAIL ledger: " in run.out and "must be a path inside of the repository" in run.out
