@@ -99,7 +99,9 @@ def _headers(
     """Tensors of a checkpoint from its headers, in stored order, whether it is pickled, and the files streamed."""
     for suffix, pickled in (("safetensors", False), ("bin", True)):
         single, index = f"{stem}.{suffix}", f"{stem}.{suffix}.index.json"
-        if index in pinned.files:
+        if single in pinned.files:  # which loaders read first
+            weight_map, files = None, [single]
+        elif index in pinned.files:
             weight_map = read_json(pinned, index)["weight_map"]
             if not weight_map:
                 raise CorruptFileError(f"{pinned.label}: {index} has an empty weight_map; upload it again.")
@@ -109,8 +111,6 @@ def _headers(
                 raise CorruptFileError(
                     f"{pinned.label}: {index} names {missing[0]}, which is not there; upload it again."
                 )
-        elif single in pinned.files:
-            weight_map, files = None, [single]
         else:
             continue
         if pickled and not allow_pickle:

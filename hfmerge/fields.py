@@ -24,6 +24,8 @@ from hfmerge.yamlio import parse_scalar
 
 T = TypeVar("T")
 U = TypeVar("U")
+LARGEST = 3.4e38
+"""What float32 can hold, rounded down."""
 Kind = Callable[[Any], Any]
 """Takes a value that is of a kind; raises ValueError for all others."""
 
@@ -145,6 +147,14 @@ def number(value: object) -> float:
     return result
 
 
+def factor(value: object) -> float:
+    """A number that can multiply a tensor, and so is in the range of float32. Raises ValueError."""
+    result = number(value)
+    if abs(result) > LARGEST:
+        raise ValueError(f"must be in the range of float32, up to {LARGEST:g}, not {show(value)}")
+    return result
+
+
 def whole(value: object) -> int:
     """An integer. Raises ValueError."""
     number(value)
@@ -198,7 +208,7 @@ def typed(hint: Any, limits: Mapping[str, Any]) -> Callable[[Any], Any]:
             return typed(inner[0], limits)
     if get_origin(hint) is Literal:
         return one_of(get_args(hint))
-    readers: dict[Any, Callable[[Any], Any]] = {float: number, int: whole, bool: flag, str: text}
+    readers: dict[Any, Callable[[Any], Any]] = {float: factor, int: whole, bool: flag, str: text}
     if hint not in readers:
         raise TypeError(f"an option of type {hint} cannot be written in a recipe")
 
@@ -269,9 +279,9 @@ def folder_name(value: object) -> str:
 
 
 def safe_path(value: object) -> str:
-    """The path of a file inside of a repository. Raises ValueError."""
+    """The path of a file inside of a repository, and not where git keeps its settings. Raises ValueError."""
     path = line(value)
-    if {"", ".", ".."} & {*path.split("/")} or "\\" in path or len(path) > 1_000:
+    if {"", ".", "..", ".git"} & {*path.lower().split("/")} or "\\" in path or len(path) > 1_000:
         raise ValueError(f"must be a path inside of the repository, not {show(path)}")
     return path
 

@@ -34,7 +34,8 @@ def finish_folder(plan: Plan, folder: Path, hashed: Mapping[str, str]) -> dict[s
             changes["text_config"] = {**text, "vocab_size": plan.vocabulary.size}
         else:
             changes["vocab_size"] = plan.vocabulary.size
-    copy_side_files(plan.base.pinned, list(plan.side_files), folder, changes)
+    code = plan.recipe.trust_remote_code
+    copy_side_files(plan.base.pinned, list(plan.side_files), folder, changes, remote_code=code)
     if plan.vocabulary is not None and plan.vocabulary.added:
         write_tokenizer(plan.vocabulary, plan.base.pinned, folder)
     if len(plan.slots()) > 1:

@@ -12,6 +12,7 @@ from hfmerge.fields import (
     Section,
     amount,
     commit,
+    factor,
     flag,
     folder_name,
     hub_id,
@@ -54,13 +55,13 @@ def identity(value: object) -> str:
 def weight(value: object) -> object:
     """A number, or a list of pairs of pattern and number that ends with the pattern `*`. Raises ValueError."""
     if not isinstance(value, list):
-        return number(value)
+        return factor(value)
     PATTERNS.check(len(value))
     for pair in value:
         if not isinstance(pair, list) or len(pair) != 2:
             raise ValueError(f"{show(pair)} is no pair of pattern and number")
         pattern(pair[0])
-        number(pair[1])
+        factor(pair[1])
     if not value or value[-1][0] != "*":
         raise ValueError("weights by pattern must end with *")
     return value
@@ -254,6 +255,8 @@ def check_entry(value: Any) -> Mapping[str, Any]:
     found: Mapping[str, Any] = value
     if not found["materials"]["models"]:
         raise ValueError("materials: models: must not be empty")
+    if "learned" in found["byproducts"] and "learn" not in found["settings"]:
+        raise ValueError("byproducts: learned: the settings do not say what was asked (learn)")
     rows = found["byproducts"].get("learned", {}).get("replay", ())
     if rows and len(rows) != len(found["materials"]["models"]):
         raise ValueError("byproducts: learned: replay: must have one item for each model")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, get_type_hints
 
 from hfmerge.errors import HfMergeError
-from hfmerge.fields import Section, number, show, suggestion, text, typed
+from hfmerge.fields import Section, factor, show, suggestion, text, typed
 from hfmerge.weights import PatternWeights, Weight, values_of
 
 
@@ -36,7 +36,7 @@ def norm(value: object) -> str | float:
     near = suggestion(value, NORMS) if isinstance(value, str) else ""
     if near:
         raise ValueError(f"must be none, mean or a positive number, not {show(value)}{near}")
-    result = number(value)
+    result = factor(value)
     if result <= 0.0:
         raise ValueError(f"must be none, mean or a positive number, not {show(value)}")
     return result

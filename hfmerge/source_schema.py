@@ -67,9 +67,11 @@ _CONFIG = record(
 
 
 def config(value: Any) -> Mapping[str, Any]:
-    """A config.json with no more layers, experts or heads than a class can be built with. Raises ValueError."""
+    """A config.json with no more layers, experts or heads than a class can be built with, and with no other weights
+    than those that are read here. Raises ValueError.
+    """
     _CONFIG(value)
-    _check_counts(value)
+    _check_values(value)
     found: Mapping[str, Any] = value
     return found
 
@@ -78,7 +80,11 @@ COUNTED = re.compile(r"(layers?|blocks|depths?|stages|experts|heads?|types|repea
 """How keys of config.json end under which whole numbers, listed too, say how many modules a class makes."""
 
 
-def _check_counts(value: Any) -> None:
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+"""Where weights are looked for; `transformers_weights` in config.json makes transformers read another file."""
+
+
+def _check_values(value: Any) -> None:
     rest: list[tuple[str, bool, Any]] = [("", False, value)]
     while rest:
         name, counted, one = rest.pop()
@@ -86,6 +92,8 @@ def _check_counts(value: Any) -> None:
             rest += [(str(key), bool(COUNTED.search(str(key).lower())), item) for key, item in one.items()]
         elif isinstance(one, list):
             rest += [(name, counted, item) for item in one]
+        elif name == "transformers_weights" and one is not None and one not in WEIGHTS:
+            raise ValueError(f"{name}: names {show(one)}; rename the file to {WEIGHTS[0]} and remove this key")
         elif isinstance(one, int) and counted | name.endswith("labels"):
             try:
                 (LAYERS if counted else LABELS).check(abs(one))

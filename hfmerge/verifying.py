@@ -5,6 +5,8 @@ On the Hub the digests of weights are the LFS object IDs that it lists, so nothi
 
 from __future__ import annotations
 
+import json
+import posixpath
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +19,10 @@ from hfmerge.digest import sha256_file
 from hfmerge.digesting import folder_digest
 from hfmerge.errors import LedgerError, NotFoundError
 from hfmerge.fetching import cached, fetch, pin
+from hfmerge.fields import show
+from hfmerge.jsonio import read_limited
 from hfmerge.ledger import ARCHIVES, FOLDER, Entry
+from hfmerge.limits import HEADER_VALUES, INDEX_BYTES
 from hfmerge.merged import STATE_BRANCH, Merged, open_merged
 from hfmerge.options import NO_CONSENT, Consent
 from hfmerge.removal import parts
@@ -26,6 +31,7 @@ from hfmerge.seen import acceptance, acquaintance, remember, rewritten
 from hfmerge.served import served_digests
 from hfmerge.source import Pinned, Place
 from hfmerge.statebranch import ATTRIBUTES
+from hfmerge.trees import TOOLS
 from hfmerge.witness import append, read_log
 from hfmerge.workspace import leftovers, recover
 
@@ -39,6 +45,8 @@ WEIGHTS = (
     *(".onnx_data", ".tflite", ".pkl", ".pickle", ".npz"),
 )
 """How names of files end that may hold weights, or say where they are."""
+POINTERS = ("config.json", ".index.json", "modules.json")
+"""How names of JSON files end by whose values loaders find other files: shards, tokenizers, folders of modules."""
 
 
 @dataclass(frozen=True)
@@ -163,6 +171,7 @@ def check_merged(
     files, read = _downloaded(merged) if download else _digests(merged)
     card, licences = merged.read(FILE), merged.read(LICENCES)
     checks.extend(check_contents(merged.entries, files, card, licences, read=read, downloaded=download))
+    checks.extend(_pointers(merged))
     checks.extend(_materials(merged.last))
     checks.extend(_copies(merged, files) if download else ())
     checks.extend(_published_states(merged, download) if merged.pinned.folder is None else [])
@@ -314,6 +323,38 @@ def _materials(last: Entry) -> Iterator[Check]:
         _, folder, digest = part.identity.rpartition("@sha256:")
         if folder and part.read and folder_digest(part.files) != digest:
             yield Check("materials", False, f"{part.label}: the digests of its files do not give its own")
+
+
+def _pointers(merged: Merged) -> Iterator[Check]:
+    """Whether what is loaded names a file that the ledger does not have, such as a picture that holds weights."""
+    last, files = merged.last, merged.pinned.files
+    for name in last.products:
+        if name not in files or not name.endswith(POINTERS):
+            continue
+        try:
+            values = _texts(read_limited(fetch(merged.pinned, name), INDEX_BYTES))
+        except (ValueError, RecursionError) as error:
+            yield Check(name, False, f"cannot be read: {type(error).__name__}: {error}")
+            continue
+        for value in sorted(values):
+            path = posixpath.normpath(posixpath.join(posixpath.dirname(name), value))
+            hidden = f"{path}/".startswith(tuple(f"{tool}/" for tool in TOOLS))
+            if hidden or (path in files and path not in last.products):
+                yield Check(name, False, f"makes a loader read {show(path)}, which the ledger does not know")
+
+
+def _texts(data: bytes) -> set[str]:
+    """Every text that is a value in a JSON file, also under a key that is there twice."""
+    HEADER_VALUES.check(data.count(b",") + data.count(b"[") + data.count(b"{"))
+    rest = [json.loads(data, object_pairs_hook=lambda pairs: [value for _, value in pairs])]
+    found = set()
+    while rest:
+        one = rest.pop()
+        if isinstance(one, list):
+            rest += one
+        elif isinstance(one, str):
+            found.add(one)
+    return found
 
 
 def _kind(name: str) -> str:

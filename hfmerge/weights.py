@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hfmerge.fields import Section, number, show, text
+from hfmerge.fields import Section, factor, show, text
 
 
 WRITTEN_OUT = 3
@@ -44,7 +44,7 @@ def read_weight(section: Section, key: str) -> Weight | None:
     """
     given = section.data[key]
     if not isinstance(given, Mapping):
-        return section.read(key, number, None)
+        return section.read(key, factor, None)
     inner, before = Section(given, section.at(key), section.problems), len(section.problems)
     pairs: dict[str, float] = {}
     for name in given:
@@ -55,7 +55,7 @@ def read_weight(section: Section, key: str) -> Weight | None:
             continue
         if pattern in pairs:
             inner.report(pattern, "given twice; keep one")
-        pairs[pattern] = inner.read(name, number, 0.0)
+        pairs[pattern] = inner.read(name, factor, 0.0)
     patterns = list(pairs)
     if not given:
         section.report(key, 'must not be empty; give a number, or patterns of which the last is "*"')

@@ -15,6 +15,7 @@ import torch
 import hfmerge
 from hfmerge.errors import LedgerError, RecipeError
 from hfmerge.ledger import Entry, Material
+from hfmerge.ledger_schema import material as checked_material
 from hfmerge.mergekit import convert
 from hfmerge.methods import registry
 from hfmerge.recipe import ModelEntry, load_recipe, parse_recipe
@@ -117,7 +118,7 @@ def test_the_ledger_keeps_numbers_as_they_were_and_patterns_in_order() -> None:
     assert Material.from_dict(data) == material and restored(stored(material.weight)) == material.weight
     for bad in ("0.5", [], [["a.*", 1.0]], [["*"]], [1.0]):
         with pytest.raises((ValueError, TypeError)):
-            Material.from_dict({**data, "weight": bad})
+            checked_material({**data, "weight": bad})
 
 
 # --- merging -------------------------------------------------------------------------------------------------------

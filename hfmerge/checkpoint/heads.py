@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfmerge.checkpoint.reader import Reader
+from hfmerge.checkpoint.skeleton import bounded_by, find_class, one_line
 from hfmerge.checkpoint.writer import SafetensorsWriter, Slot
+from hfmerge.describing import describe
 from hfmerge.errors import NotFoundError, SourceError
-from hfmerge.fetching import fetch, pin, read_json
-from hfmerge.source import Source, parse_ref
+from hfmerge.fetching import fetch, read_json
+from hfmerge.headers import read_header
+from hfmerge.source import Source
 
 
 if TYPE_CHECKING:
@@ -130,35 +133,47 @@ def load_with_head(model: str | Path, source: str, **options: Any) -> PreTrained
 
     Raises:
         NotFoundError: the merge keeps no head of that source; the error names those it has.
+        SourceError: the files cannot be read, or do not fit a class of transformers; code of their own is not run.
     """
+    import torch
     import transformers
     from safetensors.torch import load_file
 
-    pinned = pin(parse_ref(str(model))[0])
+    backbone = describe(str(model))
+    pinned = backbone.pinned
     slug = source.partition("@")[0].rstrip("/").replace("/", "--")
     prefix = f"{FOLDER}/{slug}/"
-    if f"{prefix}model.safetensors" not in pinned.files:
+    file = f"{prefix}model.safetensors"
+    if file not in pinned.files:
         held = sorted(
             {name.split("/")[1].replace("--", "/") for name in pinned.files if name.startswith(f"{FOLDER}/")}
         )
         raise NotFoundError(f"{pinned.label}: no head of {source}; it keeps heads of: {', '.join(held) or 'none'}.")
-    head = load_file(fetch(pinned, f"{prefix}model.safetensors"))
-    config = transformers.AutoConfig.from_pretrained(
-        fetch(pinned, f"{prefix}config.json").parent, trust_remote_code=False
-    )
-    rows = read_json(pinned, "config.json").get("vocab_size")
-    if rows is not None and hasattr(config, "vocab_size"):
-        config.vocab_size = rows  # the backbone's, where vocabularies were aligned
-    name = (config.architectures or [None])[0]
-    cls = getattr(transformers, str(name), None)
-    if cls is None:
+    config = read_json(pinned, f"{prefix}config.json")
+    name = next(iter(config.get("architectures") or ()), None)
+    known = getattr(transformers, str(name), None)
+    if not (isinstance(known, type) and issubclass(known, transformers.PreTrainedModel)):
         raise SourceError(f"{pinned.label}: {prefix}config.json names {name}, which transformers does not have.")
-    weights: dict[str, Any] = {}
-    for file in sorted(name for name in pinned.files if "/" not in name and name.endswith(".safetensors")):
-        weights |= load_file(fetch(pinned, file))
-    loaded, info = cls.from_pretrained(
-        None, config=config, state_dict={**weights, **head}, output_loading_info=True, **options
-    )
+    found = find_class(config, f"{pinned.label}: {prefix}config.json", False)
+    assert found is not None  # it is a class of transformers
+    cls, settings = found
+    rows = backbone.config.get("vocab_size")
+    if rows is not None and hasattr(settings, "vocab_size"):
+        settings.vocab_size = rows  # the backbone's, where vocabularies were aligned
+    shapes = dict(backbone.shapes)
+    shapes |= {key: entry.shape for key, entry in read_header(fetch(pinned, file), file).entries.items()}
+    state: dict[str, Any] = {}
+    for one in (*sorted({entry.file for entry in backbone.tensors.values()}), file):
+        state |= load_file(fetch(pinned, one))
+    try:
+        with bounded_by(shapes):
+            loaded, info = cls.from_pretrained(
+                None, config=settings, state_dict=state, output_loading_info=True, **options
+            )
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a class may raise anything at a config it was not written for
+        raise SourceError(f"{pinned.label}: the head of {source} cannot be loaded: {one_line(error)}.") from error
     missing = sorted(info["missing_keys"])
     if missing:
         raise SourceError(f"{pinned.label}: with the head of {source}, {name} lacks {', '.join(missing[:5])}.")

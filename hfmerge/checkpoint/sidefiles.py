@@ -1,6 +1,7 @@
 """Files beside the weights: configuration, tokenizer, processor, chat templates, sentence-transformers modules; code.
 
-They are copied byte for byte from the base; only config.json is rewritten, for the output's dtype and vocabulary.
+They are copied byte for byte from the base; only config.json is rewritten, for the output's dtype and vocabulary, and
+so that it names no other weights.
 """
 
 from __future__ import annotations
@@ -62,6 +63,13 @@ def is_asset(name: str) -> bool:
     return name.lower().endswith(ASSETS) or name in GIT or name.startswith(KEPT_BY_TOOLS)
 
 
+def without_code(value: Any) -> Any:
+    """A configuration that names no code at any depth, so that no class of transformers asks whether to run some."""
+    if isinstance(value, Mapping):
+        return {key: without_code(item) for key, item in value.items() if key != "auto_map"}
+    return [without_code(item) for item in value] if isinstance(value, list) else value
+
+
 def _fits(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) and _level(name, pattern) for pattern in patterns)
 
@@ -70,14 +78,22 @@ def _level(name: str, pattern: str) -> bool:
     return name.count("/") == pattern.count("/")
 
 
-def copy_side_files(base: Pinned, names: list[str], folder: Path, changes: Mapping[str, Any]) -> None:
-    """Copy the files; `changes` replaces keys of config.json (None removes one)."""
+def copy_side_files(
+    base: Pinned, names: list[str], folder: Path, changes: Mapping[str, Any], *, remote_code: bool
+) -> None:
+    """Copy the files; `changes` replaces keys of config.json (None removes one).
+
+    Args:
+        remote_code: whether code may be named in config.json, which may be that of any repository, of any commit.
+    """
     for name in names:
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if name == "config.json":
-            config = dict(read_json(base, name))
-            config.pop("_name_or_path", None)
+            read = dict(read_json(base, name))
+            config = read if remote_code else without_code(read)
+            for key in ("_name_or_path", "transformers_weights"):
+                config.pop(key, None)
             for key, value in changes.items():
                 config.pop(key, None)
                 if value is not None:

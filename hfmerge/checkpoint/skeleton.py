@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hfmerge.checkpoint.sidefiles import without_code
 from hfmerge.errors import UnsupportedError
 from hfmerge.limits import ELEMENTS, PARTS
 
@@ -239,20 +240,13 @@ def _native_class(
     named = getattr(transformers, name, None) if name else None
     own: Any = getattr(named, "config_class", None)
     if inspect.isclass(named) and issubclass(named, PreTrainedModel):
-        return named, _config_for(own, _without_code(config))
+        return named, _config_for(own, without_code(config))
     if config.get("auto_map") or config.get("model_type") not in CONFIG_MAPPING:
         return None  # code of its own may call itself a known model type and still be another model
-    model_config = _config_for(CONFIG_MAPPING[config["model_type"]], _without_code(config))
+    model_config = _config_for(CONFIG_MAPPING[config["model_type"]], without_code(config))
     known = MODEL_MAPPING.get(type(model_config), None)
     model_class = known[0] if isinstance(known, (tuple, list)) else known
     return None if model_class is None else (model_class, model_config)
-
-
-def _without_code(value: Any) -> Any:
-    """A configuration that names no code at any depth, so that no class of transformers asks whether to run some."""
-    if isinstance(value, Mapping):
-        return {key: _without_code(item) for key, item in value.items() if key != "auto_map"}
-    return [_without_code(item) for item in value] if isinstance(value, list) else value
 
 
 def _remote_class(

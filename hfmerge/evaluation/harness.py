@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from hfmerge.errors import HfMergeError
+from hfmerge.errors import HfMergeError, SourceError
 from hfmerge.evaluation.data import data_errors
 from hfmerge.evaluation.metrics import Z
 from hfmerge.evaluation.models import Subject
@@ -14,6 +14,8 @@ from hfmerge.evaluation.processors import TOKENIZER_FILES, find_place, load_toke
 from hfmerge.evaluation.results import Score
 from hfmerge.evaluation.suite import Task
 from hfmerge.fetching import read_json
+from hfmerge.fields import show
+from hfmerge.source import Pinned, is_path
 
 
 def lm_eval_score(subject: Subject, task: Task, *, batch_size: int, seed: int) -> Score:
@@ -76,7 +78,7 @@ def mteb_score(subject: Subject, task: Task, *, batch_size: int) -> Score:
     place = subject.source.pinned
     if "modules.json" not in place.files:
         raise HfMergeError(f"{label}: has no modules.json; a sentence-transformers model is needed.")
-    read_json(place, "modules.json")  # checked before it says what is loaded
+    _check_modules(place)
     try:
         wanted = mteb.get_task(str(task.benchmark), eval_splits=[task.split])
     except KeyError as error:
@@ -89,6 +91,24 @@ def mteb_score(subject: Subject, task: Task, *, batch_size: int) -> Score:
     result = found.task_results[0]
     rows = _rows(wanted.dataset, task.split)
     return Score(float(result.get_score()), rows, math.nan, math.nan, task.metric, "none")
+
+
+def _check_modules(place: Pinned) -> None:
+    """Refuse what sentence-transformers would import by name: of a folder it runs such code without being told to.
+
+    Raises:
+        SourceError: a module, or a function in one, is not of sentence-transformers or torch; names it.
+    """
+    for module in read_json(place, "modules.json"):
+        kind, path = str(module.get("type")), module.get("path") or ""
+        if not kind.startswith("sentence_transformers."):
+            raise SourceError(f"{place.label}: modules.json names {show(kind)}, code of its own, which is not run.")
+        if path and not is_path(path):
+            raise SourceError(f"{place.label}: modules.json names {show(path)}, which is no folder in it.")
+        file = f"{path}/config.json" if path else "config.json"
+        named = read_json(place, file).get("activation_function") if file in place.files else None
+        if named is not None and not str(named).startswith("torch.nn."):
+            raise SourceError(f"{place.label}: {file} names the function {show(named)}, which is not run.")
 
 
 def _rows(data: Any, split: str) -> int:
