@@ -6,8 +6,9 @@ the commit on `main`, obsolete ones are deleted after it, so that no moment has 
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from hfmerge.asking import hub_api, hub_errors, patiently
 from hfmerge.card import FILE, card_facts, combine_cards, render_card
 from hfmerge.commits import commit_once, download, moved, upload
 from hfmerge.digest import sha256_bytes
-from hfmerge.errors import HfMergeError, PushError
+from hfmerge.errors import HfMergeError, LedgerError, OfflineError, PushError
 from hfmerge.fetching import pin
 from hfmerge.ledger import FOLDER, Entry
 from hfmerge.marked import part, with_part
@@ -136,27 +137,24 @@ def push_folder(
     notes = list(opened.notes)
     states = {name: held[name] for name in sorted(entries[-1].beside) if name in held}
     last = entries[-1]
-    with hub_errors(repo_id, "write"):
-        if create_pr:
-            if states:
-                notes.append(
-                    f"the kept state stays here: a pull request cannot carry the branch {STATE_BRANCH}; once it is "
-                    "merged, repeat the command without --create-pr, which drops the state of the step before"
-                )
-        else:
+    if create_pr and states:
+        notes.append(
+            f"the kept state stays here: a pull request cannot carry the branch {STATE_BRANCH}; once it is merged, "
+            "repeat the command without --create-pr, which drops the state of the step before"
+        )
+    taken_back = _taken_back(api, repo_id) if states and not create_pr else contextlib.nullcontext()
+    with taken_back, hub_errors(repo_id, "write"):
+        if not create_pr:
             push_states(api, repo_id, states)
         # shard by shard, so that an interrupted upload goes on where it stopped
         for operation in new:
             if operation.path_in_repo.endswith(".safetensors"):
                 upload(api, repo_id, operation, create_pr=create_pr)
-        try:
-            made = commit_once(
-                api, repo_id, [*adds, *gone], title=_message(last),
-                description="\n".join([f"{markdown(last.how)}.", f"Ledger: {last.file}", *opened.notes]),
-                parent=head, proof={last.file: history[last.file]}, create_pr=create_pr,
-            )  # fmt: skip
-        except PushError as error:
-            raise (error if create_pr or not states else _withdrawn(api, repo_id, error)) from error
+        made = commit_once(
+            api, repo_id, [*adds, *gone], title=_message(last),
+            description="\n".join([f"{markdown(last.how)}.", f"Ledger: {last.file}", *opened.notes]),
+            parent=head, proof={last.file: history[last.file]}, create_pr=create_pr,
+        )  # fmt: skip
     tag = None if create_pr else f"step-{last.step:04d}"
     if tag is not None:
         if any(name.startswith(f"{FOLDER}/") for name in opened.lost):
@@ -202,13 +200,29 @@ def _tag(api: Any, repo_id: str, oid: str, tag: str, message: str) -> None:
     patiently(lambda: api.create_tag(repo_id, tag=tag, revision=oid, tag_message=message, exist_ok=True))
 
 
-def _withdrawn(api: Any, repo_id: str, error: PushError) -> PushError:
-    """After a lost race: take back the states that were published for it, which may hold what the winner took out."""
+@contextlib.contextmanager
+def _taken_back(api: Any, repo_id: str) -> Iterator[None]:
+    """When a push fails, take back the states that were published for it: they may hold what the winner took out."""
     try:
-        drop_states(api, repo_id, list(open_merged(repo_id).last.beside))
-    except HfMergeError as other:
-        return PushError(f"{error} The state that it kept is still on the branch {STATE_BRANCH} ({other})")
-    return error
+        yield
+    except OfflineError:
+        raise  # nobody can be asked to take anything back; `verify` names what is left
+    except HfMergeError as error:
+        try:
+            with hub_errors(repo_id, "write"):
+                drop_states(api, repo_id, _listed_states(repo_id))
+        except HfMergeError as other:
+            left = f"{error} The state that it kept is still on the branch {STATE_BRANCH} ({other})"
+            raise type(error)(left) from error
+        raise
+
+
+def _listed_states(repo_id: str) -> list[str]:
+    """States and copies that the ledger of a repository lists, if it has a ledger."""
+    try:
+        return list(open_merged(repo_id).last.beside)
+    except LedgerError:
+        return []
 
 
 def _follow_up(api: Any, repo_id: str, oid: str, tag: str, message: str, states: Sequence[str]) -> list[str]:
