@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import time
 from pathlib import Path
 
 import pytest
 import tiny
+
+from hfmerge.card import BEGIN
 
 
 @pytest.fixture(scope="module")
@@ -46,3 +50,43 @@ def test_a_link_in_the_place_of_a_leftover_is_named(changed: Path, tmp_path: Pat
     run = tiny.cli("unmerge", out, "--remove", "a")
     assert run.code == 1 and "is a link" in run.err and len(run.err.strip().splitlines()) == 1, run.err
     assert (tmp_path / "precious").is_dir()
+
+
+# cards of strangers
+
+
+@pytest.mark.parametrize("repo", ["[1]", "{a: 1}", "12", "2026-01-01"])
+def test_a_card_whose_repository_is_no_name(changed: Path, tmp_path: Path, repo: str) -> None:
+    """The front matter of a stranger's card gives a list as the name of the repository, and `verify` breaks."""
+    out = shutil.copytree(changed / "out", tmp_path / "out")
+    card = out / "README.md"
+    card.write_text(card.read_text().replace("\nhfmerge:\n", f"\nhfmerge:\n  repo: {repo}\n", 1))
+    run = tiny.cli("verify", out)
+    assert run.code == 1 and "FAIL card: README.md: `hfmerge` is" in run.out, run
+
+
+@pytest.mark.parametrize("text", ["<!-- hfmerge:figures:begin -->", "\0"], ids=["markers", "zeros"])
+def test_a_card_that_keeps_a_change_busy(changed: Path, tmp_path: Path, text: str) -> None:
+    """A stranger's card of half a megabyte: markers without end are searched for ever, zeros become copies of a block.
+
+    Markers took time that grows with their square; each zero was replaced by the whole new block.
+    """
+    out = shutil.copytree(changed / "out", tmp_path / "out")
+    card = out / "README.md"
+    card.write_text(card.read_text() + text * (500_000 // len(text)))
+    start = time.monotonic()
+    tiny.done("add", out, changed / "a", "--source", f"base={changed / 'base'}", "--source", f"b={changed / 'b'}")
+    assert time.monotonic() - start < 10
+    written = card.read_text()
+    assert written.count(BEGIN) == 1 and len(written) < 600_000
+    assert written.endswith(text * (500_000 // len(text)))
+
+
+def test_a_card_whose_tags_are_no_texts(changed: Path, tmp_path: Path) -> None:
+    """A stranger's card gives lists and mappings as tags, which break every change of the merge."""
+    out = shutil.copytree(changed / "out", tmp_path / "out")
+    card = out / "README.md"
+    card.write_text(re.sub("(?m)^tags:$", "tags:\n- [1]\n- {a: b}\n- mine", card.read_text(), count=1))
+    tiny.done("add", out, changed / "a", "--source", f"base={changed / 'base'}", "--source", f"b={changed / 'b'}")
+    front = card.read_text().partition("\n---\n")[0]
+    assert "- mine" in front and "[1]" not in front and "a: b" not in front
