@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import re
 import shutil
 import time
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 import pytest
 import tiny
+from conftest import USERS
+from huggingface_hub import HfApi
 
 from hfmerge.card import BEGIN
+from hfmerge.hubserver.serve import HubServer
 
 
 @pytest.fixture(scope="module")
@@ -90,3 +96,39 @@ def test_a_card_whose_tags_are_no_texts(changed: Path, tmp_path: Path) -> None:
     tiny.done("add", out, changed / "a", "--source", f"base={changed / 'base'}", "--source", f"b={changed / 'b'}")
     front = card.read_text().partition("\n---\n")[0]
     assert "- mine" in front and "[1]" not in front and "a: b" not in front
+
+
+# pushes
+
+
+def test_a_private_repository_by_the_folder_of_its_cache(hub: HubServer, changed: Path, tmp_path: Path) -> None:
+    """The user gives the snapshot of a private repository in their cache as a folder, and the merge becomes public."""
+    api = HfApi()
+    api.create_repo("me/cached-secret", private=True)
+    api.upload_folder(repo_id="me/cached-secret", folder_path=changed / "b")
+    snapshot = api.snapshot_download("me/cached-secret", cache_dir=tmp_path / "cache")
+    models = ("merge", changed / "a", snapshot, "--base", changed / "base", "--method", "linear")
+    run = tiny.done(*models, "--push-to", "me/cached-new")
+    assert api.model_info("me/cached-new").private and "me/cached-secret" in run.err
+    api.create_repo("me/cached-public")
+    run = tiny.cli(*models, "--push-to", "me/cached-public")
+    assert run.code == 1 and "--publish-private me/cached-secret" in run.err, run.err
+    tiny.done(*models, "--output", tmp_path / "out")
+    run = tiny.cli("push", tmp_path / "out", "me/cached-public")
+    assert run.code == 1 and "--publish-private me/cached-secret" in run.err, run.err
+    tiny.done("push", tmp_path / "out", "me/cached-public", "--publish-private", "me/cached-secret")
+
+
+def test_a_card_at_the_target_that_is_no_text(hub: HubServer, changed: Path) -> None:
+    """The card of the repository that is pushed to is no UTF-8: found out before any work, and in one line."""
+    api = HfApi()
+    api.create_repo("me/latin")
+    line = {"path": "README.md", "content": base64.b64encode(b"caf\xe9").decode(), "encoding": "base64"}
+    body = [{"key": "header", "value": {"summary": "a card"}}, {"key": "file", "value": line}]
+    headers = {"Authorization": f"Bearer {USERS['me']}", "Content-Type": "application/x-ndjson"}
+    address = f"{hub.endpoint}/api/models/me/latin/commit/main"
+    urlopen(Request(address, "\n".join(map(json.dumps, body)).encode(), headers)).close()
+    models = ("merge", changed / "a", changed / "b", "--base", changed / "base", "--method", "linear")
+    run = tiny.cli(*models, "--push-to", "me/latin")
+    assert run.code == 1 and len(run.err.strip().splitlines()) == 1, run.err
+    assert "me/latin: the README.md there cannot be kept" in run.err and "merging" not in run.out
