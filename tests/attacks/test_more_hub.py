@@ -23,7 +23,7 @@ def test_ten_thousand_patterns(tmp_path: Path, pattern: str) -> None:
     tiny.edit_config(tmp_path / "a", "adapter_config.json", rank_pattern=patterns, alpha_pattern=patterns)
     start = time.monotonic()
     run = tiny.cli("plan", tmp_path / "a", "--base", tmp_path / "base", "--method", "linear")
-    assert time.monotonic() - start < 15
+    assert time.monotonic() - start < 20
     if pattern != "no.such.module{}":
         assert run.code == 1 and "steps of matching; the limit is" in run.err, run.err
 
@@ -54,6 +54,6 @@ def test_results_that_make_a_picture_without_end(tmp_path: Path, kind: str) -> N
     }[kind]
     (tmp_path / "results.json").write_text(json.dumps(data))
     start = time.monotonic()
-    run = tiny.finish(tiny.start("plot", tmp_path / "results.json", "--output", tmp_path, code=PLOT), timeout=60)
-    assert run.code == 0 and time.monotonic() - start < 20, run.err
+    run = tiny.finish(tiny.start("plot", tmp_path / "results.json", "--output", tmp_path, code=PLOT), timeout=100)
+    assert run.code == 0 and time.monotonic() - start < 60, run.err
     assert sum(path.stat().st_size for path in tmp_path.glob("*.png")) < 2_000_000
