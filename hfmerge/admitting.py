@@ -11,11 +11,16 @@ from hfmerge.fetching import pin
 from hfmerge.ledger import Entry, named
 from hfmerge.merged import Merged, parts_of
 from hfmerge.options import RunOptions
+from hfmerge.privacy import snapshot_of
 from hfmerge.recipe import Recipe
 from hfmerge.removal import Part, parts
 from hfmerge.runtime import Ranks
 from hfmerge.source import parse_ref
-from hfmerge.targets import Destination, admit, check_readers
+from hfmerge.targets import Destination, admit, check_readers, with_snapshots
+
+
+SNAPSHOT = "folder in a cache"
+"""Role of a repository that is read from a folder of its cache, which the ledger names as a folder."""
 
 
 def admit_merge(asked: Recipe, to: Destination | None, ranks: Ranks, options: RunOptions) -> None:
@@ -37,7 +42,7 @@ def _admit_merge(asked: Recipe, to: Destination, options: RunOptions) -> None:
         alike = entry.action == "merge" and method["name"] == asked.method.name and method["norm"] == asked.method.norm
         alike = alike and all(method["options"].get(k) == v for k, v in asked.method.options.items())
         alike = alike and (asked.learn is not None or weights == [model.weight for model in asked.models])
-        return alike and {p.name for p in parts(entry)} == {p.name for p in inputs}
+        return alike and {p.name for p in parts(entry)} == {p.name for p in inputs if p.role != SNAPSHOT}
 
     level, note = admit(to, inputs, history={}, again=again)
     check_readers(to, level, inputs)
@@ -77,6 +82,7 @@ def admit_change(
 
     def begin() -> tuple[int | None, list[Part]]:
         inputs = [part for part in parts(left) if base is None or part.role != "base"]
+        inputs = with_snapshots(inputs, opened.refs)
         inputs += [part for ref in new for part in _parts(ref, "model")] + (_parts(base, "base") if base else [])
         level, note = admit(to, inputs, history=opened.history)
         _tell(options, note)
@@ -116,4 +122,6 @@ def _parts(ref: str, role: str) -> list[Part]:
     except HfMergeError:
         return []
     found = [Part(f"{p.name}@{p.commit or 'sha256:'}", role if p is places[-1] else "beneath", {}) for p in places]
+    cached = [snapshot_of(p.folder) for p in places if p.commit is None and p.folder is not None]
+    found += [Part(identity, SNAPSHOT, {}) for identity in cached if identity is not None]
     return [*found, *(Part(identity, f"part of {places[-1].name}", {}) for identity in inner)]

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hfmerge.errors import LedgerError
+from hfmerge.fields import hub_id
 from hfmerge.ledger import Entry, Material
 from hfmerge.methods import registry
 from hfmerge.quoting import Markdown, code, fenced, link, markdown, python_text, shell_word
@@ -203,8 +204,8 @@ def _labels(labels: Sequence[str]) -> str:
     return f"{shown} and {len(labels) - 12} more" if len(labels) > 12 else shown
 
 
-def parse_card(text: str) -> tuple[dict[str, Any], str | None, str]:
-    """Front matter, marked block (None if there is none) and everything else of a card.
+def parse_card(text: str) -> tuple[dict[str, Any], str | None, tuple[str, str]]:
+    """Front matter of a card, its marked block, and the text before and after that; without block all is before.
 
     Raises:
         LedgerError: front matter that is not YAML.
@@ -221,27 +222,31 @@ def parse_card(text: str) -> tuple[dict[str, Any], str | None, str]:
         text = text[found.end() :]
     start, stop = text.find(BEGIN), text.find(END)
     if start < 0 or stop < start:
-        return front, None, text
-    return front, text[start : stop + len(END)] + "\n", text[:start] + "\0" + text[stop + len(END) :]
+        return front, None, (text, "")
+    return front, text[start : stop + len(END)] + "\n", (text[:start], text[stop + len(END) :])
 
 
 def combine_cards(existing: str | None, rendered: str) -> str:
     """The new card with what people wrote outside the marked block, and their own front-matter keys, kept."""
     if existing is None:
         return rendered
-    front, old_block, rest = parse_card(existing)
+    front, old_block, (before, after) = parse_card(existing)
     new_front, new_block, _ = parse_card(rendered)
     merged = {**new_front, **{key: value for key, value in front.items() if key not in KEYS}}
     theirs = front.get("tags")
     tags = [
         *new_front["tags"],
-        *(t for t in (theirs if isinstance(theirs, list) else []) if t not in new_front["tags"]),
+        *(
+            t
+            for t in (theirs if isinstance(theirs, list) else [])
+            if isinstance(t, str) and t not in new_front["tags"]
+        ),
     ]
     methods = set(registry()) - {new_front["tags"][-1]}
     merged["tags"] = [tag for tag in tags if old_block is None or tag not in methods]
-    body = (
-        rest.replace("\0", str(new_block).rstrip("\n")) if old_block is not None else f"\n{new_block}\n{rest.lstrip()}"
-    )
+    body = f"\n{new_block}\n{before.lstrip()}"
+    if old_block is not None:
+        body = before + str(new_block).rstrip("\n") + after
     return f"---\n{dump_yaml(merged)}---\n{body}"
 
 
@@ -251,9 +256,18 @@ def card_facts(entry: Entry, repo_id: str | None) -> dict[str, Any]:
 
 
 def card_pointer(text: str) -> dict[str, Any]:
-    """What a card's front matter says of the ledger: `ledger`, `sha256`, `steps` and `repo`; {} if nothing."""
+    """What a card's front matter says of the ledger: `ledger`, `sha256`, `steps`, and `repo` if that is a name.
+
+    {} if it says nothing.
+    """
     pointer = parse_card(text)[0].get("hfmerge")
-    return pointer if isinstance(pointer, dict) else {}
+    if not isinstance(pointer, dict):
+        return {}
+    try:
+        hub_id(pointer.get("repo"))
+    except ValueError:
+        return {key: value for key, value in pointer.items() if key != "repo"}
+    return pointer
 
 
 def card_differs(text: str, entries: Sequence[Entry]) -> str | None:

@@ -26,7 +26,7 @@ from hfmerge.recording import adopt_card
 from hfmerge.removal import parts
 from hfmerge.running import MergeResult, given_recipe, pinned_recipe, pinned_ref
 from hfmerge.runtime import Ranks, processes
-from hfmerge.targets import Destination, admit, check_readers, destination
+from hfmerge.targets import Destination, admit, check_readers, destination, with_snapshots
 from hfmerge.verifying import Report, verify_merge
 from hfmerge.workspace import recover
 
@@ -207,8 +207,9 @@ def push(
     to = Destination(repo_id, private, create_pr, None, overwrite, tuple(publish_private))
     recover(folder)
     opened = open_merged(str(Path(folder).absolute()))
-    level, _ = admit(to, parts(opened.last), history=opened.history)
-    check_readers(to, level, parts(opened.last))
+    inputs = with_snapshots(parts(opened.last), opened.refs)
+    level, _ = admit(to, inputs, history=opened.history)
+    check_readers(to, level, inputs)
     if check:
         report = verify_merge(str(folder))
         if not report.ok:

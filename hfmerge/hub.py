@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 from hfmerge.asking import hub_api, hub_errors, patiently
 from hfmerge.card import FILE, card_facts, combine_cards, render_card
-from hfmerge.commits import commit_once, download, moved, upload
+from hfmerge.commits import commit_once, moved, upload
 from hfmerge.digest import sha256_bytes
 from hfmerge.errors import HfMergeError, LedgerError, OfflineError, PushError
 from hfmerge.fetching import pin
 from hfmerge.ledger import FOLDER, Entry
 from hfmerge.marked import part, with_part
-from hfmerge.merged import STATE_BRANCH, ledger_in, open_merged
+from hfmerge.merged import STATE_BRANCH, ledger_in, noted_places, open_merged
 from hfmerge.pictures.embedding import FIGURES, drawn
 from hfmerge.privacy import restricted
 from hfmerge.quoting import markdown, plain
@@ -32,7 +32,16 @@ from hfmerge.seen import remember_steps, repository_place
 from hfmerge.source import Pinned, Place
 from hfmerge.statebranch import drop_states, push_states
 from hfmerge.steps import commit_of
-from hfmerge.targets import Destination, Target, check_levels, check_replacement, find_target, make_target
+from hfmerge.targets import (
+    Destination,
+    Target,
+    card_there,
+    check_levels,
+    check_replacement,
+    find_target,
+    make_target,
+    with_snapshots,
+)
 from hfmerge.trees import files_in
 
 
@@ -83,8 +92,9 @@ def open_push(folder: Path, to: Destination, written: Sequence[str] = ()) -> Ope
         PushError: somebody pushed meanwhile, it holds something else, or more people may read it than the inputs.
         SourceError: no right, no connection.
     """
-    entries, history = ledger_in(pin(Place(str(folder), None, None, folder)))
-    inputs = parts(entries[-1])
+    pinned = pin(Place(str(folder), None, None, folder))
+    entries, history = ledger_in(pinned)
+    inputs = with_snapshots(parts(entries[-1]), noted_places(pinned, entries[-1]))
     levels = restricted(part.identity for part in inputs)
     notes = []
     target = find_target(to)
@@ -124,8 +134,7 @@ def push_folder(
     given = {operation.path_in_repo: operation for operation in uploaded}
     opened = open_push(folder, to, [name for name in (*files, *given) if name != FILE])
     entries, history, remote, head = opened.entries, opened.history, opened.target.files, opened.target.head
-    with hub_errors(repo_id):
-        existing = download(api, repo_id, FILE, head).decode("utf-8") if FILE in remote else None
+    existing = card_there(repo_id, opened.target)
     card = combine_cards(existing, render_card(entries, card_facts(entries[-1], repo_id)))
     # pictures and scores are those of the folder, or none
     mine = files[FILE].read_text(encoding="utf-8") if FILE in files else ""

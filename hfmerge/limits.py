@@ -73,6 +73,6 @@ PATTERN = Limit("characters in a pattern", 2_000, "known patterns have at most s
 PATTERNS = Limit("patterns", 10_000, "an adapter has at most one for each module that it changes")
 PATTERN_STATES = Limit("states once its repeats are written out", 2_000, "known patterns have some hundreds")
 PATTERN_STEPS = Limit(
-    "steps of matching", 5_000_000, "known patterns take some thousands, as what follows is remembered"
+    "steps of matching", 2_000_000, "1,400 modules with a pattern for each take nearly all, known adapters thousands"
 )
 TEXT = Limit("characters in a text", 10_000, "names, licences and labels have at most some hundreds")

@@ -10,15 +10,15 @@ from hfmerge.source import is_path
 
 def part(text: str, name: str) -> str | None:
     """What stands between a part's markers, or None."""
-    found = _pattern(name).search(text)
-    return found.group(1).strip() if found else None
+    place = _place(text, name)
+    return text[place[0] + len(_begin(name)) : place[1] - len(_end(name))].strip() if place else None
 
 
 def with_part(text: str, name: str, body: str | None) -> str:
     """The card with a part replaced, added behind the ledger's block, or taken out where `body` is None."""
     whole = "" if body is None else f"\n{_begin(name)}\n{body.strip()}\n{_end(name)}\n"
-    if _pattern(name).search(text):
-        return _pattern(name).sub(lambda _: whole, text, count=1)
+    if place := _place(text, name):
+        return text[: place[0]].removesuffix("\n") + whole + text[place[1] :].removeprefix("\n")
     if not whole:
         return text
     before, marker, after = text.partition(f"{END}\n")
@@ -38,5 +38,8 @@ def _end(name: str) -> str:
     return f"<!-- hfmerge:{name}:end -->"
 
 
-def _pattern(name: str) -> re.Pattern[str]:
-    return re.compile(f"\n?{re.escape(_begin(name))}(.*?){re.escape(_end(name))}\n?", re.DOTALL)
+def _place(text: str, name: str) -> tuple[int, int] | None:
+    """Where a part's first marker begins and its last one ends; a card may hold many that have no end."""
+    start = text.find(_begin(name))
+    stop = text.find(_end(name), start + len(_begin(name))) if start >= 0 else -1
+    return (start, stop + len(_end(name))) if stop >= 0 else None

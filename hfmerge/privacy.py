@@ -2,13 +2,16 @@
 
 The rule: an input is public if an anonymous request can read its repository at its commit and the repository is not
 gated. What an anonymous request cannot read counts as private, also what was deleted or squashed out of its history.
-A folder counts as public, since nothing is known of it: whoever merges a private folder pushes with `--private`.
+A folder counts as public, since nothing is known of it: whoever merges a private folder pushes with `--private`. A
+snapshot in a cache of the Hub is a folder too, and counts as its repository.
 Inputs are the base, the models, the models beneath adapters, and all that inner merges say they contain.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from hfmerge.asking import hub_api, hub_errors, patiently
@@ -25,6 +28,16 @@ def level_of(info: Any) -> int:
     if info.private:
         return PRIVATE
     return REVIEWED if info.gated == "manual" else GATED if info.gated else PUBLIC
+
+
+def snapshot_of(folder: str | Path) -> str | None:
+    """The identity, `org/name@commit`, of what a folder in a cache of the Hub is a snapshot of; None of any other."""
+    place = Path(folder).expanduser().resolve()
+    for here in (place, *place.parents):
+        found = re.fullmatch(r"models--(?:(.+?)--)?(.+)", here.parent.parent.name)
+        if found is not None and here.parent.name == "snapshots":
+            return f"{f'{found[1]}/' if found[1] else ''}{found[2]}@{here.name}"
+    return None
 
 
 def restricted(identities: Iterable[str]) -> dict[str, int]:

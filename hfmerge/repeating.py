@@ -6,6 +6,7 @@ are in the merge, or out of it, as the command asks.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from hfmerge.ledger import Material, contained
 from hfmerge.merged import Merged
 from hfmerge.options import DEFAULT
 from hfmerge.recipe import ModelEntry
+from hfmerge.runfiles import STATE_FOLDER
 from hfmerge.running import MergeResult, push_written
 from hfmerge.runtime import Ranks
 from hfmerge.source import Place, parse_ref
@@ -112,8 +114,12 @@ def _finish(opened: Merged, to: Destination | None, ranks: Ranks) -> MergeResult
 
 
 def _drop_strays(folder: Path, keep: Collection[str]) -> None:
-    """Remove states and copies of sources that the last step does not list."""
-    for path in sorted((folder / "merge_state").rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if (path.is_file() or path.is_symlink()) and name not in keep:
-            path.unlink()
+    """Remove states and copies of sources that the last step does not list; a link goes, what it leads to stays."""
+    root = folder / STATE_FOLDER
+    if root.is_symlink():
+        root.unlink()
+        return
+    for here, folders, files in os.walk(root):
+        for path in (Path(here, name) for name in (*folders, *files)):
+            if (path.is_symlink() or not path.is_dir()) and path.relative_to(folder).as_posix() not in keep:
+                path.unlink()

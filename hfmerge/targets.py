@@ -5,18 +5,19 @@ It is asked before any work begins, so that nothing is computed in vain, and aga
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from hfmerge.asking import hub_api, hub_errors, patiently
-from hfmerge.card import FILE
+from hfmerge.card import FILE, parse_card
 from hfmerge.checkpoint.sidefiles import is_side_file
 from hfmerge.commits import download, listed, moved
 from hfmerge.digest import git_blob_id, sha256_bytes
 from hfmerge.errors import AccessError, LedgerError, NotFoundError, OfflineError, PushError
 from hfmerge.ledger import FOLDER, Entry, check_chain, ledger_files
-from hfmerge.privacy import WORDS, level_of, restricted
+from hfmerge.limits import CARD_BYTES
+from hfmerge.privacy import WORDS, level_of, restricted, snapshot_of
 from hfmerge.removal import Part
 from hfmerge.verifying import LICENCES, WEIGHTS
 
@@ -147,12 +148,31 @@ def admit(
         if target is None:
             _require_namespace(to, me, inputs)
             return None, None
+        card_there(to.repo_id, target)
         return target.level, check_replacement(to, target, inputs, history, again=again)[1]
     except OfflineError as error:
         raise OfflineError(
             f"{to.repo_id}: the Hub cannot be reached, so nothing was begun; name an --output instead of --push-to "
             f"and publish later with `hfmerge push FOLDER {to.repo_id}`, or unset HF_HUB_OFFLINE."
         ) from error
+
+
+def card_there(repo_id: str, target: Target) -> str | None:
+    """The card of a repository, whose text a push keeps; None if it has none.
+
+    Raises:
+        PushError: it is too large, no UTF-8, or has front matter that nobody can read. SourceError: no connection.
+    """
+    if FILE not in target.files:
+        return None
+    try:
+        CARD_BYTES.check(target.files[FILE].size)
+        with hub_errors(repo_id):
+            text = download(hub_api(), repo_id, FILE, target.head).decode("utf-8")
+        parse_card(text)
+    except (ValueError, LedgerError) as error:
+        raise PushError(f"{repo_id}: the {FILE} there cannot be kept ({error}); correct it, or delete it.") from error
+    return text
 
 
 def admit_card(repo_id: str, *, create_pr: bool) -> None:
@@ -235,6 +255,20 @@ def _require_namespace(to: Destination, me: Mapping[str, Any], inputs: Collectio
             f"{to.repo_id}: {me['name']} has no right to write under {namespace}; check the name, or push to "
             f"{me['name']}/{name}."
         ) from error
+
+
+def with_snapshots(inputs: Iterable[Part], places: Mapping[str, str]) -> list[Part]:
+    """Inputs, and the repositories whose snapshots in a cache were merged as folders.
+
+    Args:
+        places: identity of an input -> its folder.
+    """
+    found = list(inputs)
+    for part in tuple(found):
+        repository = snapshot_of(places[part.identity]) if part.identity in places else None
+        if repository is not None:
+            found.append(Part(repository, part.role, {}))
+    return found
 
 
 def check_readers(to: Destination, level: int | None, inputs: Collection[Part]) -> None:

@@ -172,11 +172,13 @@ def clear(output: Path) -> None:
     """Remove what killed runs left beside a folder that is complete.
 
     Raises:
-        OutputError: a merge is at work there, or something cannot be removed.
+        OutputError: a merge is at work there, something cannot be removed, or is a link or another user's.
     """
     output = Path(output).absolute()
     partial, old, journal = (_beside(output, part) for part in ("partial", "old", "journal"))
     with _locked(output):
+        for folder in (partial, old, journal):
+            _check_own(folder)
         _recover(output, old)
         _remove(journal, partial)
     if left := leftovers(output):

@@ -58,5 +58,5 @@ def test_a_card_written_by_hand_is_kept_below_the_block() -> None:
     card = next(iter(render.golden_cards().values()))
     text = combine_cards("---\nlicense: mit\ntags: [mine]\n---\n# Hello\n", card)
     front, block, rest = parse_card(text)
-    assert "# Hello" in rest and block is not None
+    assert "# Hello" in rest[1] and block is not None
     assert "mine" in front["tags"] and front["license"] == parse_card(card)[0]["license"]

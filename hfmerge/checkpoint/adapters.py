@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hfmerge.checkpoint.patterns import fits
+from hfmerge.checkpoint.patterns import Patterns
 from hfmerge.errors import CorruptFileError, ShapeError, UnsupportedError
 from hfmerge.fields import show
 from hfmerge.source import Source
@@ -119,6 +119,7 @@ def map_adapter(source: Source, base: Layout) -> AdapterMap:
     """
     check_plain(source)
     config = source.adapter or {}
+    known = Patterns()
     lora: dict[str, LoraOrigin] = {}
     replaced: dict[str, str] = {}
     heads: dict[str, str] = {}
@@ -129,11 +130,11 @@ def map_adapter(source: Source, base: Layout) -> AdapterMap:
         if path.endswith(".lora_A.weight"):
             module = path.removesuffix(".lora_A.weight")
             up_key = key.replace(".lora_A.weight", ".lora_B.weight")
-            _add_lora(lora, source, base, config, module, key, up_key, embedding=False)
+            _add_lora(lora, source, base, config, known, module, key, up_key, embedding=False)
         elif path.endswith(".lora_embedding_A"):
             module = path.removesuffix(".lora_embedding_A")
             up_key = key.replace(".lora_embedding_A", ".lora_embedding_B")
-            _add_lora(lora, source, base, config, module, key, up_key, embedding=True)
+            _add_lora(lora, source, base, config, known, module, key, up_key, embedding=True)
         elif "lora_" in path or (".base_layer." in path and not path.endswith(".base_layer.weight")):
             raise UnsupportedError(f"{source.pinned.label}: {key} is not part of plain LoRA.")
         else:
@@ -183,6 +184,7 @@ def _add_lora(
     source: Source,
     base: Layout,
     config: Mapping[str, Any],
+    known: Patterns,
     module: str,
     down_key: str,
     up_key: str,
@@ -204,8 +206,8 @@ def _add_lora(
     if up[1] != rank:
         raise ShapeError(f"{label}: {module}: A has rank {rank}, B has rank {up[1]}.")
     try:
-        alpha = matching(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
-        configured = matching(config.get("rank_pattern"), module, config.get("r", 8))
+        alpha = matching(known, config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
+        configured = matching(known, config.get("rank_pattern"), module, config.get("r", 8))
     except ValueError as error:
         raise UnsupportedError(f"{label}: adapter_config.json: {error}.") from error
     if configured != rank:
@@ -225,11 +227,11 @@ def _add_lora(
     lora[target] = LoraOrigin(down_key, up_key, scale, rank, swapped)
 
 
-def matching(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+def matching(known: Patterns, patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
     """The value of the first pattern that matches a module path, as PEFT matches it."""
     for pattern, value in (patterns or {}).items():
         try:
-            if fits(pattern, module):
+            if known.fits(pattern, module):
                 return value
         except ValueError as error:
             raise ValueError(f"the pattern {show(pattern)} {error}") from error

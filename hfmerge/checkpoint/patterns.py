@@ -12,7 +12,6 @@ import importlib
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache
 from typing import Any
 
 from hfmerge.limits import PATTERN, PATTERN_STATES, PATTERN_STEPS
@@ -29,11 +28,23 @@ _CATEGORIES = {
 Test = Callable[[str], bool]
 
 
+class _Work:
+    """What has been done for the patterns of one configuration, all together."""
+
+    def __init__(self) -> None:
+        self._steps = 0
+
+    def add(self, steps: int) -> None:
+        """Count steps. Raises ValueError: beyond the limit."""
+        self._steps += steps
+        PATTERN_STEPS.check(self._steps)
+
+
 class _Machine:
     """The states of one expression: each reads a character, goes on to others, or holds only at an end of the text."""
 
-    def __init__(self, expression: str):
-        self._steps = 0
+    def __init__(self, expression: str, work: _Work):
+        self._work = work
         self._reads: dict[int, tuple[Test, int]] = {}
         self._jumps: dict[int, tuple[int, ...]] = {}
         self._places: dict[int, tuple[bool, int]] = {}  # whether it is the beginning, and the next state
@@ -104,23 +115,23 @@ class _Machine:
             state = rest.pop()
             if state in found:
                 continue
-            self._steps += 1
+            self._work.add(1)
             found.add(state)
             rest += self._jumps.get(state, ())
             if state in self._places:
                 beginning, after = self._places[state]
                 if first if beginning else last:
                     rest.append(after)
-        PATTERN_STEPS.check(self._steps)
         return frozenset(found)
 
     def matches(self, text: str) -> bool:
         """Whether the expression fits the text from its beginning to its end."""
+        self._work.add(len(text))
         states = self._reached([self._start], first=True, last=not text)
         for i, character in enumerate(text, 1):
             key = (states, character, i == len(text))
             if key not in self._known:
-                self._steps += len(states)
+                self._work.add(len(states))
                 tests = (self._reads[state] for state in states if state in self._reads)
                 after = [target for test, target in tests if test(character)]
                 self._known[key] = self._reached(after, first=False, last=i == len(text))
@@ -149,18 +160,29 @@ def _member(kind: str, value: Any) -> Test:
     return lambda character: ord(character) == value
 
 
-def fits(pattern: str, module: str) -> bool:
-    """Whether a pattern of an adapter's configuration means a module, as PEFT says: the whole path, or its end.
+class Patterns:
+    """The patterns of one adapter's configuration: each is read once, and the work of all together has a limit."""
 
-    Raises:
-        ValueError: the pattern is no regular expression, cannot be matched here, or is beyond a limit.
-    """
+    def __init__(self) -> None:
+        self._work = _Work()
+        self._tests: dict[str, Test] = {}
+
+    def fits(self, pattern: str, module: str) -> bool:
+        """Whether a pattern means a module, as PEFT says: the whole path, or its end.
+
+        Raises:
+            ValueError: the pattern is no regular expression, cannot be matched here, or is beyond a limit.
+        """
+        if pattern not in self._tests:
+            self._tests[pattern] = _reader(pattern, self._work)
+        self._work.add(1)
+        return self._tests[pattern](module)
+
+
+def _reader(pattern: str, work: _Work) -> Test:
     PATTERN.check(len(pattern))
+    expression = rf"(.*\.)?({pattern})$"
     if re.fullmatch(r"\^?[\w-]+(\.[\w-]+)*", pattern):  # names, where a dot is any character
-        return re.match(rf"(.*\.)?({pattern})$", module) is not None
-    return _machine(pattern).matches(module)
-
-
-@lru_cache(maxsize=1024)
-def _machine(pattern: str) -> _Machine:
-    return _Machine(rf"(.*\.)?({pattern})$")
+        known = re.compile(expression)
+        return lambda module: known.match(module) is not None
+    return _Machine(expression, work).matches

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from hfmerge.checkpoint.adapters import PREFIX, matching
 from hfmerge.checkpoint.heads import adapter_head
 from hfmerge.checkpoint.loadback import quiet
+from hfmerge.checkpoint.patterns import Patterns
 from hfmerge.checkpoint.skeleton import find_class
 from hfmerge.describing import describe
 from hfmerge.digest import canonical_json, sha256_bytes, sha256_file
@@ -98,11 +99,12 @@ def _settings(source: Source, folder: Path) -> Any:
     if isinstance(config.target_modules, str) or isinstance(config.exclude_modules, str) or config.layers_to_transform:
         config.target_modules, config.exclude_modules = set(modules), None
         config.layers_to_transform = config.layers_pattern = None
+    known = Patterns()
     for name in ("rank_pattern", "alpha_pattern"):
         patterns = getattr(config, name)
         if patterns:
             try:
-                found = {f"^{re.escape(module)}": matching(patterns, module, None) for module in modules}
+                found = {f"^{re.escape(module)}": matching(known, patterns, module, None) for module in modules}
             except ValueError as error:
                 raise UnsupportedError(f"{source.pinned.label}: adapter_config.json: {error}.") from error
             setattr(config, name, {path: value for path, value in found.items() if value is not None})

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfmerge.errors import HfMergeError
+from hfmerge.quoting import plain
 
 
 if TYPE_CHECKING:
@@ -55,7 +56,13 @@ SETTINGS: dict[str, Any] = {
 MOST_NUMBERS = 14
 """Cells of a side up to which a heatmap's numbers are written into it."""
 MOST_TICKS = 24
-"""Places of an axis that get a text."""
+"""Places of an axis of lines that get a text."""
+MOST_NAMES = 60
+"""Rows, and columns, of a heatmap up to which each gets a text; and characters of a name."""
+MOST_INCHES = 24.0
+"""Of a side of a figure: one of four times as many takes gigabytes."""
+MOST_PLACES = 2_000
+"""Places of a line that are drawn, evenly chosen: there are not so many pixels."""
 
 
 @contextlib.contextmanager
@@ -76,10 +83,10 @@ def styled() -> Iterator[None]:
 
 
 def canvas(width: float, height: float) -> tuple[Figure, Axes]:
-    """A figure of one plot; inches."""
+    """A figure of one plot; inches, of which there are at most `MOST_INCHES` on a side."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(min(width, MOST_INCHES), min(height, MOST_INCHES)), layout="constrained")
     return figure, figure.add_subplot()
 
 
@@ -122,6 +129,7 @@ def heatmap(
 
     table = np.array([[np.nan if value is None else value for value in row] for row in values], dtype=float)
     height, width = table.shape
+    rows, columns = list(map(cut, rows)), list(map(cut, columns))
     longest = max(len(name) for name in rows)
     figure, axes = canvas(1.9 + 0.62 * width + 0.07 * longest, 1.5 + 0.36 * height + 0.05 * max(map(len, columns)))
     shown = axes.imshow(
@@ -131,8 +139,9 @@ def heatmap(
         vmax=span[1],
         aspect="auto",
     )
-    axes.set_xticks(range(width), columns, rotation=30, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(height), rows)
+    across, down = -(-width // MOST_NAMES), -(-height // MOST_NAMES)
+    axes.set_xticks(range(0, width, across), columns[::across], rotation=30, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(0, height, down), rows[::down])
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     if max(height, width) <= MOST_NUMBERS:
@@ -168,19 +177,21 @@ def lines(
     import numpy as np
 
     figure, axes = canvas(width, 3.4)
-    for i, (name, values) in enumerate(series.items()):
+    every = -(-len(places) // MOST_PLACES)
+    places = places[::every]
+    for i, (name, values) in enumerate(list(series.items())[:MOST_NAMES]):
         colour = COLOURS[i % len(COLOURS)]
-        shown = np.array([np.nan if value is None else value for value in values], dtype=float)
-        axes.plot(places, shown, label=name, color=colour, marker=MARKERS[i % len(MARKERS)])
+        shown = np.array([np.nan if value is None else value for value in values[::every]], dtype=float)
+        axes.plot(places, shown, label=cut(name), color=colour, marker=MARKERS[i % len(MARKERS)])
         if spread is not None and name in spread:
-            low, high = np.array(spread[name], dtype=float).T
+            low, high = np.array(spread[name][::every], dtype=float).T
             axes.fill_between(places, low, high, color=colour, alpha=0.12, linewidth=0)
     step = max(1, len(places) // MOST_TICKS)
-    names = [f"{place:g}" for place in places] if ticks is None else list(ticks)
+    names = [f"{place:g}" for place in places] if ticks is None else list(map(cut, ticks[::every]))
     turned = any(len(name) > 5 for name in names)
     turn: dict[str, Any] = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if turned else {}
     axes.set_xticks(list(places)[::step], names[::step], **turn)
-    axes.set_xlabel(across)
+    axes.set_xlabel(cut(across))
     axes.set_ylabel(up)
     axes.grid(axis="y")
     if len(series) > 1:
@@ -191,7 +202,13 @@ def lines(
 
 def title_of(figure: Figure, title: str) -> None:
     """A title at the figure's left edge, where long ones have room."""
-    figure.suptitle(title, x=0.01, ha="left", fontsize=10.0, fontweight="bold")
+    figure.suptitle(cut(title, 2 * MOST_NAMES), x=0.01, ha="left", fontsize=10.0, fontweight="bold")
+
+
+def cut(name: str, most: int = MOST_NAMES) -> str:
+    """A name of which there may be any number of characters, on one line."""
+    text = plain(name)
+    return text if len(text) <= most else f"{text[: most - 1]}\N{HORIZONTAL ELLIPSIS}"
 
 
 def _ink(shown: Any, value: float) -> str:
