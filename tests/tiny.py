@@ -244,6 +244,12 @@ def done(*arguments: object) -> Run:
     return run
 
 
+def only_leftovers(run: Run) -> bool:
+    """Whether the merge is as it should be, and `verify` names what the killed run left beside it."""
+    faults = [line for line in run.out.splitlines() if line.startswith("FAIL ")]
+    return run.code == 1 and bool(faults) and all("left beside the folder by a killed run" in line for line in faults)
+
+
 def start(*arguments: object, code: str | None = None, **environment: str) -> subprocess.Popen[str]:
     """Start the command line, or a piece of Python with its arguments, in a child process of its own."""
     script = ["-m", "hfmerge"] if code is None else ["-c", code]
