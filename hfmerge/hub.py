@@ -149,7 +149,7 @@ def push_folder(
     if create_pr and states:
         notes.append(
             f"the kept state stays here: a pull request cannot carry the branch {STATE_BRANCH}; once it is merged, "
-            "repeat the command without --create-pr, which drops the state of the step before"
+            "repeat the command as a direct push, which drops the state of the step before"
         )
     taken_back = _taken_back(api, repo_id) if states and not create_pr else contextlib.nullcontext()
     with taken_back, hub_errors(repo_id, "write"):

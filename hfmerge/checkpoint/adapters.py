@@ -130,11 +130,11 @@ def map_adapter(source: Source, base: Layout) -> AdapterMap:
         if path.endswith(".lora_A.weight"):
             module = path.removesuffix(".lora_A.weight")
             up_key = key.replace(".lora_A.weight", ".lora_B.weight")
-            _add_lora(lora, source, base, config, known, module, key, up_key, embedding=False)
+            _add_lora(lora, source, base, config, known, module, key, up_key)
         elif path.endswith(".lora_embedding_A"):
             module = path.removesuffix(".lora_embedding_A")
             up_key = key.replace(".lora_embedding_A", ".lora_embedding_B")
-            _add_lora(lora, source, base, config, known, module, key, up_key, embedding=True)
+            _add_lora(lora, source, base, config, known, module, key, up_key)
         elif "lora_" in path or (".base_layer." in path and not path.endswith(".base_layer.weight")):
             raise UnsupportedError(f"{source.pinned.label}: {key} is not part of plain LoRA.")
         else:
@@ -188,9 +188,8 @@ def _add_lora(
     module: str,
     down_key: str,
     up_key: str,
-    embedding: bool,
 ) -> None:
-    label = source.pinned.label
+    label, embedding = source.pinned.label, down_key.endswith(".lora_embedding_A")
     if up_key not in source.tensors:
         raise CorruptFileError(f"{label}: {down_key} has no lora_B beside it; the adapter is incomplete.")
     target = base.parameter_of_module(module)
