@@ -29,7 +29,7 @@ class GuardedProtocol(H11Protocol):
         self._phase = ""
         self._paused: float | None = None
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # uvicorn serves TCP only
         """Begin to wait for a request."""
         super().connection_made(transport)
         if len(self.connections) > _MOST_CONNECTIONS:

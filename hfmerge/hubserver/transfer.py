@@ -204,13 +204,13 @@ def _manifest(path: Path) -> dict[str, Any]:
     with _opened(path) as file:
         data = file.read(_MOST_MANIFEST + 1)
     try:
-        raw = json.loads(data) if len(data) <= _MOST_MANIFEST else None
-        kind, name, refs, objects = raw["kind"], raw["id"], raw["refs"], raw["objects"]  # type: ignore[index]
+        raw: Any = json.loads(data) if len(data) <= _MOST_MANIFEST else None
+        kind, name, refs, objects = raw["kind"], raw["id"], raw["refs"], raw["objects"]
         sound = (
-            raw["format"] == FORMAT  # type: ignore[index]
+            raw["format"] == FORMAT
             and kind in ("model", "dataset")
-            and isinstance(raw["private"], bool)  # type: ignore[index]
-            and raw["gated"] in (None, "auto", "manual")  # type: ignore[index]
+            and isinstance(raw["private"], bool)
+            and raw["gated"] in (None, "auto", "manual")
             and REPO_ID.fullmatch(name) is not None
             and name.count("/") == 1
             and DEFAULT_BRANCH in refs

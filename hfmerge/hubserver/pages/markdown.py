@@ -127,7 +127,7 @@ def _drop_comments(state: StateCore) -> None:
 def _parser() -> MarkdownIt:
     parser = MarkdownIt("commonmark", {"html": False, "linkify": False}, renderer_cls=_Renderer)
     parser.enable(["table", "strikethrough"])
-    parser.validateLink = _allowed  # type: ignore[method-assign]
+    parser.validateLink = _allowed  # type: ignore[method-assign]  # as its documentation says to do
     parser.core.ruler.before("inline", "comments", _drop_comments)
     return parser
 
