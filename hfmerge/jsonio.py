@@ -10,9 +10,13 @@ import json
 import math
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from hfmerge.limits import JSON_BYTES, JSON_DEPTH, JSON_VALUES, Limit
+
+
+STEP = 1 << 20
+"""Bytes read at a time."""
 
 
 def read_json(data: bytes, limit: Limit = JSON_BYTES, *, values: Limit = JSON_VALUES, finite: bool = True) -> Any:
@@ -55,9 +59,20 @@ def read_limited(path: Path, limit: Limit) -> bytes:
     """The bytes of a regular file, if it has no more than the limit allows. Raises ValueError, OSError."""
     limit.check(path.stat().st_size)
     with open(path, "rb") as file:
-        data = file.read(limit.most + 1)  # it may grow meanwhile, or have no size, as a pipe
-    limit.check(len(data))
-    return data
+        return read_limited_stream(file, limit)  # it may grow meanwhile, or have no size, as a pipe
+
+
+def read_limited_stream(stream: BinaryIO, limit: Limit) -> bytes:
+    """The bytes of a stream from where it is, if it has no more than the limit allows. Raises ValueError, OSError.
+
+    `read(n)` takes memory for n bytes before it reads, so a limit is no length to ask for.
+    """
+    pieces, length = [], 0
+    while piece := stream.read(STEP):
+        length += len(piece)
+        limit.check(length)
+        pieces.append(piece)
+    return b"".join(pieces)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

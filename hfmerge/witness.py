@@ -33,7 +33,7 @@ from typing import Any
 
 from hfmerge.digest import sha256_bytes
 from hfmerge.errors import LedgerError, OutputError
-from hfmerge.jsonio import read_json
+from hfmerge.jsonio import read_json, read_limited_stream
 from hfmerge.ledger import FOLDER
 from hfmerge.limits import LOG_BYTES, LOG_LINE
 from hfmerge.merged import Merged
@@ -248,13 +248,11 @@ def _bytes(file: Path, handle: int) -> bytes:
     try:
         LOG_BYTES.check(os.fstat(handle).st_size)
         with open(handle, "rb", closefd=False) as reader:
-            data = reader.read(LOG_BYTES.most + 1)
-        LOG_BYTES.check(len(data))
+            return read_limited_stream(reader, LOG_BYTES)
     except ValueError as error:
         raise LedgerError(f"{file}: {error}; begin another log.") from error
     except OSError as error:
         raise OutputError(f"{file}: cannot be read as a log ({error.strerror}).") from error
-    return data
 
 
 def _checked(file: Path, data: bytes) -> Log:
