@@ -13,9 +13,9 @@ from hfmerge.merged import Merged, parts_of
 from hfmerge.options import RunOptions
 from hfmerge.privacy import snapshot_of
 from hfmerge.recipe import Recipe
+from hfmerge.reference import parse_ref
 from hfmerge.removal import Part, parts
 from hfmerge.runtime import Ranks
-from hfmerge.source import parse_ref
 from hfmerge.targets import Destination, admit, check_readers, with_snapshots
 
 

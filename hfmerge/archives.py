@@ -26,11 +26,12 @@ from hfmerge.digest import CHUNK, canonical_json
 from hfmerge.errors import CorruptFileError
 from hfmerge.fetching import fetch
 from hfmerge.fields import amount, line, nullable, one_of, plain_text, record, safe_path, sha256, table
-from hfmerge.headers import header_length, parse_header, read_header
+from hfmerge.headers import TensorEntry, header_length, parse_header, read_header
 from hfmerge.jsonio import read_json
 from hfmerge.limits import DIRECTORY_BYTES, MANIFEST_BYTES, MB, MEMBERS, UNPACKED
 from hfmerge.private import private_file, private_folder
-from hfmerge.source import Pinned, Source, TensorEntry, weight_files
+from hfmerge.reference import Pinned
+from hfmerge.source import Source, weight_files
 from hfmerge.source_schema import tensor_name
 
 

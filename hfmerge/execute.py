@@ -24,10 +24,9 @@ from hfmerge.estimating import stream_memory, stream_readers
 from hfmerge.fetching import fetch
 from hfmerge.finishing import finish_folder
 from hfmerge.journal import Journal, read_past
-from hfmerge.ledger import KeptState
 from hfmerge.options import DEFAULT, RunOptions
 from hfmerge.passes import Passes
-from hfmerge.planned import Plan
+from hfmerge.planned import KeptState, Plan
 from hfmerge.runfiles import RunFiles
 from hfmerge.runtime import Ranks
 from hfmerge.source import Source, weight_files

@@ -5,14 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from hfmerge.asking import hub_api, hub_errors, patiently
-from hfmerge.errors import CorruptFileError, NotFoundError, SourceError
-from hfmerge.jsonio import read_json_file
-from hfmerge.limits import FILES, HEADER_VALUES, INDEX_BYTES, JSON_BYTES, JSON_VALUES
-from hfmerge.source import FileInfo, Pinned, Place, checked_path, is_commit, is_segment
-from hfmerge.source_schema import kind_of_file
+from hfmerge.errors import NotFoundError, SourceError
+from hfmerge.limits import FILES
+from hfmerge.reference import FileInfo, Pinned, Place, checked_path, is_commit, is_segment
 from hfmerge.trees import files_in
 
 
@@ -140,21 +137,3 @@ def cached(pinned: Pinned, file: str) -> Path | None:
 
     found = try_to_load_from_cache(pinned.name, file, revision=pinned.commit)
     return Path(found) if isinstance(found, str) else None
-
-
-def read_json(pinned: Pinned, file: str) -> Any:
-    """A small JSON file of a pinned place, checked against what such a file may say (see `source_schema`).
-
-    Raises:
-        CorruptFileError: beyond a limit, not JSON, or with values of other kinds. SourceError: see `fetch`.
-    """
-    path = fetch(pinned, file)
-    limit = INDEX_BYTES if file.endswith(".index.json") else JSON_BYTES
-    values = HEADER_VALUES if file.endswith(".index.json") else JSON_VALUES
-    try:
-        # transformers writes infinities into the configurations of some classes
-        value = read_json_file(path, limit, values=values, finite=not file.endswith("config.json"))
-        kind_of_file(file)(value)
-    except (ValueError, OSError) as error:
-        raise CorruptFileError(f"{pinned.label}: {file} cannot be used: {error}.") from error
-    return value

@@ -12,12 +12,29 @@ from hfmerge.errors import CorruptFileError
 from hfmerge.fields import show, table
 from hfmerge.jsonio import read_json
 from hfmerge.limits import DIMENSIONS, HEADER_BYTES, HEADER_VALUES, TENSOR_NAME, TENSORS
-from hfmerge.source import FLOATS, OTHERS, TensorEntry
 
 
+FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+"""Floating safetensors dtypes that can be merged, with their bytes per element."""
+OTHERS = {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "U16": 2, "U32": 4, "U64": 8}
 LFS_POINTER = b"version https://git-lfs.github.com/spec"
 MET_AT_ONCE = 100_000
 """Bytes that hold the header of nearly every file."""
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Header entry of a stored tensor. `dtype` is the safetensors name (`BF16`), `nbytes` its length in the file."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+    @property
+    def floating(self) -> bool:
+        """True when the tensor can be merged; integer and boolean buffers are copied."""
+        return self.dtype in FLOATS
 
 
 @dataclass(frozen=True)

@@ -22,15 +22,15 @@ from hfmerge.errors import HfMergeError, LedgerError, OfflineError, PushError
 from hfmerge.fetching import pin
 from hfmerge.ledger import FOLDER, Entry
 from hfmerge.marked import part, with_part
-from hfmerge.merged import STATE_BRANCH, ledger_in, noted_places, open_merged
+from hfmerge.merged import ledger_in, noted_places, open_merged
 from hfmerge.pictures.embedding import FIGURES, drawn
 from hfmerge.privacy import restricted
 from hfmerge.quoting import markdown, plain
+from hfmerge.reference import Pinned, Place
 from hfmerge.removal import parts
 from hfmerge.scorecard import PREFIX, carried_scores
 from hfmerge.seen import remember_steps, repository_place
-from hfmerge.source import Pinned, Place
-from hfmerge.statebranch import drop_states, push_states
+from hfmerge.statebranch import STATE_BRANCH, drop_states, push_states
 from hfmerge.steps import commit_of
 from hfmerge.targets import (
     Destination,

@@ -21,14 +21,16 @@ from hfmerge.errors import CorruptFileError, HfMergeError, SourceError
 from hfmerge.execute import Outcome
 from hfmerge.fetching import pin
 from hfmerge.ledger import ARCHIVES, Material, archive_file
-from hfmerge.merged import STATE_BRANCH, Merged
+from hfmerge.merged import Merged
 from hfmerge.planned import Plan
 from hfmerge.pool import core_count
 from hfmerge.private import private_file, private_folder
 from hfmerge.recovering import archive_path
+from hfmerge.reference import Place
 from hfmerge.runfiles import STATE_FOLDER
 from hfmerge.runtime import Ranks
-from hfmerge.source import Place, Source
+from hfmerge.source import Source
+from hfmerge.statebranch import STATE_BRANCH
 
 
 @dataclass(frozen=True)

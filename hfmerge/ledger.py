@@ -15,13 +15,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hfmerge.digest import canonical_json, is_digest, sha256_bytes
+from hfmerge.digest import canonical_json, sha256_bytes
 from hfmerge.errors import LedgerError
 from hfmerge.jsonio import read_json
 from hfmerge.learning.asked import Learning
 from hfmerge.ledger_schema import SCHEMA, check_entry
 from hfmerge.limits import ENTRIES, ENTRY_BYTES
 from hfmerge.options import Consent
+from hfmerge.planned import KeptState, checked_digest, state_file
 from hfmerge.recipe import MethodChoice, ModelEntry, Recipe
 from hfmerge.weights import Weight, restored, stored
 
@@ -108,20 +109,6 @@ class Material:
         lists = {key: tuple(data.get(key, ())) for key in ("unverified", "contains")}
         material = cls(**{**data, **lists, "labels": tuple(data["labels"]), "weight": restored(data["weight"])})
         return material
-
-
-@dataclass(frozen=True)
-class KeptState:
-    """A carried state that lies beside the weights: after how many models, its digest and bytes."""
-
-    count: int
-    sha256: str
-    nbytes: int
-
-    @property
-    def file(self) -> str:
-        """Its path in the repository."""
-        return state_file(self.sha256)
 
 
 @dataclass(frozen=True)
@@ -305,14 +292,6 @@ def named(name: str, identities: Sequence[str]) -> list[int]:
     return [i for i in hits if parts[i][2].removeprefix("sha256:").startswith(revision)]
 
 
-def _checked_digest(digest: object) -> str:
-    if not is_digest(digest):
-        raise LedgerError(
-            f"{digest!r} is no SHA-256, by which files beside a merge are called; the ledger is made up."
-        )
-    return str(digest)
-
-
 def learned_files(learned: Mapping[str, Any] | None) -> dict[str, str]:
     """Path in the repository -> SHA-256 of the files that learning left."""
     if learned is None:
@@ -321,14 +300,9 @@ def learned_files(learned: Mapping[str, Any] | None) -> dict[str, str]:
     return {state_file(digest): digest for digest in digests if digest is not None}
 
 
-def state_file(digest: str) -> str:
-    """Path in the repository of what is carried from step to step."""
-    return f"merge_state/{_checked_digest(digest)}.safetensors"
-
-
 def archive_file(digest: str) -> str:
     """Path in the repository of a kept copy of a source."""
-    return f"{ARCHIVES}/{_checked_digest(digest)}.zip"
+    return f"{ARCHIVES}/{checked_digest(digest)}.zip"
 
 
 def short(identity: str) -> str:

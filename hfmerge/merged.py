@@ -16,18 +16,19 @@ from hfmerge.digesting import digests, folder_digest
 from hfmerge.errors import HfMergeError, LedgerError, SourceError
 from hfmerge.fetching import fetch, pin
 from hfmerge.jsonio import read_limited
-from hfmerge.ledger import FOLDER, Entry, KeptState, Material, check_chain, check_size, contained, ledger_files
+from hfmerge.ledger import FOLDER, Entry, Material, check_chain, check_size, contained, ledger_files
 from hfmerge.limits import CARD_BYTES, ENTRY_BYTES, LEDGER_BYTES
 from hfmerge.notes import keep_note
 from hfmerge.options import NO_CONSENT, Consent
+from hfmerge.planned import KeptState
 from hfmerge.private import home, private_folder
-from hfmerge.source import Pinned, parse_ref
+from hfmerge.reference import Pinned, parse_ref
 from hfmerge.stamps import remembered_digest
+from hfmerge.statebranch import STATE_BRANCH
 from hfmerge.trees import file_in
 from hfmerge.weights import stored
 
 
-STATE_BRANCH = "merge-state"
 NOTES = 4096
 """How many merges' folders are remembered; those noted longest ago are forgotten first."""
 COPIES = 16

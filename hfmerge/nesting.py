@@ -14,10 +14,10 @@ from typing import Protocol
 from hfmerge.errors import HfMergeError, LedgerError, NotFoundError
 from hfmerge.ledger import Entry, Material, contained, named, reference, same_model
 from hfmerge.merged import Merged, open_merged
+from hfmerge.reference import parse_ref
 from hfmerge.repeating import finish
 from hfmerge.running import MergeResult
 from hfmerge.runtime import Ranks
-from hfmerge.source import parse_ref
 from hfmerge.targets import destination
 from hfmerge.verifying import left_behind
 

@@ -13,6 +13,8 @@ from hfmerge.checkpoint.heads import Head
 from hfmerge.checkpoint.names import Layout
 from hfmerge.checkpoint.vocabulary import Vocabulary
 from hfmerge.checkpoint.writer import Slot
+from hfmerge.digest import is_digest
+from hfmerge.errors import LedgerError
 from hfmerge.learning.asked import HELD
 from hfmerge.methods import FoldMethod, MergeMethod
 from hfmerge.methods.base import InParts
@@ -251,3 +253,31 @@ def state_name(param: Param, block: Block, name: str) -> str:
 def needs_two_passes(plan: Plan) -> bool:
     """True when a number over all parameters is needed before anything can be written."""
     return plan.norm != "none"
+
+
+@dataclass(frozen=True)
+class KeptState:
+    """A carried state that lies beside the weights: after how many models, its digest and bytes."""
+
+    count: int
+    sha256: str
+    nbytes: int
+
+    @property
+    def file(self) -> str:
+        """Its path in the repository."""
+        return state_file(self.sha256)
+
+
+def checked_digest(digest: object) -> str:
+    """A SHA-256 that names a file beside a merge. Raises LedgerError."""
+    if not is_digest(digest):
+        raise LedgerError(
+            f"{digest!r} is no SHA-256, by which files beside a merge are called; the ledger is made up."
+        )
+    return str(digest)
+
+
+def state_file(digest: str) -> str:
+    """Path in the repository of what is carried from step to step."""
+    return f"merge_state/{checked_digest(digest)}.safetensors"

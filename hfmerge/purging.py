@@ -15,8 +15,8 @@ from typing import Any
 from hfmerge.asking import hub_api, hub_errors, patiently
 from hfmerge.errors import HfMergeError, NotFoundError, PushError, VerificationError
 from hfmerge.ledger import Entry
-from hfmerge.merged import STATE_BRANCH, Merged, open_merged
-from hfmerge.statebranch import drop_states
+from hfmerge.merged import Merged, open_merged
+from hfmerge.statebranch import STATE_BRANCH, drop_states
 from hfmerge.targets import require_writer
 from hfmerge.verifying import WEIGHTS, check_merged
 

@@ -27,9 +27,10 @@ from hfmerge.merged import Merged, ledger_in, parts_of, state_path
 from hfmerge.methods import AdditiveFold
 from hfmerge.pictures.embedding import FIGURES, drawn, embed_learning
 from hfmerge.planned import Plan
+from hfmerge.reference import Place
 from hfmerge.runfiles import STATE_FOLDER
 from hfmerge.scorecard import PREFIX, without_scores
-from hfmerge.source import Place, Source
+from hfmerge.source import Source
 from hfmerge.trees import SPECIAL, TOOLS
 from hfmerge.weights import Weight
 

@@ -23,10 +23,11 @@ from hfmerge.describing import describe
 from hfmerge.digest import is_digest, sha256_file
 from hfmerge.errors import CorruptFileError, HfMergeError, LedgerError, NotFoundError, RecipeError
 from hfmerge.ledger import Material, archive_file, reference, short
-from hfmerge.merged import STATE_BRANCH, Merged, check_folders, folders_of
+from hfmerge.merged import Merged, check_folders, folders_of
 from hfmerge.planned import Plan
 from hfmerge.private import home, private_folder
-from hfmerge.source import is_hub_id, is_identity
+from hfmerge.reference import is_hub_id, is_identity
+from hfmerge.statebranch import STATE_BRANCH
 from hfmerge.trees import file_in
 from hfmerge.vanished import lost_places, naming_vanished
 

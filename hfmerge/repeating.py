@@ -20,10 +20,10 @@ from hfmerge.ledger import Material, contained
 from hfmerge.merged import Merged
 from hfmerge.options import DEFAULT
 from hfmerge.recipe import ModelEntry
+from hfmerge.reference import Place, parse_ref
 from hfmerge.runfiles import STATE_FOLDER
 from hfmerge.running import MergeResult, push_written
 from hfmerge.runtime import Ranks
-from hfmerge.source import Place, parse_ref
 from hfmerge.targets import Destination, require_writer
 from hfmerge.weights import Weight
 from hfmerge.workspace import clear

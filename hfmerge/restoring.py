@@ -26,11 +26,11 @@ from hfmerge.merged import Merged, known_places, note_places, noted_places, open
 from hfmerge.options import RunOptions
 from hfmerge.private import private_file, private_folder
 from hfmerge.recording import keep_foreign_files, readable_card, refuse_unknown_files, write_record
+from hfmerge.reference import Pinned, Place, checked_path, is_hub_id
 from hfmerge.repeating import finish, in_place, restored
 from hfmerge.running import MergeResult, push_written
 from hfmerge.runtime import Ranks
 from hfmerge.seen import follow, refuse_rewritten
-from hfmerge.source import Pinned, Place, checked_path, is_hub_id
 from hfmerge.statebranch import bring_states_back, find_states
 from hfmerge.steps import commit_of
 from hfmerge.targets import Destination

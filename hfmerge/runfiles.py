@@ -15,11 +15,11 @@ from hfmerge.digest import sha256_file
 from hfmerge.disks import own_params
 from hfmerge.headers import read_header
 from hfmerge.journal import Finished, Journal, Key, checksum
-from hfmerge.ledger import KeptState
 from hfmerge.methods import FoldMethod
-from hfmerge.planned import Param, Plan, needs_two_passes
+from hfmerge.planned import KeptState, Param, Plan, needs_two_passes
+from hfmerge.reference import Pinned, Place
 from hfmerge.runtime import Ranks
-from hfmerge.source import Pinned, Place, Source
+from hfmerge.source import Source
 from hfmerge.stacking import Memory
 from hfmerge.taskvector import TaskVector, from_tensors
 

@@ -42,9 +42,9 @@ from hfmerge.recording import (
     record,
     refuse_unknown_files,
 )
+from hfmerge.reference import parse_ref
 from hfmerge.runtime import Ranks
 from hfmerge.seen import follow, refuse_rewritten
-from hfmerge.source import parse_ref
 from hfmerge.streaming import Streamed
 from hfmerge.targets import Destination
 from hfmerge.workspace import Workspace, full_disk, recover, workspace

@@ -23,7 +23,7 @@ from hfmerge.jsonio import read_json_file
 from hfmerge.ledger import FOLDER
 from hfmerge.merged import Merged
 from hfmerge.notes import write_note
-from hfmerge.source import Pinned
+from hfmerge.reference import Pinned
 
 
 STEP_TAG = re.compile(r"step-\d{4,}")

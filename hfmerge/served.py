@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from hfmerge.asking import hub_errors
 from hfmerge.errors import OfflineError
 from hfmerge.ranged import RangedFile, Traffic
-from hfmerge.source import Pinned
+from hfmerge.reference import Pinned
 
 
 BLOCK = 1 << 24

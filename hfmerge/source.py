@@ -1,90 +1,17 @@
-"""Names of models and what they stand for: references are parsed; places, files, tensors and sources are described.
-
-`org/name`, `org/name@revision`, a folder, an `hf://` URI, or `base+adapter` of any two of these.
-"""
+"""A source: one model as a plan needs it, described by its small files and the headers of its weights."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hfmerge.digest import is_digest
-from hfmerge.errors import CorruptFileError, SourceError
+from hfmerge.headers import TensorEntry
+from hfmerge.reference import Pinned
 
 
 if TYPE_CHECKING:
     from hfmerge.remote import RemoteFile
-
-FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-"""Floating safetensors dtypes that can be merged, with their bytes per element."""
-OTHERS = {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "U16": 2, "U32": 4, "U64": 8}
-_SEGMENT = re.compile(r"[^/\\\x00-\x1f\x7f\ud800-\udfff]{1,255}")
-_HUB_ID = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)?")
-_COMMIT = re.compile("[0-9a-f]{40}")
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a model lies, as written: a Hub repository with the asked revision, or a folder."""
-
-    text: str
-    repo_id: str | None
-    revision: str | None
-    folder: Path | None
-
-
-@dataclass(frozen=True)
-class FileInfo:
-    """One file of a pinned place: bytes, and the digests known without reading it."""
-
-    size: int
-    sha256: str | None = None
-    blob_id: str | None = None
-
-
-@dataclass(frozen=True)
-class TensorEntry:
-    """Header entry of a stored tensor. `dtype` is the safetensors name (`BF16`), `nbytes` its length in the file."""
-
-    file: str
-    dtype: str
-    shape: tuple[int, ...]
-    nbytes: int
-
-    @property
-    def floating(self) -> bool:
-        """True when the tensor can be merged; integer and boolean buffers are copied."""
-        return self.dtype in FLOATS
-
-
-@dataclass(frozen=True)
-class Pinned:
-    """A place fixed to one state: a commit on the Hub, or a folder with its files' sizes.
-
-    Attributes:
-        name: repository ID, or the folder's own name (never its path).
-        commit: 40 hex digits, None for a folder.
-        folder: the folder; of a commit, that of the copy that is read in its place; None on the Hub.
-        files: path in the repository -> what is known of the file.
-        offline: the Hub could not be asked, and `files` are those that the cache holds.
-        gone: the Hub was asked and no longer has, or shows, this commit; `files` are those that the cache holds.
-    """
-
-    place: Place
-    name: str
-    commit: str | None
-    folder: Path | None
-    files: Mapping[str, FileInfo] = field(repr=False)
-    offline: bool = False
-    gone: bool = False
-
-    @property
-    def label(self) -> str:
-        """Short text for messages and tables: `org/name@0123abcd`, or the folder as written."""
-        return f"{self.name}@{self.commit[:8]}" if self.commit else self.place.text
 
 
 @dataclass(frozen=True)
@@ -132,107 +59,6 @@ class Source:
         """Bytes of those of the tensors that are streamed."""
         entries = (self.tensors[key] for key in keys)
         return sum(entry.nbytes for entry in entries if entry.file in self.streams)
-
-
-def is_segment(name: object) -> bool:
-    """Whether a value can be the name of one file or folder, wherever it comes from."""
-    return isinstance(name, str) and _SEGMENT.fullmatch(name) is not None and name not in (".", "..")
-
-
-def is_path(name: object) -> bool:
-    """Whether a value can be the path of a file in a repository or a folder, and so does not leave it."""
-    return isinstance(name, str) and all(is_segment(part) for part in name.split("/"))
-
-
-def checked_path(name: str, where: str) -> str:
-    """The path of a file in a repository, as somebody else wrote it, before it is read from or written to.
-
-    Raises:
-        CorruptFileError: it leads elsewhere.
-    """
-    if not is_path(name):
-        raise CorruptFileError(f"{where}: names the file {name!r}, which is no path in a repository; do not use it.")
-    return name
-
-
-def is_commit(value: object) -> bool:
-    """Whether a value is the full name of a commit."""
-    return isinstance(value, str) and _COMMIT.fullmatch(value) is not None
-
-
-def is_hub_id(name: object) -> bool:
-    """Whether a value is a repository's name, and so can be a part of a path and of an address."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    if not isinstance(name, str) or _HUB_ID.fullmatch(name) is None:
-        return False
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
-
-
-def is_identity(value: object) -> bool:
-    """Whether a value names a model as ledgers do: `org/name@COMMIT` on the Hub, `name@sha256:DIGEST` of a folder."""
-    if not isinstance(value, str):
-        return False
-    name, folder, digest = value.rpartition("@sha256:")
-    if folder:
-        return is_segment(name) and is_digest(digest)
-    name, _, commit = value.rpartition("@")
-    return is_hub_id(name) and is_commit(commit)
-
-
-def parse_ref(text: str) -> list[Place]:
-    """The place, or the two places `base+adapter`, that a reference names.
-
-    Raises:
-        SourceError: not a folder and not a valid repository ID.
-    """
-    text = text.strip()
-    if "+" in text and not _path(text)[1]:
-        base, _, adapter = text.partition("+")
-        return [_parse_place(base), _parse_place(adapter)]
-    return [_parse_place(text)]
-
-
-def _parse_place(text: str) -> Place:
-    from huggingface_hub import parse_hf_uri
-    from huggingface_hub.errors import HfUriError, HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    if text.startswith("hf://"):
-        try:
-            uri = parse_hf_uri(text)
-        except HfUriError as error:
-            raise SourceError(f"{text}: {error}") from error
-        if uri.type != "model" or uri.path_in_repo:
-            raise SourceError(f"{text}: name a whole model repository, `hf://org/name@revision`.")
-        return Place(text, uri.id, uri.revision, None)
-    path, there = _path(text)
-    if (there and path.is_dir()) or text.startswith((".", "/", "~")):
-        return Place(text, None, None, path)
-    repo_id, _, revision = text.partition("@")
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise SourceError(f"{text}: neither a folder here nor a Hub ID `org/name[@revision]`.") from error
-    return Place(text, repo_id, revision or None, None)
-
-
-def _path(text: str) -> tuple[Path, bool]:
-    """A reference as a path, and whether something is there.
-
-    Raises:
-        SourceError: it can be no path of this machine, and so is too long for a Hub ID too.
-    """
-    try:
-        path = Path(text).expanduser()
-        return path, path.exists()
-    except (OSError, RuntimeError, ValueError) as error:  # too long, no such user's home, a null character
-        raise SourceError(f"{text[:200]}: neither a folder here nor a Hub ID ({error.__class__.__name__}).") from error
 
 
 def weight_files(source: Source) -> list[str]:

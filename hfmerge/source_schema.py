@@ -9,8 +9,23 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from hfmerge.errors import CorruptFileError
+from hfmerge.fetching import fetch
 from hfmerge.fields import Kind, flag, items, line, nullable, number, plain_text, record, safe_path, show, table
-from hfmerge.limits import LABELS, LAYERS, PATTERN, PATTERNS, TENSOR_NAME, TENSORS
+from hfmerge.jsonio import read_json_file
+from hfmerge.limits import (
+    HEADER_VALUES,
+    INDEX_BYTES,
+    JSON_BYTES,
+    JSON_VALUES,
+    LABELS,
+    LAYERS,
+    PATTERN,
+    PATTERNS,
+    TENSOR_NAME,
+    TENSORS,
+)
+from hfmerge.reference import Pinned
 
 
 def label(value: object) -> object:
@@ -130,3 +145,21 @@ KINDS: Mapping[str, Kind] = {"config.json": config, "adapter_config.json": ADAPT
 def kind_of_file(file: str) -> Kind:
     """What a JSON file of a model may say."""
     return INDEX if file.endswith(".index.json") else KINDS.get(file.rpartition("/")[2], record({}, strict=False))
+
+
+def read_json(pinned: Pinned, file: str) -> Any:
+    """A small JSON file of a pinned place, checked against what such a file may say (see `kind_of_file`).
+
+    Raises:
+        CorruptFileError: beyond a limit, not JSON, or with values of other kinds. SourceError: see `fetch`.
+    """
+    path = fetch(pinned, file)
+    limit = INDEX_BYTES if file.endswith(".index.json") else JSON_BYTES
+    values = HEADER_VALUES if file.endswith(".index.json") else JSON_VALUES
+    try:
+        # transformers writes infinities into the configurations of some classes
+        value = read_json_file(path, limit, values=values, finite=not file.endswith("config.json"))
+        kind_of_file(file)(value)
+    except (ValueError, OSError) as error:
+        raise CorruptFileError(f"{pinned.label}: {file} cannot be used: {error}.") from error
+    return value

@@ -9,9 +9,9 @@ from typing import Any
 
 from hfmerge.asking import patiently
 from hfmerge.commits import listed, upload
-from hfmerge.merged import STATE_BRANCH
 
 
+STATE_BRANCH = "merge-state"
 ATTRIBUTES = ".gitattributes"
 """What the branch holds beside kept states and copies of sources: it says what is large."""
 

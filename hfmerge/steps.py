@@ -14,7 +14,7 @@ from hfmerge.asking import hub_api, hub_errors, patiently
 from hfmerge.errors import OfflineError
 from hfmerge.ledger import FOLDER, Entry
 from hfmerge.merged import Merged
-from hfmerge.source import Pinned
+from hfmerge.reference import Pinned
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from hfmerge.asking import Patience
 from hfmerge.blockstore import BlockStore
 from hfmerge.headers import MET_AT_ONCE, Header, header_length, parse_header
 from hfmerge.ranged import RangedFile, Traffic
+from hfmerge.reference import Pinned
 from hfmerge.remote import RemoteFile
-from hfmerge.source import Pinned
 
 
 @dataclass(frozen=True)

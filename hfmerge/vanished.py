@@ -10,8 +10,10 @@ from hfmerge.digest import sha256_file
 from hfmerge.errors import AccessError, CorruptFileError, HfMergeError, NotFoundError, RecipeError
 from hfmerge.fetching import cached, fetch, pin
 from hfmerge.ledger import Material, archive_file, short
-from hfmerge.merged import STATE_BRANCH, Merged
-from hfmerge.source import Pinned, Place, Source
+from hfmerge.merged import Merged
+from hfmerge.reference import Pinned, Place
+from hfmerge.source import Source
+from hfmerge.statebranch import STATE_BRANCH
 
 
 SMALL = 1 << 20

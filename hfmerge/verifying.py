@@ -23,14 +23,14 @@ from hfmerge.fields import show
 from hfmerge.jsonio import read_limited
 from hfmerge.ledger import ARCHIVES, FOLDER, Entry
 from hfmerge.limits import HEADER_VALUES, INDEX_BYTES
-from hfmerge.merged import STATE_BRANCH, Merged, open_merged
+from hfmerge.merged import Merged, open_merged
 from hfmerge.options import NO_CONSENT, Consent
+from hfmerge.reference import Pinned, Place
 from hfmerge.removal import parts
 from hfmerge.scorecard import PREFIX
 from hfmerge.seen import acceptance, acquaintance, remember, rewritten
 from hfmerge.served import served_digests
-from hfmerge.source import Pinned, Place
-from hfmerge.statebranch import ATTRIBUTES
+from hfmerge.statebranch import ATTRIBUTES, STATE_BRANCH
 from hfmerge.trees import TOOLS
 from hfmerge.witness import append, read_log
 from hfmerge.workspace import leftovers, recover

@@ -16,9 +16,9 @@ import hfmerge
 PACKAGE = Path(hfmerge.__file__).parent
 ROOT = PACKAGE.parent
 MOST = {
-    "modules directly under hfmerge/": 105,
+    "modules directly under hfmerge/": 106,
     "packages directly under hfmerge/": 8,
-    "cycles of modules, imports for type checking counted": 1,
+    "cycles of modules, imports for type checking counted": 0,
     "public names with two meanings": 54,
     "functions with more than 8 parameters": 22,
     "lines of the longest function": 125,

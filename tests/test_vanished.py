@@ -18,7 +18,8 @@ from hfmerge.errors import CorruptFileError
 from hfmerge.hubserver.importer import import_folder
 from hfmerge.hubserver.serve import HubServer
 from hfmerge.ledger import Material
-from hfmerge.source import FileInfo, Pinned, Place, Source
+from hfmerge.reference import FileInfo, Pinned, Place
+from hfmerge.source import Source
 from hfmerge.vanished import check_unchanged
 
 

@@ -14,7 +14,8 @@ from hfmerge.checkpoint.names import Origin
 from hfmerge.checkpoint.reader import Reader, Rows
 from hfmerge.checkpoint.vocabulary import Vocabulary, aligned_change, extended_factors
 from hfmerge.errors import ShapeError
-from hfmerge.source import Source, TensorEntry
+from hfmerge.headers import TensorEntry
+from hfmerge.source import Source
 from hfmerge.taskvector import Dense, TaskVector
 
 

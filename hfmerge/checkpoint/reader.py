@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 from hfmerge.checkpoint.writer import SIZES, TORCH_NAMES, bytes_of
 from hfmerge.errors import CorruptFileError, NonFiniteError
 from hfmerge.fetching import fetch
-from hfmerge.headers import Header, load_pickle, read_header
+from hfmerge.headers import Header, TensorEntry, load_pickle, read_header
 from hfmerge.remote import RemoteFile
-from hfmerge.source import Source, TensorEntry
+from hfmerge.source import Source
 
 
 if TYPE_CHECKING:

@@ -13,8 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hfmerge.fetching import fetch, read_json
-from hfmerge.source import Pinned
+from hfmerge.fetching import fetch
+from hfmerge.reference import Pinned
+from hfmerge.source_schema import read_json
 
 
 PATTERNS = (

@@ -16,7 +16,8 @@ from hfmerge.checkpoint.skeleton import one_line
 from hfmerge.errors import UnsupportedError
 from hfmerge.fetching import fetch
 from hfmerge.limits import TOKENIZER_BYTES
-from hfmerge.source import Pinned, Source
+from hfmerge.reference import Pinned
+from hfmerge.source import Source
 from hfmerge.taskvector import LowRank
 
 

@@ -11,20 +11,20 @@ from typing import Any
 
 from hfmerge.changes import plan_replay
 from hfmerge.errors import HfMergeError
-from hfmerge.evaluation.continual_measures import distance, relative, same_weights
 from hfmerge.evaluation.models import Subject
 from hfmerge.evaluation.results import Matrix
 from hfmerge.evaluation.running import Evaluator, Settings
 from hfmerge.evaluation.suite import Suite, Task, load_suite
+from hfmerge.evaluation.weight_distance import distance, relative, same_weights
 from hfmerge.execute import run
 from hfmerge.fetching import fetch
 from hfmerge.ledger import Material, reference
 from hfmerge.merged import Merged, open_merged
 from hfmerge.options import DEFAULT, RunOptions
 from hfmerge.planned import Plan
+from hfmerge.reference import Pinned
 from hfmerge.running import MergeResult
 from hfmerge.runtime import Ranks
-from hfmerge.source import Pinned
 
 
 ROWS = ("base", "before", "after", "never merged")

@@ -19,26 +19,19 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import hfmerge
+from hfmerge import api, examining
 from hfmerge.digest import canonical_json, sha256_bytes
 from hfmerge.environment import environment
 from hfmerge.errors import HeadError
 from hfmerge.evaluation import continual_metrics as metrics
 from hfmerge.evaluation.continual_asked import Variant, arranged, check_variants, pair
 from hfmerge.evaluation.continual_asked import orders as drawn_orders
-from hfmerge.evaluation.continual_measures import (
-    PeakMemory,
-    distance,
-    identity,
-    relative,
-    same_weights,
-    summed_up,
-    values,
-)
+from hfmerge.evaluation.continual_measures import PeakMemory, identity, summed_up, values
 from hfmerge.evaluation.data import pin_data
 from hfmerge.evaluation.results import Score
 from hfmerge.evaluation.running import Evaluator, Settings
 from hfmerge.evaluation.suite import Suite, load_suite
+from hfmerge.evaluation.weight_distance import distance, relative, same_weights
 from hfmerge.inspecting import public_name
 from hfmerge.merged import open_merged
 from hfmerge.methods import registry
@@ -46,6 +39,7 @@ from hfmerge.methods.opcm import OPCM
 from hfmerge.options import RunOptions
 from hfmerge.planned import Plan
 from hfmerge.recipe import Recipe
+from hfmerge.version import __version__
 from hfmerge.weights import stored
 
 
@@ -89,7 +83,7 @@ def run_continual(asked: Experiment, folder: Path, *, notify: Callable[[str], ob
         HfMergeError: whatever merging or evaluating refuses; what was measured before stays.
     """
     check_variants(asked.variants)
-    plan = hfmerge.plan(asked.variants[0].recipe)
+    plan = api.plan(asked.variants[0].recipe)
     sources = [delta.source for delta in plan.deltas]
     refs = [entry.model for entry in asked.variants[0].recipe.models]
     names = [source.name for source in sources]
@@ -213,11 +207,11 @@ class _Run:
             if step == 0:
                 self.left()
                 peak = PeakMemory()
-                result = hfmerge.merge(arranged(variant.recipe, seen), output=self.place, options=options)
+                result = api.merge(arranged(variant.recipe, seen), output=self.place, options=options)
             else:
                 self._stand_at(variant.recipe, order[:step])
                 self.standing, peak = None, PeakMemory()
-                result = hfmerge.add(self.place, [variant.recipe.models[order[step]]], options=options)
+                result = api.add(self.place, [variant.recipe.models[order[step]]], options=options)
             most = peak.read()
             self.standing = self._merge_of(variant.recipe, seen)
             norms = [math.sqrt(model.squared_norm or 0.0) for model in result.entry.models]
@@ -243,9 +237,9 @@ class _Run:
             name = open_merged(str(self.place)).last.models[order.index(gone)].name
             with tempfile.TemporaryDirectory(dir=self.place.parent) as folder:
                 out, never = Path(folder) / "unmerged", Path(folder) / "never"
-                result = hfmerge.unmerge(self.place, name, output=out, mode=self.asked.mode, options=options)
+                result = api.unmerge(self.place, name, output=out, mode=self.asked.mode, options=options)
                 rest = arranged(variant.recipe, [i for i in order if i != gone])
-                other = hfmerge.merge(rest, output=never, options=options)
+                other = api.merge(rest, output=never, options=options)
                 identical = same_weights(result.entry.products, other.entry.products)
                 first = self._evaluate(str(out), order)
                 second = first if identical else self._evaluate(str(never), order)
@@ -266,7 +260,7 @@ class _Run:
         opcm = variant.recipe.method.name == OPCM.name
 
         def work() -> dict[str, Any]:
-            whole = hfmerge.inspect(arranged(variant.recipe, order), spectral=opcm).to_dict()["whole"]
+            whole = examining.inspect(arranged(variant.recipe, order), spectral=opcm).to_dict()["whole"]
             places = [list(order).index(i) for i in range(len(order))]
             return {
                 "order": list(order),
@@ -295,7 +289,7 @@ class _Run:
         """A cell from its file, or measured and put there in one rename."""
         settings = self.asked.settings
         rows = [self.evaluator.pin(task).digest for task in self.evaluator.suite.tasks]
-        about = [SCHEMA, hfmerge.__version__, self.asked.suite.digest, rows, settings.limit, settings.seed, *key]
+        about = [SCHEMA, __version__, self.asked.suite.digest, rows, settings.limit, settings.seed, *key]
         path = self.cells / f"{key[0]}-{sha256_bytes(canonical_json(about))[:24]}.json"
         if path.is_file():
             found: dict[str, Any] = json.loads(path.read_bytes())
@@ -324,9 +318,9 @@ class _Run:
             self.left()
             # learned weights depend on the way to them, all else on the models alone
             first = 1 if recipe.learn is not None else len(order)
-            hfmerge.merge(arranged(recipe, order[:first]), output=self.place, options=self._options(recipe))
+            api.merge(arranged(recipe, order[:first]), output=self.place, options=self._options(recipe))
             for i in order[first:]:
-                hfmerge.add(self.place, [recipe.models[i]], options=self._options(recipe))
+                api.add(self.place, [recipe.models[i]], options=self._options(recipe))
             self.standing = wanted
 
     def _labelled(self, suite: str) -> list[Any]:

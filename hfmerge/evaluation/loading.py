@@ -18,7 +18,8 @@ from hfmerge.describing import describe
 from hfmerge.digest import canonical_json, sha256_bytes, sha256_file
 from hfmerge.errors import SourceError, UnsupportedError
 from hfmerge.fetching import fetch
-from hfmerge.source import Source, is_hub_id
+from hfmerge.reference import is_hub_id
+from hfmerge.source import Source
 
 
 if TYPE_CHECKING:

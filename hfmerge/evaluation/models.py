@@ -17,8 +17,10 @@ from hfmerge.digest import sha256_bytes
 from hfmerge.errors import HeadError, SourceError
 from hfmerge.evaluation import loading
 from hfmerge.evaluation.results import ModelInfo
-from hfmerge.fetching import fetch, read_json
-from hfmerge.source import Pinned, Source, parse_ref
+from hfmerge.fetching import fetch
+from hfmerge.reference import Pinned, parse_ref
+from hfmerge.source import Source
+from hfmerge.source_schema import read_json
 
 
 if TYPE_CHECKING:

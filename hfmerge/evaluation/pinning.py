@@ -8,7 +8,7 @@ from typing import Any
 from hfmerge.evaluation.data import pin_data
 from hfmerge.evaluation.suite import Suite, Task
 from hfmerge.fetching import pin
-from hfmerge.source import parse_ref
+from hfmerge.reference import parse_ref
 from hfmerge.yamlio import dump_yaml
 
 

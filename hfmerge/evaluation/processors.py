@@ -11,7 +11,7 @@ from hfmerge.checkpoint.loadback import quiet
 from hfmerge.digest import canonical_json, sha256_bytes, sha256_file
 from hfmerge.errors import HfMergeError, SourceError
 from hfmerge.fetching import fetch
-from hfmerge.source import Pinned
+from hfmerge.reference import Pinned
 
 
 TOKENIZER_FILES = (

@@ -15,16 +15,7 @@ from hfmerge.hubserver.hub import Hub, moment
 from hfmerge.hubserver.info import tip_facts
 from hfmerge.hubserver.routing import route
 from hfmerge.hubserver.safetensors import read_sharded
-from hfmerge.hubserver.wire import (
-    Call,
-    HubFault,
-    entry_missing,
-    reply,
-    revision_missing,
-    segment,
-    text_field,
-    truthy,
-)
+from hfmerge.hubserver.wire import Call, HubFault, entry_missing, reply, revision_missing, segment, text_field, truthy
 
 
 _TREE_PAGE = 1000

@@ -14,24 +14,9 @@ from hfmerge.hubserver.cards import REPO_ID, read_card
 from hfmerge.hubserver.database import RepoRow
 from hfmerge.hubserver.gitstore import DEFAULT_BRANCH, GitStore
 from hfmerge.hubserver.hub import Hub, now
-from hfmerge.hubserver.info import (
-    children_count,
-    commit_facts,
-    listed,
-    plain_siblings,
-    properties,
-    tip_facts,
-)
+from hfmerge.hubserver.info import children_count, commit_facts, listed, plain_siblings, properties, tip_facts
 from hfmerge.hubserver.routing import route
-from hfmerge.hubserver.wire import (
-    Call,
-    HubFault,
-    forbidden,
-    not_implemented,
-    reply,
-    repo_path,
-    text_field,
-)
+from hfmerge.hubserver.wire import Call, HubFault, forbidden, not_implemented, reply, repo_path, text_field
 
 
 _KINDS = ("model", "dataset")

@@ -20,15 +20,7 @@ from hfmerge.hubserver.hub import Hub
 from hfmerge.hubserver.info import tip_facts
 from hfmerge.hubserver.plain import load_json
 from hfmerge.hubserver.routing import route
-from hfmerge.hubserver.wire import (
-    Call,
-    HubFault,
-    entry_missing,
-    reply,
-    repo_path,
-    revision_missing,
-    text_field,
-)
+from hfmerge.hubserver.wire import Call, HubFault, entry_missing, reply, repo_path, revision_missing, text_field
 
 
 STALE = "The branch was updated since you opened this page. Please refresh and try again."

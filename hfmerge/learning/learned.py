@@ -25,12 +25,11 @@ from hfmerge.learning.replay.making import generate
 from hfmerge.learning.replay.rows import Replay, load_replay, save_replay
 from hfmerge.learning.space import Space
 from hfmerge.learning.students import Student, check_tokens, reference, references, students
-from hfmerge.ledger import KeptState, state_file
 from hfmerge.matching import some
 from hfmerge.merged import Merged, state_path
 from hfmerge.methods.gram import Gram
 from hfmerge.methods.isotropic import MdmOcIso
-from hfmerge.planned import Plan
+from hfmerge.planned import KeptState, Plan, state_file
 from hfmerge.runtime import Ranks
 
 

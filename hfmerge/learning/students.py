@@ -14,7 +14,8 @@ from hfmerge.evaluation.models import Subject, kind_of, open_subject
 from hfmerge.learning.replay.outputs import divergence
 from hfmerge.learning.replay.rows import Replay
 from hfmerge.planned import Plan
-from hfmerge.source import Pinned, Source
+from hfmerge.reference import Pinned
+from hfmerge.source import Source
 
 
 if TYPE_CHECKING:
