@@ -39,7 +39,7 @@ def steps() -> list[Callable[[], Any]]:
     from hfmerge.chunks import TILE
     from hfmerge.methods.ties import Ties
     from hfmerge.methods.trimming import KthMagnitude, kth_magnitude, parts, thinned
-    from hfmerge.taskvector import Dense
+    from hfmerge.task_vector import Dense
 
     torch.set_num_threads(1)
     seed = torch.Generator().manual_seed(7)

@@ -16,7 +16,7 @@ import torch
 from benchmarks.kinds import KINDS, QUICK, llama_matrices, number
 from benchmarks.models import ADAPTER_RANK
 from hfmerge.methods.opcm import OPCM
-from hfmerge.taskvector import Dense, LowRank, TaskVector
+from hfmerge.task_vector import Dense, LowRank, TaskVector
 
 
 def adapters(shape: tuple[int, int], count: int, seed: int) -> list[LowRank]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from hfmerge.archives import read_manifest, unpack, write_archive
 from hfmerge.checkpoint.reader import Reader
-from hfmerge.digest import sha256_file
+from hfmerge.hashing import sha256_file
 from hfmerge.keeping import pairs_of
 from hfmerge.planning import make_plan
 from hfmerge.recipe import parse_recipe

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from evaluation.import_bench import BASE, LORA, model_id, tasks_of
 from hfmerge.evaluation.results import Matrix, load_results, table
-from hfmerge.quoting import Markdown
+from hfmerge.validation.quoting import Markdown
 
 
 ROOT = Path(__file__).resolve().parents[1]

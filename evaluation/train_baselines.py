@@ -28,7 +28,7 @@ from evaluation.import_bench import base_folder, labels_of, tasks_of
 from hfmerge.evaluation import continual_metrics as metrics
 from hfmerge.evaluation.continual_asked import orders
 from hfmerge.evaluation.results import table
-from hfmerge.quoting import Markdown
+from hfmerge.validation.quoting import Markdown
 
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -22,17 +22,17 @@ from typing import IO, TYPE_CHECKING
 from hfmerge.checkpoint.reader import Reader, Rows
 from hfmerge.checkpoint.sidefiles import side_files
 from hfmerge.checkpoint.writer import bytes_of, disk_errors
-from hfmerge.digest import CHUNK, canonical_json
 from hfmerge.errors import CorruptFileError
 from hfmerge.fetching import fetch
-from hfmerge.fields import amount, line, nullable, one_of, plain_text, record, safe_path, sha256, table
+from hfmerge.hashing import CHUNK, canonical_json
 from hfmerge.headers import TensorEntry, header_length, parse_header, read_header
-from hfmerge.jsonio import read_json
-from hfmerge.limits import DIRECTORY_BYTES, MANIFEST_BYTES, MB, MEMBERS, UNPACKED
-from hfmerge.private import private_file, private_folder
 from hfmerge.reference import Pinned
 from hfmerge.source import Source, weight_files
 from hfmerge.source_schema import tensor_name
+from hfmerge.user_files import private_file, private_folder
+from hfmerge.validation.limits import DIRECTORY_BYTES, MANIFEST_BYTES, MB, MEMBERS, UNPACKED
+from hfmerge.validation.strict_json import read_json
+from hfmerge.validation.values import amount, line, nullable, one_of, plain_text, record, safe_path, sha256, table
 
 
 if TYPE_CHECKING:

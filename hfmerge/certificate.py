@@ -36,16 +36,16 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
-from hfmerge.digest import canonical_json
 from hfmerge.dsse import IN_TOTO, Envelope
 from hfmerge.errors import CertificateError
-from hfmerge.jsonio import read_json
+from hfmerge.hashing import canonical_json
 from hfmerge.ledger import Entry
-from hfmerge.limits import CERTIFICATE_BYTES, TEXT
 from hfmerge.merged import Merged
-from hfmerge.quoting import plain
 from hfmerge.removal import Removal, find_removed
 from hfmerge.signers import Trusted
+from hfmerge.validation.limits import CERTIFICATE_BYTES, TEXT
+from hfmerge.validation.quoting import plain
+from hfmerge.validation.strict_json import read_json
 from hfmerge.verifying import WEIGHTS, Check
 from hfmerge.version import __version__
 

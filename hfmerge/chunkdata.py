@@ -13,7 +13,7 @@ from hfmerge.errors import NonFiniteError
 from hfmerge.journal import checksum
 from hfmerge.planned import DTYPE_NAMES
 from hfmerge.runfiles import RunFiles
-from hfmerge.taskvector import Block, Dense, TaskVector, cut, squared_norm, zero
+from hfmerge.task_vector import Block, Dense, TaskVector, cut, squared_norm, zero
 
 
 if TYPE_CHECKING:

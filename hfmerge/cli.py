@@ -30,7 +30,7 @@ from hfmerge.commands import (
 )
 from hfmerge.commands.shared import first_process, print_json
 from hfmerge.errors import HfMergeError, LostProcessError
-from hfmerge.quoting import say, tell
+from hfmerge.validation.quoting import say, tell
 from hfmerge.version import __version__
 
 

@@ -8,15 +8,15 @@ from pathlib import Path
 
 from hfmerge.errors import CorruptFileError, NotFoundError, OfflineError, SourceError, UnsupportedError
 from hfmerge.fetching import cached, fetch, pin
-from hfmerge.fields import folder_name
 from hfmerge.headers import FLOATS, OTHERS, TensorEntry, pickle_entries, read_header
-from hfmerge.limits import TENSORS
 from hfmerge.ranged import Traffic
 from hfmerge.reference import Pinned, parse_ref
 from hfmerge.remote import RemoteFile
 from hfmerge.source import Source
 from hfmerge.source_schema import read_json
 from hfmerge.streaming import Streaming, ranged_file, remote_header
+from hfmerge.validation.limits import TENSORS
+from hfmerge.validation.values import folder_name
 
 
 def describe(

@@ -13,12 +13,12 @@ from functools import partial
 from pathlib import Path
 from subprocess import DEVNULL, PIPE
 
-from hfmerge import digest
-from hfmerge.digest import canonical_json, sha256_bytes, sha256_file
+from hfmerge import hashing
+from hfmerge.digest_cache import remembered_digest
 from hfmerge.errors import CorruptFileError
 from hfmerge.fetching import cached, fetch
+from hfmerge.hashing import canonical_json, sha256_bytes, sha256_file
 from hfmerge.source import Source, weight_files
-from hfmerge.stamps import remembered_digest
 
 
 LARGE = 1 << 27
@@ -132,12 +132,12 @@ class Apart:
         return found or sha256_file(path, self._tick)
 
     def _asked(self, path: str) -> str | None:
-        """The digest as `digest.py` prints it; None if that process failed or could not be started."""
+        """The digest as `hashing.py` prints it; None if that process failed or could not be started."""
         if getattr(sys, "frozen", False) or not sys.executable:
             # a program that Python is built into would start itself
             return None
         # without site-packages and the user's settings it starts in a hundredth of a second
-        call = [sys.executable, "-I", "-S", digest.__file__, path]
+        call = [sys.executable, "-I", "-S", hashing.__file__, path]
         with self._lock:
             if self._closed:
                 raise CancelledError

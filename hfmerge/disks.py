@@ -18,9 +18,9 @@ from pathlib import Path
 from hfmerge.checkpoint.writer import header_bytes
 from hfmerge.chunks import Chunk, cost
 from hfmerge.device import Device
-from hfmerge.digest import canonical_json, sha256_bytes
 from hfmerge.environment import differences, environment
 from hfmerge.errors import HfMergeError, OutputError
+from hfmerge.hashing import canonical_json, sha256_bytes
 from hfmerge.planned import Param, Plan
 from hfmerge.runtime import Ranks, shares
 

@@ -11,10 +11,10 @@ import binascii
 from dataclasses import dataclass
 from typing import Any
 
-from hfmerge.digest import canonical_json
 from hfmerge.errors import CertificateError
-from hfmerge.jsonio import read_json
-from hfmerge.limits import CERTIFICATE_BYTES
+from hfmerge.hashing import canonical_json
+from hfmerge.validation.limits import CERTIFICATE_BYTES
+from hfmerge.validation.strict_json import read_json
 
 
 IN_TOTO = "application/vnd.in-toto+json"

@@ -16,13 +16,13 @@ from typing import Any
 
 from hfmerge.checkpoint.reader import Reader
 from hfmerge.device import device_for, full_float32
-from hfmerge.digest import sha256_file
 from hfmerge.digesting import Digester
 from hfmerge.disks import own_params
 from hfmerge.errors import CorruptFileError, UnsupportedError
 from hfmerge.estimating import stream_memory, stream_readers
 from hfmerge.fetching import fetch
 from hfmerge.finishing import finish_folder
+from hfmerge.hashing import sha256_file
 from hfmerge.journal import Journal, read_past
 from hfmerge.options import DEFAULT, RunOptions
 from hfmerge.passes import Passes

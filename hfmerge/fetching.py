@@ -8,9 +8,9 @@ from pathlib import Path
 
 from hfmerge.asking import hub_api, hub_errors, patiently
 from hfmerge.errors import NotFoundError, SourceError
-from hfmerge.limits import FILES
 from hfmerge.reference import FileInfo, Pinned, Place, checked_path, is_commit, is_segment
-from hfmerge.trees import files_in
+from hfmerge.validation.folders import files_in
+from hfmerge.validation.limits import FILES
 
 
 def pin(place: Place, copies: Mapping[str, Path] | None = None) -> Pinned:

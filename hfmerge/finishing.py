@@ -10,7 +10,7 @@ from hfmerge.checkpoint.heads import write_head
 from hfmerge.checkpoint.sidefiles import copy_side_files
 from hfmerge.checkpoint.vocabulary import write_tokenizer
 from hfmerge.checkpoint.writer import write_index
-from hfmerge.digest import sha256_file
+from hfmerge.hashing import sha256_file
 from hfmerge.planned import DTYPE_NAMES, Plan
 from hfmerge.runfiles import STATE_FOLDER
 

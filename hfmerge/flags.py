@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from hfmerge.errors import Problem
-from hfmerge.fields import show
 from hfmerge.recipe import Recipe, check_recipe
-from hfmerge.yamlio import parse_scalar
+from hfmerge.validation.strict_yaml import parse_scalar
+from hfmerge.validation.values import show
 
 
 def recipe_from_flags(

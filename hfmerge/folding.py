@@ -24,7 +24,7 @@ from hfmerge.methods.additive import AdditiveFold, staying
 from hfmerge.planned import Param, state_name
 from hfmerge.runfiles import carried
 from hfmerge.stacking import merged
-from hfmerge.taskvector import Block, Dense, LowRank, TaskVector, cut, zero
+from hfmerge.task_vector import Block, Dense, LowRank, TaskVector, cut, zero
 from hfmerge.weights import weight_at
 
 

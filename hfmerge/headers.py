@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from hfmerge.errors import CorruptFileError
-from hfmerge.fields import show, table
-from hfmerge.jsonio import read_json
-from hfmerge.limits import DIMENSIONS, HEADER_BYTES, HEADER_VALUES, TENSOR_NAME, TENSORS
+from hfmerge.validation.limits import DIMENSIONS, HEADER_BYTES, HEADER_VALUES, TENSOR_NAME, TENSORS
+from hfmerge.validation.strict_json import read_json
+from hfmerge.validation.values import show, table
 
 
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}

@@ -17,15 +17,14 @@ from typing import TYPE_CHECKING, Any
 from hfmerge.asking import hub_api, hub_errors, patiently
 from hfmerge.card import FILE, card_facts, combine_cards, render_card
 from hfmerge.commits import commit_once, moved, upload
-from hfmerge.digest import sha256_bytes
 from hfmerge.errors import HfMergeError, LedgerError, OfflineError, PushError
 from hfmerge.fetching import pin
+from hfmerge.hashing import sha256_bytes
 from hfmerge.ledger import FOLDER, Entry
 from hfmerge.marked import part, with_part
 from hfmerge.merged import ledger_in, noted_places, open_merged
 from hfmerge.pictures.embedding import FIGURES, drawn
 from hfmerge.privacy import restricted
-from hfmerge.quoting import markdown, plain
 from hfmerge.reference import Pinned, Place
 from hfmerge.removal import parts
 from hfmerge.scorecard import PREFIX, carried_scores
@@ -42,7 +41,8 @@ from hfmerge.targets import (
     make_target,
     with_snapshots,
 )
-from hfmerge.trees import files_in
+from hfmerge.validation.folders import files_in
+from hfmerge.validation.quoting import markdown, plain
 
 
 if TYPE_CHECKING:

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from hfmerge.checkpoint.writer import disk_errors
-from hfmerge.fields import amount, items, nullable, plain_text, table
-from hfmerge.jsonio import read_json, read_json_file
+from hfmerge.validation.strict_json import read_json, read_json_file
+from hfmerge.validation.values import amount, items, nullable, plain_text, table
 
 
 WORK = "work.json"

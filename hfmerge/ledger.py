@@ -15,15 +15,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hfmerge.digest import canonical_json, sha256_bytes
 from hfmerge.errors import LedgerError
-from hfmerge.jsonio import read_json
+from hfmerge.hashing import canonical_json, sha256_bytes
 from hfmerge.learning.asked import Learning
 from hfmerge.ledger_schema import SCHEMA, check_entry
-from hfmerge.limits import ENTRIES, ENTRY_BYTES
 from hfmerge.options import Consent
 from hfmerge.planned import KeptState, checked_digest, state_file
 from hfmerge.recipe import MethodChoice, ModelEntry, Recipe
+from hfmerge.validation.limits import ENTRIES, ENTRY_BYTES
+from hfmerge.validation.strict_json import read_json
 from hfmerge.weights import Weight, restored, stored
 
 

@@ -8,7 +8,11 @@ from functools import lru_cache
 from typing import Any
 
 from hfmerge.errors import Problem, RecipeError
-from hfmerge.fields import (
+from hfmerge.learning.asked import Learning
+from hfmerge.methods import registry
+from hfmerge.recipe_values import DTYPES, VOCABULARIES, norm, option_names, read_options, state
+from hfmerge.validation.limits import FILES, LABELS, MODELS, PATTERN, PATTERNS
+from hfmerge.validation.values import (
     Section,
     amount,
     commit,
@@ -28,10 +32,6 @@ from hfmerge.fields import (
     show,
     table,
 )
-from hfmerge.learning.asked import Learning
-from hfmerge.limits import FILES, LABELS, MODELS, PATTERN, PATTERNS
-from hfmerge.methods import registry
-from hfmerge.recipe_values import DTYPES, VOCABULARIES, norm, option_names, read_options, state
 
 
 SCHEMA = "hfmerge/ledger/1"

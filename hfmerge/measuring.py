@@ -16,7 +16,7 @@ from hfmerge.checkpoint.reader import Reader, Rows
 from hfmerge.checkpoint.vocabulary import extended_base
 from hfmerge.planned import Param, Plan
 from hfmerge.spectra import Asked, Spectrum, take_apart
-from hfmerge.taskvector import LowRank, TaskVector
+from hfmerge.task_vector import LowRank, TaskVector
 
 
 if TYPE_CHECKING:

@@ -11,21 +11,20 @@ from typing import Any
 
 from hfmerge.asking import hub_errors
 from hfmerge.describing import describe
-from hfmerge.digest import canonical_json, sha256_bytes, sha256_file
+from hfmerge.digest_cache import remembered_digest
 from hfmerge.digesting import digests, folder_digest
 from hfmerge.errors import HfMergeError, LedgerError, SourceError
 from hfmerge.fetching import fetch, pin
-from hfmerge.jsonio import read_limited
+from hfmerge.hashing import canonical_json, sha256_bytes, sha256_file
 from hfmerge.ledger import FOLDER, Entry, Material, check_chain, check_size, contained, ledger_files
-from hfmerge.limits import CARD_BYTES, ENTRY_BYTES, LEDGER_BYTES
-from hfmerge.notes import keep_note
 from hfmerge.options import NO_CONSENT, Consent
 from hfmerge.planned import KeptState
-from hfmerge.private import home, private_folder
 from hfmerge.reference import Pinned, parse_ref
-from hfmerge.stamps import remembered_digest
 from hfmerge.statebranch import STATE_BRANCH
-from hfmerge.trees import file_in
+from hfmerge.user_files import home, keep_note, private_folder
+from hfmerge.validation.folders import file_in
+from hfmerge.validation.limits import CARD_BYTES, ENTRY_BYTES, LEDGER_BYTES
+from hfmerge.validation.strict_json import read_limited
 from hfmerge.weights import stored
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hfmerge.errors import Problem
-from hfmerge.fields import Section, show, text
+from hfmerge.validation.values import Section, show, text
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hfmerge.fields import Section, number, show, text
 from hfmerge.mergekit_syntax import constant
+from hfmerge.validation.values import Section, number, show, text
 from hfmerge.weights import PatternWeights, Weight
 
 

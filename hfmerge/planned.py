@@ -13,15 +13,15 @@ from hfmerge.checkpoint.heads import Head
 from hfmerge.checkpoint.names import Layout
 from hfmerge.checkpoint.vocabulary import Vocabulary
 from hfmerge.checkpoint.writer import Slot
-from hfmerge.digest import is_digest
 from hfmerge.errors import LedgerError
+from hfmerge.hashing import is_digest
 from hfmerge.learning.asked import HELD
 from hfmerge.methods import FoldMethod, MergeMethod
 from hfmerge.methods.base import InParts
 from hfmerge.recipe import Recipe
 from hfmerge.source import Source
 from hfmerge.streaming import Streaming
-from hfmerge.taskvector import Block
+from hfmerge.task_vector import Block
 from hfmerge.weights import Weight, weight_at
 
 

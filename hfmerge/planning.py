@@ -22,7 +22,6 @@ from hfmerge.checkpoint.writer import Slot, shard_names
 from hfmerge.describing import describe
 from hfmerge.errors import HfMergeError, Problem, RecipeError, UnsupportedError
 from hfmerge.estimating import with_estimate
-from hfmerge.fields import Section, show
 from hfmerge.headers import FLOATS
 from hfmerge.matching import Layouts, match_source, some
 from hfmerge.methods import FoldMethod, MergeMethod, registry
@@ -31,7 +30,8 @@ from hfmerge.recipe import ModelEntry, Recipe
 from hfmerge.recipe_values import count_problem, option_names, sum_problem, weights_problem
 from hfmerge.source import Source
 from hfmerge.streaming import Streaming
-from hfmerge.taskvector import WHOLE
+from hfmerge.task_vector import WHOLE
+from hfmerge.validation.values import Section, show
 from hfmerge.weights import PatternWeights, read_weight, written
 
 

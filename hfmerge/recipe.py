@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from hfmerge import recipe_values as values
 from hfmerge.errors import Problem, RecipeError
-from hfmerge.fields import Section, flag, one_of, show, suggestion, text, texts
 from hfmerge.learning.asked import Learning, read_learning
+from hfmerge.validation.strict_yaml import dump_yaml, read_yaml
+from hfmerge.validation.values import Section, flag, one_of, show, suggestion, text, texts
 from hfmerge.weights import Weight, read_weight, written
-from hfmerge.yamlio import dump_yaml, read_yaml
 
 
 if TYPE_CHECKING:

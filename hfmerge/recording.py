@@ -18,10 +18,7 @@ from hfmerge.environment import differences
 from hfmerge.errors import HfMergeError, LedgerError, OutputError
 from hfmerge.execute import Outcome
 from hfmerge.fetching import fetch, pin
-from hfmerge.fields import plain_text
-from hfmerge.jsonio import read_limited
 from hfmerge.ledger import Entry, Material, same_prefix, settings_of
-from hfmerge.limits import CARD_BYTES
 from hfmerge.marked import with_part
 from hfmerge.merged import Merged, ledger_in, parts_of, state_path
 from hfmerge.methods import AdditiveFold
@@ -31,7 +28,10 @@ from hfmerge.reference import Place
 from hfmerge.runfiles import STATE_FOLDER
 from hfmerge.scorecard import PREFIX, without_scores
 from hfmerge.source import Source
-from hfmerge.trees import SPECIAL, TOOLS
+from hfmerge.validation.folders import SPECIAL, TOOLS
+from hfmerge.validation.limits import CARD_BYTES
+from hfmerge.validation.strict_json import read_limited
+from hfmerge.validation.values import plain_text
 from hfmerge.weights import Weight
 
 

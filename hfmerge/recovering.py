@@ -20,15 +20,15 @@ from hfmerge.asking import hub_errors, patiently
 from hfmerge.card import FILE, card_pointer
 from hfmerge.checkpoint.reader import Reader
 from hfmerge.describing import describe
-from hfmerge.digest import is_digest, sha256_file
 from hfmerge.errors import CorruptFileError, HfMergeError, LedgerError, NotFoundError, RecipeError
+from hfmerge.hashing import is_digest, sha256_file
 from hfmerge.ledger import Material, archive_file, reference, short
 from hfmerge.merged import Merged, check_folders, folders_of
 from hfmerge.planned import Plan
-from hfmerge.private import home, private_folder
 from hfmerge.reference import is_hub_id, is_identity
 from hfmerge.statebranch import STATE_BRANCH
-from hfmerge.trees import file_in
+from hfmerge.user_files import home, private_folder
+from hfmerge.validation.folders import file_in
 from hfmerge.vanished import lost_places, naming_vanished
 
 

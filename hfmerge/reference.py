@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hfmerge.digest import is_digest
 from hfmerge.errors import CorruptFileError, SourceError
+from hfmerge.hashing import is_digest
 
 
 _SEGMENT = re.compile(r"[^/\\\x00-\x1f\x7f\ud800-\udfff]{1,255}")

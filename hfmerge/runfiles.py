@@ -11,8 +11,8 @@ from hfmerge.checkpoint.deltas import DeltaReader
 from hfmerge.checkpoint.reader import Reader, Rows
 from hfmerge.checkpoint.writer import SafetensorsWriter, Slot, bytes_of
 from hfmerge.chunks import Chunk
-from hfmerge.digest import sha256_file
 from hfmerge.disks import own_params
+from hfmerge.hashing import sha256_file
 from hfmerge.headers import read_header
 from hfmerge.journal import Finished, Journal, Key, checksum
 from hfmerge.methods import FoldMethod
@@ -21,7 +21,7 @@ from hfmerge.reference import Pinned, Place
 from hfmerge.runtime import Ranks
 from hfmerge.source import Source
 from hfmerge.stacking import Memory
-from hfmerge.taskvector import TaskVector, from_tensors
+from hfmerge.task_vector import TaskVector, from_tensors
 
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import Any
 
 from hfmerge.errors import HfMergeError
 from hfmerge.marked import part, with_part
-from hfmerge.yamlio import dump_yaml, parse_front
+from hfmerge.validation.strict_yaml import dump_yaml, parse_front
 
 
 RESULTS = "results"

@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
-from hfmerge.digest import sha256_bytes
 from hfmerge.errors import LedgerError
-from hfmerge.jsonio import read_json_file
+from hfmerge.hashing import sha256_bytes
 from hfmerge.ledger import FOLDER
 from hfmerge.merged import Merged
-from hfmerge.notes import write_note
 from hfmerge.reference import Pinned
+from hfmerge.user_files import write_note
+from hfmerge.validation.strict_json import read_json_file
 
 
 STEP_TAG = re.compile(r"step-\d{4,}")

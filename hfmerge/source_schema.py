@@ -11,9 +11,8 @@ from typing import Any
 
 from hfmerge.errors import CorruptFileError
 from hfmerge.fetching import fetch
-from hfmerge.fields import Kind, flag, items, line, nullable, number, plain_text, record, safe_path, show, table
-from hfmerge.jsonio import read_json_file
-from hfmerge.limits import (
+from hfmerge.reference import Pinned
+from hfmerge.validation.limits import (
     HEADER_VALUES,
     INDEX_BYTES,
     JSON_BYTES,
@@ -25,7 +24,20 @@ from hfmerge.limits import (
     TENSOR_NAME,
     TENSORS,
 )
-from hfmerge.reference import Pinned
+from hfmerge.validation.strict_json import read_json_file
+from hfmerge.validation.values import (
+    Kind,
+    flag,
+    items,
+    line,
+    nullable,
+    number,
+    plain_text,
+    record,
+    safe_path,
+    show,
+    table,
+)
 
 
 def label(value: object) -> object:

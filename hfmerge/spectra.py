@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from hfmerge.methods.opcm import project
 from hfmerge.methods.spectral import Variant
-from hfmerge.taskvector import Block, Core, LowRank, TaskVector, cut
+from hfmerge.task_vector import Block, Core, LowRank, TaskVector, cut
 
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from hfmerge.checkpoint.deltas import DeltaReader
 from hfmerge.checkpoint.writer import TORCH_NAMES, bytes_of
 from hfmerge.methods import AdditiveFold
-from hfmerge.taskvector import Dense
+from hfmerge.task_vector import Dense
 
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ PIECE = 1 << 18
 SPAN = 4
 """Pieces that are read at a time."""
 ROW = 1024
-"""Elements of a change whose squares are summed in float32, as in `taskvector.squared_norm`."""
+"""Elements of a change whose squares are summed in float32, as in `task_vector.squared_norm`."""
 
 
 class Buffers:

@@ -6,9 +6,9 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 
 from hfmerge.asking import hub_errors, patiently
-from hfmerge.digest import sha256_file
 from hfmerge.errors import AccessError, CorruptFileError, HfMergeError, NotFoundError, RecipeError
 from hfmerge.fetching import cached, fetch, pin
+from hfmerge.hashing import sha256_file
 from hfmerge.ledger import Material, archive_file, short
 from hfmerge.merged import Merged
 from hfmerge.reference import Pinned, Place

@@ -15,14 +15,11 @@ from typing import TYPE_CHECKING
 
 from hfmerge.card import BEGIN, FILE, card_differs, card_pointer, licence_note
 from hfmerge.checkpoint.sidefiles import is_asset, is_code, is_side_file
-from hfmerge.digest import sha256_file
 from hfmerge.digesting import folder_digest
 from hfmerge.errors import LedgerError, NotFoundError
 from hfmerge.fetching import cached, fetch, pin
-from hfmerge.fields import show
-from hfmerge.jsonio import read_limited
+from hfmerge.hashing import sha256_file
 from hfmerge.ledger import ARCHIVES, FOLDER, Entry
-from hfmerge.limits import HEADER_VALUES, INDEX_BYTES
 from hfmerge.merged import Merged, open_merged
 from hfmerge.options import NO_CONSENT, Consent
 from hfmerge.reference import Pinned, Place
@@ -31,7 +28,10 @@ from hfmerge.scorecard import PREFIX
 from hfmerge.seen import acceptance, acquaintance, remember, rewritten
 from hfmerge.served import served_digests
 from hfmerge.statebranch import ATTRIBUTES, STATE_BRANCH
-from hfmerge.trees import TOOLS
+from hfmerge.validation.folders import TOOLS
+from hfmerge.validation.limits import HEADER_VALUES, INDEX_BYTES
+from hfmerge.validation.strict_json import read_limited
+from hfmerge.validation.values import show
 from hfmerge.witness import append, read_log
 from hfmerge.workspace import leftovers, recover
 

@@ -16,7 +16,7 @@ from hfmerge.folding import Folding
 from hfmerge.methods import FoldMethod, JointMethod
 from hfmerge.methods.base import SAMPLED, Measure
 from hfmerge.runfiles import RunFiles
-from hfmerge.taskvector import WHOLE, Block, Dense, TaskVector
+from hfmerge.task_vector import WHOLE, Block, Dense, TaskVector
 
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 from hfmerge.errors import HfMergeError, LostProcessError
-from hfmerge.quoting import tell
+from hfmerge.validation.quoting import tell
 
 
 BYE, LOST = b"B", b"L"

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hfmerge.fields import Section, factor, show, text
+from hfmerge.validation.values import Section, factor, show, text
 
 
 WRITTEN_OUT = 3

@@ -31,13 +31,13 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from hfmerge.digest import sha256_bytes
 from hfmerge.errors import LedgerError, OutputError
-from hfmerge.jsonio import read_json, read_limited_stream
+from hfmerge.hashing import sha256_bytes
 from hfmerge.ledger import FOLDER
-from hfmerge.limits import LOG_BYTES, LOG_LINE
 from hfmerge.merged import Merged
 from hfmerge.seen import digests_of, first_apart, may_be_older, place_of, recall, remember_steps
+from hfmerge.validation.limits import LOG_BYTES, LOG_LINE
+from hfmerge.validation.strict_json import read_json, read_limited_stream
 
 
 SCHEMA = "hfmerge/log/1"

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from hfmerge.card import card_facts, render_card
-from hfmerge.digest import sha256_bytes
 from hfmerge.evaluation.report import card_with_results
 from hfmerge.evaluation.results import load_results
+from hfmerge.hashing import sha256_bytes
 from hfmerge.ledger import Entry, Material, settings_of
 from hfmerge.marked import with_part
 from hfmerge.pictures import draw_all

@@ -17,7 +17,7 @@ from torch import Tensor
 from hfmerge.errors import GridOverflowError
 from hfmerge.methods import AdditiveFold, Carry, registry
 from hfmerge.methods.additive import staying
-from hfmerge.taskvector import Dense, LowRank, TaskVector, zero
+from hfmerge.task_vector import Dense, LowRank, TaskVector, zero
 
 
 FOLDS = [name for name, method in registry().items() if issubclass(method, AdditiveFold)]

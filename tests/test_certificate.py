@@ -25,9 +25,9 @@ from cryptography.hazmat.primitives.serialization import (
 
 import hfmerge
 from hfmerge.certificate import check_signature, check_statement
-from hfmerge.digest import canonical_json, sha256_file
 from hfmerge.dsse import Envelope, Signature
 from hfmerge.errors import CertificateError
+from hfmerge.hashing import canonical_json, sha256_file
 from hfmerge.ledger import Entry, contained
 from hfmerge.merged import open_merged
 from hfmerge.removal import find_removed, parts

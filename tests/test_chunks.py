@@ -15,7 +15,7 @@ from hfmerge.checkpoint.reader import Reader, Rows
 from hfmerge.chunks import TILE, ahead, chunks, held, pieces, visit_bytes
 from hfmerge.flags import recipe_from_flags
 from hfmerge.planning import make_plan
-from hfmerge.taskvector import squared_norm
+from hfmerge.task_vector import squared_norm
 
 
 EMBEDDING, HEAD, UP = "model.embed_tokens.weight", "lm_head.weight", "model.layers.0.mlp.up_proj.weight"

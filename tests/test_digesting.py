@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import tiny
 
-from hfmerge import digest, digesting
-from hfmerge.digest import sha256_file
+from hfmerge import digesting, hashing
 from hfmerge.digesting import Apart
+from hfmerge.hashing import sha256_file
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
 def written(folder: Path, name: str = "weights") -> Path:
     path = folder / name
-    path.write_bytes(os.urandom(3 * digest.CHUNK + 5))
+    path.write_bytes(os.urandom(3 * hashing.CHUNK + 5))
     return path
 
 
@@ -116,5 +116,5 @@ def test_a_merge_records_the_same_digests(started: list[list[str]], tmp_path: Pa
     entry = (tmp_path / "out" / "merge_history" / "0001.json").read_text()
     for name in ("base", "m"):
         weights = tmp_path / name / "model.safetensors"
-        assert [digest.__file__, str(weights.resolve())] in [call[-2:] for call in started]
+        assert [hashing.__file__, str(weights.resolve())] in [call[-2:] for call in started]
         assert sha256_file(weights) in entry

@@ -15,8 +15,8 @@ from torch.func import functional_call, jacrev
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 import hfmerge
-from hfmerge.digest import sha256_file
 from hfmerge.evaluation.models import kind_of, open_subject
+from hfmerge.hashing import sha256_file
 from hfmerge.hubserver.importer import import_folder
 from hfmerge.hubserver.serve import HubServer
 from hfmerge.learning.fisher import FISHER_ROWS, fisher, load_fisher, save_fisher

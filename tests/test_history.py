@@ -14,8 +14,8 @@ from huggingface_hub import HfApi
 from shell import Shell, upload
 
 import hfmerge
-from hfmerge.digest import sha256_file
 from hfmerge.errors import HfMergeError
+from hfmerge.hashing import sha256_file
 from hfmerge.hubserver.serve import HubServer
 
 

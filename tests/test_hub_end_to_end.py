@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import hfmerge
 from hfmerge.cli import main
-from hfmerge.digest import sha256_file
+from hfmerge.hashing import sha256_file
 from hfmerge.hubserver.importer import import_folder
 from hfmerge.hubserver.serve import HubServer
 

@@ -16,7 +16,7 @@ from hfmerge.measuring import Measured
 from hfmerge.merged import open_merged
 from hfmerge.methods.opcm import OPCM
 from hfmerge.recipe import MethodChoice, ModelEntry, Recipe
-from hfmerge.taskvector import Dense
+from hfmerge.task_vector import Dense
 
 
 def recipe(base: Path, models: list[Path], weights: tuple[float, ...] = (), **options: float | str) -> Recipe:

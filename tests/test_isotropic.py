@@ -7,7 +7,7 @@ import torch
 
 from hfmerge.methods import AdditiveFold, Carry
 from hfmerge.methods.isotropic import IsoC, MdmOcIso
-from hfmerge.taskvector import Dense, LowRank, TaskVector, zero
+from hfmerge.task_vector import Dense, LowRank, TaskVector, zero
 
 
 WEIGHTS = [0.7, -0.4, 0.0, 1.9]

@@ -31,7 +31,7 @@ from hfmerge.planned import Plan
 from hfmerge.planning import make_plan
 from hfmerge.recipe import parse_recipe
 from hfmerge.runtime import Ranks
-from hfmerge.taskvector import Dense, LowRank, TaskVector, zero
+from hfmerge.task_vector import Dense, LowRank, TaskVector, zero
 from hfmerge.weights import PatternWeights, weight_at
 
 

@@ -13,8 +13,8 @@ import yaml
 
 import hfmerge
 from hfmerge.card import BEGIN, END
-from hfmerge.digest import sha256_bytes, sha256_file
 from hfmerge.errors import LedgerError
+from hfmerge.hashing import sha256_bytes, sha256_file
 from hfmerge.ledger import check_chain
 
 
@@ -391,7 +391,7 @@ def test_replay_compares_every_file(root: Path, out: Path) -> None:
 def rewrite_last(out: Path, **changes: object) -> None:
     """Change the last ledger entry, and what names its digest, so that the whole agrees with itself again."""
     from hfmerge.card import card_facts, render_card
-    from hfmerge.digest import canonical_json
+    from hfmerge.hashing import canonical_json
 
     path = out / "merge_history" / "0002.json"
     record = json.loads(path.read_bytes())

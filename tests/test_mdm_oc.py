@@ -19,7 +19,7 @@ from torch import Tensor
 import hfmerge
 from hfmerge.methods.mdm_oc import MdmOc, ModelProducts, Products, gram, shares
 from hfmerge.recipe import parse_recipe
-from hfmerge.taskvector import Dense, LowRank, TaskVector, zero
+from hfmerge.task_vector import Dense, LowRank, TaskVector, zero
 
 
 quick = settings(max_examples=40, deadline=None, derandomize=True, database=None)

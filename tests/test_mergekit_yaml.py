@@ -19,7 +19,7 @@ from hfmerge.flags import apply_overrides
 from hfmerge.mergekit import KEYS, OTHER_METHODS, SHARED, convert
 from hfmerge.methods import FoldMethod, JointMethod, registry
 from hfmerge.recipe import MethodChoice, ModelEntry, Recipe, load_recipe, parse_recipe
-from hfmerge.taskvector import Dense
+from hfmerge.task_vector import Dense
 
 
 def entry(model: str, **parameters: Any) -> dict[str, Any]:

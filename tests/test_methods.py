@@ -22,12 +22,12 @@ from torch import Tensor
 from hfmerge import merge
 from hfmerge.checkpoint.writer import TORCH_NAMES
 from hfmerge.errors import GridOverflowError
-from hfmerge.fields import typed
 from hfmerge.methods import AdditiveFold, Carry, FoldMethod, JointMethod, MergeMethod, registry
 from hfmerge.methods.slerp import PARALLEL
 from hfmerge.methods.trimming import BITS, histogram_threshold, kept, kth_magnitude, magnitude_histogram
 from hfmerge.recipe import parse_recipe
-from hfmerge.taskvector import Dense, LowRank, TaskVector, from_tensors, zero
+from hfmerge.task_vector import Dense, LowRank, TaskVector, from_tensors, zero
+from hfmerge.validation.values import typed
 
 
 quick = settings(max_examples=12, deadline=None, derandomize=True, database=None)

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from hfmerge.checkpoint.names import Layout, Match, describe, load_back, match
 from hfmerge.errors import CorruptFileError, NotFoundError, ShapeError, UnsupportedError
-from hfmerge.taskvector import WHOLE
+from hfmerge.task_vector import WHOLE
 
 
 TEXT = {"vocab_size": 30, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}

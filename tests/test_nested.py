@@ -11,8 +11,8 @@ from huggingface_hub import HfApi
 from shell import upload
 
 import hfmerge
-from hfmerge.digest import sha256_file
 from hfmerge.errors import HfMergeError
+from hfmerge.hashing import sha256_file
 from hfmerge.hubserver.serve import HubServer
 from hfmerge.ledger import Entry, contained
 from hfmerge.merged import note_places, open_merged

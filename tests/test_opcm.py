@@ -17,7 +17,7 @@ from hfmerge import MergeResult, merge
 from hfmerge.checkpoint.reader import Reader
 from hfmerge.methods.opcm import OPCM, project
 from hfmerge.recipe import parse_recipe
-from hfmerge.taskvector import Dense, LowRank, TaskVector, zero
+from hfmerge.task_vector import Dense, LowRank, TaskVector, zero
 from hfmerge.visits import Visit
 
 

@@ -12,8 +12,8 @@ from huggingface_hub.errors import BadRequestError, EntryNotFoundError, HfHubHTT
 from test_certificate import KEY, private_bytes, public_line
 
 import hfmerge
-from hfmerge.digest import sha256_bytes
 from hfmerge.errors import HfMergeError, PushError, VerificationError
+from hfmerge.hashing import sha256_bytes
 from hfmerge.hubserver.importer import import_folder
 from hfmerge.hubserver.serve import HubServer
 from hfmerge.merged import open_merged

@@ -19,7 +19,7 @@ from hfmerge.errors import RecipeError
 from hfmerge.flags import apply_overrides, recipe_from_flags
 from hfmerge.methods import MergeMethod, registry
 from hfmerge.recipe import MethodChoice, ModelEntry, Recipe, load_recipe, parse_recipe
-from hfmerge.yamlio import dump_yaml, parse_scalar, parse_yaml
+from hfmerge.validation.strict_yaml import dump_yaml, parse_scalar, parse_yaml
 
 
 FULL = """\

@@ -26,7 +26,7 @@ from hfmerge.methods.spectral import (
     split,
 )
 from hfmerge.recipe import parse_recipe
-from hfmerge.taskvector import Dense, LowRank, zero
+from hfmerge.task_vector import Dense, LowRank, zero
 
 
 VARIANTS = ("code", "code-no-diagonal", "paper")

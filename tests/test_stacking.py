@@ -24,7 +24,7 @@ from hfmerge.describing import describe
 from hfmerge.methods import AdditiveFold, Carry
 from hfmerge.methods.linear import Linear, TaskArithmetic
 from hfmerge.stacking import ROW, Memory, merged
-from hfmerge.taskvector import Dense, squared_norm
+from hfmerge.task_vector import Dense, squared_norm
 from hfmerge.trailing import Trail
 
 

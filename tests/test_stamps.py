@@ -13,9 +13,9 @@ import pytest
 import tiny
 from huggingface_hub import constants
 
-from hfmerge.digest import sha256_file
+from hfmerge.digest_cache import SETTLED, remembered_digest
 from hfmerge.errors import CorruptFileError
-from hfmerge.stamps import SETTLED, remembered_digest
+from hfmerge.hashing import sha256_file
 
 
 TAKEN: list[str] = []

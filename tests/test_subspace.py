@@ -9,7 +9,7 @@ import torch
 
 from hfmerge.methods.opcm import OPCM, project
 from hfmerge.methods.subspace import MdmOcSubspace
-from hfmerge.taskvector import Dense, LowRank, TaskVector, zero
+from hfmerge.task_vector import Dense, LowRank, TaskVector, zero
 
 
 WEIGHTS = [0.7, -0.4, 0.0, 1.9]

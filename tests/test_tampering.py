@@ -11,8 +11,8 @@ import pytest
 import tiny
 
 from hfmerge.card import BEGIN
-from hfmerge.digest import sha256_bytes
 from hfmerge.errors import LedgerError
+from hfmerge.hashing import sha256_bytes
 from hfmerge.ledger import Entry, check_chain
 from hfmerge.verifying import check_contents, verify_merge
 

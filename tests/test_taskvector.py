@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hfmerge.taskvector import (
+from hfmerge.task_vector import (
     WHOLE,
     Block,
     Core,

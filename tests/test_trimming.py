@@ -20,7 +20,7 @@ from hfmerge.methods.slerp import Slerp
 from hfmerge.methods.ties import Ties
 from hfmerge.methods.trimming import PART, KthMagnitude, kept, kth_magnitude, parts, thinned, trim
 from hfmerge.recipe import parse_recipe
-from hfmerge.taskvector import Dense
+from hfmerge.task_vector import Dense
 
 
 quick = settings(max_examples=60, deadline=None, derandomize=True, database=None)
@@ -152,7 +152,7 @@ MEMORY = """
 import sys
 import torch
 from hfmerge.methods import registry
-from hfmerge.taskvector import Dense
+from hfmerge.task_vector import Dense
 
 def status(name):
     with open("/proc/self/status") as file:

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hfmerge.cli import main
-from hfmerge.digest import sha256_file
+from hfmerge.hashing import sha256_file
 
 
 WORDS = 48

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from hfmerge.checkpoint.patterns import Patterns
 from hfmerge.errors import CorruptFileError, ShapeError, UnsupportedError
-from hfmerge.fields import show
 from hfmerge.source import Source
-from hfmerge.taskvector import LowRank
+from hfmerge.task_vector import LowRank
+from hfmerge.validation.values import show
 
 
 if TYPE_CHECKING:

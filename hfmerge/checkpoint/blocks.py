@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from hfmerge.taskvector import WHOLE, Block
+from hfmerge.task_vector import WHOLE, Block
 
 
 if TYPE_CHECKING:

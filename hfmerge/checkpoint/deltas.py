@@ -16,7 +16,7 @@ from hfmerge.checkpoint.vocabulary import Vocabulary, aligned_change, extended_f
 from hfmerge.errors import ShapeError
 from hfmerge.headers import TensorEntry
 from hfmerge.source import Source
-from hfmerge.taskvector import Dense, TaskVector
+from hfmerge.task_vector import Dense, TaskVector
 
 
 if TYPE_CHECKING:

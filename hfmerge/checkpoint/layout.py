@@ -11,7 +11,7 @@ from hfmerge.checkpoint.blocks import guessed_blocks, memory_blocks, stored_bloc
 from hfmerge.checkpoint.loader import Group, Renamer, complete, missing, trace
 from hfmerge.checkpoint.remembered import recall, relevant
 from hfmerge.checkpoint.skeleton import Shape, Skeleton, build
-from hfmerge.taskvector import WHOLE, Block
+from hfmerge.task_vector import WHOLE, Block
 
 
 @dataclass(frozen=True)

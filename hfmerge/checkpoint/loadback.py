@@ -12,8 +12,8 @@ from hfmerge.checkpoint.remembered import recall, relevant
 from hfmerge.checkpoint.skeleton import Shape, find_class, one_line, skeleton_of
 from hfmerge.errors import CorruptFileError, NotFoundError, ShapeError, UnsupportedError
 from hfmerge.headers import read_header
-from hfmerge.jsonio import read_json_file
-from hfmerge.limits import INDEX_BYTES
+from hfmerge.validation.limits import INDEX_BYTES
+from hfmerge.validation.strict_json import read_json_file
 
 
 def load_back(folder: Path, *, trust_remote_code: bool = False) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -10,8 +10,8 @@ from typing import Any
 
 from hfmerge.checkpoint.sidefiles import is_code
 from hfmerge.errors import UnsupportedError
-from hfmerge.fields import show
 from hfmerge.source import Source
+from hfmerge.validation.values import show
 
 
 SHOWN = 3

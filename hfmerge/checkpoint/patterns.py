@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from hfmerge.limits import PATTERN, PATTERN_STATES, PATTERN_STEPS
+from hfmerge.validation.limits import PATTERN, PATTERN_STATES, PATTERN_STEPS
 
 
 _parser: Any = importlib.import_module("re._parser" if sys.version_info >= (3, 11) else "sre_parse")

@@ -14,10 +14,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from hfmerge.digest import sha256_bytes
-from hfmerge.jsonio import read_json_file
-from hfmerge.limits import HEADER_BYTES, HEADER_VALUES
-from hfmerge.notes import keep_note
+from hfmerge import hashing
+from hfmerge.hashing import sha256_bytes
+from hfmerge.user_files import keep_note
+from hfmerge.validation.limits import HEADER_BYTES, HEADER_VALUES
+from hfmerge.validation.strict_json import read_json_file
 
 
 CACHED_FILES = 256
@@ -63,7 +64,7 @@ def _folder() -> Path:
 @lru_cache(maxsize=1)
 def _makers() -> list[str]:
     """The version of transformers, and a digest of the code that reads its answers."""
-    here = Path(__file__).parent
-    files = [here.parent / "taskvector.py", *sorted(here.glob("*.py"))]
+    package = Path(hashing.__file__).parent
+    files = [package / "task_vector.py", *sorted((package / "checkpoint").rglob("*.py"))]
     code = sha256_bytes(b"".join(file.read_bytes() for file in files))
     return [importlib.metadata.version("transformers"), code]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from hfmerge.checkpoint.sidefiles import without_code
 from hfmerge.errors import UnsupportedError
-from hfmerge.limits import ELEMENTS, PARTS
+from hfmerge.validation.limits import ELEMENTS, PARTS
 
 
 if TYPE_CHECKING:

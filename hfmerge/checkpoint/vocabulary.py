@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 from hfmerge.checkpoint.skeleton import one_line
 from hfmerge.errors import UnsupportedError
 from hfmerge.fetching import fetch
-from hfmerge.limits import TOKENIZER_BYTES
 from hfmerge.reference import Pinned
 from hfmerge.source import Source
-from hfmerge.taskvector import LowRank
+from hfmerge.task_vector import LowRank
+from hfmerge.validation.limits import TOKENIZER_BYTES
 
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from hfmerge.commands.shared import Command, change_arguments, change_flags, first_process, print_result
 from hfmerge.errors import HfMergeError
-from hfmerge.quoting import say
+from hfmerge.validation.quoting import say
 
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hfmerge.commands.shared import Command, notify, print_json
 from hfmerge.errors import HfMergeError
-from hfmerge.quoting import say
+from hfmerge.validation.quoting import say
 
 
 def register(command: Command) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from hfmerge.commands.shared import Command, first_process, print_json
 from hfmerge.errors import HfMergeError
-from hfmerge.quoting import say, tell
+from hfmerge.validation.quoting import say, tell
 
 
 if TYPE_CHECKING:

@@ -20,8 +20,8 @@ from hfmerge.commands.shared import (
     stream_flag,
 )
 from hfmerge.errors import HfMergeError
-from hfmerge.jsonio import read_json_file
-from hfmerge.quoting import say, tell
+from hfmerge.validation.quoting import say, tell
+from hfmerge.validation.strict_json import read_json_file
 
 
 if TYPE_CHECKING:

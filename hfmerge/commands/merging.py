@@ -18,7 +18,7 @@ from hfmerge.commands.shared import (
     size,
     stream_flag,
 )
-from hfmerge.quoting import say, tell
+from hfmerge.validation.quoting import say, tell
 
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from hfmerge.commands.shared import Command, print_json, push_arguments, push_flags
-from hfmerge.quoting import say, tell
+from hfmerge.validation.quoting import say, tell
 
 
 def register(command: Command) -> None:

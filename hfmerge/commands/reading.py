@@ -19,7 +19,7 @@ from hfmerge.commands.shared import (
     source_flag,
 )
 from hfmerge.errors import CertificateError, HfMergeError
-from hfmerge.quoting import say, tell
+from hfmerge.validation.quoting import say, tell
 
 
 if TYPE_CHECKING:

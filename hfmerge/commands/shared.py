@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from hfmerge.errors import HfMergeError
-from hfmerge.quoting import say, tell
+from hfmerge.validation.quoting import say, tell
 
 
 if TYPE_CHECKING:

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hfmerge import api, examining
-from hfmerge.digest import canonical_json, sha256_bytes
 from hfmerge.environment import environment
 from hfmerge.errors import HeadError
 from hfmerge.evaluation import continual_metrics as metrics
@@ -32,6 +31,7 @@ from hfmerge.evaluation.results import Score
 from hfmerge.evaluation.running import Evaluator, Settings
 from hfmerge.evaluation.suite import Suite, load_suite
 from hfmerge.evaluation.weight_distance import distance, relative, same_weights
+from hfmerge.hashing import canonical_json, sha256_bytes
 from hfmerge.inspecting import public_name
 from hfmerge.merged import open_merged
 from hfmerge.methods import registry

@@ -12,11 +12,11 @@ from typing import Any
 from hfmerge.errors import HfMergeError, Problem, RecipeError
 from hfmerge.evaluation.results import LOWER_IS_BETTER
 from hfmerge.evaluation.suite import Suite
-from hfmerge.fields import show
 from hfmerge.flags import apply_overrides
 from hfmerge.methods import registry
 from hfmerge.pictures.style import short_names
 from hfmerge.recipe import ModelEntry, Recipe
+from hfmerge.validation.values import show
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hfmerge.evaluation.results import table
-from hfmerge.quoting import Markdown, markdown
+from hfmerge.validation.quoting import Markdown, markdown
 
 
 COLUMNS: Mapping[str, str] = {

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfmerge.asking import hub_api, hub_errors, patiently
-from hfmerge.digest import sha256_file
 from hfmerge.digesting import folder_digest
 from hfmerge.errors import AccessError, HfMergeError, NotFoundError, OfflineError, SourceError, UnsupportedError
 from hfmerge.evaluation.suite import Task
-from hfmerge.fields import suggestion
-from hfmerge.trees import files_in
+from hfmerge.hashing import sha256_file
+from hfmerge.validation.folders import files_in
+from hfmerge.validation.values import suggestion
 
 
 if TYPE_CHECKING:

@@ -13,9 +13,9 @@ from hfmerge.evaluation.models import Subject
 from hfmerge.evaluation.processors import TOKENIZER_FILES, find_place, load_tokenizer
 from hfmerge.evaluation.results import Score
 from hfmerge.evaluation.suite import Task
-from hfmerge.fields import show
 from hfmerge.reference import Pinned, is_path
 from hfmerge.source_schema import read_json
+from hfmerge.validation.values import show
 
 
 def lm_eval_score(subject: Subject, task: Task, *, batch_size: int, seed: int) -> Score:

@@ -13,11 +13,11 @@ from hfmerge.checkpoint.heads import FOLDER
 from hfmerge.checkpoint.loadback import quiet
 from hfmerge.checkpoint.skeleton import bounded_by, find_class
 from hfmerge.describing import describe
-from hfmerge.digest import sha256_bytes
 from hfmerge.errors import HeadError, SourceError
 from hfmerge.evaluation import loading
 from hfmerge.evaluation.results import ModelInfo
 from hfmerge.fetching import fetch
+from hfmerge.hashing import sha256_bytes
 from hfmerge.reference import Pinned, parse_ref
 from hfmerge.source import Source
 from hfmerge.source_schema import read_json

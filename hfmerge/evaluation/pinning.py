@@ -9,7 +9,7 @@ from hfmerge.evaluation.data import pin_data
 from hfmerge.evaluation.suite import Suite, Task
 from hfmerge.fetching import pin
 from hfmerge.reference import parse_ref
-from hfmerge.yamlio import dump_yaml
+from hfmerge.validation.strict_yaml import dump_yaml
 
 
 def pinned_suite(suite: Suite) -> Suite:

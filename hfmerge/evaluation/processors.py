@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hfmerge.checkpoint.loadback import quiet
-from hfmerge.digest import canonical_json, sha256_bytes, sha256_file
 from hfmerge.errors import HfMergeError, SourceError
 from hfmerge.fetching import fetch
+from hfmerge.hashing import canonical_json, sha256_bytes, sha256_file
 from hfmerge.reference import Pinned
 
 

@@ -13,11 +13,11 @@ from hfmerge.errors import HfMergeError, PushError
 from hfmerge.evaluation.models import open_subject
 from hfmerge.evaluation.results import Matrix, ModelInfo, Score, TaskInfo, table
 from hfmerge.evaluation.suite import KINDS
-from hfmerge.quoting import Markdown, code, link, markdown
 from hfmerge.scorecard import PREFIX, TOOL, with_scores
-from hfmerge.trees import file_in
+from hfmerge.validation.folders import file_in
+from hfmerge.validation.quoting import Markdown, code, link, markdown
+from hfmerge.validation.strict_yaml import dump_yaml, parse_yaml
 from hfmerge.version import __version__
-from hfmerge.yamlio import dump_yaml, parse_yaml
 
 
 def results_text(matrix: Matrix, label: str) -> str:

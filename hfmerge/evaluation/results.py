@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from hfmerge.errors import HfMergeError
-from hfmerge.jsonio import read_json_file
-from hfmerge.quoting import Markdown, markdown
+from hfmerge.validation.quoting import Markdown, markdown
+from hfmerge.validation.strict_json import read_json_file
 
 
 SCHEMA = 1

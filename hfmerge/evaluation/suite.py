@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hfmerge.digest import canonical_json, sha256_bytes
 from hfmerge.errors import HfMergeError, Problem, RecipeError
 from hfmerge.evaluation.metrics import METRICS
-from hfmerge.fields import Section, flag, one_of, show, suggestion, text, texts, whole
-from hfmerge.yamlio import read_yaml
+from hfmerge.hashing import canonical_json, sha256_bytes
+from hfmerge.validation.strict_yaml import read_yaml
+from hfmerge.validation.values import Section, flag, one_of, show, suggestion, text, texts, whole
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hfmerge.errors import OutputError, PushError
-from hfmerge.trees import files_in
+from hfmerge.validation.folders import files_in
 
 
 # Variables that would keep a client from asking the server, or let it use caches and tokens from elsewhere.

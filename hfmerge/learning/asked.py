@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_type_hints
 
 from hfmerge.errors import Problem, RecipeError
-from hfmerge.fields import Section, show, typed
 from hfmerge.learning.replay.asked import ReplayAsked, read_replay
+from hfmerge.validation.values import Section, show, typed
 
 
 Loss = Literal["distill", "labels", "mixed"]

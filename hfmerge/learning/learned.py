@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfmerge.device import CPU, accelerator, name_of, place_for, repeatable
-from hfmerge.digest import canonical_json, sha256_bytes, sha256_file
 from hfmerge.errors import HfMergeError
 from hfmerge.evaluation.models import Subject, kind_of, open_subject
 from hfmerge.evaluation.suite import load_suite
+from hfmerge.hashing import canonical_json, sha256_bytes, sha256_file
 from hfmerge.learning.asked import HELD, Learning
 from hfmerge.learning.fisher import FISHER_ROWS, fisher, load_fisher, save_fisher
 from hfmerge.learning.labelled import labelled_rows, task_of

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from hfmerge.device import enough_memory
-from hfmerge.digest import sha256_bytes
 from hfmerge.errors import NonFiniteError
+from hfmerge.hashing import sha256_bytes
 from hfmerge.learning.asked import Learning
 from hfmerge.learning.progress import NOTHING, Progress
 from hfmerge.learning.space import Space

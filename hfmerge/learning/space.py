@@ -27,7 +27,7 @@ from hfmerge.methods.base import InParts
 from hfmerge.methods.linear import TaskArithmetic
 from hfmerge.methods.mdm_oc import MdmOc, gram, shares
 from hfmerge.planned import Param, Plan
-from hfmerge.taskvector import Block, Dense, LowRank, TaskVector, cut, from_tensors, zero
+from hfmerge.task_vector import Block, Dense, LowRank, TaskVector, cut, from_tensors, zero
 from hfmerge.weights import PatternWeights, Weight, weight_at
 
 

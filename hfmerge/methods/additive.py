@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from hfmerge.errors import GridOverflowError
 from hfmerge.methods.base import Carry, FoldMethod, Form
-from hfmerge.taskvector import Dense, LowRank, TaskVector, zero
+from hfmerge.task_vector import Dense, LowRank, TaskVector, zero
 
 
 if TYPE_CHECKING:

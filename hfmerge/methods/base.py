@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 from hfmerge.errors import UnsupportedError
-from hfmerge.taskvector import TaskVector, summed_rank
+from hfmerge.task_vector import TaskVector, summed_rank
 
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from hfmerge.lockstep import apart
 from hfmerge.methods.additive import AdditiveFold
 from hfmerge.methods.base import Citation
-from hfmerge.taskvector import Dense, LowRank, TaskVector
+from hfmerge.task_vector import Dense, LowRank, TaskVector
 
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from hfmerge.methods.additive import AdditiveFold
 from hfmerge.methods.base import Citation
 from hfmerge.methods.mdm_oc import MdmOc
 from hfmerge.methods.spectral import directions, polar
-from hfmerge.taskvector import Dense, LowRank, TaskVector
+from hfmerge.task_vector import Dense, LowRank, TaskVector
 
 
 if TYPE_CHECKING:

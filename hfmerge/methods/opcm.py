@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from hfmerge.methods.base import Carry, Citation, FoldMethod
 from hfmerge.methods.spectral import Variant, cleared, cleared_by_sketch
-from hfmerge.taskvector import Core, TaskVector
+from hfmerge.task_vector import Core, TaskVector
 
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import ClassVar
 from hfmerge.methods.base import Carry, Citation, Form
 from hfmerge.methods.mdm_oc import MdmOc
 from hfmerge.methods.opcm import OPCM
-from hfmerge.taskvector import Core, Dense, TaskVector, summed_rank
+from hfmerge.task_vector import Core, Dense, TaskVector, summed_rank
 
 
 @dataclass(frozen=True)

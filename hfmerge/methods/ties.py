@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from hfmerge.methods.base import Citation, JointMethod, Survey
 from hfmerge.methods.trimming import Histograms, KthMagnitudes, kth_magnitude, parts, trim
-from hfmerge.taskvector import Dense, TaskVector
+from hfmerge.task_vector import Dense, TaskVector
 
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from hfmerge.methods.base import SAMPLED, Measure, Survey
-from hfmerge.taskvector import TaskVector
+from hfmerge.task_vector import TaskVector
 
 
 if TYPE_CHECKING:

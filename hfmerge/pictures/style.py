@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfmerge.errors import HfMergeError
-from hfmerge.quoting import plain
+from hfmerge.validation.quoting import plain
 
 
 if TYPE_CHECKING:

@@ -125,7 +125,7 @@ def score(never: Path) -> int:
     from transformers import AutoTokenizer, logging
 
     import hfmerge
-    from hfmerge.digest import sha256_file
+    from hfmerge.hashing import sha256_file
 
     logging.set_verbosity_error()
     tokenizer = AutoTokenizer.from_pretrained(BASE)

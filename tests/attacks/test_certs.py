@@ -22,9 +22,9 @@ from test_certificate import KEY, private_bytes, public_line
 import hfmerge
 from hfmerge import verifying
 from hfmerge.certificate import check_statement
-from hfmerge.digest import canonical_json, sha256_bytes
 from hfmerge.dsse import Envelope, Signature
 from hfmerge.errors import LedgerError
+from hfmerge.hashing import canonical_json, sha256_bytes
 from hfmerge.hubserver.importer import import_folder
 from hfmerge.hubserver.serve import HubServer
 from hfmerge.merged import open_merged

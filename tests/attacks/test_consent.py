@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from shell import upload
 
 import hfmerge
-from hfmerge.digest import canonical_json, sha256_bytes
 from hfmerge.errors import HfMergeError
+from hfmerge.hashing import canonical_json, sha256_bytes
 from hfmerge.hubserver.serve import HubServer
 from hfmerge.options import RunOptions
 

@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from shell import upload
 
 import hfmerge
-from hfmerge.digest import canonical_json, sha256_bytes, sha256_file
 from hfmerge.errors import HfMergeError, SourceError
 from hfmerge.evaluation.harness import mteb_score
 from hfmerge.evaluation.models import open_subject
 from hfmerge.evaluation.suite import Task
+from hfmerge.hashing import canonical_json, sha256_bytes, sha256_file
 from hfmerge.hubserver.serve import HubServer
 
 

@@ -20,9 +20,9 @@ from evaluating import TOKENS, labelled, suite
 from huggingface_hub import HfApi
 
 import hfmerge
-from hfmerge.digest import canonical_json, sha256_file
 from hfmerge.digesting import folder_digest
 from hfmerge.errors import HfMergeError
+from hfmerge.hashing import canonical_json, sha256_file
 from hfmerge.hubserver.importer import import_folder
 from hfmerge.hubserver.serve import HubServer
 

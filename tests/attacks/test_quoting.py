@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 from hfmerge.card import BEGIN, END, render_card
-from hfmerge.digest import canonical_json, sha256_bytes
+from hfmerge.hashing import canonical_json, sha256_bytes
 from hfmerge.ledger import Entry
 
 
@@ -154,9 +154,9 @@ def test_json_stays_json(merged: Path) -> None:
 
 
 def test_everything_is_printed_through_one_function() -> None:
-    """What prints past `quoting.say` would print a stranger's text as it is."""
+    """What prints past `validation.quoting.say` would print a stranger's text as it is."""
     package = Path(__file__).parents[2] / "hfmerge"
-    allowed = {"quoting.py", "digest.py"}
+    allowed = {"quoting.py", "hashing.py"}
     for path in package.rglob("*.py"):
         if path.name in allowed or "hubserver" in path.parts:
             continue

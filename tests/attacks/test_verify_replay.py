@@ -20,7 +20,7 @@ from shell import upload
 
 import hfmerge
 from hfmerge.card import card_facts, licence_note, render_card
-from hfmerge.digest import canonical_json, sha256_bytes, sha256_file
+from hfmerge.hashing import canonical_json, sha256_bytes, sha256_file
 from hfmerge.hubserver.serve import HubServer
 from hfmerge.ledger import check_chain
 

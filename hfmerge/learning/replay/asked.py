@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
 from hfmerge.errors import HfMergeError, Problem, RecipeError
-from hfmerge.fields import Section, one_of, typed
+from hfmerge.validation.values import Section, one_of, typed
 
 
 GENERATORS: Mapping[str, Mapping[str, int]] = {

@@ -8,10 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hfmerge.digest import canonical_json, sha256_bytes
 from hfmerge.errors import CorruptFileError, NotFoundError, OutputError
-from hfmerge.fields import amount, line, nullable, one_of, record
-from hfmerge.jsonio import read_json
+from hfmerge.hashing import canonical_json, sha256_bytes
+from hfmerge.validation.strict_json import read_json
+from hfmerge.validation.values import amount, line, nullable, one_of, record
 
 
 if TYPE_CHECKING:

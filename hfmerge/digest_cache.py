@@ -16,9 +16,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from hfmerge.digest import sha256_bytes, sha256_file
-from hfmerge.notes import keep_note
-from hfmerge.private import home
+from hfmerge.hashing import sha256_bytes, sha256_file
+from hfmerge.user_files import home, keep_note
 
 
 SETTLED = 2_000_000_000

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from hfmerge.errors import Problem
-from hfmerge.limits import TEXT, Limit
-from hfmerge.yamlio import parse_scalar
+from hfmerge.validation.limits import TEXT, Limit
+from hfmerge.validation.strict_yaml import parse_scalar
 
 
 T = TypeVar("T")

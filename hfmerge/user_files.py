@@ -1,4 +1,4 @@
-"""Small JSON files in a folder of the user's home: written whole or not at all, and only so many of them."""
+"""Files in the home folder that only their user can read; small JSON files are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -8,6 +8,29 @@ import os
 import tempfile
 from pathlib import Path
 from typing import Any
+
+
+def home(*names: str) -> Path:
+    """A place in the folder of the user's home that hfmerge keeps things in, `HF_HOME/hfmerge`."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HOME, "hfmerge", *names)
+
+
+def private_folder(path: Path) -> Path:
+    """Make a folder, and those above it that are missing, that only its user can enter; an older one becomes so."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    for folder in reversed(missing):
+        folder.mkdir(mode=0o700, exist_ok=True)
+    os.chmod(path, 0o700)
+    return path
+
+
+def private_file(path: Path) -> Path:
+    """Make an empty file that only its user can read, in the place of whatever has its name; to be written to next."""
+    path.unlink(missing_ok=True)
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+    return path
 
 
 def keep_note(path: Path, value: Any, most: int) -> None:

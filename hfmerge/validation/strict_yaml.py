@@ -14,8 +14,8 @@ from typing import Any
 import yaml
 
 from hfmerge.errors import Problem, RecipeError
-from hfmerge.jsonio import read_limited
-from hfmerge.limits import YAML_BYTES, YAML_DEPTH, YAML_NUMBER, YAML_VALUES
+from hfmerge.validation.limits import YAML_BYTES, YAML_DEPTH, YAML_NUMBER, YAML_VALUES
+from hfmerge.validation.strict_json import read_limited
 
 
 NULL, BOOL, INT, FLOAT = (f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float"))

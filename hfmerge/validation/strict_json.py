@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from hfmerge.limits import JSON_BYTES, JSON_DEPTH, JSON_VALUES, Limit
+from hfmerge.validation.limits import JSON_BYTES, JSON_DEPTH, JSON_VALUES, Limit
 
 
 STEP = 1 << 20
