@@ -12,7 +12,26 @@ from hfmerge.version import __version__
 
 
 if TYPE_CHECKING:
-    from hfmerge.api import MergeResult, add, merge, plan, unmerge
+    from hfmerge.api import (
+        MergeResult,
+        add,
+        certify,
+        diff,
+        evaluate,
+        history,
+        inspect,
+        merge,
+        plan,
+        purge_history,
+        push,
+        rebase,
+        reorder,
+        replace,
+        restore,
+        unmerge,
+        unmerge_checked,
+        verify,
+    )
     from hfmerge.certifying import Certificate
     from hfmerge.checkpoint.heads import load_with_head
     from hfmerge.comparing import Difference
@@ -21,11 +40,9 @@ if TYPE_CHECKING:
     from hfmerge.evaluation.results import Matrix, Score
     from hfmerge.evaluation.running import Settings
     from hfmerge.evaluation.suite import Suite, load_suite
-    from hfmerge.examining import certify, evaluate, inspect, purge_history, push, unmerge_checked, verify
     from hfmerge.hub import Pushed
     from hfmerge.inspecting import Inspection
     from hfmerge.learning.asked import Learning
-    from hfmerge.lifecycle import diff, history, rebase, reorder, replace, restore
     from hfmerge.planned import Plan
     from hfmerge.purging import Purged, PurgePlan
     from hfmerge.recipe import MethodChoice, ModelEntry, Recipe, load_recipe
@@ -34,24 +51,58 @@ if TYPE_CHECKING:
     from hfmerge.weights import PatternWeights
 
 _HOMES = {
-    "hfmerge.api": ("MergeResult", "add", "merge", "plan", "unmerge"),
+    "hfmerge.api": (
+        "add",
+        "certify",
+        "diff",
+        "evaluate",
+        "history",
+        "inspect",
+        "merge",
+        "MergeResult",
+        "plan",
+        "purge_history",
+        "push",
+        "rebase",
+        "reorder",
+        "replace",
+        "restore",
+        "unmerge",
+        "unmerge_checked",
+        "verify",
+    ),
     "hfmerge.certifying": ("Certificate",),
     "hfmerge.checkpoint.heads": ("load_with_head",),
-    "hfmerge.errors": ("HfMergeError", "RecipeError"),
+    "hfmerge.comparing": ("Difference",),
+    "hfmerge.errors": (
+        "HfMergeError",
+        "RecipeError",
+    ),
     "hfmerge.evaluation.checking": ("Behaviour",),
-    "hfmerge.evaluation.results": ("Matrix", "Score"),
+    "hfmerge.evaluation.results": (
+        "Matrix",
+        "Score",
+    ),
     "hfmerge.evaluation.running": ("Settings",),
-    "hfmerge.evaluation.suite": ("Suite", "load_suite"),
-    "hfmerge.examining": ("certify", "evaluate", "inspect", "purge_history", "push", "unmerge_checked", "verify"),
+    "hfmerge.evaluation.suite": (
+        "load_suite",
+        "Suite",
+    ),
     "hfmerge.hub": ("Pushed",),
     "hfmerge.inspecting": ("Inspection",),
-    "hfmerge.comparing": ("Difference",),
     "hfmerge.learning.asked": ("Learning",),
-    "hfmerge.lifecycle": ("diff", "history", "rebase", "reorder", "replace", "restore"),
-    "hfmerge.steps": ("Step",),
     "hfmerge.planning": ("Plan",),
-    "hfmerge.purging": ("PurgePlan", "Purged"),
-    "hfmerge.recipe": ("MethodChoice", "ModelEntry", "Recipe", "load_recipe"),
+    "hfmerge.purging": (
+        "Purged",
+        "PurgePlan",
+    ),
+    "hfmerge.recipe": (
+        "load_recipe",
+        "MethodChoice",
+        "ModelEntry",
+        "Recipe",
+    ),
+    "hfmerge.steps": ("Step",),
     "hfmerge.verifying": ("Report",),
     "hfmerge.weights": ("PatternWeights",),
 }

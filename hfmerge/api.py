@@ -1,27 +1,39 @@
-"""The public verbs that merge. Each wires the parts together and returns a small result; none of them prints."""
+"""The public verbs: each opens what it needs, calls one part after another and returns a small result; none prints.
+
+Merging does not load what only evaluation and inspection need.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from hfmerge.admitting import admit_change, admit_merge
+from hfmerge.certifying import Certificate, given_certificate, make_certificate
 from hfmerge.changes import plan_add, plan_subtract, plan_unmerge
+from hfmerge.comparing import Difference, compare
 from hfmerge.digesting import Digester
 from hfmerge.disks import for_machines
-from hfmerge.errors import LedgerError, OutputError
+from hfmerge.errors import LedgerError, OutputError, VerificationError
+from hfmerge.hub import Pushed, push_folder
+from hfmerge.ledger import Entry, recipe_of
+from hfmerge.merged import Merged, open_merged
 from hfmerge.nesting import find_removal, removed_already, without_parts
-from hfmerge.options import DEFAULT, RunOptions
+from hfmerge.options import DEFAULT, Consent, RunOptions
 from hfmerge.planned import Plan
 from hfmerge.planning import make_plan
 from hfmerge.publishing import publish, with_disks
+from hfmerge.purging import Purged, PurgePlan, purge
 from hfmerge.recipe import ModelEntry, Recipe
-from hfmerge.repeating import added, finish, in_place
-from hfmerge.revising import plan_without
+from hfmerge.recording import adopt_card
+from hfmerge.removal import parts
+from hfmerge.repeating import added, finish, in_place, replaced
+from hfmerge.restoring import restore_step
+from hfmerge.revising import plan_rebase, plan_reorder, plan_replace, plan_without
 from hfmerge.running import (
     NOTHING_KEPT,
     MergeResult,
@@ -37,8 +49,19 @@ from hfmerge.running import (
     result_of,
     weights_found,
 )
-from hfmerge.runtime import processes
-from hfmerge.targets import destination
+from hfmerge.runtime import Ranks, processes
+from hfmerge.steps import Step, steps_of
+from hfmerge.targets import Destination, admit, check_readers, destination, with_snapshots
+from hfmerge.verifying import Report, verify_merge
+from hfmerge.workspace import recover
+
+
+if TYPE_CHECKING:
+    from hfmerge.evaluation.checking import Behaviour
+    from hfmerge.evaluation.results import Matrix
+    from hfmerge.evaluation.running import Settings
+    from hfmerge.evaluation.suite import Suite
+    from hfmerge.inspecting import Inspection
 
 
 def plan(recipe: Recipe | str | Path) -> Plan:
@@ -205,3 +228,426 @@ def unmerge(
     with processes() as ranks:
         make = partial(plan_without, opened, gone, parts, removal.subjects, stream=stream)
         return apply_change(opened, make, ranks, output, to, options, without=names, new=list(parts.values()))
+
+
+def replace(
+    merged: str | Path,
+    old: str,
+    new: str,
+    *,
+    weight: float | None = None,
+    output: str | Path | None = None,
+    push_to: str | None = None,
+    create_pr: bool = False,
+    overwrite: bool = False,
+    publish_private: Sequence[str] = (),
+    sources: Mapping[str, str] | None = None,
+    stream: bool = False,
+    options: RunOptions = DEFAULT,
+) -> MergeResult:
+    """Put another model, or another revision, in the place of one: the bytes are those of the merge with it.
+
+    Args:
+        merged, output, push_to, create_pr, overwrite, publish_private, sources, stream, options: as for `add`.
+        old: name as the ledger lists it.
+        new: reference.
+        weight: of the new model; None: that of the old one.
+
+    Raises:
+        LedgerError: not in the merge, or there already. HfMergeError: see `hfmerge.errors`; the merge stays as it was.
+    """
+    to = destination(push_to, create_pr=create_pr, overwrite=overwrite, publish_private=publish_private)
+    with processes() as ranks:
+        opened = opened_merge(merged, sources, ranks, options)
+        ref = pinned_ref(new, ranks)
+        if in_place(opened, output, to) and ranks.on_main(partial(replaced, opened, old, ref, weight)):
+            return finish(opened, to, ranks)
+        make = partial(plan_replace, opened, old, ref, weight=weight, stream=stream)
+        return apply_change(opened, make, ranks, output, to, options, new=[ref], without=[old])
+
+
+def reorder(
+    merged: str | Path,
+    models: Sequence[str],
+    *,
+    output: str | Path | None = None,
+    push_to: str | None = None,
+    create_pr: bool = False,
+    overwrite: bool = False,
+    publish_private: Sequence[str] = (),
+    sources: Mapping[str, str] | None = None,
+    stream: bool = False,
+    options: RunOptions = DEFAULT,
+) -> MergeResult:
+    """Merge the same models in another order.
+
+    Args:
+        merged, output, push_to, create_pr, overwrite, publish_private, sources, stream, options: as for `add`.
+        models: names of all models, in the new order.
+
+    Raises:
+        LedgerError: a name is missing, twice, or not in the merge. HfMergeError: see `hfmerge.errors`.
+    """
+    to = destination(push_to, create_pr=create_pr, overwrite=overwrite, publish_private=publish_private)
+    with processes() as ranks:
+        opened = opened_merge(merged, sources, ranks, options)
+        make = partial(plan_reorder, opened, models, stream=stream)
+        return apply_change(opened, make, ranks, output, to, options)
+
+
+def rebase(
+    merged: str | Path,
+    base: str,
+    *,
+    output: str | Path | None = None,
+    push_to: str | None = None,
+    create_pr: bool = False,
+    overwrite: bool = False,
+    publish_private: Sequence[str] = (),
+    sources: Mapping[str, str] | None = None,
+    stream: bool = False,
+    options: RunOptions = DEFAULT,
+) -> MergeResult:
+    """Merge the same models on another base or another revision of it.
+
+    Args:
+        merged, output, push_to, create_pr, overwrite, publish_private, sources, stream, options: as for `add`.
+        base: reference.
+
+    Raises:
+        LedgerError: it is the base already. RecipeError: a model does not fit it.
+    """
+    to = destination(push_to, create_pr=create_pr, overwrite=overwrite, publish_private=publish_private)
+    with processes() as ranks:
+        opened = opened_merge(merged, sources, ranks, options)
+        ref = pinned_ref(base, ranks)
+        make = partial(plan_rebase, opened, ref, stream=stream)
+        return apply_change(opened, make, ranks, output, to, options, base=ref)
+
+
+def restore(
+    merged: str | Path,
+    step: int,
+    *,
+    output: str | Path | None = None,
+    push_to: str | None = None,
+    create_pr: bool = False,
+    overwrite: bool = False,
+    publish_private: Sequence[str] = (),
+    sources: Mapping[str, str] | None = None,
+    options: RunOptions = DEFAULT,
+) -> MergeResult:
+    """Go back to an earlier step: its files come from the Hub's history, and nothing is computed.
+
+    Args:
+        merged, output, push_to, create_pr, overwrite, publish_private, sources, options: as for `add`; pushing to the
+            merge's own repository copies the files there, without downloading them.
+        step: number of the step.
+
+    Raises:
+        LedgerError: no such step, or no repository that still holds it.
+    """
+    to = destination(push_to, create_pr=create_pr, overwrite=overwrite, publish_private=publish_private)
+    with processes() as ranks:
+        work = partial(restore_step, str(merged), step, output=output, to=to, sources=sources, options=options)
+        return ranks.on_main(work)
+
+
+def history(merged: str | Path) -> tuple[Step, ...]:
+    """The steps of a merge, oldest first; on the Hub with who brought them and when.
+
+    Raises:
+        LedgerError: no ledger or a broken one. SourceError: the merge cannot be reached.
+    """
+    recover(merged)
+    return steps_of(open_merged(str(merged)))[0]
+
+
+def diff(merged: str | Path, before: int | str | Path | None = None, after: int | None = None) -> Difference:
+    """What differs between two steps of a merge, or between the last steps of two merges.
+
+    Args:
+        before: number of a step, negative ones count from the end, or another merge; None: the last step but one.
+        after: number of the later step; None: the last.
+
+    Raises:
+        LedgerError: no such step.
+    """
+    opened = _open(merged)
+    if isinstance(before, str | Path):
+        if after is not None:
+            raise LedgerError("diff: compare two steps of one merge, or two merges.")
+        return compare(opened.last, _open(before).last)
+    if before is None and len(opened.entries) == 1:
+        raise LedgerError(f"{opened.pinned.label}: has only one step; name another merge to compare it with.")
+    return compare(_step(opened, -2 if before is None else before), _step(opened, -1 if after is None else after))
+
+
+def _open(merged: str | Path) -> Merged:
+    recover(merged)
+    return open_merged(str(merged))
+
+
+def _step(opened: Merged, number: int) -> Entry:
+    count = len(opened.entries)
+    at = number - 1 if number > 0 else count + number
+    if number == 0 or not 0 <= at < count:
+        raise LedgerError(f"{opened.pinned.label}: has no step {number}; its ledger has steps 1 to {count}.")
+    return opened.entries[at]
+
+
+def unmerge_checked(
+    merged: str | Path,
+    remove: str | Sequence[str],
+    suite: Suite | str | Path,
+    *,
+    output: str | Path | None = None,
+    push_to: str | None = None,
+    create_pr: bool = False,
+    overwrite: bool = False,
+    publish_private: Sequence[str] = (),
+    sources: Mapping[str, str] | None = None,
+    stream: bool = False,
+    mode: Literal["exact", "subtract"] = "exact",
+    measure: bool = False,
+    settings: Settings | None = None,
+    options: RunOptions = DEFAULT,
+) -> tuple[MergeResult, Behaviour]:
+    """`unmerge`, with a suite's scores before and after, beside the base and the merge that never saw the models.
+
+    Args:
+        suite: one of whose tasks says that its head is that of a removed model.
+        settings: of the evaluation.
+        merged, remove, output, push_to, create_pr, overwrite, publish_private, sources, stream, mode, measure,
+            options: as for `unmerge`.
+
+    Raises:
+        HfMergeError: as `unmerge` and `evaluate`; or no task of the suite belongs to a removed model.
+    """
+    from hfmerge.evaluation.checking import check_removal
+
+    names = [remove] if isinstance(remove, str) else list(remove)
+    if create_pr and output is None:
+        raise OutputError("--check: a pull request cannot be scored; name an --output as well.")
+    change = partial(
+        unmerge, merged, names, output=output, push_to=push_to, create_pr=create_pr, overwrite=overwrite,
+        publish_private=publish_private, sources=sources, stream=stream, mode=mode, measure=measure, options=options,
+    )  # fmt: skip
+    opened = open_merged(str(merged), sources, options.consent)
+    to = destination(push_to, create_pr=create_pr, overwrite=overwrite, publish_private=publish_private)
+    admit_change(opened, to, Ranks(), options, without=names if mode == "exact" else ())()
+    return check_removal(opened, names, suite, change, settings, options)
+
+
+def verify(
+    merged: str | Path,
+    *,
+    replay: bool = False,
+    device: str | None = None,
+    sources: Mapping[str, str] | None = None,
+    certificate: str | Path | None = None,
+    public_key: str | Path | None = None,
+    allowed_signers: str | Path | None = None,
+    allow_unsigned: bool = False,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    download: bool = False,
+    log: str | Path | None = None,
+    accept_rewritten: bool = False,
+) -> Report:
+    """Check ledger, files and card of a merge; with `replay`, merge again and compare. See `Report.verdict`.
+
+    A history that was seen before must go on from what was seen.
+
+    Args:
+        device: where a replay computes, as `RunOptions.device`.
+        certificate: also check this certificate of removal, signed by one of the keys in `public_key` or
+            `allowed_signers`, unless `allow_unsigned`.
+        trust_remote_code, allow_pickle: what a replay may do with the sources, as of `RunOptions`; without a replay
+            nothing is run or unpickled.
+        download: hash what the Hub serves, instead of believing the digests that it lists.
+        log: an append-only log (see `witness`) to check the history against; if all holds, a record is added.
+        accept_rewritten: take a history that is not the one seen before as the true one from now on.
+
+    Raises:
+        SourceError: the merge cannot be reached. CertificateError: certificate or keys cannot be read.
+        OutputError: the log cannot be written.
+    """
+    given = None
+    if certificate is not None:
+        given = given_certificate(
+            certificate, public_key=public_key, signers=allowed_signers, unsigned=allow_unsigned
+        )  # fmt: skip
+    return verify_merge(
+        str(merged),
+        replay=replay,
+        device=device,
+        sources=sources,
+        consent=Consent(trust_remote_code, allow_pickle),
+        download=download,
+        also=partial(given.checks, replay=replay) if given is not None else None,
+        log=log,
+        certificate=given.sha256 if given is not None else None,
+        accept_rewritten=accept_rewritten,
+    )
+
+
+def certify(
+    merged: str | Path,
+    removed: str,
+    *,
+    key: str | Path | None = None,
+    output: str | Path | None = None,
+    days: float | None = None,
+    replay: bool = False,
+    accept_approximate: bool = False,
+    device: str | None = None,
+    sources: Mapping[str, str] | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    log: str | Path | None = None,
+) -> Certificate:
+    """Certify that a merge no longer holds a model: an in-toto statement in a DSSE envelope (see `certificate`).
+
+    Args:
+        removed: the model, as the ledger names it.
+        key: ed25519 private key (OpenSSH or PEM); its passphrase is in `HFMERGE_KEY_PASSPHRASE`, or asked for.
+        output: file for the certificate.
+        days: validity; None: for ever.
+        replay: merge the materials again first, and state that.
+        accept_approximate: certify also what comes out equal only within the tolerance of other arithmetic.
+        device: where a replay computes, as `RunOptions.device`.
+        sources: as for `add`.
+        trust_remote_code, allow_pickle: as for `verify`.
+        log: as for `verify`.
+
+    Raises:
+        CertificateError: the model was never in the merge or still is, or the key cannot be used.
+        VerificationError: the merge is not what its ledger says.
+    """
+    made = make_certificate(
+        str(merged), removed, key=key, days=days, replay=replay, accept_approximate=accept_approximate,
+        device=device, sources=sources, log=log, consent=Consent(trust_remote_code, allow_pickle),
+    )  # fmt: skip
+    if output is not None:
+        try:
+            Path(output).write_bytes(made.envelope.to_bytes())
+        except OSError as error:
+            raise OutputError(f"{output}: cannot be written ({error.strerror}).") from error
+    return made
+
+
+def purge_history(
+    repo_id: str, *, delete_files: bool = False, confirm: Callable[[PurgePlan], bool] | None = None
+) -> Purged | None:
+    """Squash a published merge's history, which still holds earlier weights, for good; None if `confirm` refuses.
+
+    Args:
+        delete_files: also delete the weights of earlier steps from the Hub's storage.
+        confirm: shown what would be done, and what would be left, before anything changes.
+
+    Raises:
+        VerificationError: the merge is not what its ledger says. HfMergeError: see `hfmerge.errors`.
+    """
+    return purge(repo_id, delete_files=delete_files, confirm=confirm)
+
+
+def push(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    create_pr: bool = False,
+    overwrite: bool = False,
+    publish_private: Sequence[str] = (),
+    check: bool = True,
+) -> Pushed:
+    """Publish a merge folder.
+
+    Args:
+        private, create_pr, overwrite, publish_private: as for `merge`.
+        check: verify the folder first, so that nothing is published that its ledger does not describe.
+
+    Raises:
+        VerificationError: the folder is not what its ledger says. PushError: see `hub.push_folder`.
+    """
+    to = Destination(repo_id, private, create_pr, None, overwrite, tuple(publish_private))
+    recover(folder)
+    opened = open_merged(str(Path(folder).absolute()))
+    inputs = with_snapshots(parts(opened.last), opened.refs)
+    level, _ = admit(to, inputs, history=opened.history)
+    check_readers(to, level, inputs)
+    if check:
+        report = verify_merge(str(folder))
+        if not report.ok:
+            raise VerificationError(f"{folder}: not pushed; {report.culprits[0]}")
+    pushed = push_folder(Path(folder), to)
+    adopt_card(Path(folder), repo_id)
+    return pushed
+
+
+def inspect(
+    models: Recipe | str | Path,
+    *,
+    matrices: Sequence[str] | None = None,
+    spectral: bool = True,
+    sources: Mapping[str, str] | None = None,
+    options: RunOptions = DEFAULT,
+) -> Inspection:
+    """Compare models without merging them: similarity, norms, signs, spectra, predicted interference.
+
+    Args:
+        models: a `Recipe`, the path of a YAML file, or a merge by ID or folder, whose sources are then compared.
+        matrices: fnmatch patterns of tensors to take apart; None: all.
+        spectral: take matrices apart at all; without it only one pass over the elements is made.
+        sources: as for `add`.
+        options: `max_memory`, `notify` and what it allows count.
+
+    Raises:
+        RecipeError: as for `plan`. HfMergeError: see `hfmerge.errors`.
+    """
+    from hfmerge.inspecting import inspect_models
+
+    with processes() as ranks:
+        if not isinstance(models, Recipe) and not str(models).endswith((".yaml", ".yml")):
+            ref = pinned_ref(str(models), ranks)
+            opened = ranks.each(lambda: open_merged(ref, sources))
+            asked, origin = recipe_of(opened.last, opened.refs, options.consent), opened.pinned.label
+            ran = opened.last.ran_code
+        else:
+            asked, origin = given_recipe(models, options.consent)
+            asked, ran = pinned_recipe(asked, ranks), False
+        return inspect_models(
+            asked, origin=origin, matrices=matrices, spectral=spectral, options=options, ranks=ranks, code_was_run=ran
+        )
+
+
+def evaluate(
+    models: Sequence[str | Path],
+    suite: Suite | str | Path,
+    *,
+    tasks: Sequence[str] | None = None,
+    heads: Mapping[str, str] | None = None,
+    settings: Settings | None = None,
+    progress: bool = False,
+) -> Matrix:
+    """Score models on the tasks of a suite: one matrix, with confidence intervals.
+
+    Args:
+        models: full models, adapters and merges, by ID or folder.
+        suite: a `Suite`, the path of a YAML file, or the name of a ready suite.
+        tasks: names; None: all of the suite.
+        heads: task -> whose head is used, before what the suite says; "*" stands for all tasks.
+        settings: limit, seed, batch size, device, cache (see `Settings`).
+        progress: show a bar with the time left.
+
+    Raises:
+        RecipeError: all problems of the suite. HeadError: a model has no head for a task.
+        SourceError: a model or data set cannot be reached or read.
+    """
+    from hfmerge.evaluation.running import evaluate_suite
+
+    with processes() as ranks:
+        return evaluate_suite(
+            models, suite, tasks=tasks, heads=heads, settings=settings, ranks=ranks, progress=progress
+        )

@@ -30,5 +30,5 @@ def test_public_names_exist_and_no_module_hides_one() -> None:
     for name in names:
         assert getattr(hfmerge, name) is not None
         assert not (PACKAGE / f"{name}.py").exists() and not (PACKAGE / name).is_dir()
-    importlib.import_module("hfmerge.examining")
+    importlib.import_module("hfmerge.api")
     assert callable(hfmerge.plan) and callable(hfmerge.verify) and callable(hfmerge.unmerge)

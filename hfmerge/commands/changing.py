@@ -57,11 +57,11 @@ def _unmerge(args: argparse.Namespace) -> int:
     from hfmerge import api
 
     if args.check is not None:
-        from hfmerge import examining
+        from hfmerge import api
 
         if args.inner_to is not None:
             raise HfMergeError("--check: give it without --inner-to.")
-        result, behaviour = examining.unmerge_checked(
+        result, behaviour = api.unmerge_checked(
             args.merged, args.remove, args.check, mode=args.mode, measure=args.measure, **change_arguments(args)
         )
         return print_result(args, result, {"check": behaviour.to_dict()}) or _print_behaviour(args, behaviour)

@@ -56,7 +56,7 @@ def _evaluate(args: argparse.Namespace) -> int:
             raise HfMergeError(f"--{name.replace('_', '-')}: must be at least 1.")
     if args.quiet:
         os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
-    from hfmerge import examining
+    from hfmerge import api
     from hfmerge.evaluation.results import save_results
     from hfmerge.evaluation.running import Settings
     from hfmerge.targets import admit_card
@@ -66,7 +66,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     settings = Settings(
         args.limit, args.seed, args.batch_size, args.device, args.dtype, not args.no_cache, args.skip_missing
     )
-    matrix = examining.evaluate(
+    matrix = api.evaluate(
         args.models, args.suite, tasks=args.task, heads=heads, settings=settings, progress=not args.quiet
     )
     if not first_process():

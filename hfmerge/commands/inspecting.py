@@ -63,11 +63,11 @@ def register(command: Command) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from hfmerge import examining
+    from hfmerge import api
     from hfmerge.options import RunOptions, parse_size
 
     memory = parse_size(args.max_memory) if args.max_memory is not None else None
-    found = examining.inspect(
+    found = api.inspect(
         _asked(args),
         matrices=args.matrices,
         spectral=not args.no_spectra,

@@ -54,9 +54,9 @@ def register(command: Command) -> None:
 
 
 def _certify(args: argparse.Namespace) -> int:
-    from hfmerge import examining
+    from hfmerge import api
 
-    made = examining.certify(
+    made = api.certify(
         args.merged,
         args.removed,
         key=args.key,
@@ -85,11 +85,9 @@ def _certify(args: argparse.Namespace) -> int:
 
 
 def _purge(args: argparse.Namespace) -> int:
-    from hfmerge import examining
+    from hfmerge import api
 
-    purged = examining.purge_history(
-        args.repo_id, delete_files=args.delete_files, confirm=None if args.yes else _confirmed
-    )
+    purged = api.purge_history(args.repo_id, delete_files=args.delete_files, confirm=None if args.yes else _confirmed)
     if purged is None:
         tell("nothing was changed")
         return 1

@@ -18,9 +18,9 @@ def register(command: Command) -> None:
 
 
 def _push(args: argparse.Namespace) -> int:
-    from hfmerge import examining
+    from hfmerge import api
 
-    pushed = examining.push(args.folder, args.repo_id, private=args.private, **push_arguments(args))
+    pushed = api.push(args.folder, args.repo_id, private=args.private, **push_arguments(args))
     if args.json:
         print_json({**vars(pushed), "notes": list(pushed.notes)})
         return 0

@@ -124,12 +124,12 @@ def _table(steps: Sequence[Step]) -> list[str]:
 
 
 def _diff(args: argparse.Namespace) -> int:
-    from hfmerge import lifecycle
+    from hfmerge import api
 
     given: list[int | str] = [int(text) if re.fullmatch("-?[0-9]+", text) else text for text in args.steps]
     if len(given) > 2 or (len(given) == 2 and not all(isinstance(step, int) for step in given)):
         raise HfMergeError("diff: give two steps by number, or a second merge.")
-    difference = lifecycle.diff(args.merged, *given)  # type: ignore[arg-type]  # a second one is a number, see above
+    difference = api.diff(args.merged, *given)  # type: ignore[arg-type]  # a second one is a number, see above
     if args.json:
         print_json(difference.to_dict())
         return 0
@@ -166,11 +166,11 @@ def _differences(found: Difference) -> Iterator[str]:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from hfmerge import examining
+    from hfmerge import api
 
     if args.certificate is None and (args.public_key or args.allowed_signers or args.allow_unsigned):
         raise CertificateError("--public-key, --allowed-signers and --allow-unsigned go with --certificate FILE.")
-    report = examining.verify(
+    report = api.verify(
         args.merged,
         replay=args.replay,
         device=args.device,

@@ -32,25 +32,25 @@ def register(command: Command) -> None:
 
 
 def _replace(args: argparse.Namespace) -> int:
-    from hfmerge import lifecycle
+    from hfmerge import api
 
-    result = lifecycle.replace(args.merged, args.old, args.new, weight=args.weight, **change_arguments(args))
+    result = api.replace(args.merged, args.old, args.new, weight=args.weight, **change_arguments(args))
     return print_result(args, result)
 
 
 def _reorder(args: argparse.Namespace) -> int:
-    from hfmerge import lifecycle
+    from hfmerge import api
 
-    return print_result(args, lifecycle.reorder(args.merged, args.models, **change_arguments(args)))
+    return print_result(args, api.reorder(args.merged, args.models, **change_arguments(args)))
 
 
 def _rebase(args: argparse.Namespace) -> int:
-    from hfmerge import lifecycle
+    from hfmerge import api
 
-    return print_result(args, lifecycle.rebase(args.merged, args.base, **change_arguments(args)))
+    return print_result(args, api.rebase(args.merged, args.base, **change_arguments(args)))
 
 
 def _restore(args: argparse.Namespace) -> int:
-    from hfmerge import lifecycle
+    from hfmerge import api
 
-    return print_result(args, lifecycle.restore(args.merged, args.step, **change_arguments(args)))
+    return print_result(args, api.restore(args.merged, args.step, **change_arguments(args)))

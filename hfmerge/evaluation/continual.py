@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from hfmerge import api, examining
+from hfmerge import api
 from hfmerge.environment import environment
 from hfmerge.errors import HeadError
 from hfmerge.evaluation import continual_metrics as metrics
@@ -260,7 +260,7 @@ class _Run:
         opcm = variant.recipe.method.name == OPCM.name
 
         def work() -> dict[str, Any]:
-            whole = examining.inspect(arranged(variant.recipe, order), spectral=opcm).to_dict()["whole"]
+            whole = api.inspect(arranged(variant.recipe, order), spectral=opcm).to_dict()["whole"]
             places = [list(order).index(i) for i in range(len(order))]
             return {
                 "order": list(order),
