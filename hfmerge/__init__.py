@@ -40,10 +40,10 @@ if TYPE_CHECKING:
     from hfmerge.evaluation.results import Matrix, Score
     from hfmerge.evaluation.running import Settings
     from hfmerge.evaluation.suite import Suite, load_suite
-    from hfmerge.hub import Pushed
     from hfmerge.inspecting import Inspection
     from hfmerge.learning.asked import Learning
     from hfmerge.planned import Plan
+    from hfmerge.publish import Pushed
     from hfmerge.purging import Purged, PurgePlan
     from hfmerge.recipe import MethodChoice, ModelEntry, Recipe, load_recipe
     from hfmerge.steps import Step
@@ -88,7 +88,7 @@ _HOMES = {
         "load_suite",
         "Suite",
     ),
-    "hfmerge.hub": ("Pushed",),
+    "hfmerge.publish": ("Pushed",),
     "hfmerge.inspecting": ("Inspection",),
     "hfmerge.learning.asked": ("Learning",),
     "hfmerge.planning": ("Plan",),

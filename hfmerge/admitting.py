@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from hfmerge.errors import HfMergeError
-from hfmerge.fetching import pin
+from hfmerge.hub.download import pin
+from hfmerge.hub.privacy import snapshot_of
+from hfmerge.hub.reference import parse_ref
 from hfmerge.ledger import Entry, named
 from hfmerge.merged import Merged, parts_of
 from hfmerge.options import RunOptions
-from hfmerge.privacy import snapshot_of
 from hfmerge.recipe import Recipe
-from hfmerge.reference import parse_ref
 from hfmerge.removal import Part, parts
 from hfmerge.runtime import Ranks
 from hfmerge.targets import Destination, admit, check_readers, with_snapshots

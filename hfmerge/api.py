@@ -19,14 +19,13 @@ from hfmerge.comparing import Difference, compare
 from hfmerge.digesting import Digester
 from hfmerge.disks import for_machines
 from hfmerge.errors import LedgerError, OutputError, VerificationError
-from hfmerge.hub import Pushed, push_folder
 from hfmerge.ledger import Entry, recipe_of
 from hfmerge.merged import Merged, open_merged
 from hfmerge.nesting import find_removal, removed_already, without_parts
 from hfmerge.options import DEFAULT, Consent, RunOptions
 from hfmerge.planned import Plan
 from hfmerge.planning import make_plan
-from hfmerge.publishing import publish, with_disks
+from hfmerge.publish import Pushed, publish, push_folder, with_disks
 from hfmerge.purging import Purged, PurgePlan, purge
 from hfmerge.recipe import ModelEntry, Recipe
 from hfmerge.recording import adopt_card

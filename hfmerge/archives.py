@@ -23,10 +23,10 @@ from hfmerge.checkpoint.reader import Reader, Rows
 from hfmerge.checkpoint.sidefiles import side_files
 from hfmerge.checkpoint.writer import bytes_of, disk_errors
 from hfmerge.errors import CorruptFileError
-from hfmerge.fetching import fetch
 from hfmerge.hashing import CHUNK, canonical_json
 from hfmerge.headers import TensorEntry, header_length, parse_header, read_header
-from hfmerge.reference import Pinned
+from hfmerge.hub.download import fetch
+from hfmerge.hub.reference import Pinned
 from hfmerge.source import Source, weight_files
 from hfmerge.source_schema import tensor_name
 from hfmerge.user_files import private_file, private_folder

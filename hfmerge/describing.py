@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from hfmerge.errors import CorruptFileError, NotFoundError, OfflineError, SourceError, UnsupportedError
-from hfmerge.fetching import cached, fetch, pin
 from hfmerge.headers import FLOATS, OTHERS, TensorEntry, pickle_entries, read_header
-from hfmerge.ranged import Traffic
-from hfmerge.reference import Pinned, parse_ref
+from hfmerge.hub.download import cached, fetch, pin
+from hfmerge.hub.ranges import Traffic
+from hfmerge.hub.reference import Pinned, parse_ref
 from hfmerge.remote import RemoteFile
 from hfmerge.source import Source
 from hfmerge.source_schema import read_json

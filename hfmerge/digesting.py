@@ -16,8 +16,8 @@ from subprocess import DEVNULL, PIPE
 from hfmerge import hashing
 from hfmerge.digest_cache import remembered_digest
 from hfmerge.errors import CorruptFileError
-from hfmerge.fetching import cached, fetch
 from hfmerge.hashing import canonical_json, sha256_bytes, sha256_file
+from hfmerge.hub.download import cached, fetch
 from hfmerge.source import Source, weight_files
 
 

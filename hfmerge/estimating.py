@@ -7,7 +7,7 @@ import dataclasses
 from hfmerge.archives import kept_files
 from hfmerge.blockstore import MEMORY
 from hfmerge.chunks import ahead, chunks, held
-from hfmerge.fetching import cached
+from hfmerge.hub.download import cached
 from hfmerge.methods import JointMethod
 from hfmerge.planned import Estimate, Plan, needs_two_passes
 from hfmerge.pool import AHEAD, core_count

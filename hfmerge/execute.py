@@ -20,9 +20,9 @@ from hfmerge.digesting import Digester
 from hfmerge.disks import own_params
 from hfmerge.errors import CorruptFileError, UnsupportedError
 from hfmerge.estimating import stream_memory, stream_readers
-from hfmerge.fetching import fetch
 from hfmerge.finishing import finish_folder
 from hfmerge.hashing import sha256_file
+from hfmerge.hub.download import fetch
 from hfmerge.journal import Journal, read_past
 from hfmerge.options import DEFAULT, RunOptions
 from hfmerge.passes import Passes

@@ -18,18 +18,18 @@ from hfmerge.checkpoint.reader import Reader
 from hfmerge.digesting import folder_digest
 from hfmerge.errors import CorruptFileError, HfMergeError, SourceError
 from hfmerge.execute import Outcome
-from hfmerge.fetching import pin
 from hfmerge.hashing import sha256_file
+from hfmerge.hub.download import pin
+from hfmerge.hub.reference import Place
+from hfmerge.hub.state_branch import STATE_BRANCH
 from hfmerge.ledger import ARCHIVES, Material, archive_file
 from hfmerge.merged import Merged
 from hfmerge.planned import Plan
 from hfmerge.pool import core_count
 from hfmerge.recovering import archive_path
-from hfmerge.reference import Place
 from hfmerge.runfiles import STATE_FOLDER
 from hfmerge.runtime import Ranks
 from hfmerge.source import Source
-from hfmerge.statebranch import STATE_BRANCH
 from hfmerge.user_files import private_file, private_folder
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from hfmerge.card import END
-from hfmerge.reference import is_path
+from hfmerge.hub.reference import is_path
 
 
 def part(text: str, name: str) -> str | None:

@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hfmerge.asking import hub_api, hub_errors
 from hfmerge.checkpoint.adapters import PREFIX, AdapterMap, map_adapter
 from hfmerge.checkpoint.deltas import Delta, adapter_delta, full_delta
 from hfmerge.checkpoint.heads import Head, adapter_head, full_head
@@ -15,6 +14,7 @@ from hfmerge.checkpoint.names import describe as describe_layout
 from hfmerge.checkpoint.remembered import relevant
 from hfmerge.checkpoint.vocabulary import same_tokens
 from hfmerge.errors import CorruptFileError, ShapeError, SourceError, UnsupportedError
+from hfmerge.hub.client import hub_api, hub_errors
 from hfmerge.recipe import Recipe
 from hfmerge.source import Source
 

@@ -9,18 +9,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hfmerge.asking import hub_errors
 from hfmerge.describing import describe
 from hfmerge.digest_cache import remembered_digest
 from hfmerge.digesting import digests, folder_digest
 from hfmerge.errors import HfMergeError, LedgerError, SourceError
-from hfmerge.fetching import fetch, pin
 from hfmerge.hashing import canonical_json, sha256_bytes, sha256_file
+from hfmerge.hub.client import hub_errors
+from hfmerge.hub.download import fetch, pin
+from hfmerge.hub.reference import Pinned, parse_ref
+from hfmerge.hub.state_branch import STATE_BRANCH
 from hfmerge.ledger import FOLDER, Entry, Material, check_chain, check_size, contained, ledger_files
 from hfmerge.options import NO_CONSENT, Consent
 from hfmerge.planned import KeptState
-from hfmerge.reference import Pinned, parse_ref
-from hfmerge.statebranch import STATE_BRANCH
 from hfmerge.user_files import home, keep_note, private_folder
 from hfmerge.validation.folders import file_in
 from hfmerge.validation.limits import CARD_BYTES, ENTRY_BYTES, LEDGER_BYTES

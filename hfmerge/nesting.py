@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Protocol
 
 from hfmerge.errors import HfMergeError, LedgerError, NotFoundError
+from hfmerge.hub.reference import parse_ref
 from hfmerge.ledger import Entry, Material, contained, named, reference, same_model
 from hfmerge.merged import Merged, open_merged
-from hfmerge.reference import parse_ref
 from hfmerge.repeating import finish
 from hfmerge.running import MergeResult
 from hfmerge.runtime import Ranks

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from hfmerge.asking import hub_api, hub_errors, patiently
 from hfmerge.errors import HfMergeError, NotFoundError, PushError, VerificationError
+from hfmerge.hub.client import hub_api, hub_errors, patiently
+from hfmerge.hub.state_branch import STATE_BRANCH, drop_states
 from hfmerge.ledger import Entry
 from hfmerge.merged import Merged, open_merged
-from hfmerge.statebranch import STATE_BRANCH, drop_states
 from hfmerge.targets import require_writer
 from hfmerge.verifying import WEIGHTS, check_merged
 

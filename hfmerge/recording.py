@@ -17,14 +17,14 @@ from hfmerge.digesting import folder_digest
 from hfmerge.environment import differences
 from hfmerge.errors import HfMergeError, LedgerError, OutputError
 from hfmerge.execute import Outcome
-from hfmerge.fetching import fetch, pin
+from hfmerge.hub.download import fetch, pin
+from hfmerge.hub.reference import Place
 from hfmerge.ledger import Entry, Material, same_prefix, settings_of
 from hfmerge.marked import with_part
 from hfmerge.merged import Merged, ledger_in, parts_of, state_path
 from hfmerge.methods import AdditiveFold
 from hfmerge.pictures.embedding import FIGURES, drawn, embed_learning
 from hfmerge.planned import Plan
-from hfmerge.reference import Place
 from hfmerge.runfiles import STATE_FOLDER
 from hfmerge.scorecard import PREFIX, without_scores
 from hfmerge.source import Source

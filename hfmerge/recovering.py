@@ -16,17 +16,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from hfmerge.archives import Manifest, check_total, read_manifest, unpack
-from hfmerge.asking import hub_errors, patiently
 from hfmerge.card import FILE, card_pointer
 from hfmerge.checkpoint.reader import Reader
 from hfmerge.describing import describe
 from hfmerge.errors import CorruptFileError, HfMergeError, LedgerError, NotFoundError, RecipeError
 from hfmerge.hashing import is_digest, sha256_file
+from hfmerge.hub.client import hub_errors, patiently
+from hfmerge.hub.reference import is_hub_id, is_identity
+from hfmerge.hub.state_branch import STATE_BRANCH
 from hfmerge.ledger import Material, archive_file, reference, short
 from hfmerge.merged import Merged, check_folders, folders_of
 from hfmerge.planned import Plan
-from hfmerge.reference import is_hub_id, is_identity
-from hfmerge.statebranch import STATE_BRANCH
 from hfmerge.user_files import home, private_folder
 from hfmerge.validation.folders import file_in
 from hfmerge.vanished import lost_places, naming_vanished

@@ -14,8 +14,8 @@ from itertools import accumulate
 from hfmerge.blockstore import BlockStore
 from hfmerge.errors import CorruptFileError
 from hfmerge.headers import Header
+from hfmerge.hub.ranges import RangedFile
 from hfmerge.ordered import OrderedDigest
-from hfmerge.ranged import RangedFile
 from hfmerge.spans import adjacent, block_at, cut
 
 

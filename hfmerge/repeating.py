@@ -14,13 +14,13 @@ from hfmerge.admitting import admit_change
 from hfmerge.describing import describe
 from hfmerge.digesting import digests, folder_digest
 from hfmerge.errors import HfMergeError, LedgerError
-from hfmerge.fetching import pin
-from hfmerge.hub import finish_push
+from hfmerge.hub.download import pin
+from hfmerge.hub.reference import Place, parse_ref
 from hfmerge.ledger import Material, contained
 from hfmerge.merged import Merged
 from hfmerge.options import DEFAULT
+from hfmerge.publish import finish_push
 from hfmerge.recipe import ModelEntry
-from hfmerge.reference import Place, parse_ref
 from hfmerge.runfiles import STATE_FOLDER
 from hfmerge.running import MergeResult, push_written
 from hfmerge.runtime import Ranks

@@ -19,8 +19,8 @@ from hfmerge.changes import plan_replay
 from hfmerge.environment import TOLERANCE, excuses, far_apart
 from hfmerge.errors import HfMergeError
 from hfmerge.execute import Outcome, run
-from hfmerge.fetching import fetch
 from hfmerge.gap import gap_of
+from hfmerge.hub.download import fetch
 from hfmerge.ledger import Entry, Material
 from hfmerge.merged import Merged
 from hfmerge.methods import FoldMethod

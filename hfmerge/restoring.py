@@ -13,24 +13,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hfmerge.admitting import admit_change, own_destination
-from hfmerge.asking import hub_api, hub_errors
 from hfmerge.card import card_pointer
 from hfmerge.checkpoint.owncode import listed_names
 from hfmerge.checkpoint.sidefiles import is_code
 from hfmerge.errors import CorruptFileError, LedgerError, NotFoundError, PushError, UnsupportedError
-from hfmerge.fetching import fetch, pin
 from hfmerge.hashing import sha256_file
-from hfmerge.hub import Pushed, push_folder
+from hfmerge.hub.client import hub_api, hub_errors
+from hfmerge.hub.download import fetch, pin
+from hfmerge.hub.reference import Pinned, Place, checked_path, is_hub_id
+from hfmerge.hub.state_branch import bring_states_back, find_states
 from hfmerge.ledger import ARCHIVES, Entry
 from hfmerge.merged import Merged, known_places, note_places, noted_places, open_merged
 from hfmerge.options import RunOptions
+from hfmerge.publish import Pushed, push_folder
 from hfmerge.recording import keep_foreign_files, readable_card, refuse_unknown_files, write_record
-from hfmerge.reference import Pinned, Place, checked_path, is_hub_id
 from hfmerge.repeating import finish, in_place, restored
 from hfmerge.running import MergeResult, push_written
 from hfmerge.runtime import Ranks
 from hfmerge.seen import follow, refuse_rewritten
-from hfmerge.statebranch import bring_states_back, find_states
 from hfmerge.steps import commit_of
 from hfmerge.targets import Destination
 from hfmerge.user_files import private_file, private_folder

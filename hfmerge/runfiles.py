@@ -14,10 +14,10 @@ from hfmerge.chunks import Chunk
 from hfmerge.disks import own_params
 from hfmerge.hashing import sha256_file
 from hfmerge.headers import read_header
+from hfmerge.hub.reference import Pinned, Place
 from hfmerge.journal import Finished, Journal, Key, checksum
 from hfmerge.methods import FoldMethod
 from hfmerge.planned import KeptState, Param, Plan, needs_two_passes
-from hfmerge.reference import Pinned, Place
 from hfmerge.runtime import Ranks
 from hfmerge.source import Source
 from hfmerge.stacking import Memory

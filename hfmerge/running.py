@@ -22,16 +22,16 @@ from hfmerge.disks import for_machines, stand_ins
 from hfmerge.environment import environment
 from hfmerge.errors import HfMergeError, OutputError, PushError
 from hfmerge.execute import Outcome, run
-from hfmerge.fetching import pin
 from hfmerge.gap import gap_of
-from hfmerge.hub import Pushed, push_folder
+from hfmerge.hub.download import pin
+from hfmerge.hub.reference import parse_ref
 from hfmerge.identity import work_of
 from hfmerge.keeping import keep_sources
 from hfmerge.ledger import Entry
 from hfmerge.merged import Merged, note_places, open_merged
 from hfmerge.options import NO_CONSENT, Consent, RunOptions
 from hfmerge.planned import Plan
-from hfmerge.publishing import publish, with_disks
+from hfmerge.publish import Pushed, publish, push_folder, with_disks
 from hfmerge.recipe import ModelEntry, Recipe, load_recipe
 from hfmerge.recording import (
     adopt_card,
@@ -42,7 +42,6 @@ from hfmerge.recording import (
     record,
     refuse_unknown_files,
 )
-from hfmerge.reference import parse_ref
 from hfmerge.runtime import Ranks
 from hfmerge.seen import follow, refuse_rewritten
 from hfmerge.streaming import Streamed

@@ -19,9 +19,9 @@ from pathlib import Path
 
 from hfmerge.errors import LedgerError
 from hfmerge.hashing import sha256_bytes
+from hfmerge.hub.reference import Pinned
 from hfmerge.ledger import FOLDER
 from hfmerge.merged import Merged
-from hfmerge.reference import Pinned
 from hfmerge.user_files import write_note
 from hfmerge.validation.strict_json import read_json_file
 

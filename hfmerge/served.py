@@ -8,10 +8,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 
-from hfmerge.asking import hub_errors
 from hfmerge.errors import OfflineError
-from hfmerge.ranged import RangedFile, Traffic
-from hfmerge.reference import Pinned
+from hfmerge.hub.client import hub_errors
+from hfmerge.hub.ranges import RangedFile, Traffic
+from hfmerge.hub.reference import Pinned
 
 
 BLOCK = 1 << 24

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from hfmerge.headers import TensorEntry
-from hfmerge.reference import Pinned
+from hfmerge.hub.reference import Pinned
 
 
 if TYPE_CHECKING:

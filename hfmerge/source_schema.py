@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from hfmerge.errors import CorruptFileError
-from hfmerge.fetching import fetch
-from hfmerge.reference import Pinned
+from hfmerge.hub.download import fetch
+from hfmerge.hub.reference import Pinned
 from hfmerge.validation.limits import (
     HEADER_VALUES,
     INDEX_BYTES,

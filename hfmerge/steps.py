@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from hfmerge.asking import hub_api, hub_errors, patiently
 from hfmerge.errors import OfflineError
+from hfmerge.hub.client import hub_api, hub_errors, patiently
+from hfmerge.hub.reference import Pinned
 from hfmerge.ledger import FOLDER, Entry
 from hfmerge.merged import Merged
-from hfmerge.reference import Pinned
 
 
 @dataclass(frozen=True)

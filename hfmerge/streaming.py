@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hfmerge.asking import Patience
 from hfmerge.blockstore import BlockStore
 from hfmerge.headers import MET_AT_ONCE, Header, header_length, parse_header
-from hfmerge.ranged import RangedFile, Traffic
-from hfmerge.reference import Pinned
+from hfmerge.hub.client import Patience
+from hfmerge.hub.ranges import RangedFile, Traffic
+from hfmerge.hub.reference import Pinned
 from hfmerge.remote import RemoteFile
 
 

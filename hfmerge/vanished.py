@@ -5,15 +5,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 
-from hfmerge.asking import hub_errors, patiently
 from hfmerge.errors import AccessError, CorruptFileError, HfMergeError, NotFoundError, RecipeError
-from hfmerge.fetching import cached, fetch, pin
 from hfmerge.hashing import sha256_file
+from hfmerge.hub.client import hub_errors, patiently
+from hfmerge.hub.download import cached, fetch, pin
+from hfmerge.hub.reference import Pinned, Place
+from hfmerge.hub.state_branch import STATE_BRANCH
 from hfmerge.ledger import Material, archive_file, short
 from hfmerge.merged import Merged
-from hfmerge.reference import Pinned, Place
 from hfmerge.source import Source
-from hfmerge.statebranch import STATE_BRANCH
 
 
 SMALL = 1 << 20

@@ -17,17 +17,17 @@ from hfmerge.card import BEGIN, FILE, card_differs, card_pointer, licence_note
 from hfmerge.checkpoint.sidefiles import is_asset, is_code, is_side_file
 from hfmerge.digesting import folder_digest
 from hfmerge.errors import LedgerError, NotFoundError
-from hfmerge.fetching import cached, fetch, pin
 from hfmerge.hashing import sha256_file
+from hfmerge.hub.download import cached, fetch, pin
+from hfmerge.hub.reference import Pinned, Place
+from hfmerge.hub.state_branch import ATTRIBUTES, STATE_BRANCH
 from hfmerge.ledger import ARCHIVES, FOLDER, Entry
 from hfmerge.merged import Merged, open_merged
 from hfmerge.options import NO_CONSENT, Consent
-from hfmerge.reference import Pinned, Place
 from hfmerge.removal import parts
 from hfmerge.scorecard import PREFIX
 from hfmerge.seen import acceptance, acquaintance, remember, rewritten
 from hfmerge.served import served_digests
-from hfmerge.statebranch import ATTRIBUTES, STATE_BRANCH
 from hfmerge.validation.folders import TOOLS
 from hfmerge.validation.limits import HEADER_VALUES, INDEX_BYTES
 from hfmerge.validation.strict_json import read_limited

@@ -17,13 +17,13 @@ from hfmerge.card import card_facts, render_card
 from hfmerge.evaluation.report import card_with_results
 from hfmerge.evaluation.results import load_results
 from hfmerge.hashing import sha256_bytes
+from hfmerge.hub.reference import parse_ref
 from hfmerge.ledger import Entry, Material, settings_of
 from hfmerge.marked import with_part
 from hfmerge.pictures import draw_all
 from hfmerge.pictures.embedding import CAPTIONS, FIGURES, figures_text
 from hfmerge.planned import KeptState
 from hfmerge.recipe import Recipe, load_recipe
-from hfmerge.reference import parse_ref
 from hfmerge.weights import Weight
 
 

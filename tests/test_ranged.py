@@ -17,10 +17,10 @@ from conftest import USERS
 from faultproxy import Fault, FaultProxy
 from shell import upload
 
-from hfmerge.asking import Patience, asked_wait
 from hfmerge.errors import AccessError, CorruptFileError, NotFoundError, OfflineError, SourceError
+from hfmerge.hub.client import Patience, asked_wait
+from hfmerge.hub.ranges import RangedFile, Traffic
 from hfmerge.hubserver.serve import HubServer
-from hfmerge.ranged import RangedFile, Traffic
 
 
 DATA = random.Random(0).randbytes(3_000_000)

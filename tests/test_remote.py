@@ -18,8 +18,8 @@ from safetensors.torch import save
 
 from hfmerge.blockstore import LARGE, SMALL, BlockStore
 from hfmerge.errors import CorruptFileError, OfflineError
+from hfmerge.hub.ranges import RangedFile, Traffic
 from hfmerge.ordered import OrderedDigest
-from hfmerge.ranged import RangedFile, Traffic
 from hfmerge.remote import GAPS, RemoteFile
 from hfmerge.spans import cut
 from hfmerge.streaming import remote_header

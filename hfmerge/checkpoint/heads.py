@@ -17,8 +17,8 @@ from hfmerge.checkpoint.skeleton import bounded_by, find_class, one_line
 from hfmerge.checkpoint.writer import SafetensorsWriter, Slot
 from hfmerge.describing import describe
 from hfmerge.errors import NotFoundError, SourceError
-from hfmerge.fetching import fetch
 from hfmerge.headers import read_header
+from hfmerge.hub.download import fetch
 from hfmerge.source import Source
 from hfmerge.source_schema import read_json
 

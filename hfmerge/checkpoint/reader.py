@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from hfmerge.checkpoint.writer import SIZES, TORCH_NAMES, bytes_of
 from hfmerge.errors import CorruptFileError, NonFiniteError
-from hfmerge.fetching import fetch
 from hfmerge.headers import Header, TensorEntry, load_pickle, read_header
+from hfmerge.hub.download import fetch
 from hfmerge.remote import RemoteFile
 from hfmerge.source import Source
 

@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hfmerge.fetching import fetch
-from hfmerge.reference import Pinned
+from hfmerge.hub.download import fetch
+from hfmerge.hub.reference import Pinned
 from hfmerge.source_schema import read_json
 
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from hfmerge.checkpoint.skeleton import one_line
 from hfmerge.errors import UnsupportedError
-from hfmerge.fetching import fetch
-from hfmerge.reference import Pinned
+from hfmerge.hub.download import fetch
+from hfmerge.hub.reference import Pinned
 from hfmerge.source import Source
 from hfmerge.task_vector import LowRank
 from hfmerge.validation.limits import TOKENIZER_BYTES

@@ -14,8 +14,8 @@ from hfmerge.validation.quoting import say, tell
 
 
 if TYPE_CHECKING:
-    from hfmerge.commits import Commit
     from hfmerge.evaluation.results import Matrix
+    from hfmerge.hub.commits import Commit
 
 
 def register(command: Command) -> None:

@@ -17,12 +17,12 @@ from hfmerge.evaluation.running import Evaluator, Settings
 from hfmerge.evaluation.suite import Suite, Task, load_suite
 from hfmerge.evaluation.weight_distance import distance, relative, same_weights
 from hfmerge.execute import run
-from hfmerge.fetching import fetch
+from hfmerge.hub.download import fetch
+from hfmerge.hub.reference import Pinned
 from hfmerge.ledger import Material, reference
 from hfmerge.merged import Merged, open_merged
 from hfmerge.options import DEFAULT, RunOptions
 from hfmerge.planned import Plan
-from hfmerge.reference import Pinned
 from hfmerge.running import MergeResult
 from hfmerge.runtime import Ranks
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hfmerge.asking import hub_api, hub_errors, patiently
 from hfmerge.digesting import folder_digest
 from hfmerge.errors import AccessError, HfMergeError, NotFoundError, OfflineError, SourceError, UnsupportedError
 from hfmerge.evaluation.suite import Task
 from hfmerge.hashing import sha256_file
+from hfmerge.hub.client import hub_api, hub_errors, patiently
 from hfmerge.validation.folders import files_in
 from hfmerge.validation.values import suggestion
 

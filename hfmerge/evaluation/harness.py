@@ -13,7 +13,7 @@ from hfmerge.evaluation.models import Subject
 from hfmerge.evaluation.processors import TOKENIZER_FILES, find_place, load_tokenizer
 from hfmerge.evaluation.results import Score
 from hfmerge.evaluation.suite import Task
-from hfmerge.reference import Pinned, is_path
+from hfmerge.hub.reference import Pinned, is_path
 from hfmerge.source_schema import read_json
 from hfmerge.validation.values import show
 

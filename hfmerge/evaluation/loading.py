@@ -16,9 +16,9 @@ from hfmerge.checkpoint.patterns import Patterns
 from hfmerge.checkpoint.skeleton import find_class
 from hfmerge.describing import describe
 from hfmerge.errors import SourceError, UnsupportedError
-from hfmerge.fetching import fetch
 from hfmerge.hashing import canonical_json, sha256_bytes, sha256_file
-from hfmerge.reference import is_hub_id
+from hfmerge.hub.download import fetch
+from hfmerge.hub.reference import is_hub_id
 from hfmerge.source import Source
 
 

@@ -16,9 +16,9 @@ from hfmerge.describing import describe
 from hfmerge.errors import HeadError, SourceError
 from hfmerge.evaluation import loading
 from hfmerge.evaluation.results import ModelInfo
-from hfmerge.fetching import fetch
 from hfmerge.hashing import sha256_bytes
-from hfmerge.reference import Pinned, parse_ref
+from hfmerge.hub.download import fetch
+from hfmerge.hub.reference import Pinned, parse_ref
 from hfmerge.source import Source
 from hfmerge.source_schema import read_json
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from hfmerge.evaluation.data import pin_data
 from hfmerge.evaluation.suite import Suite, Task
-from hfmerge.fetching import pin
-from hfmerge.reference import parse_ref
+from hfmerge.hub.download import pin
+from hfmerge.hub.reference import parse_ref
 from hfmerge.validation.strict_yaml import dump_yaml
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from hfmerge.checkpoint.loadback import quiet
 from hfmerge.errors import HfMergeError, SourceError
-from hfmerge.fetching import fetch
 from hfmerge.hashing import canonical_json, sha256_bytes, sha256_file
-from hfmerge.reference import Pinned
+from hfmerge.hub.download import fetch
+from hfmerge.hub.reference import Pinned
 
 
 TOKENIZER_FILES = (

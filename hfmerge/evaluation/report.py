@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hfmerge.asking import hub_api, hub_errors, patiently
 from hfmerge.card import FILE, card_pointer
-from hfmerge.commits import Commit, commit_once, download, listed
 from hfmerge.errors import HfMergeError, PushError
 from hfmerge.evaluation.models import open_subject
 from hfmerge.evaluation.results import Matrix, ModelInfo, Score, TaskInfo, table
 from hfmerge.evaluation.suite import KINDS
+from hfmerge.hub.client import hub_api, hub_errors, patiently
+from hfmerge.hub.commits import Commit, commit_once, download, listed
 from hfmerge.scorecard import PREFIX, TOOL, with_scores
 from hfmerge.validation.folders import file_in
 from hfmerge.validation.quoting import Markdown, code, link, markdown

@@ -11,10 +11,10 @@ from hfmerge.checkpoint.deltas import Delta
 from hfmerge.device import CPU
 from hfmerge.errors import HeadError, UnsupportedError
 from hfmerge.evaluation.models import Subject, kind_of, open_subject
+from hfmerge.hub.reference import Pinned
 from hfmerge.learning.replay.outputs import divergence
 from hfmerge.learning.replay.rows import Replay
 from hfmerge.planned import Plan
-from hfmerge.reference import Pinned
 from hfmerge.source import Source
 
 

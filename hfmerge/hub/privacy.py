@@ -14,8 +14,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from hfmerge.asking import hub_api, hub_errors, patiently
 from hfmerge.errors import AccessError, NotFoundError
+from hfmerge.hub.client import hub_api, hub_errors, patiently
 
 
 PUBLIC, GATED, REVIEWED, PRIVATE = range(4)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hfmerge.asking import Patience, patiently, pause_after, status_of
 from hfmerge.errors import PushError
+from hfmerge.hub.client import Patience, patiently, pause_after, status_of
 
 
 UPLOADING = Patience(whole=15.0)

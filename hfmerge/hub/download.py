@@ -6,9 +6,9 @@ import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from hfmerge.asking import hub_api, hub_errors, patiently
 from hfmerge.errors import NotFoundError, SourceError
-from hfmerge.reference import FileInfo, Pinned, Place, checked_path, is_commit, is_segment
+from hfmerge.hub.client import hub_api, hub_errors, patiently
+from hfmerge.hub.reference import FileInfo, Pinned, Place, checked_path, is_commit, is_segment
 from hfmerge.validation.folders import files_in
 from hfmerge.validation.limits import FILES
 

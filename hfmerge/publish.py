@@ -8,28 +8,32 @@ from __future__ import annotations
 
 import contextlib
 import re
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hfmerge.asking import hub_api, hub_errors, patiently
 from hfmerge.card import FILE, card_facts, combine_cards, render_card
-from hfmerge.commits import commit_once, moved, upload
-from hfmerge.errors import HfMergeError, LedgerError, OfflineError, PushError
-from hfmerge.fetching import pin
+from hfmerge.disks import find_disks, own_params
+from hfmerge.errors import HfMergeError, LedgerError, OfflineError, OutputError, PushError
 from hfmerge.hashing import sha256_bytes
+from hfmerge.hub.client import hub_api, hub_errors, patiently
+from hfmerge.hub.commits import commit_once, moved, upload
+from hfmerge.hub.download import pin
+from hfmerge.hub.privacy import restricted
+from hfmerge.hub.reference import Pinned, Place
+from hfmerge.hub.state_branch import STATE_BRANCH, drop_states, push_states
 from hfmerge.ledger import FOLDER, Entry
 from hfmerge.marked import part, with_part
 from hfmerge.merged import ledger_in, noted_places, open_merged
 from hfmerge.pictures.embedding import FIGURES, drawn
-from hfmerge.privacy import restricted
-from hfmerge.reference import Pinned, Place
+from hfmerge.planned import Plan
 from hfmerge.removal import parts
+from hfmerge.runtime import Ranks
 from hfmerge.scorecard import PREFIX, carried_scores
 from hfmerge.seen import remember_steps, repository_place
-from hfmerge.statebranch import STATE_BRANCH, drop_states, push_states
 from hfmerge.steps import commit_of
 from hfmerge.targets import (
     Destination,
@@ -305,3 +309,41 @@ def _stale(remote: Mapping[str, Any], entries: Sequence[Entry], pictures: Sequen
     """Files of the repository that earlier steps left: products, pictures, licences, scores."""
     former = {*pictures, *(name for entry in entries for name in entry.products)}
     return [name for name in remote if name in former or name == "LICENSE.md" or name.startswith(PREFIX)]
+
+
+def with_disks(ranks: Ranks, target: str | Path | None, storage: str) -> Ranks:
+    """The processes with a note on which of them write to one disk.
+
+    Args:
+        target: folder of the result; None when it only goes to the Hub, from temporary folders.
+        storage: see `disks.STORAGE`.
+
+    Raises:
+        OutputError: the result is wanted in a folder that not all machines see.
+    """
+    place = Path(target).absolute().parent if target is not None else Path(tempfile.gettempdir())
+    ranks = find_disks(ranks, place, storage)
+    if ranks.disk_count > 1 and target is not None:
+        raise OutputError(
+            f"{target}: the machines of this run share no disk there; choose a folder that all of them see, or name "
+            "none and publish with --push-to: each machine then uploads its own files."
+        )
+    return ranks
+
+
+def publish(planned: Plan, folder: Path, ranks: Ranks, to: Destination) -> Pushed:
+    """Publish what a run made, all processes taking part: each machine uploads its own files, rank 0 commits them all.
+
+    Args:
+        folder: of this process's disk; that of rank 0 has everything but the weights made on other disks.
+
+    Raises:
+        PushError, SourceError: see `hub.push_folder`.
+    """
+    if ranks.disk_count == 1:
+        return ranks.on_main(lambda: push_folder(folder, to))
+    repo_id, create_pr = to.repo_id, to.create_pr
+    ranks.on_main(lambda: open_push(folder, to).target.head)
+    files = sorted({param.file for param in own_params(planned, ranks)}) if ranks.leads else []
+    parts = ranks.together(lambda: upload_weights(folder, files, repo_id, create_pr=create_pr))
+    return ranks.on_main(lambda: push_folder(folder, to, [operation for part in parts for operation in part]))

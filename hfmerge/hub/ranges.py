@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
-from hfmerge.asking import PASSING, Patience, asked_wait, hub_errors
 from hfmerge.errors import CorruptFileError, OfflineError, SourceError
+from hfmerge.hub.client import PASSING, Patience, asked_wait, hub_errors
 from hfmerge.version import __version__
 
 

@@ -7,8 +7,8 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from hfmerge.asking import patiently
-from hfmerge.commits import listed, upload
+from hfmerge.hub.client import patiently
+from hfmerge.hub.commits import listed, upload
 
 
 STATE_BRANCH = "merge-state"
