@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from hfmerge.errors import HfMergeError
-from hfmerge.lockstep import Company, leave
+from hfmerge.methods.batched_linalg import Company, leave
 
 
 T = TypeVar("T")

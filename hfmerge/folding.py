@@ -20,7 +20,7 @@ from hfmerge.chunks import visit_bytes
 from hfmerge.device import CPU, Device
 from hfmerge.errors import GridOverflowError
 from hfmerge.methods import Carry, FoldMethod
-from hfmerge.methods.additive import AdditiveFold, staying
+from hfmerge.methods.exact_sum import AdditiveFold, staying
 from hfmerge.planned import Param, state_name
 from hfmerge.runfiles import carried
 from hfmerge.stacking import merged

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hfmerge.errors import GridOverflowError
 from hfmerge.methods import AdditiveFold, Carry, registry
-from hfmerge.methods.additive import staying
+from hfmerge.methods.exact_sum import staying
 from hfmerge.task_vector import Dense, LowRank, TaskVector, zero
 
 

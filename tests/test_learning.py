@@ -26,7 +26,7 @@ from hfmerge.learning.students import students
 from hfmerge.ledger import Entry
 from hfmerge.methods.gram import Gram
 from hfmerge.methods.isotropic import MdmOcIso
-from hfmerge.methods.subspace import MdmOcSubspace
+from hfmerge.methods.mdm_oc_subspace import MdmOcSubspace
 from hfmerge.planned import Plan
 from hfmerge.planning import make_plan
 from hfmerge.recipe import parse_recipe

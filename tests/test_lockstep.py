@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hfmerge.lockstep import Company, apart, lapack_error, leave
+from hfmerge.methods.batched_linalg import Company, apart, lapack_error, leave
 
 
 def matrix(member: int, turn: int, size: int = 4) -> Tensor:

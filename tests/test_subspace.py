@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from hfmerge.methods.mdm_oc_subspace import MdmOcSubspace
 from hfmerge.methods.opcm import OPCM, project
-from hfmerge.methods.subspace import MdmOcSubspace
 from hfmerge.task_vector import Dense, LowRank, TaskVector, zero
 
 

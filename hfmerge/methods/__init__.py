@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from importlib.metadata import entry_points
 
-from hfmerge.methods.additive import AdditiveFold
 from hfmerge.methods.base import Carry, Citation, FoldMethod, Form, JointMethod, MergeMethod
+from hfmerge.methods.exact_sum import AdditiveFold
 from hfmerge.methods.gram import Gram
 from hfmerge.methods.isotropic import IsoC, MdmOcIso
 from hfmerge.methods.linear import Linear, TaskArithmetic
 from hfmerge.methods.mdm_oc import MdmOc
+from hfmerge.methods.mdm_oc_subspace import MdmOcSubspace
 from hfmerge.methods.opcm import OPCM
 from hfmerge.methods.slerp import Slerp
-from hfmerge.methods.subspace import MdmOcSubspace
 from hfmerge.methods.ties import Ties
 
 

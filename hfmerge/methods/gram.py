@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from hfmerge.lockstep import apart
-from hfmerge.methods.additive import AdditiveFold
 from hfmerge.methods.base import Citation
+from hfmerge.methods.batched_linalg import apart
+from hfmerge.methods.exact_sum import AdditiveFold
 from hfmerge.task_vector import Dense, LowRank, TaskVector
 
 

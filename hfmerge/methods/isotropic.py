@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
-from hfmerge.methods.additive import AdditiveFold
 from hfmerge.methods.base import Citation
+from hfmerge.methods.exact_sum import AdditiveFold
 from hfmerge.methods.mdm_oc import MdmOc
 from hfmerge.methods.spectral import directions, polar
 from hfmerge.task_vector import Dense, LowRank, TaskVector

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
-from hfmerge.methods.additive import AdditiveFold
 from hfmerge.methods.base import Citation
+from hfmerge.methods.exact_sum import AdditiveFold
 
 
 if TYPE_CHECKING:

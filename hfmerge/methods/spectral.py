@@ -27,7 +27,7 @@ import math
 from typing import TYPE_CHECKING, Literal
 
 from hfmerge.errors import HfMergeError
-from hfmerge.lockstep import apart, lapack_error
+from hfmerge.methods.batched_linalg import apart, lapack_error
 
 
 if TYPE_CHECKING:
