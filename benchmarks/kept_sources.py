@@ -12,7 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from hfmerge.archives import read_manifest, unpack, write_archive
+from hfmerge.checkpoint.archive import read_manifest, unpack, write_archive
 from hfmerge.checkpoint.reader import Reader
 from hfmerge.hashing import sha256_file
 from hfmerge.keeping import pairs_of

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Literal
 from hfmerge.admitting import admit_change, admit_merge
 from hfmerge.certifying import Certificate, given_certificate, make_certificate
 from hfmerge.changes import plan_add, plan_subtract, plan_unmerge
+from hfmerge.checkpoint.digests import Digester
 from hfmerge.comparing import Difference, compare
-from hfmerge.digesting import Digester
 from hfmerge.disks import for_machines
 from hfmerge.errors import LedgerError, OutputError, VerificationError
 from hfmerge.ledger import Entry, recipe_of

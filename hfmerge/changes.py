@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hfmerge.checkpoint.owncode import own_code
+from hfmerge.checkpoint.custom_code import own_code
 from hfmerge.errors import HfMergeError, LedgerError
 from hfmerge.ledger import Entry, Material, recipe_of, reference
 from hfmerge.merged import Merged

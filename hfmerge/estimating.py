@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from hfmerge.archives import kept_files
-from hfmerge.blockstore import MEMORY
+from hfmerge.checkpoint.archive import kept_files
+from hfmerge.checkpoint.streaming.blocks import MEMORY
 from hfmerge.chunks import ahead, chunks, held
 from hfmerge.hub.download import cached
 from hfmerge.methods import JointMethod

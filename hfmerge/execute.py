@@ -14,9 +14,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from hfmerge.checkpoint.digests import Digester
 from hfmerge.checkpoint.reader import Reader
+from hfmerge.checkpoint.source import Source, weight_files
+from hfmerge.checkpoint.streaming.session import Streamed, total
+from hfmerge.checkpoint.write_digests import Trail
 from hfmerge.device import device_for, full_float32
-from hfmerge.digesting import Digester
 from hfmerge.disks import own_params
 from hfmerge.errors import CorruptFileError, UnsupportedError
 from hfmerge.estimating import stream_memory, stream_readers
@@ -29,9 +32,6 @@ from hfmerge.passes import Passes
 from hfmerge.planned import KeptState, Plan
 from hfmerge.runfiles import RunFiles
 from hfmerge.runtime import Ranks
-from hfmerge.source import Source, weight_files
-from hfmerge.streaming import Streamed, total
-from hfmerge.trailing import Trail
 
 
 @dataclass(frozen=True)

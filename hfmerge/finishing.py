@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hfmerge.checkpoint.heads import write_head
-from hfmerge.checkpoint.sidefiles import copy_side_files
+from hfmerge.checkpoint.side_files import copy_side_files
 from hfmerge.checkpoint.vocabulary import write_tokenizer
 from hfmerge.checkpoint.writer import write_index
 from hfmerge.hashing import sha256_file

@@ -8,12 +8,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from hfmerge.checkpoint.source import Source, weight_files
 from hfmerge.checkpoint.vocabulary import TOKENIZER_FILES
 from hfmerge.device import Device
 from hfmerge.environment import environment
 from hfmerge.hashing import canonical_json, sha256_bytes
 from hfmerge.planned import Plan
-from hfmerge.source import Source, weight_files
 from hfmerge.weights import stored
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hfmerge.checkpoint.source import Source
 from hfmerge.chunks import visit_bytes
 from hfmerge.errors import Problem, RecipeError
 from hfmerge.estimating import stream_memory, stream_readers
@@ -27,7 +28,6 @@ from hfmerge.planning import make_plan
 from hfmerge.pool import AHEAD, core_count, overlapped, resident_memory
 from hfmerge.recipe import MethodChoice, Recipe
 from hfmerge.runtime import Ranks, shares
-from hfmerge.source import Source
 from hfmerge.spectra import Asked, Spectrum
 
 

@@ -11,11 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from hfmerge.archives import write_archive
 from hfmerge.changes import Change
-from hfmerge.checkpoint.deltas import Delta
+from hfmerge.checkpoint.archive import write_archive
+from hfmerge.checkpoint.delta import Delta
+from hfmerge.checkpoint.digests import folder_digest
 from hfmerge.checkpoint.reader import Reader
-from hfmerge.digesting import folder_digest
+from hfmerge.checkpoint.source import Source
 from hfmerge.errors import CorruptFileError, HfMergeError, SourceError
 from hfmerge.execute import Outcome
 from hfmerge.hashing import sha256_file
@@ -29,7 +30,6 @@ from hfmerge.pool import core_count
 from hfmerge.recovering import archive_path
 from hfmerge.runfiles import STATE_FOLDER
 from hfmerge.runtime import Ranks
-from hfmerge.source import Source
 from hfmerge.user_files import private_file, private_folder
 
 

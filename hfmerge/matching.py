@@ -6,17 +6,17 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hfmerge.checkpoint.adapters import PREFIX, AdapterMap, map_adapter
-from hfmerge.checkpoint.deltas import Delta, adapter_delta, full_delta
+from hfmerge.checkpoint.delta import Delta, adapter_delta, full_delta
 from hfmerge.checkpoint.heads import Head, adapter_head, full_head
-from hfmerge.checkpoint.names import Layout, Origin, match
-from hfmerge.checkpoint.names import describe as describe_layout
-from hfmerge.checkpoint.remembered import relevant
+from hfmerge.checkpoint.layout import Layout, Origin, match
+from hfmerge.checkpoint.layout import describe as describe_layout
+from hfmerge.checkpoint.layout.cache import relevant
+from hfmerge.checkpoint.lora import PREFIX, AdapterMap, map_adapter
+from hfmerge.checkpoint.source import Source
 from hfmerge.checkpoint.vocabulary import same_tokens
 from hfmerge.errors import CorruptFileError, ShapeError, SourceError, UnsupportedError
 from hfmerge.hub.client import hub_api, hub_errors
 from hfmerge.recipe import Recipe
-from hfmerge.source import Source
 
 
 class Layouts:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from hfmerge.checkpoint.deltas import DeltaReader
+from hfmerge.checkpoint.delta import DeltaReader
 from hfmerge.checkpoint.reader import Reader, Rows
 from hfmerge.checkpoint.vocabulary import extended_base
 from hfmerge.planned import Param, Plan

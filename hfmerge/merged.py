@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hfmerge.describing import describe
+from hfmerge.checkpoint.describe import describe
+from hfmerge.checkpoint.digests import digests, folder_digest
 from hfmerge.digest_cache import remembered_digest
-from hfmerge.digesting import digests, folder_digest
 from hfmerge.errors import HfMergeError, LedgerError, SourceError
 from hfmerge.hashing import canonical_json, sha256_bytes, sha256_file
 from hfmerge.hub.client import hub_errors

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from hfmerge.checkpoint.deltas import Delta
+from hfmerge.checkpoint.delta import Delta
 from hfmerge.checkpoint.heads import Head
-from hfmerge.checkpoint.names import Layout
+from hfmerge.checkpoint.layout import Layout
+from hfmerge.checkpoint.source import Source
+from hfmerge.checkpoint.streaming.session import Streaming
 from hfmerge.checkpoint.vocabulary import Vocabulary
 from hfmerge.checkpoint.writer import Slot
 from hfmerge.errors import LedgerError
@@ -19,8 +21,6 @@ from hfmerge.learning.asked import HELD
 from hfmerge.methods import FoldMethod, MergeMethod
 from hfmerge.methods.base import InParts
 from hfmerge.recipe import Recipe
-from hfmerge.source import Source
-from hfmerge.streaming import Streaming
 from hfmerge.task_vector import Block
 from hfmerge.weights import Weight, weight_at
 

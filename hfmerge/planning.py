@@ -12,24 +12,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hfmerge.checkpoint.deltas import Delta
+from hfmerge.checkpoint.custom_code import check_allowed, own_code
+from hfmerge.checkpoint.delta import Delta
+from hfmerge.checkpoint.describe import describe
+from hfmerge.checkpoint.headers import FLOATS
 from hfmerge.checkpoint.heads import Head
-from hfmerge.checkpoint.names import Layout
-from hfmerge.checkpoint.owncode import check_allowed, own_code
-from hfmerge.checkpoint.sidefiles import side_files
+from hfmerge.checkpoint.layout import Layout
+from hfmerge.checkpoint.side_files import side_files
+from hfmerge.checkpoint.source import Source
+from hfmerge.checkpoint.streaming.session import Streaming
 from hfmerge.checkpoint.vocabulary import Vocabulary, align
 from hfmerge.checkpoint.writer import Slot, shard_names
-from hfmerge.describing import describe
 from hfmerge.errors import HfMergeError, Problem, RecipeError, UnsupportedError
 from hfmerge.estimating import with_estimate
-from hfmerge.headers import FLOATS
 from hfmerge.matching import Layouts, match_source, some
 from hfmerge.methods import FoldMethod, MergeMethod, registry
 from hfmerge.planned import DTYPES, Estimate, Param, Plan, Prior
 from hfmerge.recipe import ModelEntry, Recipe
 from hfmerge.recipe_values import count_problem, option_names, sum_problem, weights_problem
-from hfmerge.source import Source
-from hfmerge.streaming import Streaming
 from hfmerge.task_vector import WHOLE
 from hfmerge.validation.values import Section, show
 from hfmerge.weights import PatternWeights, read_weight, written

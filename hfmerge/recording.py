@@ -12,8 +12,9 @@ from typing import Any
 
 from hfmerge.card import FILE, card_facts, card_pointer, combine_cards, licence_note, parse_card, render_card
 from hfmerge.changes import Change
-from hfmerge.checkpoint.sidefiles import is_asset
-from hfmerge.digesting import folder_digest
+from hfmerge.checkpoint.digests import folder_digest
+from hfmerge.checkpoint.side_files import is_asset
+from hfmerge.checkpoint.source import Source
 from hfmerge.environment import differences
 from hfmerge.errors import HfMergeError, LedgerError, OutputError
 from hfmerge.execute import Outcome
@@ -27,7 +28,6 @@ from hfmerge.pictures.embedding import FIGURES, drawn, embed_learning
 from hfmerge.planned import Plan
 from hfmerge.runfiles import STATE_FOLDER
 from hfmerge.scorecard import PREFIX, without_scores
-from hfmerge.source import Source
 from hfmerge.validation.folders import SPECIAL, TOOLS
 from hfmerge.validation.limits import CARD_BYTES
 from hfmerge.validation.strict_json import read_limited
@@ -112,7 +112,7 @@ def readable_card(opened: Merged) -> str | None:
 
 def _check_loads(planned: Plan, folder: Path) -> None:
     """The rule: transformers loads the result with no key missing or unexpected but those of the base itself."""
-    from hfmerge.checkpoint.loadback import load_back
+    from hfmerge.checkpoint.layout.load_check import load_back
 
     missing, unexpected = load_back(folder, trust_remote_code=planned.recipe.trust_remote_code)
     missing = tuple(key for key in missing if key not in planned.base_layout.missing)

@@ -15,10 +15,10 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from hfmerge.archives import Manifest, check_total, read_manifest, unpack
 from hfmerge.card import FILE, card_pointer
+from hfmerge.checkpoint.archive import Manifest, check_total, read_manifest, unpack
+from hfmerge.checkpoint.describe import describe
 from hfmerge.checkpoint.reader import Reader
-from hfmerge.describing import describe
 from hfmerge.errors import CorruptFileError, HfMergeError, LedgerError, NotFoundError, RecipeError
 from hfmerge.hashing import is_digest, sha256_file
 from hfmerge.hub.client import hub_errors, patiently

@@ -11,8 +11,8 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from hfmerge.admitting import admit_change
-from hfmerge.describing import describe
-from hfmerge.digesting import digests, folder_digest
+from hfmerge.checkpoint.describe import describe
+from hfmerge.checkpoint.digests import digests, folder_digest
 from hfmerge.errors import HfMergeError, LedgerError
 from hfmerge.hub.download import pin
 from hfmerge.hub.reference import Place, parse_ref

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from hfmerge.admitting import admit_change, own_destination
 from hfmerge.card import card_pointer
-from hfmerge.checkpoint.owncode import listed_names
-from hfmerge.checkpoint.sidefiles import is_code
+from hfmerge.checkpoint.custom_code import listed_names
+from hfmerge.checkpoint.side_files import is_code
 from hfmerge.errors import CorruptFileError, LedgerError, NotFoundError, PushError, UnsupportedError
 from hfmerge.hashing import sha256_file
 from hfmerge.hub.client import hub_api, hub_errors

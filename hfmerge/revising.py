@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from hfmerge.changes import Change, leading, plan_models
+from hfmerge.checkpoint.source import Source
 from hfmerge.errors import LedgerError
 from hfmerge.ledger import Material, short
 from hfmerge.merged import Merged
 from hfmerge.recipe import ModelEntry
-from hfmerge.source import Source
 from hfmerge.weights import shown
 
 

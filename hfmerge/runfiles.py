@@ -7,19 +7,19 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hfmerge.checkpoint.deltas import DeltaReader
+from hfmerge.checkpoint.delta import DeltaReader
+from hfmerge.checkpoint.headers import read_header
 from hfmerge.checkpoint.reader import Reader, Rows
+from hfmerge.checkpoint.source import Source
 from hfmerge.checkpoint.writer import SafetensorsWriter, Slot, bytes_of
 from hfmerge.chunks import Chunk
 from hfmerge.disks import own_params
 from hfmerge.hashing import sha256_file
-from hfmerge.headers import read_header
 from hfmerge.hub.reference import Pinned, Place
 from hfmerge.journal import Finished, Journal, Key, checksum
 from hfmerge.methods import FoldMethod
 from hfmerge.planned import KeptState, Param, Plan, needs_two_passes
 from hfmerge.runtime import Ranks
-from hfmerge.source import Source
 from hfmerge.stacking import Memory
 from hfmerge.task_vector import TaskVector, from_tensors
 

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 from hfmerge.admitting import admit_change, own_destination
 from hfmerge.card import restrictive
 from hfmerge.changes import Change
+from hfmerge.checkpoint.digests import Digester
+from hfmerge.checkpoint.streaming.session import Streamed
 from hfmerge.device import Device, device_for
-from hfmerge.digesting import Digester
 from hfmerge.disks import for_machines, stand_ins
 from hfmerge.environment import environment
 from hfmerge.errors import HfMergeError, OutputError, PushError
@@ -44,7 +45,6 @@ from hfmerge.recording import (
 )
 from hfmerge.runtime import Ranks
 from hfmerge.seen import follow, refuse_rewritten
-from hfmerge.streaming import Streamed
 from hfmerge.targets import Destination
 from hfmerge.workspace import Workspace, full_disk, recover, workspace
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hfmerge.checkpoint.deltas import DeltaReader
+from hfmerge.checkpoint.delta import DeltaReader
 from hfmerge.checkpoint.writer import TORCH_NAMES, bytes_of
 from hfmerge.methods import AdditiveFold
 from hfmerge.task_vector import Dense

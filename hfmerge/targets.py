@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hfmerge.card import FILE, parse_card
-from hfmerge.checkpoint.sidefiles import is_side_file
+from hfmerge.checkpoint.side_files import is_side_file
 from hfmerge.errors import AccessError, LedgerError, NotFoundError, OfflineError, PushError
 from hfmerge.hashing import git_blob_id, sha256_bytes
 from hfmerge.hub.client import hub_api, hub_errors, patiently

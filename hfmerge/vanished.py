@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 
+from hfmerge.checkpoint.source import Source
 from hfmerge.errors import AccessError, CorruptFileError, HfMergeError, NotFoundError, RecipeError
 from hfmerge.hashing import sha256_file
 from hfmerge.hub.client import hub_errors, patiently
@@ -13,7 +14,6 @@ from hfmerge.hub.reference import Pinned, Place
 from hfmerge.hub.state_branch import STATE_BRANCH
 from hfmerge.ledger import Material, archive_file, short
 from hfmerge.merged import Merged
-from hfmerge.source import Source
 
 
 SMALL = 1 << 20

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hfmerge.card import BEGIN, FILE, card_differs, card_pointer, licence_note
-from hfmerge.checkpoint.sidefiles import is_asset, is_code, is_side_file
-from hfmerge.digesting import folder_digest
+from hfmerge.checkpoint.digests import folder_digest
+from hfmerge.checkpoint.side_files import is_asset, is_code, is_side_file
+from hfmerge.checkpoint.streaming.served import served_digests
 from hfmerge.errors import LedgerError, NotFoundError
 from hfmerge.hashing import sha256_file
 from hfmerge.hub.download import cached, fetch, pin
@@ -27,7 +28,6 @@ from hfmerge.options import NO_CONSENT, Consent
 from hfmerge.removal import parts
 from hfmerge.scorecard import PREFIX
 from hfmerge.seen import acceptance, acquaintance, remember, rewritten
-from hfmerge.served import served_digests
 from hfmerge.validation.folders import TOOLS
 from hfmerge.validation.limits import HEADER_VALUES, INDEX_BYTES
 from hfmerge.validation.strict_json import read_limited

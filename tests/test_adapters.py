@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hfmerge import merge, plan
-from hfmerge.checkpoint.adapters import CHANGING_INITS, PLAIN
+from hfmerge.checkpoint.lora import CHANGING_INITS, PLAIN
 from hfmerge.errors import RecipeError
 from hfmerge.recipe import Recipe, parse_recipe
 

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 import tiny
 
-from hfmerge import digesting, hashing
-from hfmerge.digesting import Apart
+from hfmerge import hashing
+from hfmerge.checkpoint import digests as digesting
+from hfmerge.checkpoint.digests import Apart
 from hfmerge.hashing import sha256_file
 
 

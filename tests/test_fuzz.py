@@ -23,7 +23,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hfmerge.archives import read_manifest
+from hfmerge.checkpoint.archive import read_manifest
 from hfmerge.errors import HfMergeError
 
 

@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 from shell import Shell
 
 import hfmerge
-from hfmerge.archives import Manifest, read_manifest, unpack
+from hfmerge.checkpoint.archive import Manifest, read_manifest, unpack
+from hfmerge.checkpoint.describe import describe
 from hfmerge.checkpoint.reader import Reader
-from hfmerge.describing import describe
 from hfmerge.errors import CorruptFileError
 from hfmerge.hubserver.importer import import_folder
 from hfmerge.hubserver.serve import HubServer

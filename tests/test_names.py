@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hfmerge.checkpoint.names import Layout, Match, describe, load_back, match
+from hfmerge.checkpoint.layout import Layout, Match, describe, load_back, match
 from hfmerge.errors import CorruptFileError, NotFoundError, ShapeError, UnsupportedError
 from hfmerge.task_vector import WHOLE
 

@@ -16,13 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from hfmerge.blockstore import LARGE, SMALL, BlockStore
+from hfmerge.checkpoint.streaming.blocks import LARGE, SMALL, BlockStore, cut
+from hfmerge.checkpoint.streaming.ordered_hash import OrderedDigest
+from hfmerge.checkpoint.streaming.remote_file import GAPS, RemoteFile
+from hfmerge.checkpoint.streaming.session import remote_header
 from hfmerge.errors import CorruptFileError, OfflineError
 from hfmerge.hub.ranges import RangedFile, Traffic
-from hfmerge.ordered import OrderedDigest
-from hfmerge.remote import GAPS, RemoteFile
-from hfmerge.spans import cut
-from hfmerge.streaming import remote_header
 
 
 quick = settings(max_examples=60, deadline=None, derandomize=True, database=None)

@@ -23,9 +23,9 @@ from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor
 
 from hfmerge import merge
+from hfmerge.checkpoint.describe import describe
 from hfmerge.checkpoint.reader import Reader
 from hfmerge.checkpoint.writer import TORCH_NAMES, SafetensorsWriter, Slot, header_bytes, shard_names, write_index
-from hfmerge.describing import describe
 from hfmerge.errors import CorruptFileError, HfMergeError, NonFiniteError, OutputError, RecipeError, UnsupportedError
 from hfmerge.recipe import parse_recipe
 

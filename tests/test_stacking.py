@@ -17,15 +17,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hfmerge import stacking
-from hfmerge.checkpoint.deltas import DeltaReader, full_delta
-from hfmerge.checkpoint.names import Origin
+from hfmerge.checkpoint.delta import DeltaReader, full_delta
+from hfmerge.checkpoint.describe import describe
+from hfmerge.checkpoint.layout import Origin
+from hfmerge.checkpoint.write_digests import Trail
 from hfmerge.checkpoint.writer import SafetensorsWriter, Slot
-from hfmerge.describing import describe
 from hfmerge.methods import AdditiveFold, Carry
 from hfmerge.methods.linear import Linear, TaskArithmetic
 from hfmerge.stacking import ROW, Memory, merged
 from hfmerge.task_vector import Dense, squared_norm
-from hfmerge.trailing import Trail
 
 
 NAME = "lm_head.weight"

@@ -135,8 +135,8 @@ def test_a_source_that_changes_in_place_shows_in_the_ledger(notes: Path, tmp_pat
 
 def test_a_file_that_cannot_be_read_is_told_in_one_line(tmp_path: Path) -> None:
     """For who merges it see `test_stacking.py`."""
-    from hfmerge import digesting
-    from hfmerge.describing import describe
+    from hfmerge.checkpoint import digests as digesting
+    from hfmerge.checkpoint.describe import describe
 
     tiny.save(tiny.build("LlamaForCausalLM", tiny.config("llama")), tmp_path / "m")
     source = describe(str(tmp_path / "m"))

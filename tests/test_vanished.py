@@ -14,12 +14,12 @@ from huggingface_hub import HfApi
 from shell import Shell
 
 import hfmerge
+from hfmerge.checkpoint.source import Source
 from hfmerge.errors import CorruptFileError
 from hfmerge.hub.reference import FileInfo, Pinned, Place
 from hfmerge.hubserver.importer import import_folder
 from hfmerge.hubserver.serve import HubServer
 from hfmerge.ledger import Material
-from hfmerge.source import Source
 from hfmerge.vanished import check_unchanged
 
 

@@ -12,15 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hfmerge.checkpoint.describe import describe
+from hfmerge.checkpoint.headers import read_header
+from hfmerge.checkpoint.layout.skeleton import bounded_by, find_class, one_line
 from hfmerge.checkpoint.reader import Reader
-from hfmerge.checkpoint.skeleton import bounded_by, find_class, one_line
+from hfmerge.checkpoint.schema import read_json
+from hfmerge.checkpoint.source import Source
 from hfmerge.checkpoint.writer import SafetensorsWriter, Slot
-from hfmerge.describing import describe
 from hfmerge.errors import NotFoundError, SourceError
-from hfmerge.headers import read_header
 from hfmerge.hub.download import fetch
-from hfmerge.source import Source
-from hfmerge.source_schema import read_json
 
 
 if TYPE_CHECKING:

@@ -14,12 +14,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from hfmerge.checkpoint.headers import Header, TensorEntry, load_pickle, read_header
+from hfmerge.checkpoint.source import Source
+from hfmerge.checkpoint.streaming.remote_file import RemoteFile
 from hfmerge.checkpoint.writer import SIZES, TORCH_NAMES, bytes_of
 from hfmerge.errors import CorruptFileError, NonFiniteError
-from hfmerge.headers import Header, TensorEntry, load_pickle, read_header
 from hfmerge.hub.download import fetch
-from hfmerge.remote import RemoteFile
-from hfmerge.source import Source
 
 
 if TYPE_CHECKING:

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hfmerge.checkpoint.skeleton import one_line
+from hfmerge.checkpoint.layout.skeleton import one_line
+from hfmerge.checkpoint.source import Source
 from hfmerge.errors import UnsupportedError
 from hfmerge.hub.download import fetch
 from hfmerge.hub.reference import Pinned
-from hfmerge.source import Source
 from hfmerge.task_vector import LowRank
 from hfmerge.validation.limits import TOKENIZER_BYTES
 

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hfmerge.digesting import digests, folder_digest
+from hfmerge.checkpoint.digests import digests, folder_digest
+from hfmerge.checkpoint.source import Source
 from hfmerge.evaluation import continual_metrics as metrics
 from hfmerge.evaluation.results import Score
-from hfmerge.source import Source
 
 
 def identity(source: Source) -> str:

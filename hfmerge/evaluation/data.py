@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hfmerge.digesting import folder_digest
+from hfmerge.checkpoint.digests import folder_digest
 from hfmerge.errors import AccessError, HfMergeError, NotFoundError, OfflineError, SourceError, UnsupportedError
 from hfmerge.evaluation.suite import Task
 from hfmerge.hashing import sha256_file

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from hfmerge.checkpoint.schema import read_json
 from hfmerge.errors import HfMergeError, SourceError
 from hfmerge.evaluation.data import data_errors
 from hfmerge.evaluation.metrics import Z
@@ -14,7 +15,6 @@ from hfmerge.evaluation.processors import TOKENIZER_FILES, find_place, load_toke
 from hfmerge.evaluation.results import Score
 from hfmerge.evaluation.suite import Task
 from hfmerge.hub.reference import Pinned, is_path
-from hfmerge.source_schema import read_json
 from hfmerge.validation.values import show
 
 

@@ -9,17 +9,17 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hfmerge.checkpoint.adapters import PREFIX, matching
+from hfmerge.checkpoint.describe import describe
 from hfmerge.checkpoint.heads import adapter_head
-from hfmerge.checkpoint.loadback import quiet
+from hfmerge.checkpoint.layout.load_check import quiet
+from hfmerge.checkpoint.layout.skeleton import find_class
+from hfmerge.checkpoint.lora import PREFIX, matching
 from hfmerge.checkpoint.patterns import Patterns
-from hfmerge.checkpoint.skeleton import find_class
-from hfmerge.describing import describe
+from hfmerge.checkpoint.source import Source
 from hfmerge.errors import SourceError, UnsupportedError
 from hfmerge.hashing import canonical_json, sha256_bytes, sha256_file
 from hfmerge.hub.download import fetch
 from hfmerge.hub.reference import is_hub_id
-from hfmerge.source import Source
 
 
 if TYPE_CHECKING:

@@ -9,18 +9,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hfmerge.checkpoint.describe import describe
 from hfmerge.checkpoint.heads import FOLDER
-from hfmerge.checkpoint.loadback import quiet
-from hfmerge.checkpoint.skeleton import bounded_by, find_class
-from hfmerge.describing import describe
+from hfmerge.checkpoint.layout.load_check import quiet
+from hfmerge.checkpoint.layout.skeleton import bounded_by, find_class
+from hfmerge.checkpoint.schema import read_json
+from hfmerge.checkpoint.source import Source
 from hfmerge.errors import HeadError, SourceError
 from hfmerge.evaluation import loading
 from hfmerge.evaluation.results import ModelInfo
 from hfmerge.hashing import sha256_bytes
 from hfmerge.hub.download import fetch
 from hfmerge.hub.reference import Pinned, parse_ref
-from hfmerge.source import Source
-from hfmerge.source_schema import read_json
 
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hfmerge.checkpoint.loadback import quiet
+from hfmerge.checkpoint.layout.load_check import quiet
 from hfmerge.errors import HfMergeError, SourceError
 from hfmerge.hashing import canonical_json, sha256_bytes, sha256_file
 from hfmerge.hub.download import fetch

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from hfmerge.checkpoint.remembered import recall
+from hfmerge.checkpoint.layout.cache import recall
 from hfmerge.device import enough_memory, place_for
 from hfmerge.errors import HeadError, HfMergeError
 from hfmerge.evaluation.batches import Runner

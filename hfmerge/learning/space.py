@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hfmerge.checkpoint.deltas import DeltaReader
+from hfmerge.checkpoint.delta import DeltaReader
 from hfmerge.checkpoint.reader import Reader
 from hfmerge.checkpoint.writer import disk_errors
 from hfmerge.errors import UnsupportedError

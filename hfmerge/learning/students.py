@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from hfmerge.checkpoint.deltas import Delta
+from hfmerge.checkpoint.delta import Delta
+from hfmerge.checkpoint.source import Source
 from hfmerge.device import CPU
 from hfmerge.errors import HeadError, UnsupportedError
 from hfmerge.evaluation.models import Subject, kind_of, open_subject
@@ -15,7 +16,6 @@ from hfmerge.hub.reference import Pinned
 from hfmerge.learning.replay.outputs import divergence
 from hfmerge.learning.replay.rows import Replay
 from hfmerge.planned import Plan
-from hfmerge.source import Source
 
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 import tiny
 
-from hfmerge.archives import read_manifest, unpack
+from hfmerge.checkpoint.archive import read_manifest, unpack
 
 
 MB = 1 << 20
@@ -143,7 +143,7 @@ def test_a_manifest_that_fills_the_memory(tmp_path: Path) -> None:
 
 def test_a_copy_that_declares_petabytes(root: Path, tmp_path: Path) -> None:
     """The attacker's manifest declares a file of a petabyte, so that what is streamed up to it has no end."""
-    from hfmerge.archives import check_total
+    from hfmerge.checkpoint.archive import check_total
 
     path = tmp_path / "copy.zip"
     manifest = {"schema": "hfmerge/kept/1", "base": None, "against": {}}
@@ -281,7 +281,7 @@ def test_an_expression_that_says_which_modules_are_changed(root: Path, tmp_path:
     tiny.edit_config(folder, "adapter_config.json", **changes)
 
     def digest(adapter: Path) -> str:
-        from hfmerge.describing import describe
+        from hfmerge.checkpoint.describe import describe
         from hfmerge.evaluation.loading import adapter_config, adapter_weights
 
         source = describe(f"{root / 'base'}+{adapter}")

@@ -20,7 +20,7 @@ from evaluating import TOKENS, labelled, suite
 from huggingface_hub import HfApi
 
 import hfmerge
-from hfmerge.digesting import folder_digest
+from hfmerge.checkpoint.digests import folder_digest
 from hfmerge.errors import HfMergeError
 from hfmerge.hashing import canonical_json, sha256_file
 from hfmerge.hubserver.importer import import_folder

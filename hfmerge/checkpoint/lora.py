@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hfmerge.checkpoint.patterns import Patterns
+from hfmerge.checkpoint.source import Source
 from hfmerge.errors import CorruptFileError, ShapeError, UnsupportedError
-from hfmerge.source import Source
 from hfmerge.task_vector import LowRank
 from hfmerge.validation.values import show
 
 
 if TYPE_CHECKING:
-    from hfmerge.checkpoint.names import Layout
+    from hfmerge.checkpoint.layout import Layout
     from hfmerge.checkpoint.reader import Reader
 
 PREFIX = "base_model.model."

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from hfmerge.checkpoint.sidefiles import is_code
+from hfmerge.checkpoint.side_files import is_code
+from hfmerge.checkpoint.source import Source
 from hfmerge.errors import UnsupportedError
-from hfmerge.source import Source
 from hfmerge.validation.values import show
 
 

@@ -11,12 +11,11 @@ from concurrent.futures import Future
 from functools import partial
 from itertools import accumulate
 
-from hfmerge.blockstore import BlockStore
+from hfmerge.checkpoint.headers import Header
+from hfmerge.checkpoint.streaming.blocks import BlockStore, adjacent, block_at, cut
+from hfmerge.checkpoint.streaming.ordered_hash import OrderedDigest
 from hfmerge.errors import CorruptFileError
-from hfmerge.headers import Header
 from hfmerge.hub.ranges import RangedFile
-from hfmerge.ordered import OrderedDigest
-from hfmerge.spans import adjacent, block_at, cut
 
 
 GAPS = (32 << 20, 50)

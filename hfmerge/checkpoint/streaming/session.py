@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hfmerge.blockstore import BlockStore
-from hfmerge.headers import MET_AT_ONCE, Header, header_length, parse_header
+from hfmerge.checkpoint.headers import MET_AT_ONCE, Header, header_length, parse_header
+from hfmerge.checkpoint.streaming.blocks import BlockStore
+from hfmerge.checkpoint.streaming.remote_file import RemoteFile
 from hfmerge.hub.client import Patience
 from hfmerge.hub.ranges import RangedFile, Traffic
 from hfmerge.hub.reference import Pinned
-from hfmerge.remote import RemoteFile
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from hfmerge.headers import TensorEntry
+from hfmerge.checkpoint.headers import TensorEntry
 from hfmerge.hub.reference import Pinned
 
 
 if TYPE_CHECKING:
-    from hfmerge.remote import RemoteFile
+    from hfmerge.checkpoint.streaming.remote_file import RemoteFile
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from pathlib import Path
 from subprocess import DEVNULL, PIPE
 
 from hfmerge import hashing
+from hfmerge.checkpoint.source import Source, weight_files
 from hfmerge.digest_cache import remembered_digest
 from hfmerge.errors import CorruptFileError
 from hfmerge.hashing import canonical_json, sha256_bytes, sha256_file
 from hfmerge.hub.download import cached, fetch
-from hfmerge.source import Source, weight_files
 
 
 LARGE = 1 << 27

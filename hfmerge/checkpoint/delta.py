@@ -9,13 +9,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from hfmerge.checkpoint.adapters import AdapterMap, LoraOrigin
-from hfmerge.checkpoint.names import Origin
+from hfmerge.checkpoint.headers import TensorEntry
+from hfmerge.checkpoint.layout import Origin
+from hfmerge.checkpoint.lora import AdapterMap, LoraOrigin
 from hfmerge.checkpoint.reader import Reader, Rows
+from hfmerge.checkpoint.source import Source
 from hfmerge.checkpoint.vocabulary import Vocabulary, aligned_change, extended_factors
 from hfmerge.errors import ShapeError
-from hfmerge.headers import TensorEntry
-from hfmerge.source import Source
 from hfmerge.task_vector import Dense, TaskVector
 
 

@@ -16,7 +16,7 @@ from hfmerge.task_vector import WHOLE, Block
 if TYPE_CHECKING:
     from torch import nn
 
-    from hfmerge.checkpoint.loader import Group
+    from hfmerge.checkpoint.layout.conversion import Group
 
 Blocks = tuple[Block, ...]
 Cut = tuple[int, tuple[tuple[str, int], ...]]

@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hfmerge.checkpoint.schema import read_json
 from hfmerge.hub.download import fetch
 from hfmerge.hub.reference import Pinned
-from hfmerge.source_schema import read_json
 
 
 PATTERNS = (

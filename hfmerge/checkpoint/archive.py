@@ -19,16 +19,16 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING
 
+from hfmerge.checkpoint.headers import TensorEntry, header_length, parse_header, read_header
 from hfmerge.checkpoint.reader import Reader, Rows
-from hfmerge.checkpoint.sidefiles import side_files
+from hfmerge.checkpoint.schema import tensor_name
+from hfmerge.checkpoint.side_files import side_files
+from hfmerge.checkpoint.source import Source, weight_files
 from hfmerge.checkpoint.writer import bytes_of, disk_errors
 from hfmerge.errors import CorruptFileError
 from hfmerge.hashing import CHUNK, canonical_json
-from hfmerge.headers import TensorEntry, header_length, parse_header, read_header
 from hfmerge.hub.download import fetch
 from hfmerge.hub.reference import Pinned
-from hfmerge.source import Source, weight_files
-from hfmerge.source_schema import tensor_name
 from hfmerge.user_files import private_file, private_folder
 from hfmerge.validation.limits import DIRECTORY_BYTES, MANIFEST_BYTES, MB, MEMBERS, UNPACKED
 from hfmerge.validation.strict_json import read_json

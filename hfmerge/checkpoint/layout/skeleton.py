@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hfmerge.checkpoint.sidefiles import without_code
+from hfmerge.checkpoint.side_files import without_code
 from hfmerge.errors import UnsupportedError
 from hfmerge.validation.limits import ELEMENTS, PARTS
 

@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from hfmerge.checkpoint.headers import FLOATS, OTHERS, TensorEntry, pickle_entries, read_header
+from hfmerge.checkpoint.schema import read_json
+from hfmerge.checkpoint.source import Source
+from hfmerge.checkpoint.streaming.remote_file import RemoteFile
+from hfmerge.checkpoint.streaming.session import Streaming, ranged_file, remote_header
 from hfmerge.errors import CorruptFileError, NotFoundError, OfflineError, SourceError, UnsupportedError
-from hfmerge.headers import FLOATS, OTHERS, TensorEntry, pickle_entries, read_header
 from hfmerge.hub.download import cached, fetch, pin
 from hfmerge.hub.ranges import Traffic
 from hfmerge.hub.reference import Pinned, parse_ref
-from hfmerge.remote import RemoteFile
-from hfmerge.source import Source
-from hfmerge.source_schema import read_json
-from hfmerge.streaming import Streaming, ranged_file, remote_header
 from hfmerge.validation.limits import TENSORS
 from hfmerge.validation.values import folder_name
 

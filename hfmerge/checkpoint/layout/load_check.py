@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hfmerge.checkpoint.loader import Renamer
-from hfmerge.checkpoint.remembered import recall, relevant
-from hfmerge.checkpoint.skeleton import Shape, find_class, one_line, skeleton_of
+from hfmerge.checkpoint.headers import read_header
+from hfmerge.checkpoint.layout.cache import recall, relevant
+from hfmerge.checkpoint.layout.conversion import Renamer
+from hfmerge.checkpoint.layout.skeleton import Shape, find_class, one_line, skeleton_of
 from hfmerge.errors import CorruptFileError, NotFoundError, ShapeError, UnsupportedError
-from hfmerge.headers import read_header
 from hfmerge.validation.limits import INDEX_BYTES
 from hfmerge.validation.strict_json import read_json_file
 

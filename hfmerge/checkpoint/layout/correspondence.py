@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hfmerge.checkpoint.layout import Layout, Memory
-from hfmerge.checkpoint.loader import Group
-from hfmerge.checkpoint.skeleton import one_line
+from hfmerge.checkpoint.layout.conversion import Group
+from hfmerge.checkpoint.layout.layout import Layout, Memory
+from hfmerge.checkpoint.layout.skeleton import one_line
 from hfmerge.errors import CorruptFileError, ShapeError, UnsupportedError
 
 

@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
-from hfmerge.checkpoint.blocks import guessed_blocks, memory_blocks, stored_blocks
-from hfmerge.checkpoint.loader import Group, Renamer, complete, missing, trace
-from hfmerge.checkpoint.remembered import recall, relevant
-from hfmerge.checkpoint.skeleton import Shape, Skeleton, build
+from hfmerge.checkpoint.layout.blocks import guessed_blocks, memory_blocks, stored_blocks
+from hfmerge.checkpoint.layout.cache import recall, relevant
+from hfmerge.checkpoint.layout.conversion import Group, Renamer, complete, missing, trace
+from hfmerge.checkpoint.layout.skeleton import Shape, Skeleton, build
 from hfmerge.task_vector import WHOLE, Block
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from hfmerge.checkpoint.skeleton import Shape, Skeleton, one_line
+from hfmerge.checkpoint.layout.skeleton import Shape, Skeleton, one_line
 from hfmerge.errors import CorruptFileError, ShapeError
 
 

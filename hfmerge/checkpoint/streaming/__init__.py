@@ -1,0 +1,1 @@
+"""Weight files read from the Hub by byte ranges and not stored."""
