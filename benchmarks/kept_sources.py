@@ -17,7 +17,7 @@ from hfmerge.checkpoint.reader import Reader
 from hfmerge.hashing import sha256_file
 from hfmerge.keeping import pairs_of
 from hfmerge.planning import make_plan
-from hfmerge.recipe import parse_recipe
+from hfmerge.recipe.recipe import parse_recipe
 
 
 def main(base: str, *models: str) -> None:

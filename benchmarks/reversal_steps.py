@@ -19,7 +19,7 @@ from hfmerge import add, merge, unmerge
 from hfmerge.changes import plan_add, plan_subtract, plan_unmerge
 from hfmerge.merged import open_merged
 from hfmerge.planning import make_plan
-from hfmerge.recipe import ModelEntry, parse_recipe
+from hfmerge.recipe.recipe import ModelEntry, parse_recipe
 
 
 def model_bytes(asked: dict[str, Any]) -> int:

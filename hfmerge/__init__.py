@@ -41,14 +41,14 @@ if TYPE_CHECKING:
     from hfmerge.evaluation.running import Settings
     from hfmerge.evaluation.suite import Suite, load_suite
     from hfmerge.inspecting import Inspection
-    from hfmerge.learning.asked import Learning
     from hfmerge.planned import Plan
     from hfmerge.publish import Pushed
     from hfmerge.purging import Purged, PurgePlan
-    from hfmerge.recipe import MethodChoice, ModelEntry, Recipe, load_recipe
+    from hfmerge.recipe.learning import Learning
+    from hfmerge.recipe.recipe import MethodChoice, ModelEntry, Recipe, load_recipe
+    from hfmerge.recipe.weights import PatternWeights
     from hfmerge.steps import Step
     from hfmerge.verifying import Report
-    from hfmerge.weights import PatternWeights
 
 _HOMES = {
     "hfmerge.api": (
@@ -90,13 +90,13 @@ _HOMES = {
     ),
     "hfmerge.publish": ("Pushed",),
     "hfmerge.inspecting": ("Inspection",),
-    "hfmerge.learning.asked": ("Learning",),
+    "hfmerge.recipe.learning": ("Learning",),
     "hfmerge.planning": ("Plan",),
     "hfmerge.purging": (
         "Purged",
         "PurgePlan",
     ),
-    "hfmerge.recipe": (
+    "hfmerge.recipe.recipe": (
         "load_recipe",
         "MethodChoice",
         "ModelEntry",
@@ -104,7 +104,7 @@ _HOMES = {
     ),
     "hfmerge.steps": ("Step",),
     "hfmerge.verifying": ("Report",),
-    "hfmerge.weights": ("PatternWeights",),
+    "hfmerge.recipe.weights": ("PatternWeights",),
 }
 
 __all__ = [

@@ -13,7 +13,7 @@ from hfmerge.hub.reference import parse_ref
 from hfmerge.ledger import Entry, named
 from hfmerge.merged import Merged, parts_of
 from hfmerge.options import RunOptions
-from hfmerge.recipe import Recipe
+from hfmerge.recipe.recipe import Recipe
 from hfmerge.removal import Part, parts
 from hfmerge.runtime import Ranks
 from hfmerge.targets import Destination, admit, check_readers, with_snapshots

@@ -27,7 +27,7 @@ from hfmerge.planned import Plan
 from hfmerge.planning import make_plan
 from hfmerge.publish import Pushed, publish, push_folder, with_disks
 from hfmerge.purging import Purged, PurgePlan, purge
-from hfmerge.recipe import ModelEntry, Recipe
+from hfmerge.recipe.recipe import ModelEntry, Recipe
 from hfmerge.recording import adopt_card
 from hfmerge.removal import parts
 from hfmerge.repeating import added, finish, in_place, replaced

@@ -12,10 +12,10 @@ from typing import Any
 from hfmerge.errors import LedgerError
 from hfmerge.ledger import Entry, Material
 from hfmerge.methods import registry
+from hfmerge.recipe.weights import PatternWeights, Weight, shown, written
 from hfmerge.validation.quoting import Markdown, code, fenced, link, markdown, python_text, shell_word
 from hfmerge.validation.strict_yaml import dump_yaml, parse_front
 from hfmerge.validation.values import hub_id
-from hfmerge.weights import PatternWeights, Weight, shown, written
 
 
 BEGIN, END = "<!-- hfmerge:begin -->", "<!-- hfmerge:end -->"

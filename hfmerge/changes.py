@@ -18,7 +18,7 @@ from hfmerge.merged import Merged
 from hfmerge.methods import FoldMethod, JointMethod, MergeMethod, registry
 from hfmerge.planned import Plan
 from hfmerge.planning import make_plan
-from hfmerge.recipe import ModelEntry
+from hfmerge.recipe.recipe import ModelEntry
 from hfmerge.recovering import planned_from
 from hfmerge.starting import Start, starts
 from hfmerge.vanished import check_unchanged

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hfmerge.ledger import Entry, Material
-from hfmerge.weights import Weight, stored
+from hfmerge.recipe.weights import Weight, stored
 
 
 @dataclass(frozen=True)

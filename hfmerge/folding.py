@@ -22,10 +22,10 @@ from hfmerge.errors import GridOverflowError
 from hfmerge.methods import Carry, FoldMethod
 from hfmerge.methods.exact_sum import AdditiveFold, staying
 from hfmerge.planned import Param, state_name
+from hfmerge.recipe.weights import weight_at
 from hfmerge.runfiles import carried
 from hfmerge.stacking import merged
 from hfmerge.task_vector import Block, Dense, LowRank, TaskVector, cut, zero
-from hfmerge.weights import weight_at
 
 
 Result = TypeVar("Result")

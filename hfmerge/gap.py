@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hfmerge.execute import Outcome, run
 from hfmerge.planned import Plan
-from hfmerge.weights import values_of
+from hfmerge.recipe.weights import values_of
 
 
 def gap_of(plan: Plan, outcome: Outcome, folder: Path, exact: Plan | None) -> dict[str, float]:

@@ -14,7 +14,7 @@ from hfmerge.device import Device
 from hfmerge.environment import environment
 from hfmerge.hashing import canonical_json, sha256_bytes
 from hfmerge.planned import Plan
-from hfmerge.weights import stored
+from hfmerge.recipe.weights import stored
 
 
 def work_of(plan: Plan, device: Device | None = None) -> dict[str, str]:

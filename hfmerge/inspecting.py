@@ -26,7 +26,7 @@ from hfmerge.options import RunOptions
 from hfmerge.planned import Param, Plan
 from hfmerge.planning import make_plan
 from hfmerge.pool import AHEAD, core_count, overlapped, resident_memory
-from hfmerge.recipe import MethodChoice, Recipe
+from hfmerge.recipe.recipe import MethodChoice, Recipe
 from hfmerge.runtime import Ranks, shares
 from hfmerge.spectra import Asked, Spectrum
 

@@ -17,14 +17,14 @@ from typing import Any
 
 from hfmerge.errors import LedgerError
 from hfmerge.hashing import canonical_json, sha256_bytes
-from hfmerge.learning.asked import Learning
 from hfmerge.ledger_schema import SCHEMA, check_entry
 from hfmerge.options import Consent
 from hfmerge.planned import KeptState, checked_digest, state_file
-from hfmerge.recipe import MethodChoice, ModelEntry, Recipe
+from hfmerge.recipe.learning import Learning
+from hfmerge.recipe.recipe import MethodChoice, ModelEntry, Recipe
+from hfmerge.recipe.weights import Weight, restored, stored
 from hfmerge.validation.limits import ENTRIES, ENTRY_BYTES
 from hfmerge.validation.strict_json import read_json
-from hfmerge.weights import Weight, restored, stored
 
 
 FOLDER = "merge_history"

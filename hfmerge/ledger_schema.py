@@ -8,9 +8,9 @@ from functools import lru_cache
 from typing import Any
 
 from hfmerge.errors import Problem, RecipeError
-from hfmerge.learning.asked import Learning
 from hfmerge.methods import registry
-from hfmerge.recipe_values import DTYPES, VOCABULARIES, norm, option_names, read_options, state
+from hfmerge.recipe.learning import Learning
+from hfmerge.recipe.values import DTYPES, VOCABULARIES, norm, option_names, read_options, state
 from hfmerge.validation.limits import FILES, LABELS, MODELS, PATTERN, PATTERNS
 from hfmerge.validation.values import (
     Section,

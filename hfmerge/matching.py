@@ -16,7 +16,7 @@ from hfmerge.checkpoint.source import Source
 from hfmerge.checkpoint.vocabulary import same_tokens
 from hfmerge.errors import CorruptFileError, ShapeError, SourceError, UnsupportedError
 from hfmerge.hub.client import hub_api, hub_errors
-from hfmerge.recipe import Recipe
+from hfmerge.recipe.recipe import Recipe
 
 
 class Layouts:

@@ -21,11 +21,11 @@ from hfmerge.hub.state_branch import STATE_BRANCH
 from hfmerge.ledger import FOLDER, Entry, Material, check_chain, check_size, contained, ledger_files
 from hfmerge.options import NO_CONSENT, Consent
 from hfmerge.planned import KeptState
+from hfmerge.recipe.weights import stored
 from hfmerge.user_files import home, keep_note, private_folder
 from hfmerge.validation.folders import file_in
 from hfmerge.validation.limits import CARD_BYTES, ENTRY_BYTES, LEDGER_BYTES
 from hfmerge.validation.strict_json import read_limited
-from hfmerge.weights import stored
 
 
 NOTES = 4096

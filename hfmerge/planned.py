@@ -17,12 +17,12 @@ from hfmerge.checkpoint.vocabulary import Vocabulary
 from hfmerge.checkpoint.writer import Slot
 from hfmerge.errors import LedgerError
 from hfmerge.hashing import is_digest
-from hfmerge.learning.asked import HELD
 from hfmerge.methods import FoldMethod, MergeMethod
 from hfmerge.methods.base import InParts
-from hfmerge.recipe import Recipe
+from hfmerge.recipe.learning import HELD
+from hfmerge.recipe.recipe import Recipe
+from hfmerge.recipe.weights import Weight, weight_at
 from hfmerge.task_vector import Block
-from hfmerge.weights import Weight, weight_at
 
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}

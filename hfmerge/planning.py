@@ -28,11 +28,11 @@ from hfmerge.estimating import with_estimate
 from hfmerge.matching import Layouts, match_source, some
 from hfmerge.methods import FoldMethod, MergeMethod, registry
 from hfmerge.planned import DTYPES, Estimate, Param, Plan, Prior
-from hfmerge.recipe import ModelEntry, Recipe
-from hfmerge.recipe_values import count_problem, option_names, sum_problem, weights_problem
+from hfmerge.recipe.recipe import ModelEntry, Recipe
+from hfmerge.recipe.values import count_problem, option_names, sum_problem, weights_problem
+from hfmerge.recipe.weights import PatternWeights, read_weight, written
 from hfmerge.task_vector import WHOLE
 from hfmerge.validation.values import Section, show
-from hfmerge.weights import PatternWeights, read_weight, written
 
 
 def build_method(recipe: Recipe) -> MergeMethod:

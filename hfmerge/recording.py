@@ -26,13 +26,13 @@ from hfmerge.merged import Merged, ledger_in, parts_of, state_path
 from hfmerge.methods import AdditiveFold
 from hfmerge.pictures.embedding import FIGURES, drawn, embed_learning
 from hfmerge.planned import Plan
+from hfmerge.recipe.weights import Weight
 from hfmerge.runfiles import STATE_FOLDER
 from hfmerge.scorecard import PREFIX, without_scores
 from hfmerge.validation.folders import SPECIAL, TOOLS
 from hfmerge.validation.limits import CARD_BYTES
 from hfmerge.validation.strict_json import read_limited
 from hfmerge.validation.values import plain_text
-from hfmerge.weights import Weight
 
 
 def record(

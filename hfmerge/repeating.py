@@ -20,12 +20,12 @@ from hfmerge.ledger import Material, contained
 from hfmerge.merged import Merged
 from hfmerge.options import DEFAULT
 from hfmerge.publish import finish_push
-from hfmerge.recipe import ModelEntry
+from hfmerge.recipe.recipe import ModelEntry
+from hfmerge.recipe.weights import Weight
 from hfmerge.runfiles import STATE_FOLDER
 from hfmerge.running import MergeResult, push_written
 from hfmerge.runtime import Ranks
 from hfmerge.targets import Destination, require_writer
-from hfmerge.weights import Weight
 from hfmerge.workspace import clear
 
 

@@ -13,8 +13,8 @@ from hfmerge.checkpoint.source import Source
 from hfmerge.errors import LedgerError
 from hfmerge.ledger import Material, short
 from hfmerge.merged import Merged
-from hfmerge.recipe import ModelEntry
-from hfmerge.weights import shown
+from hfmerge.recipe.recipe import ModelEntry
+from hfmerge.recipe.weights import shown
 
 
 def plan_replace(merged: Merged, old: str, new: str, *, weight: float | None = None, stream: bool = False) -> Change:

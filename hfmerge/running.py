@@ -33,7 +33,7 @@ from hfmerge.merged import Merged, note_places, open_merged
 from hfmerge.options import NO_CONSENT, Consent, RunOptions
 from hfmerge.planned import Plan
 from hfmerge.publish import Pushed, publish, push_folder, with_disks
-from hfmerge.recipe import ModelEntry, Recipe, load_recipe
+from hfmerge.recipe.recipe import ModelEntry, Recipe, load_recipe
 from hfmerge.recording import (
     adopt_card,
     keep_foreign_files,

@@ -17,8 +17,8 @@ from collections.abc import Iterator, Sequence
 
 from hfmerge.comparing import compare
 from hfmerge.ledger import Entry, Material, short
+from hfmerge.recipe.weights import shown
 from hfmerge.steps import Step
-from hfmerge.weights import shown
 
 
 def tree(steps: Sequence[Step]) -> list[str]:

@@ -23,8 +23,8 @@ from hfmerge.marked import with_part
 from hfmerge.pictures import draw_all
 from hfmerge.pictures.embedding import CAPTIONS, FIGURES, figures_text
 from hfmerge.planned import KeptState
-from hfmerge.recipe import Recipe, load_recipe
-from hfmerge.weights import Weight
+from hfmerge.recipe.recipe import Recipe, load_recipe
+from hfmerge.recipe.weights import Weight
 
 
 HERE = Path(__file__).resolve().parent

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from hfmerge import merge, plan
 from hfmerge.checkpoint.lora import CHANGING_INITS, PLAIN
 from hfmerge.errors import RecipeError
-from hfmerge.recipe import Recipe, parse_recipe
+from hfmerge.recipe.recipe import Recipe, parse_recipe
 
 
 pytestmark = [

@@ -217,7 +217,7 @@ def test_the_plan_says_what_gram_takes(tmp_path: Path) -> None:
 
 def test_the_step_of_the_sums_is_in_the_ledger(tmp_path: Path) -> None:
     from hfmerge import merge
-    from hfmerge.recipe import parse_recipe
+    from hfmerge.recipe.recipe import parse_recipe
 
     base = tiny.build("LlamaForCausalLM", tiny.config("llama"))
     tiny.save(base, tmp_path / "base")

@@ -12,7 +12,7 @@ import pytest
 import tiny
 
 from hfmerge import merge
-from hfmerge.recipe import parse_recipe
+from hfmerge.recipe.recipe import parse_recipe
 
 
 ROOT = Path(__file__).parent.parent

@@ -13,8 +13,8 @@ import torch
 import hfmerge
 from hfmerge.checkpoint.reader import Reader, Rows
 from hfmerge.chunks import TILE, ahead, chunks, held, pieces, visit_bytes
-from hfmerge.flags import recipe_from_flags
 from hfmerge.planning import make_plan
+from hfmerge.recipe.overrides import recipe_from_flags
 from hfmerge.task_vector import squared_norm
 
 

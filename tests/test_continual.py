@@ -17,7 +17,7 @@ from hfmerge.evaluation.continual_report import to_markdown
 from hfmerge.evaluation.running import Evaluator
 from hfmerge.evaluation.suite import Suite, Task, load_suite
 from hfmerge.evaluation.weight_distance import distance
-from hfmerge.recipe import load_recipe
+from hfmerge.recipe.recipe import load_recipe
 
 
 # after the first, second and third of three tasks; the next task is scored before it arrives

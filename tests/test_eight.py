@@ -17,7 +17,7 @@ from huggingface_hub import HfApi
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from hfmerge.hubserver.serve import HubServer
-from hfmerge.recipe import load_recipe
+from hfmerge.recipe.recipe import load_recipe
 
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -35,7 +35,7 @@ from hfmerge.evaluation.suite import Suite, load_suite, ready_suites
 from hfmerge.hubserver.importer import import_folder
 from hfmerge.hubserver.serve import HubServer
 from hfmerge.marked import part
-from hfmerge.recipe import load_recipe
+from hfmerge.recipe.recipe import load_recipe
 from hfmerge.scorecard import carried_scores, with_scores, without_scores
 
 

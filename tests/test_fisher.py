@@ -20,14 +20,14 @@ from hfmerge.hashing import sha256_file
 from hfmerge.hubserver.importer import import_folder
 from hfmerge.hubserver.serve import HubServer
 from hfmerge.learning.fisher import FISHER_ROWS, fisher, load_fisher, save_fisher
-from hfmerge.learning.replay.asked import ReplayAsked
 from hfmerge.learning.replay.making import generate
 from hfmerge.learning.replay.rows import Replay, load_replay
 from hfmerge.learning.space import Space
 from hfmerge.learning.students import Student, references, students
 from hfmerge.planning import make_plan
-from hfmerge.recipe import parse_recipe
-from hfmerge.weights import weight_at
+from hfmerge.recipe.recipe import parse_recipe
+from hfmerge.recipe.replay import ReplayAsked
+from hfmerge.recipe.weights import weight_at
 
 
 ROWS = ReplayAsked(rows=12, length=8, generator="unigram", held_out=0.25)

@@ -15,7 +15,7 @@ from hfmerge.inspecting import by_layer
 from hfmerge.measuring import Measured
 from hfmerge.merged import open_merged
 from hfmerge.methods.opcm import OPCM
-from hfmerge.recipe import MethodChoice, ModelEntry, Recipe
+from hfmerge.recipe.recipe import MethodChoice, ModelEntry, Recipe
 from hfmerge.task_vector import Dense
 
 

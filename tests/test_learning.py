@@ -16,10 +16,8 @@ from test_replay import wordpieces
 
 from hfmerge import add, merge, unmerge, verify
 from hfmerge.errors import RecipeError
-from hfmerge.learning.asked import Learning
 from hfmerge.learning.optimise import Anchor, optimise
 from hfmerge.learning.progress import NOTHING
-from hfmerge.learning.replay.asked import ReplayAsked
 from hfmerge.learning.replay.rows import load_replay
 from hfmerge.learning.space import Space, group_of
 from hfmerge.learning.students import students
@@ -29,10 +27,12 @@ from hfmerge.methods.isotropic import MdmOcIso
 from hfmerge.methods.mdm_oc_subspace import MdmOcSubspace
 from hfmerge.planned import Plan
 from hfmerge.planning import make_plan
-from hfmerge.recipe import parse_recipe
+from hfmerge.recipe.learning import Learning
+from hfmerge.recipe.recipe import parse_recipe
+from hfmerge.recipe.replay import ReplayAsked
+from hfmerge.recipe.weights import PatternWeights, weight_at
 from hfmerge.runtime import Ranks
 from hfmerge.task_vector import Dense, LowRank, TaskVector, zero
-from hfmerge.weights import PatternWeights, weight_at
 
 
 LABELS = {"a": ["red", "green"], "b": ["x", "y", "z"], "c": ["yes", "no"]}

@@ -14,9 +14,9 @@ from test_replay import TOKENS, wordpieces
 
 from hfmerge import merge
 from hfmerge.errors import HeadError, HfMergeError, RecipeError, SourceError, UnsupportedError
-from hfmerge.recipe import parse_recipe
+from hfmerge.recipe.recipe import parse_recipe
+from hfmerge.recipe.weights import weight_at
 from hfmerge.running import MergeResult
-from hfmerge.weights import weight_at
 
 
 LABELS = {"a": ["red", "green"], "b": ["x", "y", "z"]}

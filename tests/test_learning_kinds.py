@@ -21,12 +21,12 @@ from hfmerge.errors import HeadError, UnsupportedError
 from hfmerge.evaluation.models import open_subject
 from hfmerge.evaluation.suite import load_suite
 from hfmerge.learning.labelled import labelled_rows
-from hfmerge.learning.replay.asked import ReplayAsked
 from hfmerge.learning.replay.making import generate
 from hfmerge.learning.replay.outputs import divergence
 from hfmerge.learning.replay.rows import Replay
-from hfmerge.recipe import parse_recipe
-from hfmerge.weights import PatternWeights
+from hfmerge.recipe.recipe import parse_recipe
+from hfmerge.recipe.replay import ReplayAsked
+from hfmerge.recipe.weights import PatternWeights
 
 
 LABELS = {"one": ["red", "green", "blue"], "two": ["x", "y", "z"], "twin": ["yes", "no"]}

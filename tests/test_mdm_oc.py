@@ -18,7 +18,7 @@ from torch import Tensor
 
 import hfmerge
 from hfmerge.methods.mdm_oc import MdmOc, ModelProducts, Products, gram, shares
-from hfmerge.recipe import parse_recipe
+from hfmerge.recipe.recipe import parse_recipe
 from hfmerge.task_vector import Dense, LowRank, TaskVector, zero
 
 

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 WORK = """
 import dataclasses, json, sys
 from hfmerge import add, merge, unmerge, verify
-from hfmerge.recipe import ModelEntry, load_recipe
+from hfmerge.recipe.recipe import ModelEntry, load_recipe
 
 asked = load_recipe(sys.argv[1])
 # the recipe's own numbers take minutes; what is learned is not what is tested here

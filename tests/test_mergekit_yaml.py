@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from hfmerge.errors import RecipeError
-from hfmerge.flags import apply_overrides
-from hfmerge.mergekit import KEYS, OTHER_METHODS, SHARED, convert
 from hfmerge.methods import FoldMethod, JointMethod, registry
-from hfmerge.recipe import MethodChoice, ModelEntry, Recipe, load_recipe, parse_recipe
+from hfmerge.recipe.mergekit.convert import KEYS, OTHER_METHODS, SHARED, convert
+from hfmerge.recipe.overrides import apply_overrides
+from hfmerge.recipe.recipe import MethodChoice, ModelEntry, Recipe, load_recipe, parse_recipe
 from hfmerge.task_vector import Dense
 
 

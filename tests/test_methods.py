@@ -25,7 +25,7 @@ from hfmerge.errors import GridOverflowError
 from hfmerge.methods import AdditiveFold, Carry, FoldMethod, JointMethod, MergeMethod, registry
 from hfmerge.methods.slerp import PARALLEL
 from hfmerge.methods.trimming import BITS, histogram_threshold, kept, kth_magnitude, magnitude_histogram
-from hfmerge.recipe import parse_recipe
+from hfmerge.recipe.recipe import parse_recipe
 from hfmerge.task_vector import Dense, LowRank, TaskVector, from_tensors, zero
 from hfmerge.validation.values import typed
 

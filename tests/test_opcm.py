@@ -16,7 +16,7 @@ from transformers import ViTModel
 from hfmerge import MergeResult, merge
 from hfmerge.checkpoint.reader import Reader
 from hfmerge.methods.opcm import OPCM, project
-from hfmerge.recipe import parse_recipe
+from hfmerge.recipe.recipe import parse_recipe
 from hfmerge.task_vector import Dense, LowRank, TaskVector, zero
 from hfmerge.visits import Visit
 

@@ -17,7 +17,7 @@ from hfmerge.marked import files_in, part, with_part
 from hfmerge.pictures import draw_all
 from hfmerge.pictures.embedding import embed
 from hfmerge.pictures.style import short_names
-from hfmerge.recipe import MethodChoice, ModelEntry, Recipe
+from hfmerge.recipe.recipe import MethodChoice, ModelEntry, Recipe
 
 
 NAMES = ("org--enc-mr", "org--enc-sms_spam", "org--enc-ag_news")

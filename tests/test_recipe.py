@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hfmerge.errors import RecipeError
-from hfmerge.flags import apply_overrides, recipe_from_flags
 from hfmerge.methods import MergeMethod, registry
-from hfmerge.recipe import MethodChoice, ModelEntry, Recipe, load_recipe, parse_recipe
+from hfmerge.recipe.overrides import apply_overrides, recipe_from_flags
+from hfmerge.recipe.recipe import MethodChoice, ModelEntry, Recipe, load_recipe, parse_recipe
 from hfmerge.validation.strict_yaml import dump_yaml, parse_scalar, parse_yaml
 
 
@@ -612,7 +612,7 @@ def test_models_and_weights_as_flags(tmp_path: Path) -> None:
 def test_reading_a_recipe_needs_no_heavy_library(tmp_path: Path) -> None:
     path = write(tmp_path, FULL.replace("push_to: org/merged\nprivate: true\n", ""))
     code = (
-        "import sys; from hfmerge.recipe import load_recipe; load_recipe(sys.argv[1]); "
+        "import sys; from hfmerge.recipe.recipe import load_recipe; load_recipe(sys.argv[1]); "
         "print([m for m in ('torch', 'transformers', 'peft', 'datasets', 'huggingface_hub') if m in sys.modules])"
     )
     root = Path(__file__).parents[1]

@@ -7,7 +7,7 @@ import pytest
 
 from hfmerge.card import BEGIN, END, combine_cards, parse_card
 from hfmerge.methods import registry
-from hfmerge.recipe import load_recipe
+from hfmerge.recipe.recipe import load_recipe
 
 
 ROOT = Path(__file__).resolve().parents[1]

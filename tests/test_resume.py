@@ -24,7 +24,7 @@ from hfmerge.checkpoint.writer import SafetensorsWriter, Slot, bytes_of, header_
 from hfmerge.identity import work_of
 from hfmerge.journal import Finished, Journal, Past, Region, begin, checksum, read_past, work_in
 from hfmerge.planning import make_plan
-from hfmerge.recipe import MethodChoice, ModelEntry, Recipe
+from hfmerge.recipe.recipe import MethodChoice, ModelEntry, Recipe
 
 
 MODELS = ("m0", "m1", "m2")

@@ -27,7 +27,7 @@ from hfmerge.checkpoint.describe import describe
 from hfmerge.checkpoint.reader import Reader
 from hfmerge.checkpoint.writer import TORCH_NAMES, SafetensorsWriter, Slot, header_bytes, shard_names, write_index
 from hfmerge.errors import CorruptFileError, HfMergeError, NonFiniteError, OutputError, RecipeError, UnsupportedError
-from hfmerge.recipe import parse_recipe
+from hfmerge.recipe.recipe import parse_recipe
 
 
 quick = settings(max_examples=60, deadline=None, derandomize=True, database=None)

@@ -25,7 +25,7 @@ from hfmerge.methods.spectral import (
     gram_uncertainty,
     split,
 )
-from hfmerge.recipe import parse_recipe
+from hfmerge.recipe.recipe import parse_recipe
 from hfmerge.task_vector import Dense, LowRank, zero
 
 

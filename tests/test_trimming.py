@@ -19,7 +19,7 @@ from hfmerge.methods import JointMethod, registry
 from hfmerge.methods.slerp import Slerp
 from hfmerge.methods.ties import Ties
 from hfmerge.methods.trimming import PART, KthMagnitude, kept, kth_magnitude, parts, thinned, trim
-from hfmerge.recipe import parse_recipe
+from hfmerge.recipe.recipe import parse_recipe
 from hfmerge.task_vector import Dense
 
 

@@ -16,10 +16,10 @@ import hfmerge
 from hfmerge.errors import LedgerError, RecipeError
 from hfmerge.ledger import Entry, Material
 from hfmerge.ledger_schema import material as checked_material
-from hfmerge.mergekit import convert
 from hfmerge.methods import registry
-from hfmerge.recipe import ModelEntry, load_recipe, parse_recipe
-from hfmerge.weights import PatternWeights, restored, shown, stored, weight_at
+from hfmerge.recipe.mergekit.convert import convert
+from hfmerge.recipe.recipe import ModelEntry, load_recipe, parse_recipe
+from hfmerge.recipe.weights import PatternWeights, restored, shown, stored, weight_at
 
 
 LAYERS = {"model.layers.0.*": 0.5, "*.layers.*": 2.0, "*": 0.25}

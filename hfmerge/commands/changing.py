@@ -44,7 +44,7 @@ def register(command: Command) -> None:
 
 def _add(args: argparse.Namespace) -> int:
     from hfmerge import api
-    from hfmerge.recipe import ModelEntry
+    from hfmerge.recipe.recipe import ModelEntry
 
     weights = args.weight or [1.0] * len(args.models)
     if len(weights) != len(args.models):

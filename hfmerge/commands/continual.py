@@ -51,7 +51,7 @@ def _continual(args: argparse.Namespace) -> int:
     from hfmerge.evaluation.suite import load_suite
     from hfmerge.pictures import draw_all
     from hfmerge.pictures.style import styled
-    from hfmerge.recipe import load_recipe
+    from hfmerge.recipe.recipe import load_recipe
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise HfMergeError(

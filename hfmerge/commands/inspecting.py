@@ -26,7 +26,7 @@ from hfmerge.validation.strict_json import read_json_file
 
 if TYPE_CHECKING:
     from hfmerge.inspecting import Inspection, Part, Square
-    from hfmerge.recipe import Recipe
+    from hfmerge.recipe.recipe import Recipe
 
 
 def register(command: Command) -> None:
@@ -98,8 +98,8 @@ def _save(data: dict[str, Any], path: Path) -> None:
 
 def _asked(args: argparse.Namespace) -> Recipe | str:
     """A recipe from a file or from flags, or the name of a merge."""
-    from hfmerge.flags import apply_overrides
-    from hfmerge.recipe import load_recipe
+    from hfmerge.recipe.overrides import apply_overrides
+    from hfmerge.recipe.recipe import load_recipe
 
     items = list(args.items)
     changes = (args.alpha, args.variant, args.include, args.exclude, args.vocabulary, args.stream)

@@ -23,7 +23,7 @@ from hfmerge.validation.quoting import say, tell
 
 if TYPE_CHECKING:
     from hfmerge.planned import Plan
-    from hfmerge.recipe import Recipe
+    from hfmerge.recipe.recipe import Recipe
 
 
 def register(command: Command) -> None:
@@ -83,8 +83,8 @@ def _recipe_flags(sub: argparse.ArgumentParser) -> None:
 
 
 def _asked(args: argparse.Namespace) -> Recipe:
-    from hfmerge.flags import apply_overrides
-    from hfmerge.recipe import load_recipe
+    from hfmerge.recipe.overrides import apply_overrides
+    from hfmerge.recipe.recipe import load_recipe
 
     items = list(args.items)
     recipe = None
@@ -124,7 +124,7 @@ def _merge(args: argparse.Namespace) -> int:
 
 def _plan(args: argparse.Namespace) -> int:
     from hfmerge import api
-    from hfmerge.weights import shown
+    from hfmerge.recipe.weights import shown
 
     planned = api.plan(_asked(args))
     for warning in planned.warnings:
@@ -160,7 +160,7 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _plan_data(planned: Plan) -> dict[str, Any]:
-    from hfmerge.weights import stored
+    from hfmerge.recipe.weights import stored
 
     return {
         "base": planned.base.pinned.label,
@@ -188,7 +188,7 @@ def _plan_data(planned: Plan) -> dict[str, Any]:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    from hfmerge.recipe import load_recipe
+    from hfmerge.recipe.recipe import load_recipe
 
     recipe = load_recipe(args.recipe)
     for note in recipe.notes:

@@ -74,10 +74,10 @@ def register(command: Command) -> None:
 
 def _history(args: argparse.Namespace) -> int:
     from hfmerge.merged import open_merged
+    from hfmerge.recipe.weights import shown
     from hfmerge.seen import acceptance, rewritten
     from hfmerge.steps import steps_of
     from hfmerge.treeview import method, tree
-    from hfmerge.weights import shown
     from hfmerge.workspace import recover
 
     recover(args.merged)
@@ -139,7 +139,7 @@ def _diff(args: argparse.Namespace) -> int:
 
 def _differences(found: Difference) -> Iterator[str]:
     """One line a difference: `-` of A alone, `+` of B alone, `~` of both."""
-    from hfmerge.weights import shown
+    from hfmerge.recipe.weights import shown
 
     yield f"A: step {found.before.step}, {found.before.digest[:12]}"
     yield f"B: step {found.after.step}, {found.after.digest[:12]}"

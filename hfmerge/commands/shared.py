@@ -168,7 +168,7 @@ def first_process() -> bool:
 
 def print_result(args: argparse.Namespace, result: Any, more: Mapping[str, Any] | None = None) -> int:
     """What a verb made; with `--json` as one object, `more` in it."""
-    from hfmerge.weights import shown
+    from hfmerge.recipe.weights import shown
 
     entry = result.entry
     if not first_process():

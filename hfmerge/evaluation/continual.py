@@ -38,9 +38,9 @@ from hfmerge.methods import registry
 from hfmerge.methods.opcm import OPCM
 from hfmerge.options import RunOptions
 from hfmerge.planned import Plan
-from hfmerge.recipe import Recipe
+from hfmerge.recipe.recipe import Recipe
+from hfmerge.recipe.weights import stored
 from hfmerge.version import __version__
-from hfmerge.weights import stored
 
 
 SCHEMA = 1

@@ -16,7 +16,6 @@ from hfmerge.errors import HfMergeError
 from hfmerge.evaluation.models import Subject, kind_of, open_subject
 from hfmerge.evaluation.suite import load_suite
 from hfmerge.hashing import canonical_json, sha256_bytes, sha256_file
-from hfmerge.learning.asked import HELD, Learning
 from hfmerge.learning.fisher import FISHER_ROWS, fisher, load_fisher, save_fisher
 from hfmerge.learning.labelled import labelled_rows, task_of
 from hfmerge.learning.optimise import Anchor, Found, memory_for, optimise
@@ -30,6 +29,7 @@ from hfmerge.merged import Merged, state_path
 from hfmerge.methods.gram import Gram
 from hfmerge.methods.isotropic import MdmOcIso
 from hfmerge.planned import KeptState, Plan, state_file
+from hfmerge.recipe.learning import HELD, Learning
 from hfmerge.runtime import Ranks
 
 

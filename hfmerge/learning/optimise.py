@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from hfmerge.device import enough_memory
 from hfmerge.errors import NonFiniteError
 from hfmerge.hashing import sha256_bytes
-from hfmerge.learning.asked import Learning
 from hfmerge.learning.progress import NOTHING, Progress
 from hfmerge.learning.space import Space
 from hfmerge.learning.students import Student, parameters
 from hfmerge.learning.together import Part
 from hfmerge.learning.together import losses as together
+from hfmerge.recipe.learning import Learning
 from hfmerge.runtime import Ranks
 
 

@@ -4,7 +4,7 @@ Everything follows from config.json and the shapes in the headers. Two checkpoin
 parameters have in memory, because stored names differ between versions of transformers, between classes (`bert.` or
 not) and between file layouts (one file tensor per expert, or one for all).
 
-`layout.describe` builds the class on the meta device (`skeleton`), pairs stored keys with its parameters (`conversion`)
+`layout.describe` builds the class on the meta device (`skeleton`), pairs stored keys with parameters (`conversion`)
 and finds real matrices (`blocks`). `correspondence.match` compares two layouts. `load_check.load_back` asks
 transformers itself about a finished folder. `cache` keeps what transformers said.
 """

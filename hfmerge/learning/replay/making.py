@@ -21,11 +21,11 @@ from hfmerge.evaluation.processors import (
     longest,
 )
 from hfmerge.learning.replay import pictures, sampling
-from hfmerge.learning.replay.asked import ReplayAsked
 from hfmerge.learning.replay.outputs import token_targets
 from hfmerge.learning.replay.rows import Replay
 from hfmerge.learning.replay.searching import search, shared_out
 from hfmerge.learning.replay.words import Vocabulary, read_vocabulary
+from hfmerge.recipe.replay import ReplayAsked
 from hfmerge.runtime import Ranks
 
 

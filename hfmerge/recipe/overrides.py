@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hfmerge.errors import Problem
-from hfmerge.recipe import Recipe, check_recipe
+from hfmerge.recipe.recipe import Recipe, check_recipe
 from hfmerge.validation.strict_yaml import parse_scalar
 from hfmerge.validation.values import show
 

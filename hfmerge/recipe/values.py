@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, get_type_hints
 
 from hfmerge.errors import HfMergeError
+from hfmerge.recipe.weights import PatternWeights, Weight, values_of
 from hfmerge.validation.values import Section, factor, show, suggestion, text, typed
-from hfmerge.weights import PatternWeights, Weight, values_of
 
 
 if TYPE_CHECKING:

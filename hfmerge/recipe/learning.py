@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_type_hints
 
 from hfmerge.errors import Problem, RecipeError
-from hfmerge.learning.replay.asked import ReplayAsked, read_replay
+from hfmerge.recipe.replay import ReplayAsked, read_replay
 from hfmerge.validation.values import Section, show, typed
 
 

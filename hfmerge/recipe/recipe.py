@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hfmerge import recipe_values as values
 from hfmerge.errors import Problem, RecipeError
-from hfmerge.learning.asked import Learning, read_learning
+from hfmerge.recipe import values
+from hfmerge.recipe.learning import Learning, read_learning
+from hfmerge.recipe.weights import Weight, read_weight, written
 from hfmerge.validation.strict_yaml import dump_yaml, read_yaml
 from hfmerge.validation.values import Section, flag, one_of, show, suggestion, text, texts
-from hfmerge.weights import Weight, read_weight, written
 
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ def check_recipe(
         problems.append(Problem("recipe", "is empty" if data is None else f"must be a mapping, not {show(data)}"))
         raise RecipeError(problems, origin)
     if "merge_method" in data:
-        from hfmerge.mergekit import convert
+        from hfmerge.recipe.mergekit.convert import convert
 
         try:
             data, notes = convert(data, origin)

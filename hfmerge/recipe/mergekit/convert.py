@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from hfmerge.errors import RecipeError
-from hfmerge.mergekit_syntax import Input, Layout, constant, read_dtype, read_layout, read_vocabulary, reference
-from hfmerge.mergekit_weights import model_weight, weight_sums
+from hfmerge.recipe.mergekit.syntax import Input, Layout, constant, read_dtype, read_layout, read_vocabulary, reference
+from hfmerge.recipe.mergekit.weights import model_weight, weight_sums
+from hfmerge.recipe.weights import PatternWeights, Weight, values_of, written
 from hfmerge.validation.values import Section, flag, number, show, suggestion, text
-from hfmerge.weights import PatternWeights, Weight, values_of, written
 
 
 SHARED = {

@@ -7,9 +7,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hfmerge.mergekit_syntax import constant
+from hfmerge.recipe.mergekit.syntax import constant
+from hfmerge.recipe.weights import PatternWeights, Weight
 from hfmerge.validation.values import Section, number, show, text
-from hfmerge.weights import PatternWeights, Weight
 
 
 def model_weight(scopes: Sequence[Section]) -> Weight | None:

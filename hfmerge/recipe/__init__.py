@@ -1,0 +1,1 @@
+"""What is asked: the recipe from a file or from flags, every value checked."""
