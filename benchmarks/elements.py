@@ -36,7 +36,7 @@ def steps() -> list[Callable[[], Any]]:
     """What does each of `STEPS` once for all models, on tensors of its own."""
     import torch
 
-    from hfmerge.chunks import TILE
+    from hfmerge.engine.partition import TILE
     from hfmerge.methods.ties import Ties
     from hfmerge.methods.trimming import KthMagnitude, kth_magnitude, parts, thinned
     from hfmerge.task_vector import Dense
@@ -77,8 +77,8 @@ def steps() -> list[Callable[[], Any]]:
 
 def measure(runs: int, threads: int) -> list[float]:
     """Least seconds of a call of each step, on so many threads at once, an element of a model."""
-    from hfmerge.chunks import TILE
     from hfmerge.cli import reuse_freed_memory
+    from hfmerge.engine.partition import TILE
 
     # as the command line does
     reuse_freed_memory()

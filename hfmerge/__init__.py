@@ -35,13 +35,13 @@ if TYPE_CHECKING:
     from hfmerge.certifying import Certificate
     from hfmerge.checkpoint.heads import load_with_head
     from hfmerge.comparing import Difference
+    from hfmerge.engine.plan import Plan
     from hfmerge.errors import HfMergeError, RecipeError
     from hfmerge.evaluation.checking import Behaviour
     from hfmerge.evaluation.results import Matrix, Score
     from hfmerge.evaluation.running import Settings
     from hfmerge.evaluation.suite import Suite, load_suite
     from hfmerge.inspecting import Inspection
-    from hfmerge.planned import Plan
     from hfmerge.publish import Pushed
     from hfmerge.purging import Purged, PurgePlan
     from hfmerge.recipe.learning import Learning
@@ -91,7 +91,7 @@ _HOMES = {
     "hfmerge.publish": ("Pushed",),
     "hfmerge.inspecting": ("Inspection",),
     "hfmerge.recipe.learning": ("Learning",),
-    "hfmerge.planning": ("Plan",),
+    "hfmerge.engine.planner": ("Plan",),
     "hfmerge.purging": (
         "Purged",
         "PurgePlan",

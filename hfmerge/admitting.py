@@ -6,16 +6,16 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from hfmerge.engine.options import RunOptions
+from hfmerge.engine.ranks import Ranks
 from hfmerge.errors import HfMergeError
 from hfmerge.hub.download import pin
 from hfmerge.hub.privacy import snapshot_of
 from hfmerge.hub.reference import parse_ref
 from hfmerge.ledger import Entry, named
 from hfmerge.merged import Merged, parts_of
-from hfmerge.options import RunOptions
 from hfmerge.recipe.recipe import Recipe
 from hfmerge.removal import Part, parts
-from hfmerge.runtime import Ranks
 from hfmerge.targets import Destination, admit, check_readers, with_snapshots
 
 

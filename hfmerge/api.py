@@ -17,14 +17,16 @@ from hfmerge.certifying import Certificate, given_certificate, make_certificate
 from hfmerge.changes import plan_add, plan_subtract, plan_unmerge
 from hfmerge.checkpoint.digests import Digester
 from hfmerge.comparing import Difference, compare
-from hfmerge.disks import for_machines
+from hfmerge.engine.options import DEFAULT, Consent, RunOptions
+from hfmerge.engine.plan import Plan
+from hfmerge.engine.planner import make_plan
+from hfmerge.engine.ranks import Ranks, processes
+from hfmerge.engine.storage import for_machines
+from hfmerge.engine.workspace import recover
 from hfmerge.errors import LedgerError, OutputError, VerificationError
 from hfmerge.ledger import Entry, recipe_of
 from hfmerge.merged import Merged, open_merged
 from hfmerge.nesting import find_removal, removed_already, without_parts
-from hfmerge.options import DEFAULT, Consent, RunOptions
-from hfmerge.planned import Plan
-from hfmerge.planning import make_plan
 from hfmerge.publish import Pushed, publish, push_folder, with_disks
 from hfmerge.purging import Purged, PurgePlan, purge
 from hfmerge.recipe.recipe import ModelEntry, Recipe
@@ -48,11 +50,9 @@ from hfmerge.running import (
     result_of,
     weights_found,
 )
-from hfmerge.runtime import Ranks, processes
 from hfmerge.steps import Step, steps_of
 from hfmerge.targets import Destination, admit, check_readers, destination, with_snapshots
 from hfmerge.verifying import Report, verify_merge
-from hfmerge.workspace import recover
 
 
 if TYPE_CHECKING:

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from hfmerge.certificate import check_signature, check_statement, statement_of
 from hfmerge.dsse import Envelope, Signature
+from hfmerge.engine.options import NO_CONSENT, Consent
+from hfmerge.engine.workspace import recover
 from hfmerge.errors import CertificateError, HfMergeError, VerificationError
 from hfmerge.hashing import canonical_json, sha256_bytes
 from hfmerge.ledger import short
 from hfmerge.merged import Merged, open_merged
-from hfmerge.options import NO_CONSENT, Consent
 from hfmerge.removal import Part, Removal, check_no_copy, find_removed, parts
 from hfmerge.seen import acceptance, refuse_rewritten, remember
 from hfmerge.signers import Trusted, allowed_signers, fingerprint, private_key, public_keys
@@ -22,7 +23,6 @@ from hfmerge.validation.limits import CERTIFICATE_BYTES
 from hfmerge.validation.strict_json import read_limited
 from hfmerge.verifying import Check, check_merged
 from hfmerge.witness import append, read_log
-from hfmerge.workspace import recover
 
 
 if TYPE_CHECKING:

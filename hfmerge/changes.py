@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hfmerge.checkpoint.custom_code import own_code
+from hfmerge.engine.plan import Plan
+from hfmerge.engine.planner import make_plan
 from hfmerge.errors import HfMergeError, LedgerError
 from hfmerge.ledger import Entry, Material, recipe_of, reference
 from hfmerge.merged import Merged
 from hfmerge.methods import FoldMethod, JointMethod, MergeMethod, registry
-from hfmerge.planned import Plan
-from hfmerge.planning import make_plan
 from hfmerge.recipe.recipe import ModelEntry
 from hfmerge.recovering import planned_from
 from hfmerge.starting import Start, starts

@@ -6,8 +6,8 @@ import math
 import tempfile
 from pathlib import Path
 
-from hfmerge.execute import Outcome, run
-from hfmerge.planned import Plan
+from hfmerge.engine.executor import Outcome, run
+from hfmerge.engine.plan import Plan
 from hfmerge.recipe.weights import values_of
 
 

@@ -17,17 +17,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from hfmerge.checkpoint.source import Source
-from hfmerge.chunks import visit_bytes
+from hfmerge.engine.estimate import stream_memory, stream_readers
+from hfmerge.engine.options import RunOptions
+from hfmerge.engine.partition import visit_bytes
+from hfmerge.engine.plan import Param, Plan
+from hfmerge.engine.planner import make_plan
+from hfmerge.engine.ranks import Ranks, shares
+from hfmerge.engine.threads import AHEAD, core_count, overlapped, resident_memory
 from hfmerge.errors import Problem, RecipeError
-from hfmerge.estimating import stream_memory, stream_readers
 from hfmerge.measuring import HELD, Changes, Measured, measure
 from hfmerge.methods.opcm import OPCM
-from hfmerge.options import RunOptions
-from hfmerge.planned import Param, Plan
-from hfmerge.planning import make_plan
-from hfmerge.pool import AHEAD, core_count, overlapped, resident_memory
 from hfmerge.recipe.recipe import MethodChoice, Recipe
-from hfmerge.runtime import Ranks, shares
 from hfmerge.spectra import Asked, Spectrum
 
 

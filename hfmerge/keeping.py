@@ -17,19 +17,19 @@ from hfmerge.checkpoint.delta import Delta
 from hfmerge.checkpoint.digests import folder_digest
 from hfmerge.checkpoint.reader import Reader
 from hfmerge.checkpoint.source import Source
+from hfmerge.engine.executor import Outcome
+from hfmerge.engine.plan import Plan
+from hfmerge.engine.ranks import Ranks
+from hfmerge.engine.run_files import STATE_FOLDER
+from hfmerge.engine.threads import core_count
 from hfmerge.errors import CorruptFileError, HfMergeError, SourceError
-from hfmerge.execute import Outcome
 from hfmerge.hashing import sha256_file
 from hfmerge.hub.download import pin
 from hfmerge.hub.reference import Place
 from hfmerge.hub.state_branch import STATE_BRANCH
 from hfmerge.ledger import ARCHIVES, Material, archive_file
 from hfmerge.merged import Merged
-from hfmerge.planned import Plan
-from hfmerge.pool import core_count
 from hfmerge.recovering import archive_path
-from hfmerge.runfiles import STATE_FOLDER
-from hfmerge.runtime import Ranks
 from hfmerge.user_files import private_file, private_folder
 
 

@@ -15,11 +15,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from hfmerge.engine.options import Consent
+from hfmerge.engine.plan import KeptState, checked_digest, state_file
 from hfmerge.errors import LedgerError
 from hfmerge.hashing import canonical_json, sha256_bytes
 from hfmerge.ledger_schema import SCHEMA, check_entry
-from hfmerge.options import Consent
-from hfmerge.planned import KeptState, checked_digest, state_file
 from hfmerge.recipe.learning import Learning
 from hfmerge.recipe.recipe import MethodChoice, ModelEntry, Recipe
 from hfmerge.recipe.weights import Weight, restored, stored

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 from hfmerge.checkpoint.delta import DeltaReader
 from hfmerge.checkpoint.reader import Reader, Rows
 from hfmerge.checkpoint.vocabulary import extended_base
-from hfmerge.planned import Param, Plan
+from hfmerge.engine.plan import Param, Plan
 from hfmerge.spectra import Asked, Spectrum, take_apart
 from hfmerge.task_vector import LowRank, TaskVector
 

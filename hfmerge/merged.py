@@ -12,6 +12,8 @@ from typing import Any
 from hfmerge.checkpoint.describe import describe
 from hfmerge.checkpoint.digests import digests, folder_digest
 from hfmerge.digest_cache import remembered_digest
+from hfmerge.engine.options import NO_CONSENT, Consent
+from hfmerge.engine.plan import KeptState
 from hfmerge.errors import HfMergeError, LedgerError, SourceError
 from hfmerge.hashing import canonical_json, sha256_bytes, sha256_file
 from hfmerge.hub.client import hub_errors
@@ -19,8 +21,6 @@ from hfmerge.hub.download import fetch, pin
 from hfmerge.hub.reference import Pinned, parse_ref
 from hfmerge.hub.state_branch import STATE_BRANCH
 from hfmerge.ledger import FOLDER, Entry, Material, check_chain, check_size, contained, ledger_files
-from hfmerge.options import NO_CONSENT, Consent
-from hfmerge.planned import KeptState
 from hfmerge.recipe.weights import stored
 from hfmerge.user_files import home, keep_note, private_folder
 from hfmerge.validation.folders import file_in

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from hfmerge.engine.ranks import Ranks
 from hfmerge.errors import HfMergeError, LedgerError, NotFoundError
 from hfmerge.hub.reference import parse_ref
 from hfmerge.ledger import Entry, Material, contained, named, reference, same_model
 from hfmerge.merged import Merged, open_merged
 from hfmerge.repeating import finish
 from hfmerge.running import MergeResult
-from hfmerge.runtime import Ranks
 from hfmerge.targets import destination
 from hfmerge.verifying import left_behind
 

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfmerge.card import FILE, card_facts, combine_cards, render_card
-from hfmerge.disks import find_disks, own_params
+from hfmerge.engine.plan import Plan
+from hfmerge.engine.ranks import Ranks
+from hfmerge.engine.storage import find_disks, own_params
 from hfmerge.errors import HfMergeError, LedgerError, OfflineError, OutputError, PushError
 from hfmerge.hashing import sha256_bytes
 from hfmerge.hub.client import hub_api, hub_errors, patiently
@@ -29,9 +31,7 @@ from hfmerge.ledger import FOLDER, Entry
 from hfmerge.marked import part, with_part
 from hfmerge.merged import ledger_in, noted_places, open_merged
 from hfmerge.pictures.embedding import FIGURES, drawn
-from hfmerge.planned import Plan
 from hfmerge.removal import parts
-from hfmerge.runtime import Ranks
 from hfmerge.scorecard import PREFIX, carried_scores
 from hfmerge.seen import remember_steps, repository_place
 from hfmerge.steps import commit_of
@@ -316,7 +316,7 @@ def with_disks(ranks: Ranks, target: str | Path | None, storage: str) -> Ranks:
 
     Args:
         target: folder of the result; None when it only goes to the Hub, from temporary folders.
-        storage: see `disks.STORAGE`.
+        storage: see `engine.storage.STORAGE`.
 
     Raises:
         OutputError: the result is wanted in a folder that not all machines see.

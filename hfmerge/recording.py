@@ -15,9 +15,11 @@ from hfmerge.changes import Change
 from hfmerge.checkpoint.digests import folder_digest
 from hfmerge.checkpoint.side_files import is_asset
 from hfmerge.checkpoint.source import Source
-from hfmerge.environment import differences
+from hfmerge.engine.environment import differences
+from hfmerge.engine.executor import Outcome
+from hfmerge.engine.plan import Plan
+from hfmerge.engine.run_files import STATE_FOLDER
 from hfmerge.errors import HfMergeError, LedgerError, OutputError
-from hfmerge.execute import Outcome
 from hfmerge.hub.download import fetch, pin
 from hfmerge.hub.reference import Place
 from hfmerge.ledger import Entry, Material, same_prefix, settings_of
@@ -25,9 +27,7 @@ from hfmerge.marked import with_part
 from hfmerge.merged import Merged, ledger_in, parts_of, state_path
 from hfmerge.methods import AdditiveFold
 from hfmerge.pictures.embedding import FIGURES, drawn, embed_learning
-from hfmerge.planned import Plan
 from hfmerge.recipe.weights import Weight
-from hfmerge.runfiles import STATE_FOLDER
 from hfmerge.scorecard import PREFIX, without_scores
 from hfmerge.validation.folders import SPECIAL, TOOLS
 from hfmerge.validation.limits import CARD_BYTES

@@ -19,6 +19,7 @@ from hfmerge.card import FILE, card_pointer
 from hfmerge.checkpoint.archive import Manifest, check_total, read_manifest, unpack
 from hfmerge.checkpoint.describe import describe
 from hfmerge.checkpoint.reader import Reader
+from hfmerge.engine.plan import Plan
 from hfmerge.errors import CorruptFileError, HfMergeError, LedgerError, NotFoundError, RecipeError
 from hfmerge.hashing import is_digest, sha256_file
 from hfmerge.hub.client import hub_errors, patiently
@@ -26,7 +27,6 @@ from hfmerge.hub.reference import is_hub_id, is_identity
 from hfmerge.hub.state_branch import STATE_BRANCH
 from hfmerge.ledger import Material, archive_file, reference, short
 from hfmerge.merged import Merged, check_folders, folders_of
-from hfmerge.planned import Plan
 from hfmerge.user_files import home, private_folder
 from hfmerge.validation.folders import file_in
 from hfmerge.vanished import lost_places, naming_vanished

@@ -13,20 +13,20 @@ from pathlib import Path
 from hfmerge.admitting import admit_change
 from hfmerge.checkpoint.describe import describe
 from hfmerge.checkpoint.digests import digests, folder_digest
+from hfmerge.engine.options import DEFAULT
+from hfmerge.engine.ranks import Ranks
+from hfmerge.engine.run_files import STATE_FOLDER
+from hfmerge.engine.workspace import clear
 from hfmerge.errors import HfMergeError, LedgerError
 from hfmerge.hub.download import pin
 from hfmerge.hub.reference import Place, parse_ref
 from hfmerge.ledger import Material, contained
 from hfmerge.merged import Merged
-from hfmerge.options import DEFAULT
 from hfmerge.publish import finish_push
 from hfmerge.recipe.recipe import ModelEntry
 from hfmerge.recipe.weights import Weight
-from hfmerge.runfiles import STATE_FOLDER
 from hfmerge.running import MergeResult, push_written
-from hfmerge.runtime import Ranks
 from hfmerge.targets import Destination, require_writer
-from hfmerge.workspace import clear
 
 
 def in_place(opened: Merged, output: str | Path | None, to: Destination | None) -> bool:

@@ -16,16 +16,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hfmerge.changes import plan_replay
-from hfmerge.environment import TOLERANCE, excuses, far_apart
+from hfmerge.engine.environment import TOLERANCE, excuses, far_apart
+from hfmerge.engine.executor import Outcome, run
+from hfmerge.engine.options import RunOptions
+from hfmerge.engine.plan import Plan
 from hfmerge.errors import HfMergeError
-from hfmerge.execute import Outcome, run
 from hfmerge.gap import gap_of
 from hfmerge.hub.download import fetch
 from hfmerge.ledger import Entry, Material
 from hfmerge.merged import Merged
 from hfmerge.methods import FoldMethod
-from hfmerge.options import RunOptions
-from hfmerge.planned import Plan
 from hfmerge.recording import entry_of
 
 

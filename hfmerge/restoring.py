@@ -16,6 +16,9 @@ from hfmerge.admitting import admit_change, own_destination
 from hfmerge.card import card_pointer
 from hfmerge.checkpoint.custom_code import listed_names
 from hfmerge.checkpoint.side_files import is_code
+from hfmerge.engine.options import RunOptions
+from hfmerge.engine.ranks import Ranks
+from hfmerge.engine.workspace import recover, workspace
 from hfmerge.errors import CorruptFileError, LedgerError, NotFoundError, PushError, UnsupportedError
 from hfmerge.hashing import sha256_file
 from hfmerge.hub.client import hub_api, hub_errors
@@ -24,17 +27,14 @@ from hfmerge.hub.reference import Pinned, Place, checked_path, is_hub_id
 from hfmerge.hub.state_branch import bring_states_back, find_states
 from hfmerge.ledger import ARCHIVES, Entry
 from hfmerge.merged import Merged, known_places, note_places, noted_places, open_merged
-from hfmerge.options import RunOptions
 from hfmerge.publish import Pushed, push_folder
 from hfmerge.recording import keep_foreign_files, readable_card, refuse_unknown_files, write_record
 from hfmerge.repeating import finish, in_place, restored
 from hfmerge.running import MergeResult, push_written
-from hfmerge.runtime import Ranks
 from hfmerge.seen import follow, refuse_rewritten
 from hfmerge.steps import commit_of
 from hfmerge.targets import Destination
 from hfmerge.user_files import private_file, private_folder
-from hfmerge.workspace import recover, workspace
 
 
 @dataclass(frozen=True)

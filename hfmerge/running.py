@@ -18,20 +18,22 @@ from hfmerge.card import restrictive
 from hfmerge.changes import Change
 from hfmerge.checkpoint.digests import Digester
 from hfmerge.checkpoint.streaming.session import Streamed
-from hfmerge.device import Device, device_for
-from hfmerge.disks import for_machines, stand_ins
-from hfmerge.environment import environment
+from hfmerge.engine.device import Device, device_for
+from hfmerge.engine.environment import environment
+from hfmerge.engine.executor import Outcome, run
+from hfmerge.engine.fingerprint import work_of
+from hfmerge.engine.options import NO_CONSENT, Consent, RunOptions
+from hfmerge.engine.plan import Plan
+from hfmerge.engine.ranks import Ranks
+from hfmerge.engine.storage import for_machines, stand_ins
+from hfmerge.engine.workspace import Workspace, full_disk, recover, workspace
 from hfmerge.errors import HfMergeError, OutputError, PushError
-from hfmerge.execute import Outcome, run
 from hfmerge.gap import gap_of
 from hfmerge.hub.download import pin
 from hfmerge.hub.reference import parse_ref
-from hfmerge.identity import work_of
 from hfmerge.keeping import keep_sources
 from hfmerge.ledger import Entry
 from hfmerge.merged import Merged, note_places, open_merged
-from hfmerge.options import NO_CONSENT, Consent, RunOptions
-from hfmerge.planned import Plan
 from hfmerge.publish import Pushed, publish, push_folder, with_disks
 from hfmerge.recipe.recipe import ModelEntry, Recipe, load_recipe
 from hfmerge.recording import (
@@ -43,10 +45,8 @@ from hfmerge.recording import (
     record,
     refuse_unknown_files,
 )
-from hfmerge.runtime import Ranks
 from hfmerge.seen import follow, refuse_rewritten
 from hfmerge.targets import Destination
-from hfmerge.workspace import Workspace, full_disk, recover, workspace
 
 
 if TYPE_CHECKING:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from hfmerge.engine.plan import KeptState, Prior
 from hfmerge.ledger import Entry, Material, same_model
 from hfmerge.merged import Merged, state_path
 from hfmerge.methods import AdditiveFold, FoldMethod, MergeMethod
-from hfmerge.planned import KeptState, Prior
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ from hfmerge.card import BEGIN, FILE, card_differs, card_pointer, licence_note
 from hfmerge.checkpoint.digests import folder_digest
 from hfmerge.checkpoint.side_files import is_asset, is_code, is_side_file
 from hfmerge.checkpoint.streaming.served import served_digests
+from hfmerge.engine.options import NO_CONSENT, Consent
+from hfmerge.engine.workspace import leftovers, recover
 from hfmerge.errors import LedgerError, NotFoundError
 from hfmerge.hashing import sha256_file
 from hfmerge.hub.download import cached, fetch, pin
@@ -24,7 +26,6 @@ from hfmerge.hub.reference import Pinned, Place
 from hfmerge.hub.state_branch import ATTRIBUTES, STATE_BRANCH
 from hfmerge.ledger import ARCHIVES, FOLDER, Entry
 from hfmerge.merged import Merged, open_merged
-from hfmerge.options import NO_CONSENT, Consent
 from hfmerge.removal import parts
 from hfmerge.scorecard import PREFIX
 from hfmerge.seen import acceptance, acquaintance, remember, rewritten
@@ -33,7 +34,6 @@ from hfmerge.validation.limits import HEADER_VALUES, INDEX_BYTES
 from hfmerge.validation.strict_json import read_limited
 from hfmerge.validation.values import show
 from hfmerge.witness import append, read_log
-from hfmerge.workspace import leftovers, recover
 
 
 if TYPE_CHECKING:

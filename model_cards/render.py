@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hfmerge.card import card_facts, render_card
+from hfmerge.engine.plan import KeptState
 from hfmerge.evaluation.report import card_with_results
 from hfmerge.evaluation.results import load_results
 from hfmerge.hashing import sha256_bytes
@@ -22,7 +23,6 @@ from hfmerge.ledger import Entry, Material, settings_of
 from hfmerge.marked import with_part
 from hfmerge.pictures import draw_all
 from hfmerge.pictures.embedding import CAPTIONS, FIGURES, figures_text
-from hfmerge.planned import KeptState
 from hfmerge.recipe.recipe import Recipe, load_recipe
 from hfmerge.recipe.weights import Weight
 

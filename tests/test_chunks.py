@@ -12,8 +12,8 @@ import torch
 
 import hfmerge
 from hfmerge.checkpoint.reader import Reader, Rows
-from hfmerge.chunks import TILE, ahead, chunks, held, pieces, visit_bytes
-from hfmerge.planning import make_plan
+from hfmerge.engine.partition import TILE, ahead, chunks, held, pieces, visit_bytes
+from hfmerge.engine.planner import make_plan
 from hfmerge.recipe.overrides import recipe_from_flags
 from hfmerge.task_vector import squared_norm
 
@@ -91,7 +91,7 @@ def test_rows_that_are_surveyed_are_read_once_if_there_is_room(
     kept = held(plan, chunk)
     hfmerge.merge(recipe, output=tmp_path / "kept")
     once, read["rows"] = read["rows"], 0
-    monkeypatch.setattr("hfmerge.chunks.REMEMBERED", 0)
+    monkeypatch.setattr("hfmerge.engine.partition.REMEMBERED", 0)
     assert kept - held(plan, chunk) == times * 4 * 3 * 8500 * 128
     hfmerge.merge(recipe, output=tmp_path / "again")
     assert 2 * 8500 <= once < 2 * 8500 * 1.2

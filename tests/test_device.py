@@ -16,7 +16,7 @@ import torch
 from pretended import ON, PROGRAM, beside
 from safetensors.torch import load_file
 
-from hfmerge.device import device_for
+from hfmerge.engine.device import device_for
 from hfmerge.errors import HfMergeError
 
 

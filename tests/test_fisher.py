@@ -15,6 +15,7 @@ from torch.func import functional_call, jacrev
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 import hfmerge
+from hfmerge.engine.planner import make_plan
 from hfmerge.evaluation.models import kind_of, open_subject
 from hfmerge.hashing import sha256_file
 from hfmerge.hubserver.importer import import_folder
@@ -24,7 +25,6 @@ from hfmerge.learning.replay.making import generate
 from hfmerge.learning.replay.rows import Replay, load_replay
 from hfmerge.learning.space import Space
 from hfmerge.learning.students import Student, references, students
-from hfmerge.planning import make_plan
 from hfmerge.recipe.recipe import parse_recipe
 from hfmerge.recipe.replay import ReplayAsked
 from hfmerge.recipe.weights import weight_at

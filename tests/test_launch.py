@@ -201,7 +201,7 @@ def test_processes_that_end_in_order_are_not_missed() -> None:
 ENDING = """
 import atexit, sys
 import torch.distributed
-from hfmerge.runtime import processes
+from hfmerge.engine.ranks import processes
 def last():
     begun = torch.distributed.is_initialized()
     print("begun", begun)
@@ -227,7 +227,7 @@ def test_the_process_group_ends_before_the_interpreter_does(owner: str) -> None:
 DYING = """
 import os, signal, sys, time
 from hfmerge.cli import main
-from hfmerge.visits import Visit
+from hfmerge.engine.tasks import Visit
 merge = Visit.merge
 def slow(self, *args, **options):
     if self.files.ranks.rank == 1:

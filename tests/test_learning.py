@@ -15,6 +15,9 @@ from launching import torchrun
 from test_replay import wordpieces
 
 from hfmerge import add, merge, unmerge, verify
+from hfmerge.engine.plan import Plan
+from hfmerge.engine.planner import make_plan
+from hfmerge.engine.ranks import Ranks
 from hfmerge.errors import RecipeError
 from hfmerge.learning.optimise import Anchor, optimise
 from hfmerge.learning.progress import NOTHING
@@ -25,13 +28,10 @@ from hfmerge.ledger import Entry
 from hfmerge.methods.gram import Gram
 from hfmerge.methods.isotropic import MdmOcIso
 from hfmerge.methods.mdm_oc_subspace import MdmOcSubspace
-from hfmerge.planned import Plan
-from hfmerge.planning import make_plan
 from hfmerge.recipe.learning import Learning
 from hfmerge.recipe.recipe import parse_recipe
 from hfmerge.recipe.replay import ReplayAsked
 from hfmerge.recipe.weights import PatternWeights, weight_at
-from hfmerge.runtime import Ranks
 from hfmerge.task_vector import Dense, LowRank, TaskVector, zero
 
 
@@ -159,7 +159,7 @@ def test_the_plan_says_what_learning_takes(
     assert planned(models).learning_bytes == (6 * weights, 0) == planned(models, name="gram").learning_bytes
     held = planned(models, learn={**QUICK, "ewc": 1.0})
     assert held.learning_bytes == (8 * weights, 0) and held.estimate.memory > 8 * weights
-    monkeypatch.setattr("hfmerge.planned.HELD", 0)
+    monkeypatch.setattr("hfmerge.engine.plan.HELD", 0)
     plan = planned(models, name="gram")
     assert plan.learning_bytes == (3 * weights, 3 * weights) and plan.estimate.disk >= 3 * weights
     with Space(plan, groups="layer", budget=0, scratch=tmp_path) as space:

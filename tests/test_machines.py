@@ -14,10 +14,10 @@ import tiny
 from huggingface_hub import HfApi
 
 import hfmerge
-from hfmerge.disks import disk_of_files, find_disks
+from hfmerge.engine.ranks import Ranks, shares
+from hfmerge.engine.storage import disk_of_files, find_disks
 from hfmerge.hubserver.importer import import_folder
 from hfmerge.hubserver.serve import HubServer
-from hfmerge.runtime import Ranks, shares
 
 
 NAMES = ("base", "m1", "m2", "m3")
@@ -127,8 +127,8 @@ def test_machines_without_a_common_disk_publish_the_bytes_of_one_process(models:
 PROBE = """
 import os, sys
 from pathlib import Path
-from hfmerge.disks import find_disks
-from hfmerge.runtime import processes
+from hfmerge.engine.storage import find_disks
+from hfmerge.engine.ranks import processes
 with processes() as ranks:
     for place in sys.argv[1:]:
         disks = find_disks(ranks, Path(place), "auto").disks

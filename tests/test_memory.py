@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 
 import hfmerge
 from hfmerge import cli
+from hfmerge.engine.options import parse_size
+from hfmerge.engine.threads import overlapped
 from hfmerge.errors import HfMergeError
-from hfmerge.options import parse_size
-from hfmerge.pool import overlapped
 from tests import tiny
 
 

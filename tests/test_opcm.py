@@ -15,10 +15,10 @@ from transformers import ViTModel
 
 from hfmerge import MergeResult, merge
 from hfmerge.checkpoint.reader import Reader
+from hfmerge.engine.tasks import Visit
 from hfmerge.methods.opcm import OPCM, project
 from hfmerge.recipe.recipe import parse_recipe
 from hfmerge.task_vector import Dense, LowRank, TaskVector, zero
-from hfmerge.visits import Visit
 
 
 VARIANTS = ("code", "code-no-diagonal", "paper")

@@ -21,9 +21,9 @@ import pytest
 import tiny
 
 from hfmerge.checkpoint.writer import SafetensorsWriter, Slot, bytes_of, header_bytes
-from hfmerge.identity import work_of
-from hfmerge.journal import Finished, Journal, Past, Region, begin, checksum, read_past, work_in
-from hfmerge.planning import make_plan
+from hfmerge.engine.fingerprint import work_of
+from hfmerge.engine.journal import Finished, Journal, Past, Region, begin, checksum, read_past, work_in
+from hfmerge.engine.planner import make_plan
 from hfmerge.recipe.recipe import MethodChoice, ModelEntry, Recipe
 
 
@@ -99,7 +99,7 @@ def left_nothing(out: Path) -> bool:
 SLOW = """
 import sys, time
 from hfmerge.cli import main
-from hfmerge.journal import Journal
+from hfmerge.engine.journal import Journal
 note = Journal.note
 def slow(self, *given):
     time.sleep(0.005)
@@ -161,8 +161,8 @@ def test_killed_again_and_again(
 
 def die_at(point: str, arguments: list[str], log: str) -> None:
     """Run a command in this process and kill it at one point of the program."""
-    from hfmerge import execute, finishing, runfiles, workspace
     from hfmerge.cli import main
+    from hfmerge.engine import executor, run_files, workspace
 
     def die(*_: object) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -194,15 +194,15 @@ def die_at(point: str, arguments: list[str], log: str) -> None:
     elif point == "state renamed":
         after(Path, "rename")
     elif point == "heads and side files there":
-        after(execute, "finish_folder")
+        after(executor, "finish_folder")
     elif point == "side files half there":
-        after(finishing, "copy_side_files")
+        after(executor, "copy_side_files")
     elif point == "all written":
         after(workspace, "_publish", instead=True)
     elif point == "published":
         after(workspace, "_publish")
     elif point == "half of the files laid out":
-        after(runfiles, "SafetensorsWriter", 2)
+        after(run_files, "SafetensorsWriter", 2)
     main(arguments)
 
 

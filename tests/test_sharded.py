@@ -10,9 +10,9 @@ import pytest
 import tiny
 from launching import torchrun
 
+from hfmerge.engine.ranks import Ranks, shares
 from hfmerge.errors import HfMergeError, Problem, RecipeError
 from hfmerge.methods import registry
-from hfmerge.runtime import Ranks, shares
 
 
 FULL = ("m0", "m1", "m2")
@@ -27,7 +27,7 @@ WORKER = """
 import json, os, sys
 import torch
 from hfmerge.cli import main
-from hfmerge.runtime import current_ranks
+from hfmerge.engine.ranks import current_ranks
 ranks = current_ranks()
 assert ranks.world == int(sys.argv[1]), ranks
 def patience():
@@ -111,7 +111,7 @@ def test_a_killed_process_stops_the_others_and_leaves_nothing(root: Path, tmp_pa
     # rank 1 dies in the middle of the first pass, as if killed from outside
     script.write_text(
         "import os, signal\n"
-        "from hfmerge.visits import Visit\n"
+        "from hfmerge.engine.tasks import Visit\n"
         "merge = Visit.merge\n"
         "def dying(self, *args, **options):\n"
         "    if self.files.ranks.rank == 1:\n"

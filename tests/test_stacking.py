@@ -16,15 +16,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hfmerge import stacking
 from hfmerge.checkpoint.delta import DeltaReader, full_delta
 from hfmerge.checkpoint.describe import describe
 from hfmerge.checkpoint.layout import Origin
 from hfmerge.checkpoint.write_digests import Trail
 from hfmerge.checkpoint.writer import SafetensorsWriter, Slot
+from hfmerge.engine import batched_sum
+from hfmerge.engine.batched_sum import ROW, Memory, merged
 from hfmerge.methods import AdditiveFold, Carry
 from hfmerge.methods.linear import Linear, TaskArithmetic
-from hfmerge.stacking import ROW, Memory, merged
 from hfmerge.task_vector import Dense, squared_norm
 
 
@@ -87,7 +87,7 @@ def test_the_bytes_of_one_after_the_other(
     title: str, size: int, weights: float | None, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With zeros of both signs, values below the grid's step, and read in several spans of several pieces."""
-    monkeypatch.setattr(stacking, "PIECE", 32 * ROW)
+    monkeypatch.setattr(batched_sum, "PIECE", 32 * ROW)
     base = normal(0, size).to(torch.bfloat16).float()
     base[::7] = -0.0
     base[3::11] = 1e-13

@@ -20,8 +20,8 @@ from conftest import USERS
 from faultproxy import Fault, FaultProxy
 from shell import Shell, upload
 
+from hfmerge.engine.journal import read_past
 from hfmerge.hubserver.serve import HubServer
-from hfmerge.journal import read_past
 from hfmerge.ledger import Entry
 
 

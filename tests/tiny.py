@@ -416,9 +416,9 @@ def _forked(
 ) -> None:
     import resource
 
-    from hfmerge import workspace
     from hfmerge.checkpoint.writer import SafetensorsWriter
-    from hfmerge.journal import Finished, Journal, Key
+    from hfmerge.engine import workspace
+    from hfmerge.engine.journal import Finished, Journal, Key
 
     def held() -> None:
         ready.touch()

@@ -64,7 +64,7 @@ def register(command: Command) -> None:
 
 def _inspect(args: argparse.Namespace) -> int:
     from hfmerge import api
-    from hfmerge.options import RunOptions, parse_size
+    from hfmerge.engine.options import RunOptions, parse_size
 
     memory = parse_size(args.max_memory) if args.max_memory is not None else None
     found = api.inspect(

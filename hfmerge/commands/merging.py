@@ -22,7 +22,7 @@ from hfmerge.validation.quoting import say, tell
 
 
 if TYPE_CHECKING:
-    from hfmerge.planned import Plan
+    from hfmerge.engine.plan import Plan
     from hfmerge.recipe.recipe import Recipe
 
 

@@ -73,12 +73,12 @@ def register(command: Command) -> None:
 
 
 def _history(args: argparse.Namespace) -> int:
+    from hfmerge.engine.workspace import recover
     from hfmerge.merged import open_merged
     from hfmerge.recipe.weights import shown
     from hfmerge.seen import acceptance, rewritten
     from hfmerge.steps import steps_of
     from hfmerge.treeview import method, tree
-    from hfmerge.workspace import recover
 
     recover(args.merged)
     merged = open_merged(args.merged)

@@ -14,7 +14,7 @@ from hfmerge.validation.quoting import say, tell
 
 
 if TYPE_CHECKING:
-    from hfmerge.options import RunOptions
+    from hfmerge.engine.options import RunOptions
 
 Command = Callable[[str, str, Callable[[argparse.Namespace], int]], argparse.ArgumentParser]
 """Adds a command: name, help, handler -> its parser."""
@@ -144,7 +144,7 @@ def log_flag(sub: argparse.ArgumentParser) -> None:
 
 
 def run_options(args: argparse.Namespace) -> RunOptions:
-    from hfmerge.options import RunOptions, parse_size
+    from hfmerge.engine.options import RunOptions, parse_size
 
     memory = parse_size(args.max_memory) if args.max_memory is not None else None
     return RunOptions(args.storage, args.resume, memory, notify, device=args.device, **given_consent(args))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from hfmerge.runtime import Ranks, shares
+from hfmerge.engine.ranks import Ranks, shares
 
 
 T = TypeVar("T")

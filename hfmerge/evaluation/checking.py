@@ -10,21 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from hfmerge.changes import plan_replay
+from hfmerge.engine.executor import run
+from hfmerge.engine.options import DEFAULT, RunOptions
+from hfmerge.engine.plan import Plan
+from hfmerge.engine.ranks import Ranks
 from hfmerge.errors import HfMergeError
 from hfmerge.evaluation.models import Subject
 from hfmerge.evaluation.results import Matrix
 from hfmerge.evaluation.running import Evaluator, Settings
 from hfmerge.evaluation.suite import Suite, Task, load_suite
 from hfmerge.evaluation.weight_distance import distance, relative, same_weights
-from hfmerge.execute import run
 from hfmerge.hub.download import fetch
 from hfmerge.hub.reference import Pinned
 from hfmerge.ledger import Material, reference
 from hfmerge.merged import Merged, open_merged
-from hfmerge.options import DEFAULT, RunOptions
-from hfmerge.planned import Plan
 from hfmerge.running import MergeResult
-from hfmerge.runtime import Ranks
 
 
 ROWS = ("base", "before", "after", "never merged")

@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hfmerge import api
-from hfmerge.environment import environment
+from hfmerge.engine.environment import environment
+from hfmerge.engine.options import RunOptions
+from hfmerge.engine.plan import Plan
 from hfmerge.errors import HeadError
 from hfmerge.evaluation import continual_metrics as metrics
 from hfmerge.evaluation.continual_asked import Variant, arranged, check_variants, pair
@@ -36,8 +38,6 @@ from hfmerge.inspecting import public_name
 from hfmerge.merged import open_merged
 from hfmerge.methods import registry
 from hfmerge.methods.opcm import OPCM
-from hfmerge.options import RunOptions
-from hfmerge.planned import Plan
 from hfmerge.recipe.recipe import Recipe
 from hfmerge.recipe.weights import stored
 from hfmerge.version import __version__

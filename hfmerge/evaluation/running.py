@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from hfmerge.checkpoint.layout.cache import recall
-from hfmerge.device import enough_memory, place_for
+from hfmerge.engine.device import enough_memory, place_for
+from hfmerge.engine.ranks import Ranks
 from hfmerge.errors import HeadError, HfMergeError
 from hfmerge.evaluation.batches import Runner
 from hfmerge.evaluation.data import DataPin, limited, pin_data
@@ -19,7 +20,6 @@ from hfmerge.evaluation.kinds import Tasks
 from hfmerge.evaluation.models import Subject, open_subject
 from hfmerge.evaluation.results import Matrix, Score, TaskInfo
 from hfmerge.evaluation.suite import Suite, Task, load_suite
-from hfmerge.runtime import Ranks
 
 
 VERSION = 1

@@ -11,7 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hfmerge.device import CPU, accelerator, name_of, place_for, repeatable
+from hfmerge.engine.device import CPU, accelerator, name_of, place_for, repeatable
+from hfmerge.engine.model_match import some
+from hfmerge.engine.plan import KeptState, Plan, state_file
+from hfmerge.engine.ranks import Ranks
 from hfmerge.errors import HfMergeError
 from hfmerge.evaluation.models import Subject, kind_of, open_subject
 from hfmerge.evaluation.suite import load_suite
@@ -24,13 +27,10 @@ from hfmerge.learning.replay.making import generate
 from hfmerge.learning.replay.rows import Replay, load_replay, save_replay
 from hfmerge.learning.space import Space
 from hfmerge.learning.students import Student, check_tokens, reference, references, students
-from hfmerge.matching import some
 from hfmerge.merged import Merged, state_path
 from hfmerge.methods.gram import Gram
 from hfmerge.methods.isotropic import MdmOcIso
-from hfmerge.planned import KeptState, Plan, state_file
 from hfmerge.recipe.learning import HELD, Learning
-from hfmerge.runtime import Ranks
 
 
 if TYPE_CHECKING:

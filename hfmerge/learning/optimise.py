@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from hfmerge.device import enough_memory
+from hfmerge.engine.device import enough_memory
+from hfmerge.engine.ranks import Ranks
 from hfmerge.errors import NonFiniteError
 from hfmerge.hashing import sha256_bytes
 from hfmerge.learning.progress import NOTHING, Progress
@@ -17,7 +18,6 @@ from hfmerge.learning.students import Student, parameters
 from hfmerge.learning.together import Part
 from hfmerge.learning.together import losses as together
 from hfmerge.recipe.learning import Learning
-from hfmerge.runtime import Ranks
 
 
 if TYPE_CHECKING:

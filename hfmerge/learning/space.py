@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING
 from hfmerge.checkpoint.delta import DeltaReader
 from hfmerge.checkpoint.reader import Reader
 from hfmerge.checkpoint.writer import disk_errors
+from hfmerge.engine.plan import Param, Plan
 from hfmerge.errors import UnsupportedError
 from hfmerge.methods.base import InParts
 from hfmerge.methods.linear import TaskArithmetic
 from hfmerge.methods.mdm_oc import MdmOc, gram, shares
-from hfmerge.planned import Param, Plan
 from hfmerge.recipe.learning import Groups
 from hfmerge.recipe.weights import PatternWeights, Weight, weight_at
 from hfmerge.task_vector import Block, Dense, LowRank, TaskVector, cut, from_tensors, zero

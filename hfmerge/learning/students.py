@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from hfmerge.checkpoint.delta import Delta
 from hfmerge.checkpoint.source import Source
-from hfmerge.device import CPU
+from hfmerge.engine.device import CPU
+from hfmerge.engine.plan import Plan
 from hfmerge.errors import HeadError, UnsupportedError
 from hfmerge.evaluation.models import Subject, kind_of, open_subject
 from hfmerge.hub.reference import Pinned
 from hfmerge.learning.replay.outputs import divergence
 from hfmerge.learning.replay.rows import Replay
-from hfmerge.planned import Plan
 
 
 if TYPE_CHECKING:

@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 from shell import upload
 
 import hfmerge
+from hfmerge.engine.options import RunOptions
 from hfmerge.errors import HfMergeError
 from hfmerge.hashing import canonical_json, sha256_bytes
 from hfmerge.hubserver.serve import HubServer
-from hfmerge.options import RunOptions
 
 
 MODELS = ("m0", "m1", "m2", "m3")

@@ -202,7 +202,7 @@ def test_the_fingerprint_tells_what_no_name_does(root: Path, tmp_path: Path) -> 
     """MKL_CBWR changes last bits, and neither processor nor version nor library shows it."""
     if not torch.backends.mkl.is_available():
         pytest.skip("torch is built without MKL here")
-    code = "import json; from hfmerge.environment import environment as e; print(json.dumps([e(), e()]))"
+    code = "import json; from hfmerge.engine.environment import environment as e; print(json.dumps([e(), e()]))"
     found = {}
     for setting in ("COMPATIBLE", "AVX2", "AVX2,STRICT"):
         twice = tiny.finish(tiny.start(code=code, MKL_CBWR=setting)).json

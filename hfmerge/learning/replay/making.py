@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from hfmerge.engine.ranks import Ranks
 from hfmerge.errors import HeadError, HfMergeError, NonFiniteError
 from hfmerge.evaluation.batches import Runner, padded
 from hfmerge.evaluation.language import LOGITS
@@ -26,7 +27,6 @@ from hfmerge.learning.replay.rows import Replay
 from hfmerge.learning.replay.searching import search, shared_out
 from hfmerge.learning.replay.words import Vocabulary, read_vocabulary
 from hfmerge.recipe.replay import ReplayAsked
-from hfmerge.runtime import Ranks
 
 
 if TYPE_CHECKING:

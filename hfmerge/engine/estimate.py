@@ -6,11 +6,11 @@ import dataclasses
 
 from hfmerge.checkpoint.archive import kept_files
 from hfmerge.checkpoint.streaming.blocks import MEMORY
-from hfmerge.chunks import ahead, chunks, held
+from hfmerge.engine.partition import ahead, chunks, held
+from hfmerge.engine.plan import Estimate, Plan, needs_two_passes
+from hfmerge.engine.threads import AHEAD, core_count
 from hfmerge.hub.download import cached
 from hfmerge.methods import JointMethod
-from hfmerge.planned import Estimate, Plan, needs_two_passes
-from hfmerge.pool import AHEAD, core_count
 
 
 IMPORT_BYTES = 450_000_000

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from hfmerge.checkpoint.reader import Rows
+from hfmerge.engine.plan import Param, Plan
+from hfmerge.engine.threads import AHEAD
 from hfmerge.methods import AdditiveFold, FoldMethod, JointMethod, MergeMethod
-from hfmerge.planned import Param, Plan
-from hfmerge.pool import AHEAD
 
 
 CHUNK = 1 << 20

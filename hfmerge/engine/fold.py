@@ -15,16 +15,16 @@ from typing import TypeVar
 
 from hfmerge.checkpoint.reader import Rows
 from hfmerge.checkpoint.writer import SIZES, TORCH_NAMES, SafetensorsWriter
-from hfmerge.chunkdata import ChunkData, part_of
-from hfmerge.chunks import visit_bytes
-from hfmerge.device import CPU, Device
+from hfmerge.engine.batched_sum import merged
+from hfmerge.engine.device import CPU, Device
+from hfmerge.engine.partition import visit_bytes
+from hfmerge.engine.plan import Param, state_name
+from hfmerge.engine.run_files import carried
+from hfmerge.engine.tile_io import ChunkData, part_of
 from hfmerge.errors import GridOverflowError
 from hfmerge.methods import Carry, FoldMethod
 from hfmerge.methods.exact_sum import AdditiveFold, staying
-from hfmerge.planned import Param, state_name
 from hfmerge.recipe.weights import weight_at
-from hfmerge.runfiles import carried
-from hfmerge.stacking import merged
 from hfmerge.task_vector import Block, Dense, LowRank, TaskVector, cut, zero
 
 

@@ -16,13 +16,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hfmerge.checkpoint.writer import header_bytes
-from hfmerge.chunks import Chunk, cost
-from hfmerge.device import Device
-from hfmerge.environment import differences, environment
+from hfmerge.engine.device import Device
+from hfmerge.engine.environment import differences, environment
+from hfmerge.engine.partition import Chunk, cost
+from hfmerge.engine.plan import Param, Plan
+from hfmerge.engine.ranks import Ranks, shares
 from hfmerge.errors import HfMergeError, OutputError
 from hfmerge.hashing import canonical_json, sha256_bytes
-from hfmerge.planned import Param, Plan
-from hfmerge.runtime import Ranks, shares
 
 
 STORAGE = ("auto", "shared", "local")

@@ -16,20 +16,20 @@ from functools import partial
 from itertools import chain
 from typing import Any
 
-from hfmerge.chunks import Chunk, ahead, alike, chunks, cost, held, visit_bytes
-from hfmerge.device import CPU, Device
-from hfmerge.disks import disk_of_files
-from hfmerge.environment import environment, fingerprint
-from hfmerge.estimating import stream_memory
-from hfmerge.journal import Finished, Key, Region
+from hfmerge.engine.device import CPU, Device
+from hfmerge.engine.environment import environment, fingerprint
+from hfmerge.engine.estimate import stream_memory
+from hfmerge.engine.journal import Finished, Key, Region
+from hfmerge.engine.options import RunOptions
+from hfmerge.engine.partition import Chunk, ahead, alike, chunks, cost, held, visit_bytes
+from hfmerge.engine.plan import Plan, needs_two_passes
+from hfmerge.engine.ranks import Ranks, shares
+from hfmerge.engine.run_files import RunFiles
+from hfmerge.engine.storage import disk_of_files
+from hfmerge.engine.tasks import Norms, Visit
+from hfmerge.engine.threads import AHEAD, core_count, overlapped, resident_memory
 from hfmerge.methods import JointMethod
 from hfmerge.methods.base import Measure
-from hfmerge.options import RunOptions
-from hfmerge.planned import Plan, needs_two_passes
-from hfmerge.pool import AHEAD, core_count, overlapped, resident_memory
-from hfmerge.runfiles import RunFiles
-from hfmerge.runtime import Ranks, shares
-from hfmerge.visits import Norms, Visit
 
 
 MEASURED: Key = ("measured", "", None)
@@ -120,7 +120,7 @@ class Passes:
         self.device = replace(device, moved=self._note_moved)
 
     def merge(self) -> dict[str, Any]:
-        """Make all passes; squared norms, scale, kept states and so on, by their names in `execute.Outcome`."""
+        """Make all passes; squared norms, scale, kept states, by their names in `engine.executor.Outcome`."""
         plan = self.plan
         two = needs_two_passes(plan)
         touched = [param for param in plan.params if param.touched]

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hfmerge.device import CPU, Device, full_float32
+from hfmerge.engine.device import CPU, Device, full_float32
 from hfmerge.version import __version__
 
 

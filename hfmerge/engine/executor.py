@@ -1,9 +1,8 @@
 """The one executor: visits each output parameter once, folds all models into it, and writes it.
 
-Call sequence of `run`: fetch the files; measure all parameters if the method asks (`Measure`); first pass (`passes`):
-per parameter, read base and models, fold or combine, keep the carried state (`visits`); then, if the recipe's `norm`
-needs a number over all parameters, a second pass that scales what was kept and writes it; heads, side files, digests
-(`finishing`).
+Call sequence of `run`: fetch the files; measure all parameters if the method asks (`Measure`); first pass (`scheduler`):
+per parameter, read base and models, fold or combine, keep the carried state (`tasks`); then, if the recipe's `norm`
+needs a number over all parameters, a second pass that scales what was kept and writes it; heads, side files, digests.
 """
 
 from __future__ import annotations
@@ -15,23 +14,26 @@ from pathlib import Path
 from typing import Any
 
 from hfmerge.checkpoint.digests import Digester
+from hfmerge.checkpoint.heads import write_head
 from hfmerge.checkpoint.reader import Reader
+from hfmerge.checkpoint.side_files import copy_side_files
 from hfmerge.checkpoint.source import Source, weight_files
 from hfmerge.checkpoint.streaming.session import Streamed, total
+from hfmerge.checkpoint.vocabulary import write_tokenizer
 from hfmerge.checkpoint.write_digests import Trail
-from hfmerge.device import device_for, full_float32
-from hfmerge.disks import own_params
+from hfmerge.checkpoint.writer import write_index
+from hfmerge.engine.device import device_for, full_float32
+from hfmerge.engine.estimate import stream_memory, stream_readers
+from hfmerge.engine.journal import Journal, read_past
+from hfmerge.engine.options import DEFAULT, RunOptions
+from hfmerge.engine.plan import DTYPE_NAMES, KeptState, Plan
+from hfmerge.engine.ranks import Ranks
+from hfmerge.engine.run_files import STATE_FOLDER, RunFiles
+from hfmerge.engine.scheduler import Passes
+from hfmerge.engine.storage import own_params
 from hfmerge.errors import CorruptFileError, UnsupportedError
-from hfmerge.estimating import stream_memory, stream_readers
-from hfmerge.finishing import finish_folder
 from hfmerge.hashing import sha256_file
 from hfmerge.hub.download import fetch
-from hfmerge.journal import Journal, read_past
-from hfmerge.options import DEFAULT, RunOptions
-from hfmerge.passes import Passes
-from hfmerge.planned import KeptState, Plan
-from hfmerge.runfiles import RunFiles
-from hfmerge.runtime import Ranks
 
 
 @dataclass(frozen=True)
@@ -81,14 +83,14 @@ def run(
     """Execute a plan into an empty folder, or into that of an attempt that was killed.
 
     With several processes, all call `run` with the same plan and the same folder on storage they share, or with one
-    folder on each disk (see `disks`), which gets some of the weight files; rank 0's gets all else. Call sequence:
+    folder on each disk (see `storage`), which gets some of the weight files; rank 0's gets all else. Call sequence:
     every rank fetches what is not in its cache; rank 0 lays out the files; every rank visits its own parameters and
     writes them into the shared files, exchanging only sums; digests are divided; rank 0 adds heads and side files. A
     rank that fails makes all fail with its error.
 
     Args:
         plan, folder, ranks, digester: see above.
-        journal: folder of the journal of exactly this work (see `journal` and `identity`); what it lists as finished
+        journal: folder of the journal of exactly this work (see `journal` and `fingerprint`); what it lists as finished
             is compared with the files and not done again. None: nothing is noted, and the folder is empty.
         options: how the run uses the machine.
 
@@ -216,3 +218,34 @@ def _one_thread_each() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def finish_folder(plan: Plan, folder: Path, hashed: Mapping[str, str]) -> dict[str, str]:
+    """Write heads, side files and the index; then give every file's digest, carried states left out.
+
+    Args:
+        plan, folder: of the run.
+        hashed: digests of weight files that are known already.
+    """
+    for model, head in plan.heads:
+        write_head(head, plan.deltas[model].source, folder)
+    floats = {p.slot.dtype for p in plan.params if plan.base.tensors[p.key].floating}
+    changes: dict[str, Any] = {}
+    if len(floats) == 1:
+        changes = {"torch_dtype": None, "dtype": DTYPE_NAMES[floats.pop()]}
+    if plan.vocabulary is not None and plan.vocabulary.added:
+        text = plan.base.config.get("text_config")
+        if "vocab_size" not in plan.base.config and isinstance(text, dict):
+            changes["text_config"] = {**text, "vocab_size": plan.vocabulary.size}
+        else:
+            changes["vocab_size"] = plan.vocabulary.size
+    code = plan.recipe.trust_remote_code
+    copy_side_files(plan.base.pinned, list(plan.side_files), folder, changes, remote_code=code)
+    if plan.vocabulary is not None and plan.vocabulary.added:
+        write_tokenizer(plan.vocabulary, plan.base.pinned, folder)
+    if len(plan.slots()) > 1:
+        total = sum(param.slot.nbytes for param in plan.params)
+        write_index(folder, {param.key: param.file for param in plan.params}, total)
+    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    products = [name for name in files if not name.startswith(f"{STATE_FOLDER}/")]
+    return {name: hashed.get(name) or sha256_file(folder / name) for name in products}

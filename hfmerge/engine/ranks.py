@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from hfmerge.engine.watchdog import Watch, accept, connect, listen, lost_contact
 from hfmerge.errors import HfMergeError
-from hfmerge.watch import Watch, accept, connect, listen, lost_contact
 
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class Ranks:
     Attributes:
         rank: from 0; rank 0 talks to the user and the Hub.
         world: number of processes.
-        disks: disk to which each rank writes, from 0, which is rank 0's; empty if there is one for all (see `disks`).
+        disks: disk to which each rank writes, from 0, which is rank 0's; empty if there is one for all (see `storage`).
     """
 
     rank: int = 0

@@ -9,13 +9,13 @@ from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from hfmerge.chunkdata import ChunkData
-from hfmerge.chunks import Chunk, remembered
-from hfmerge.device import Device
-from hfmerge.folding import Folding
+from hfmerge.engine.device import Device
+from hfmerge.engine.fold import Folding
+from hfmerge.engine.partition import Chunk, remembered
+from hfmerge.engine.run_files import RunFiles
+from hfmerge.engine.tile_io import ChunkData
 from hfmerge.methods import FoldMethod, JointMethod
 from hfmerge.methods.base import SAMPLED, Measure
-from hfmerge.runfiles import RunFiles
 from hfmerge.task_vector import WHOLE, Block, Dense, TaskVector
 
 

@@ -10,10 +10,10 @@ from typing import Any
 
 from hfmerge.checkpoint.source import Source, weight_files
 from hfmerge.checkpoint.vocabulary import TOKENIZER_FILES
-from hfmerge.device import Device
-from hfmerge.environment import environment
+from hfmerge.engine.device import Device
+from hfmerge.engine.environment import environment
+from hfmerge.engine.plan import Plan
 from hfmerge.hashing import canonical_json, sha256_bytes
-from hfmerge.planned import Plan
 from hfmerge.recipe.weights import stored
 
 

@@ -12,15 +12,15 @@ from hfmerge.checkpoint.headers import read_header
 from hfmerge.checkpoint.reader import Reader, Rows
 from hfmerge.checkpoint.source import Source
 from hfmerge.checkpoint.writer import SafetensorsWriter, Slot, bytes_of
-from hfmerge.chunks import Chunk
-from hfmerge.disks import own_params
+from hfmerge.engine.batched_sum import Memory
+from hfmerge.engine.journal import Finished, Journal, Key, checksum
+from hfmerge.engine.partition import Chunk
+from hfmerge.engine.plan import KeptState, Param, Plan, needs_two_passes
+from hfmerge.engine.ranks import Ranks
+from hfmerge.engine.storage import own_params
 from hfmerge.hashing import sha256_file
 from hfmerge.hub.reference import Pinned, Place
-from hfmerge.journal import Finished, Journal, Key, checksum
 from hfmerge.methods import FoldMethod
-from hfmerge.planned import KeptState, Param, Plan, needs_two_passes
-from hfmerge.runtime import Ranks
-from hfmerge.stacking import Memory
 from hfmerge.task_vector import TaskVector, from_tensors
 
 

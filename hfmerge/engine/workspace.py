@@ -17,8 +17,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from hfmerge.engine.journal import begin, work_in
 from hfmerge.errors import LostProcessError, OutputError
-from hfmerge.journal import begin, work_in
 
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from hfmerge.checkpoint.vocabulary import extended_base
 from hfmerge.checkpoint.writer import TORCH_NAMES, SafetensorsWriter
-from hfmerge.chunks import Chunk, pieces
+from hfmerge.engine.journal import checksum
+from hfmerge.engine.partition import Chunk, pieces
+from hfmerge.engine.plan import DTYPE_NAMES
+from hfmerge.engine.run_files import RunFiles
 from hfmerge.errors import NonFiniteError
-from hfmerge.journal import checksum
-from hfmerge.planned import DTYPE_NAMES
-from hfmerge.runfiles import RunFiles
 from hfmerge.task_vector import Block, Dense, TaskVector, cut, squared_norm, zero
 
 

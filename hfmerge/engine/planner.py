@@ -23,11 +23,11 @@ from hfmerge.checkpoint.source import Source
 from hfmerge.checkpoint.streaming.session import Streaming
 from hfmerge.checkpoint.vocabulary import Vocabulary, align
 from hfmerge.checkpoint.writer import Slot, shard_names
+from hfmerge.engine.estimate import with_estimate
+from hfmerge.engine.model_match import Layouts, match_source, some
+from hfmerge.engine.plan import DTYPES, Estimate, Param, Plan, Prior
 from hfmerge.errors import HfMergeError, Problem, RecipeError, UnsupportedError
-from hfmerge.estimating import with_estimate
-from hfmerge.matching import Layouts, match_source, some
 from hfmerge.methods import FoldMethod, MergeMethod, registry
-from hfmerge.planned import DTYPES, Estimate, Param, Plan, Prior
 from hfmerge.recipe.recipe import ModelEntry, Recipe
 from hfmerge.recipe.values import count_problem, option_names, sum_problem, weights_problem
 from hfmerge.recipe.weights import PatternWeights, read_weight, written
