@@ -18,7 +18,7 @@ from benchmarks.fold_adapters import bytes_read
 from hfmerge import add, merge, unmerge
 from hfmerge.changes import plan_add, plan_subtract, plan_unmerge
 from hfmerge.engine.planner import make_plan
-from hfmerge.merged import open_merged
+from hfmerge.ledger.repository import open_merged
 from hfmerge.recipe.recipe import ModelEntry, parse_recipe
 
 

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     )
     from hfmerge.certifying import Certificate
     from hfmerge.checkpoint.heads import load_with_head
-    from hfmerge.comparing import Difference
     from hfmerge.engine.plan import Plan
     from hfmerge.errors import HfMergeError, RecipeError
     from hfmerge.evaluation.checking import Behaviour
@@ -42,12 +41,13 @@ if TYPE_CHECKING:
     from hfmerge.evaluation.running import Settings
     from hfmerge.evaluation.suite import Suite, load_suite
     from hfmerge.inspecting import Inspection
+    from hfmerge.ledger.diff import Difference
+    from hfmerge.ledger.log import Step
     from hfmerge.publish import Pushed
     from hfmerge.purging import Purged, PurgePlan
     from hfmerge.recipe.learning import Learning
     from hfmerge.recipe.recipe import MethodChoice, ModelEntry, Recipe, load_recipe
     from hfmerge.recipe.weights import PatternWeights
-    from hfmerge.steps import Step
     from hfmerge.verifying import Report
 
 _HOMES = {
@@ -73,7 +73,7 @@ _HOMES = {
     ),
     "hfmerge.certifying": ("Certificate",),
     "hfmerge.checkpoint.heads": ("load_with_head",),
-    "hfmerge.comparing": ("Difference",),
+    "hfmerge.ledger.diff": ("Difference",),
     "hfmerge.errors": (
         "HfMergeError",
         "RecipeError",
@@ -102,7 +102,7 @@ _HOMES = {
         "ModelEntry",
         "Recipe",
     ),
-    "hfmerge.steps": ("Step",),
+    "hfmerge.ledger.log": ("Step",),
     "hfmerge.verifying": ("Report",),
     "hfmerge.recipe.weights": ("PatternWeights",),
 }

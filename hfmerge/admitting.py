@@ -12,10 +12,10 @@ from hfmerge.errors import HfMergeError
 from hfmerge.hub.download import pin
 from hfmerge.hub.privacy import snapshot_of
 from hfmerge.hub.reference import parse_ref
-from hfmerge.ledger import Entry, named
-from hfmerge.merged import Merged, parts_of
+from hfmerge.ledger.entry import Entry, named
+from hfmerge.ledger.removal import Part, parts
+from hfmerge.ledger.repository import Merged, parts_of
 from hfmerge.recipe.recipe import Recipe
-from hfmerge.removal import Part, parts
 from hfmerge.targets import Destination, admit, check_readers, with_snapshots
 
 

@@ -16,7 +16,6 @@ from hfmerge.admitting import admit_change, admit_merge
 from hfmerge.certifying import Certificate, given_certificate, make_certificate
 from hfmerge.changes import plan_add, plan_subtract, plan_unmerge
 from hfmerge.checkpoint.digests import Digester
-from hfmerge.comparing import Difference, compare
 from hfmerge.engine.options import DEFAULT, Consent, RunOptions
 from hfmerge.engine.plan import Plan
 from hfmerge.engine.planner import make_plan
@@ -24,14 +23,16 @@ from hfmerge.engine.ranks import Ranks, processes
 from hfmerge.engine.storage import for_machines
 from hfmerge.engine.workspace import recover
 from hfmerge.errors import LedgerError, OutputError, VerificationError
-from hfmerge.ledger import Entry, recipe_of
-from hfmerge.merged import Merged, open_merged
+from hfmerge.ledger.diff import Difference, compare
+from hfmerge.ledger.entry import Entry, recipe_of
+from hfmerge.ledger.log import Step, steps_of
+from hfmerge.ledger.removal import parts
+from hfmerge.ledger.repository import Merged, open_merged
 from hfmerge.nesting import find_removal, removed_already, without_parts
 from hfmerge.publish import Pushed, publish, push_folder, with_disks
 from hfmerge.purging import Purged, PurgePlan, purge
 from hfmerge.recipe.recipe import ModelEntry, Recipe
 from hfmerge.recording import adopt_card
-from hfmerge.removal import parts
 from hfmerge.repeating import added, finish, in_place, replaced
 from hfmerge.restoring import restore_step
 from hfmerge.revising import plan_rebase, plan_reorder, plan_replace, plan_without
@@ -50,7 +51,6 @@ from hfmerge.running import (
     result_of,
     weights_found,
 )
-from hfmerge.steps import Step, steps_of
 from hfmerge.targets import Destination, admit, check_readers, destination, with_snapshots
 from hfmerge.verifying import Report, verify_merge
 

@@ -39,9 +39,9 @@ from typing import Any
 from hfmerge.dsse import IN_TOTO, Envelope
 from hfmerge.errors import CertificateError
 from hfmerge.hashing import canonical_json
-from hfmerge.ledger import Entry
-from hfmerge.merged import Merged
-from hfmerge.removal import Removal, find_removed
+from hfmerge.ledger.entry import Entry
+from hfmerge.ledger.removal import Removal, find_removed
+from hfmerge.ledger.repository import Merged
 from hfmerge.signers import Trusted
 from hfmerge.validation.limits import CERTIFICATE_BYTES, TEXT
 from hfmerge.validation.quoting import plain

@@ -14,10 +14,10 @@ from hfmerge.engine.options import NO_CONSENT, Consent
 from hfmerge.engine.workspace import recover
 from hfmerge.errors import CertificateError, HfMergeError, VerificationError
 from hfmerge.hashing import canonical_json, sha256_bytes
-from hfmerge.ledger import short
-from hfmerge.merged import Merged, open_merged
-from hfmerge.removal import Part, Removal, check_no_copy, find_removed, parts
-from hfmerge.seen import acceptance, refuse_rewritten, remember
+from hfmerge.ledger.entry import short
+from hfmerge.ledger.removal import Part, Removal, check_no_copy, find_removed, parts
+from hfmerge.ledger.repository import Merged, open_merged
+from hfmerge.ledger.seen import acceptance, refuse_rewritten, remember
 from hfmerge.signers import Trusted, allowed_signers, fingerprint, private_key, public_keys
 from hfmerge.validation.limits import CERTIFICATE_BYTES
 from hfmerge.validation.strict_json import read_limited

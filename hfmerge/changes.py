@@ -15,8 +15,8 @@ from hfmerge.checkpoint.custom_code import own_code
 from hfmerge.engine.plan import Plan
 from hfmerge.engine.planner import make_plan
 from hfmerge.errors import HfMergeError, LedgerError
-from hfmerge.ledger import Entry, Material, recipe_of, reference
-from hfmerge.merged import Merged
+from hfmerge.ledger.entry import Entry, Material, recipe_of, reference
+from hfmerge.ledger.repository import Merged
 from hfmerge.methods import FoldMethod, JointMethod, MergeMethod, registry
 from hfmerge.recipe.recipe import ModelEntry
 from hfmerge.recovering import planned_from

@@ -27,8 +27,8 @@ from hfmerge.hashing import sha256_file
 from hfmerge.hub.download import pin
 from hfmerge.hub.reference import Place
 from hfmerge.hub.state_branch import STATE_BRANCH
-from hfmerge.ledger import ARCHIVES, Material, archive_file
-from hfmerge.merged import Merged
+from hfmerge.ledger.entry import ARCHIVES, Material, archive_file
+from hfmerge.ledger.repository import Merged
 from hfmerge.recovering import archive_path
 from hfmerge.user_files import private_file, private_folder
 

@@ -14,8 +14,8 @@ from typing import Protocol
 from hfmerge.engine.ranks import Ranks
 from hfmerge.errors import HfMergeError, LedgerError, NotFoundError
 from hfmerge.hub.reference import parse_ref
-from hfmerge.ledger import Entry, Material, contained, named, reference, same_model
-from hfmerge.merged import Merged, open_merged
+from hfmerge.ledger.entry import Entry, Material, contained, named, reference, same_model
+from hfmerge.ledger.repository import Merged, open_merged
 from hfmerge.repeating import finish
 from hfmerge.running import MergeResult
 from hfmerge.targets import destination

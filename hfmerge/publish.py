@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hfmerge.card import FILE, card_facts, combine_cards, render_card
 from hfmerge.engine.plan import Plan
 from hfmerge.engine.ranks import Ranks
 from hfmerge.engine.storage import find_disks, own_params
@@ -27,14 +26,14 @@ from hfmerge.hub.download import pin
 from hfmerge.hub.privacy import restricted
 from hfmerge.hub.reference import Pinned, Place
 from hfmerge.hub.state_branch import STATE_BRANCH, drop_states, push_states
-from hfmerge.ledger import FOLDER, Entry
-from hfmerge.marked import part, with_part
-from hfmerge.merged import ledger_in, noted_places, open_merged
+from hfmerge.ledger.card import FILE, card_facts, combine_cards, render_card
+from hfmerge.ledger.card_sections import PREFIX, carried_scores, part, with_part
+from hfmerge.ledger.entry import FOLDER, Entry
+from hfmerge.ledger.log import commit_of
+from hfmerge.ledger.removal import parts
+from hfmerge.ledger.repository import ledger_in, noted_places, open_merged
+from hfmerge.ledger.seen import remember_steps, repository_place
 from hfmerge.pictures.embedding import FIGURES, drawn
-from hfmerge.removal import parts
-from hfmerge.scorecard import PREFIX, carried_scores
-from hfmerge.seen import remember_steps, repository_place
-from hfmerge.steps import commit_of
 from hfmerge.targets import (
     Destination,
     Target,

@@ -15,8 +15,8 @@ from typing import Any
 from hfmerge.errors import HfMergeError, NotFoundError, PushError, VerificationError
 from hfmerge.hub.client import hub_api, hub_errors, patiently
 from hfmerge.hub.state_branch import STATE_BRANCH, drop_states
-from hfmerge.ledger import Entry
-from hfmerge.merged import Merged, open_merged
+from hfmerge.ledger.entry import Entry
+from hfmerge.ledger.repository import Merged, open_merged
 from hfmerge.targets import require_writer
 from hfmerge.verifying import WEIGHTS, check_merged
 

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hfmerge.card import FILE, card_facts, card_pointer, combine_cards, licence_note, parse_card, render_card
 from hfmerge.changes import Change
 from hfmerge.checkpoint.digests import folder_digest
 from hfmerge.checkpoint.side_files import is_asset
@@ -22,13 +21,13 @@ from hfmerge.engine.run_files import STATE_FOLDER
 from hfmerge.errors import HfMergeError, LedgerError, OutputError
 from hfmerge.hub.download import fetch, pin
 from hfmerge.hub.reference import Place
-from hfmerge.ledger import Entry, Material, same_prefix, settings_of
-from hfmerge.marked import with_part
-from hfmerge.merged import Merged, ledger_in, parts_of, state_path
+from hfmerge.ledger.card import FILE, card_facts, card_pointer, combine_cards, licence_note, parse_card, render_card
+from hfmerge.ledger.card_sections import PREFIX, with_part, without_scores
+from hfmerge.ledger.entry import Entry, Material, same_prefix, settings_of
+from hfmerge.ledger.repository import Merged, ledger_in, parts_of, state_path
 from hfmerge.methods import AdditiveFold
 from hfmerge.pictures.embedding import FIGURES, drawn, embed_learning
 from hfmerge.recipe.weights import Weight
-from hfmerge.scorecard import PREFIX, without_scores
 from hfmerge.validation.folders import SPECIAL, TOOLS
 from hfmerge.validation.limits import CARD_BYTES
 from hfmerge.validation.strict_json import read_limited

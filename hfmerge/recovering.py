@@ -15,7 +15,6 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from hfmerge.card import FILE, card_pointer
 from hfmerge.checkpoint.archive import Manifest, check_total, read_manifest, unpack
 from hfmerge.checkpoint.describe import describe
 from hfmerge.checkpoint.reader import Reader
@@ -25,8 +24,9 @@ from hfmerge.hashing import is_digest, sha256_file
 from hfmerge.hub.client import hub_errors, patiently
 from hfmerge.hub.reference import is_hub_id, is_identity
 from hfmerge.hub.state_branch import STATE_BRANCH
-from hfmerge.ledger import Material, archive_file, reference, short
-from hfmerge.merged import Merged, check_folders, folders_of
+from hfmerge.ledger.card import FILE, card_pointer
+from hfmerge.ledger.entry import Material, archive_file, reference, short
+from hfmerge.ledger.repository import Merged, check_folders, folders_of
 from hfmerge.user_files import home, private_folder
 from hfmerge.validation.folders import file_in
 from hfmerge.vanished import lost_places, naming_vanished

@@ -20,8 +20,8 @@ from hfmerge.engine.workspace import clear
 from hfmerge.errors import HfMergeError, LedgerError
 from hfmerge.hub.download import pin
 from hfmerge.hub.reference import Place, parse_ref
-from hfmerge.ledger import Material, contained
-from hfmerge.merged import Merged
+from hfmerge.ledger.entry import Material, contained
+from hfmerge.ledger.repository import Merged
 from hfmerge.publish import finish_push
 from hfmerge.recipe.recipe import ModelEntry
 from hfmerge.recipe.weights import Weight

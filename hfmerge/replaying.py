@@ -23,8 +23,8 @@ from hfmerge.engine.plan import Plan
 from hfmerge.errors import HfMergeError
 from hfmerge.gap import gap_of
 from hfmerge.hub.download import fetch
-from hfmerge.ledger import Entry, Material
-from hfmerge.merged import Merged
+from hfmerge.ledger.entry import Entry, Material
+from hfmerge.ledger.repository import Merged
 from hfmerge.methods import FoldMethod
 from hfmerge.recording import entry_of
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hfmerge.admitting import admit_change, own_destination
-from hfmerge.card import card_pointer
 from hfmerge.checkpoint.custom_code import listed_names
 from hfmerge.checkpoint.side_files import is_code
 from hfmerge.engine.options import RunOptions
@@ -25,14 +24,15 @@ from hfmerge.hub.client import hub_api, hub_errors
 from hfmerge.hub.download import fetch, pin
 from hfmerge.hub.reference import Pinned, Place, checked_path, is_hub_id
 from hfmerge.hub.state_branch import bring_states_back, find_states
-from hfmerge.ledger import ARCHIVES, Entry
-from hfmerge.merged import Merged, known_places, note_places, noted_places, open_merged
+from hfmerge.ledger.card import card_pointer
+from hfmerge.ledger.entry import ARCHIVES, Entry
+from hfmerge.ledger.log import commit_of
+from hfmerge.ledger.repository import Merged, known_places, note_places, noted_places, open_merged
+from hfmerge.ledger.seen import follow, refuse_rewritten
 from hfmerge.publish import Pushed, push_folder
 from hfmerge.recording import keep_foreign_files, readable_card, refuse_unknown_files, write_record
 from hfmerge.repeating import finish, in_place, restored
 from hfmerge.running import MergeResult, push_written
-from hfmerge.seen import follow, refuse_rewritten
-from hfmerge.steps import commit_of
 from hfmerge.targets import Destination
 from hfmerge.user_files import private_file, private_folder
 

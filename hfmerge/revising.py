@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from hfmerge.changes import Change, leading, plan_models
 from hfmerge.checkpoint.source import Source
 from hfmerge.errors import LedgerError
-from hfmerge.ledger import Material, short
-from hfmerge.merged import Merged
+from hfmerge.ledger.entry import Material, short
+from hfmerge.ledger.repository import Merged
 from hfmerge.recipe.recipe import ModelEntry
 from hfmerge.recipe.weights import shown
 

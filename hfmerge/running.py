@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hfmerge.admitting import admit_change, own_destination
-from hfmerge.card import restrictive
 from hfmerge.changes import Change
 from hfmerge.checkpoint.digests import Digester
 from hfmerge.checkpoint.streaming.session import Streamed
@@ -32,8 +31,10 @@ from hfmerge.gap import gap_of
 from hfmerge.hub.download import pin
 from hfmerge.hub.reference import parse_ref
 from hfmerge.keeping import keep_sources
-from hfmerge.ledger import Entry
-from hfmerge.merged import Merged, note_places, open_merged
+from hfmerge.ledger.card import restrictive
+from hfmerge.ledger.entry import Entry
+from hfmerge.ledger.repository import Merged, note_places, open_merged
+from hfmerge.ledger.seen import follow, refuse_rewritten
 from hfmerge.publish import Pushed, publish, push_folder, with_disks
 from hfmerge.recipe.recipe import ModelEntry, Recipe, load_recipe
 from hfmerge.recording import (
@@ -45,7 +46,6 @@ from hfmerge.recording import (
     record,
     refuse_unknown_files,
 )
-from hfmerge.seen import follow, refuse_rewritten
 from hfmerge.targets import Destination
 
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from hfmerge.engine.plan import KeptState, Prior
-from hfmerge.ledger import Entry, Material, same_model
-from hfmerge.merged import Merged, state_path
+from hfmerge.ledger.entry import Entry, Material, same_model
+from hfmerge.ledger.repository import Merged, state_path
 from hfmerge.methods import AdditiveFold, FoldMethod, MergeMethod
 
 

@@ -9,15 +9,15 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hfmerge.card import FILE, parse_card
 from hfmerge.checkpoint.side_files import is_side_file
 from hfmerge.errors import AccessError, LedgerError, NotFoundError, OfflineError, PushError
 from hfmerge.hashing import git_blob_id, sha256_bytes
 from hfmerge.hub.client import hub_api, hub_errors, patiently
 from hfmerge.hub.commits import download, listed, moved
 from hfmerge.hub.privacy import WORDS, level_of, restricted, snapshot_of
-from hfmerge.ledger import FOLDER, Entry, check_chain, ledger_files
-from hfmerge.removal import Part
+from hfmerge.ledger.card import FILE, parse_card
+from hfmerge.ledger.entry import FOLDER, Entry, check_chain, ledger_files
+from hfmerge.ledger.removal import Part
 from hfmerge.validation.limits import CARD_BYTES
 from hfmerge.verifying import LICENCES, WEIGHTS
 

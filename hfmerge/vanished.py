@@ -12,8 +12,8 @@ from hfmerge.hub.client import hub_errors, patiently
 from hfmerge.hub.download import cached, fetch, pin
 from hfmerge.hub.reference import Pinned, Place
 from hfmerge.hub.state_branch import STATE_BRANCH
-from hfmerge.ledger import Material, archive_file, short
-from hfmerge.merged import Merged
+from hfmerge.ledger.entry import Material, archive_file, short
+from hfmerge.ledger.repository import Merged
 
 
 SMALL = 1 << 20

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hfmerge.card import BEGIN, FILE, card_differs, card_pointer, licence_note
 from hfmerge.checkpoint.digests import folder_digest
 from hfmerge.checkpoint.side_files import is_asset, is_code, is_side_file
 from hfmerge.checkpoint.streaming.served import served_digests
@@ -24,11 +23,12 @@ from hfmerge.hashing import sha256_file
 from hfmerge.hub.download import cached, fetch, pin
 from hfmerge.hub.reference import Pinned, Place
 from hfmerge.hub.state_branch import ATTRIBUTES, STATE_BRANCH
-from hfmerge.ledger import ARCHIVES, FOLDER, Entry
-from hfmerge.merged import Merged, open_merged
-from hfmerge.removal import parts
-from hfmerge.scorecard import PREFIX
-from hfmerge.seen import acceptance, acquaintance, remember, rewritten
+from hfmerge.ledger.card import BEGIN, FILE, card_differs, card_pointer, licence_note
+from hfmerge.ledger.card_sections import PREFIX
+from hfmerge.ledger.entry import ARCHIVES, FOLDER, Entry
+from hfmerge.ledger.removal import parts
+from hfmerge.ledger.repository import Merged, open_merged
+from hfmerge.ledger.seen import acceptance, acquaintance, remember, rewritten
 from hfmerge.validation.folders import TOOLS
 from hfmerge.validation.limits import HEADER_VALUES, INDEX_BYTES
 from hfmerge.validation.strict_json import read_limited

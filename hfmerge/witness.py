@@ -33,9 +33,9 @@ from typing import Any
 
 from hfmerge.errors import LedgerError, OutputError
 from hfmerge.hashing import sha256_bytes
-from hfmerge.ledger import FOLDER
-from hfmerge.merged import Merged
-from hfmerge.seen import digests_of, first_apart, may_be_older, place_of, recall, remember_steps
+from hfmerge.ledger.entry import FOLDER
+from hfmerge.ledger.repository import Merged
+from hfmerge.ledger.seen import digests_of, first_apart, may_be_older, place_of, recall, remember_steps
 from hfmerge.validation.limits import LOG_BYTES, LOG_LINE
 from hfmerge.validation.strict_json import read_json, read_limited_stream
 

@@ -28,9 +28,9 @@ from hfmerge.certificate import check_signature, check_statement
 from hfmerge.dsse import Envelope, Signature
 from hfmerge.errors import CertificateError
 from hfmerge.hashing import canonical_json, sha256_file
-from hfmerge.ledger import Entry, contained
-from hfmerge.merged import open_merged
-from hfmerge.removal import find_removed, parts
+from hfmerge.ledger.entry import Entry, contained
+from hfmerge.ledger.removal import find_removed, parts
+from hfmerge.ledger.repository import open_merged
 from hfmerge.signers import PASSPHRASE, Trusted, allowed_signers, fingerprint, private_key, public_keys
 
 

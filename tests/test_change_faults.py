@@ -17,8 +17,8 @@ import hfmerge
 from hfmerge.errors import LedgerError
 from hfmerge.hubserver.importer import import_folder
 from hfmerge.hubserver.serve import HubServer
-from hfmerge.ledger import Entry
-from hfmerge.merged import open_merged
+from hfmerge.ledger.entry import Entry
+from hfmerge.ledger.repository import open_merged
 from hfmerge.nesting import find_removal
 
 

@@ -25,7 +25,6 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, model_info
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
 import hfmerge
-from hfmerge.card import parse_card
 from hfmerge.errors import AccessError, HfMergeError, NotFoundError, PushError, UnsupportedError
 from hfmerge.evaluation.continual import Experiment, run_continual
 from hfmerge.evaluation.continual_asked import Variant
@@ -34,9 +33,9 @@ from hfmerge.evaluation.running import Settings
 from hfmerge.evaluation.suite import Suite, load_suite, ready_suites
 from hfmerge.hubserver.importer import import_folder
 from hfmerge.hubserver.serve import HubServer
-from hfmerge.marked import part
+from hfmerge.ledger.card import parse_card
+from hfmerge.ledger.card_sections import carried_scores, part, with_scores, without_scores
 from hfmerge.recipe.recipe import load_recipe
-from hfmerge.scorecard import carried_scores, with_scores, without_scores
 
 
 LABELS = ["cold", "warm", "hot"]

@@ -12,8 +12,8 @@ import hfmerge
 from hfmerge import measuring
 from hfmerge.errors import NonFiniteError, RecipeError
 from hfmerge.inspecting import by_layer
+from hfmerge.ledger.repository import open_merged
 from hfmerge.measuring import Measured
-from hfmerge.merged import open_merged
 from hfmerge.methods.opcm import OPCM
 from hfmerge.recipe.recipe import MethodChoice, ModelEntry, Recipe
 from hfmerge.task_vector import Dense

@@ -24,7 +24,7 @@ from hfmerge.checkpoint.reader import Reader
 from hfmerge.errors import CorruptFileError
 from hfmerge.hubserver.importer import import_folder
 from hfmerge.hubserver.serve import HubServer
-from hfmerge.ledger import Entry, archive_file
+from hfmerge.ledger.entry import Entry, archive_file
 
 
 @pytest.fixture(scope="module")

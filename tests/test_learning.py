@@ -24,7 +24,7 @@ from hfmerge.learning.progress import NOTHING
 from hfmerge.learning.replay.rows import load_replay
 from hfmerge.learning.space import Space, group_of
 from hfmerge.learning.students import students
-from hfmerge.ledger import Entry
+from hfmerge.ledger.entry import Entry
 from hfmerge.methods.gram import Gram
 from hfmerge.methods.isotropic import MdmOcIso
 from hfmerge.methods.mdm_oc_subspace import MdmOcSubspace

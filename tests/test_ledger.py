@@ -12,10 +12,10 @@ import torch
 import yaml
 
 import hfmerge
-from hfmerge.card import BEGIN, END
 from hfmerge.errors import LedgerError
 from hfmerge.hashing import sha256_bytes, sha256_file
-from hfmerge.ledger import check_chain
+from hfmerge.ledger.card import BEGIN, END
+from hfmerge.ledger.entry import check_chain
 
 
 MODELS = ("m0", "m1", "m2")
@@ -390,8 +390,8 @@ def test_replay_compares_every_file(root: Path, out: Path) -> None:
 
 def rewrite_last(out: Path, **changes: object) -> None:
     """Change the last ledger entry, and what names its digest, so that the whole agrees with itself again."""
-    from hfmerge.card import card_facts, render_card
     from hfmerge.hashing import canonical_json
+    from hfmerge.ledger.card import card_facts, render_card
 
     path = out / "merge_history" / "0002.json"
     record = json.loads(path.read_bytes())

@@ -14,8 +14,8 @@ import hfmerge
 from hfmerge.errors import HfMergeError
 from hfmerge.hashing import sha256_file
 from hfmerge.hubserver.serve import HubServer
-from hfmerge.ledger import Entry, contained
-from hfmerge.merged import note_places, open_merged
+from hfmerge.ledger.entry import Entry, contained
+from hfmerge.ledger.repository import note_places, open_merged
 
 
 @pytest.fixture(scope="module")

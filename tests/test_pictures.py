@@ -10,10 +10,10 @@ import tiny
 from huggingface_hub import HfApi
 
 import hfmerge
-from hfmerge.card import BEGIN
 from hfmerge.errors import HfMergeError, LedgerError, OutputError
 from hfmerge.hubserver.serve import HubServer
-from hfmerge.marked import files_in, part, with_part
+from hfmerge.ledger.card import BEGIN
+from hfmerge.ledger.card_sections import files_in, part, with_part
 from hfmerge.pictures import draw_all
 from hfmerge.pictures.embedding import embed
 from hfmerge.pictures.style import short_names

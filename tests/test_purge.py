@@ -16,7 +16,7 @@ from hfmerge.errors import HfMergeError, PushError, VerificationError
 from hfmerge.hashing import sha256_bytes
 from hfmerge.hubserver.importer import import_folder
 from hfmerge.hubserver.serve import HubServer
-from hfmerge.merged import open_merged
+from hfmerge.ledger.repository import open_merged
 
 
 MODELS = ("p/m0", "p/m1", "p/m2")

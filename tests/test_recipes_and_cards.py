@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from hfmerge.card import BEGIN, END, combine_cards, parse_card
+from hfmerge.ledger.card import BEGIN, END, combine_cards, parse_card
 from hfmerge.methods import registry
 from hfmerge.recipe.recipe import load_recipe
 

@@ -22,7 +22,7 @@ from shell import Shell, upload
 
 from hfmerge.engine.journal import read_past
 from hfmerge.hubserver.serve import HubServer
-from hfmerge.ledger import Entry
+from hfmerge.ledger.entry import Entry
 
 
 SIZES = {"vocab_size": 4000, "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2}

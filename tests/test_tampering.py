@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import tiny
 
-from hfmerge.card import BEGIN
 from hfmerge.errors import LedgerError
 from hfmerge.hashing import sha256_bytes
-from hfmerge.ledger import Entry, check_chain
+from hfmerge.ledger.card import BEGIN
+from hfmerge.ledger.entry import Entry, check_chain
 from hfmerge.verifying import check_contents, verify_merge
 
 

@@ -19,7 +19,7 @@ from hfmerge.errors import CorruptFileError
 from hfmerge.hub.reference import FileInfo, Pinned, Place
 from hfmerge.hubserver.importer import import_folder
 from hfmerge.hubserver.serve import HubServer
-from hfmerge.ledger import Material
+from hfmerge.ledger.entry import Material
 from hfmerge.vanished import check_unchanged
 
 

@@ -14,8 +14,8 @@ import torch
 
 import hfmerge
 from hfmerge.errors import LedgerError, RecipeError
-from hfmerge.ledger import Entry, Material
-from hfmerge.ledger_schema import material as checked_material
+from hfmerge.ledger.entry import Entry, Material
+from hfmerge.ledger.schema import material as checked_material
 from hfmerge.methods import registry
 from hfmerge.recipe.mergekit.convert import convert
 from hfmerge.recipe.recipe import ModelEntry, load_recipe, parse_recipe

@@ -23,8 +23,8 @@ from hfmerge.validation.quoting import say, tell
 
 
 if TYPE_CHECKING:
-    from hfmerge.comparing import Difference
-    from hfmerge.steps import Step
+    from hfmerge.ledger.diff import Difference
+    from hfmerge.ledger.log import Step
 
 
 LABELS = {"ok": "ok  ", "approximate": "NEAR", "failed": "FAIL"}
@@ -74,11 +74,10 @@ def register(command: Command) -> None:
 
 def _history(args: argparse.Namespace) -> int:
     from hfmerge.engine.workspace import recover
-    from hfmerge.merged import open_merged
+    from hfmerge.ledger.log import method, steps_of, tree
+    from hfmerge.ledger.repository import open_merged
+    from hfmerge.ledger.seen import acceptance, rewritten
     from hfmerge.recipe.weights import shown
-    from hfmerge.seen import acceptance, rewritten
-    from hfmerge.steps import steps_of
-    from hfmerge.treeview import method, tree
 
     recover(args.merged)
     merged = open_merged(args.merged)
@@ -104,7 +103,7 @@ def _history(args: argparse.Namespace) -> int:
 
 def _table(steps: Sequence[Step]) -> list[str]:
     """One line a step; a model's norm stands behind its name where it joins."""
-    from hfmerge.treeview import method
+    from hfmerge.ledger.log import method
 
     rows = [["step", "action", "digest", "method", "norm", "when", "who", "models (norm)"]]
     for step in steps:

@@ -1,8 +1,9 @@
 """The one executor: visits each output parameter once, folds all models into it, and writes it.
 
-Call sequence of `run`: fetch the files; measure all parameters if the method asks (`Measure`); first pass (`scheduler`):
-per parameter, read base and models, fold or combine, keep the carried state (`tasks`); then, if the recipe's `norm`
-needs a number over all parameters, a second pass that scales what was kept and writes it; heads, side files, digests.
+Call sequence of `run`: fetch the files; measure all parameters if the method asks (`Measure`); the first pass of
+`scheduler`, which reads base and models for each parameter, folds or combines them, and keeps the carried state
+(`tasks`); then, if the recipe's `norm` needs a number over all parameters, a second pass that scales what was kept and
+writes it; heads, side files, digests.
 """
 
 from __future__ import annotations
@@ -90,8 +91,8 @@ def run(
 
     Args:
         plan, folder, ranks, digester: see above.
-        journal: folder of the journal of exactly this work (see `journal` and `fingerprint`); what it lists as finished
-            is compared with the files and not done again. None: nothing is noted, and the folder is empty.
+        journal: folder of the journal of exactly this work (see `journal` and `fingerprint`); what it lists as
+            finished is compared with the files and not done again. None: nothing is noted, and the folder is empty.
         options: how the run uses the machine.
 
     Raises:

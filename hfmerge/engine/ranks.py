@@ -38,7 +38,7 @@ class Ranks:
     Attributes:
         rank: from 0; rank 0 talks to the user and the Hub.
         world: number of processes.
-        disks: disk to which each rank writes, from 0, which is rank 0's; empty if there is one for all (see `storage`).
+        disks: disk to which each rank writes, from 0, which is rank 0's; empty if there is one for all (`storage`).
     """
 
     rank: int = 0

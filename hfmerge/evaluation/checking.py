@@ -22,8 +22,8 @@ from hfmerge.evaluation.suite import Suite, Task, load_suite
 from hfmerge.evaluation.weight_distance import distance, relative, same_weights
 from hfmerge.hub.download import fetch
 from hfmerge.hub.reference import Pinned
-from hfmerge.ledger import Material, reference
-from hfmerge.merged import Merged, open_merged
+from hfmerge.ledger.entry import Material, reference
+from hfmerge.ledger.repository import Merged, open_merged
 from hfmerge.running import MergeResult
 
 

@@ -35,7 +35,7 @@ from hfmerge.evaluation.suite import Suite, load_suite
 from hfmerge.evaluation.weight_distance import distance, relative, same_weights
 from hfmerge.hashing import canonical_json, sha256_bytes
 from hfmerge.inspecting import public_name
-from hfmerge.merged import open_merged
+from hfmerge.ledger.repository import open_merged
 from hfmerge.methods import registry
 from hfmerge.methods.opcm import OPCM
 from hfmerge.recipe.recipe import Recipe

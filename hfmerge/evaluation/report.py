@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hfmerge.card import FILE, card_pointer
 from hfmerge.errors import HfMergeError, PushError
 from hfmerge.evaluation.models import open_subject
 from hfmerge.evaluation.results import Matrix, ModelInfo, Score, TaskInfo, table
 from hfmerge.evaluation.suite import KINDS
 from hfmerge.hub.client import hub_api, hub_errors, patiently
 from hfmerge.hub.commits import Commit, commit_once, download, listed
-from hfmerge.scorecard import PREFIX, TOOL, with_scores
+from hfmerge.ledger.card import FILE, card_pointer
+from hfmerge.ledger.card_sections import PREFIX, TOOL, with_scores
 from hfmerge.validation.folders import file_in
 from hfmerge.validation.quoting import Markdown, code, link, markdown
 from hfmerge.validation.strict_yaml import dump_yaml, parse_yaml

@@ -27,7 +27,7 @@ from hfmerge.learning.replay.making import generate
 from hfmerge.learning.replay.rows import Replay, load_replay, save_replay
 from hfmerge.learning.space import Space
 from hfmerge.learning.students import Student, check_tokens, reference, references, students
-from hfmerge.merged import Merged, state_path
+from hfmerge.ledger.repository import Merged, state_path
 from hfmerge.methods.gram import Gram
 from hfmerge.methods.isotropic import MdmOcIso
 from hfmerge.recipe.learning import HELD, Learning

@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hfmerge.card import FILE
 from hfmerge.errors import OutputError
-from hfmerge.ledger import Entry
-from hfmerge.marked import files_in, part, with_part
-from hfmerge.merged import open_merged
+from hfmerge.ledger.card import FILE
+from hfmerge.ledger.card_sections import files_in, part, with_part
+from hfmerge.ledger.entry import Entry
+from hfmerge.ledger.repository import open_merged
 from hfmerge.pictures import draw_all
 
 

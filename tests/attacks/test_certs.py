@@ -27,7 +27,7 @@ from hfmerge.errors import LedgerError
 from hfmerge.hashing import canonical_json, sha256_bytes
 from hfmerge.hubserver.importer import import_folder
 from hfmerge.hubserver.serve import HubServer
-from hfmerge.merged import open_merged
+from hfmerge.ledger.repository import open_merged
 
 
 REPO = "certs/merge"

@@ -16,8 +16,8 @@ import tiny
 from conftest import USERS
 from huggingface_hub import HfApi
 
-from hfmerge.card import BEGIN
 from hfmerge.hubserver.serve import HubServer
+from hfmerge.ledger.card import BEGIN
 
 
 @pytest.fixture(scope="module")

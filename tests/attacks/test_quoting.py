@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import tiny
 
-from hfmerge.card import BEGIN, END, render_card
 from hfmerge.hashing import canonical_json, sha256_bytes
-from hfmerge.ledger import Entry
+from hfmerge.ledger.card import BEGIN, END, render_card
+from hfmerge.ledger.entry import Entry
 
 
 IMAGE = "<img src=x onerror=alert(1)>"

@@ -19,10 +19,10 @@ from safetensors.torch import save_file
 from shell import upload
 
 import hfmerge
-from hfmerge.card import card_facts, licence_note, render_card
 from hfmerge.hashing import canonical_json, sha256_bytes, sha256_file
 from hfmerge.hubserver.serve import HubServer
-from hfmerge.ledger import check_chain
+from hfmerge.ledger.card import card_facts, licence_note, render_card
+from hfmerge.ledger.entry import check_chain
 
 
 Record = dict[str, Any]

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hfmerge.errors import LedgerError
-from hfmerge.ledger import Entry, Material
+from hfmerge.ledger.entry import Entry, Material
 from hfmerge.methods import registry
 from hfmerge.recipe.weights import PatternWeights, Weight, shown, written
 from hfmerge.validation.quoting import Markdown, code, fenced, link, markdown, python_text, shell_word
@@ -99,7 +99,7 @@ def block(entries: Sequence[Entry], facts: Mapping[str, Any]) -> str:
     any_head = any(m.head for m in last.models)
     method = registry().get(last.method["name"])
     environment = Environment(
-        loader=PackageLoader("hfmerge"),
+        loader=PackageLoader("hfmerge.ledger"),
         undefined=StrictUndefined,
         keep_trailing_newline=True,
         autoescape=False,  # for HTML; what the template prints is Markdown

@@ -20,7 +20,7 @@ from hfmerge.hub.client import hub_errors
 from hfmerge.hub.download import fetch, pin
 from hfmerge.hub.reference import Pinned, parse_ref
 from hfmerge.hub.state_branch import STATE_BRANCH
-from hfmerge.ledger import FOLDER, Entry, Material, check_chain, check_size, contained, ledger_files
+from hfmerge.ledger.entry import FOLDER, Entry, Material, check_chain, check_size, contained, ledger_files
 from hfmerge.recipe.weights import stored
 from hfmerge.user_files import home, keep_note, private_folder
 from hfmerge.validation.folders import file_in

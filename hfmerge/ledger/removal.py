@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from hfmerge.errors import CertificateError
-from hfmerge.ledger import Entry, named, short
+from hfmerge.ledger.entry import Entry, named, short
 
 
 SUBTRACTED = "only approximately subtracted"

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hfmerge.ledger import Entry, Material
+from hfmerge.ledger.entry import Entry, Material
 from hfmerge.recipe.weights import Weight, stored
 
 

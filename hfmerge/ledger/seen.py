@@ -20,8 +20,8 @@ from pathlib import Path
 from hfmerge.errors import LedgerError
 from hfmerge.hashing import sha256_bytes
 from hfmerge.hub.reference import Pinned
-from hfmerge.ledger import FOLDER
-from hfmerge.merged import Merged
+from hfmerge.ledger.entry import FOLDER
+from hfmerge.ledger.repository import Merged
 from hfmerge.user_files import write_note
 from hfmerge.validation.strict_json import read_json_file
 

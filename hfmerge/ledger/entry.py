@@ -19,7 +19,7 @@ from hfmerge.engine.options import Consent
 from hfmerge.engine.plan import KeptState, checked_digest, state_file
 from hfmerge.errors import LedgerError
 from hfmerge.hashing import canonical_json, sha256_bytes
-from hfmerge.ledger_schema import SCHEMA, check_entry
+from hfmerge.ledger.schema import SCHEMA, check_entry
 from hfmerge.recipe.learning import Learning
 from hfmerge.recipe.recipe import MethodChoice, ModelEntry, Recipe
 from hfmerge.recipe.weights import Weight, restored, stored
@@ -118,7 +118,7 @@ class Entry:
     Attributes:
         step: 1 for the first.
         parent: SHA-256 of the previous file's bytes, None for the first.
-        action: one of `ledger_schema.ACTIONS`.
+        action: one of `ledger.schema.ACTIONS`.
         subjects: names of the models the action added, removed or ordered; of "replace" the old and the new one; of
             "rebase" the new base.
         how: one line on how the result was computed.

@@ -1,0 +1,1 @@
+"""What happened: entries, a merge that exists, its history, differences, and the card."""
