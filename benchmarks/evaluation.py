@@ -125,8 +125,8 @@ def _make(folder: Path, count: int, size: dict[str, int]) -> Path:
 
 def _ours(folder: Path, suite: Path) -> Callable[[], float]:
     """Gives the accuracy of a model in memory; rows are loaded and tokenised when it is first called."""
+    from hfmerge.evaluation.evaluator import Evaluator, Settings
     from hfmerge.evaluation.models import subject_in_memory
-    from hfmerge.evaluation.running import Evaluator, Settings
     from hfmerge.evaluation.suite import load_suite
 
     evaluator = Evaluator(load_suite(suite), Settings(cache=False, batch_size=BATCH, device="cpu"))

@@ -37,10 +37,10 @@ if TYPE_CHECKING:
     from hfmerge.engine.plan import Plan
     from hfmerge.errors import HfMergeError, RecipeError
     from hfmerge.evaluation.checking import Behaviour
+    from hfmerge.evaluation.evaluator import Settings
+    from hfmerge.evaluation.inspection.inspection import Inspection
     from hfmerge.evaluation.results import Matrix, Score
-    from hfmerge.evaluation.running import Settings
     from hfmerge.evaluation.suite import Suite, load_suite
-    from hfmerge.inspecting import Inspection
     from hfmerge.ledger.diff import Difference
     from hfmerge.ledger.log import Step
     from hfmerge.publish import Pushed
@@ -83,13 +83,13 @@ _HOMES = {
         "Matrix",
         "Score",
     ),
-    "hfmerge.evaluation.running": ("Settings",),
+    "hfmerge.evaluation.evaluator": ("Settings",),
     "hfmerge.evaluation.suite": (
         "load_suite",
         "Suite",
     ),
     "hfmerge.publish": ("Pushed",),
-    "hfmerge.inspecting": ("Inspection",),
+    "hfmerge.evaluation.inspection.inspection": ("Inspection",),
     "hfmerge.recipe.learning": ("Learning",),
     "hfmerge.engine.planner": ("Plan",),
     "hfmerge.purging": (

@@ -57,10 +57,10 @@ from hfmerge.verifying import Report, verify_merge
 
 if TYPE_CHECKING:
     from hfmerge.evaluation.checking import Behaviour
+    from hfmerge.evaluation.evaluator import Settings
+    from hfmerge.evaluation.inspection.inspection import Inspection
     from hfmerge.evaluation.results import Matrix
-    from hfmerge.evaluation.running import Settings
     from hfmerge.evaluation.suite import Suite
-    from hfmerge.inspecting import Inspection
 
 
 def plan(recipe: Recipe | str | Path) -> Plan:
@@ -605,7 +605,7 @@ def inspect(
     Raises:
         RecipeError: as for `plan`. HfMergeError: see `hfmerge.errors`.
     """
-    from hfmerge.inspecting import inspect_models
+    from hfmerge.evaluation.inspection.inspection import inspect_models
 
     with processes() as ranks:
         if not isinstance(models, Recipe) and not str(models).endswith((".yaml", ".yml")):
@@ -644,7 +644,7 @@ def evaluate(
         RecipeError: all problems of the suite. HeadError: a model has no head for a task.
         SourceError: a model or data set cannot be reached or read.
     """
-    from hfmerge.evaluation.running import evaluate_suite
+    from hfmerge.evaluation.evaluator import evaluate_suite
 
     with processes() as ranks:
         return evaluate_suite(

@@ -19,6 +19,7 @@ from hfmerge.engine.plan import Plan
 from hfmerge.engine.ranks import Ranks
 from hfmerge.engine.storage import find_disks, own_params
 from hfmerge.errors import HfMergeError, LedgerError, OfflineError, OutputError, PushError
+from hfmerge.evaluation.plots.embedding import FIGURES, drawn
 from hfmerge.hashing import sha256_bytes
 from hfmerge.hub.client import hub_api, hub_errors, patiently
 from hfmerge.hub.commits import commit_once, moved, upload
@@ -33,7 +34,6 @@ from hfmerge.ledger.log import commit_of
 from hfmerge.ledger.removal import parts
 from hfmerge.ledger.repository import ledger_in, noted_places, open_merged
 from hfmerge.ledger.seen import remember_steps, repository_place
-from hfmerge.pictures.embedding import FIGURES, drawn
 from hfmerge.targets import (
     Destination,
     Target,

@@ -19,6 +19,7 @@ from hfmerge.engine.executor import Outcome
 from hfmerge.engine.plan import Plan
 from hfmerge.engine.run_files import STATE_FOLDER
 from hfmerge.errors import HfMergeError, LedgerError, OutputError
+from hfmerge.evaluation.plots.embedding import FIGURES, drawn, embed_learning
 from hfmerge.hub.download import fetch, pin
 from hfmerge.hub.reference import Place
 from hfmerge.ledger.card import FILE, card_facts, card_pointer, combine_cards, licence_note, parse_card, render_card
@@ -26,7 +27,6 @@ from hfmerge.ledger.card_sections import PREFIX, with_part, without_scores
 from hfmerge.ledger.entry import Entry, Material, same_prefix, settings_of
 from hfmerge.ledger.repository import Merged, ledger_in, parts_of, state_path
 from hfmerge.methods import AdditiveFold
-from hfmerge.pictures.embedding import FIGURES, drawn, embed_learning
 from hfmerge.recipe.weights import Weight
 from hfmerge.validation.folders import SPECIAL, TOOLS
 from hfmerge.validation.limits import CARD_BYTES

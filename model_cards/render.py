@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from hfmerge.engine.plan import KeptState
+from hfmerge.evaluation.plots import draw_all
+from hfmerge.evaluation.plots.embedding import CAPTIONS, FIGURES, figures_text
 from hfmerge.evaluation.report import card_with_results
 from hfmerge.evaluation.results import load_results
 from hfmerge.hashing import sha256_bytes
@@ -21,8 +23,6 @@ from hfmerge.hub.reference import parse_ref
 from hfmerge.ledger.card import card_facts, render_card
 from hfmerge.ledger.card_sections import with_part
 from hfmerge.ledger.entry import Entry, Material, settings_of
-from hfmerge.pictures import draw_all
-from hfmerge.pictures.embedding import CAPTIONS, FIGURES, figures_text
 from hfmerge.recipe.recipe import Recipe, load_recipe
 from hfmerge.recipe.weights import Weight
 

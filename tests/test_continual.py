@@ -14,7 +14,7 @@ from hfmerge.evaluation import continual_metrics as metrics
 from hfmerge.evaluation.continual_asked import Variant, check_variants, orders, pair, sweep
 from hfmerge.evaluation.continual_measures import PeakMemory
 from hfmerge.evaluation.continual_report import to_markdown
-from hfmerge.evaluation.running import Evaluator
+from hfmerge.evaluation.evaluator import Evaluator
 from hfmerge.evaluation.suite import Suite, Task, load_suite
 from hfmerge.evaluation.weight_distance import distance
 from hfmerge.recipe.recipe import load_recipe

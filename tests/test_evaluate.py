@@ -17,7 +17,7 @@ import hfmerge
 from hfmerge.errors import HeadError, HfMergeError, NotFoundError, SourceError, UnsupportedError
 from hfmerge.evaluation import loading, models
 from hfmerge.evaluation.batches import cut
-from hfmerge.evaluation.running import Evaluator, Settings
+from hfmerge.evaluation.evaluator import Evaluator, Settings
 from hfmerge.evaluation.suite import load_suite
 
 

@@ -13,7 +13,7 @@ from huggingface_hub import HfApi
 
 import hfmerge
 from hfmerge.errors import HfMergeError
-from hfmerge.evaluation.running import Settings
+from hfmerge.evaluation.evaluator import Settings
 from hfmerge.hubserver.serve import HubServer
 
 

@@ -21,8 +21,8 @@ from PIL import Image
 
 import hfmerge
 from hfmerge.errors import HeadError, HfMergeError
+from hfmerge.evaluation.evaluator import Settings
 from hfmerge.evaluation.processors import decode_image
-from hfmerge.evaluation.running import Settings
 
 
 FRESH = Settings(cache=False, batch_size=3)

@@ -28,8 +28,8 @@ import hfmerge
 from hfmerge.errors import AccessError, HfMergeError, NotFoundError, PushError, UnsupportedError
 from hfmerge.evaluation.continual import Experiment, run_continual
 from hfmerge.evaluation.continual_asked import Variant
+from hfmerge.evaluation.evaluator import Settings
 from hfmerge.evaluation.report import push_results, write_results
-from hfmerge.evaluation.running import Settings
 from hfmerge.evaluation.suite import Suite, load_suite, ready_suites
 from hfmerge.hubserver.importer import import_folder
 from hfmerge.hubserver.serve import HubServer
@@ -166,7 +166,7 @@ OFFLINE = """
 import json, sys
 import hfmerge
 from hfmerge.errors import OfflineError
-from hfmerge.evaluation.running import Settings
+from hfmerge.evaluation.evaluator import Settings
 matrix = hfmerge.evaluate(["tests/heat-one"], sys.argv[1], settings=Settings(cache=False))
 try:
     hfmerge.evaluate(["tests/heat-one"], sys.argv[2])

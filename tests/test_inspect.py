@@ -9,11 +9,11 @@ import tiny
 import torch
 
 import hfmerge
-from hfmerge import measuring
 from hfmerge.errors import NonFiniteError, RecipeError
-from hfmerge.inspecting import by_layer
+from hfmerge.evaluation.inspection import statistics
+from hfmerge.evaluation.inspection.inspection import by_layer
+from hfmerge.evaluation.inspection.statistics import Measured
 from hfmerge.ledger.repository import open_merged
-from hfmerge.measuring import Measured
 from hfmerge.methods.opcm import OPCM
 from hfmerge.recipe.recipe import MethodChoice, ModelEntry, Recipe
 from hfmerge.task_vector import Dense
@@ -129,8 +129,8 @@ def test_factors_give_what_their_products_give(tmp_path: Path) -> None:
 def test_reading_in_pieces_changes_nothing(full: tuple[Path, list[Path]], monkeypatch: pytest.MonkeyPatch) -> None:
     base, models = full
     whole = hfmerge.inspect(recipe(base, models)).to_dict()
-    monkeypatch.setattr(measuring, "HELD", 100)
-    monkeypatch.setattr(measuring, "TILE", 40)
+    monkeypatch.setattr(statistics, "HELD", 100)
+    monkeypatch.setattr(statistics, "TILE", 40)
     pieces = hfmerge.inspect(recipe(base, models)).to_dict()
     del whole["seconds"], pieces["seconds"]
     assert pieces == whole

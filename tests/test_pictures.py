@@ -11,12 +11,12 @@ from huggingface_hub import HfApi
 
 import hfmerge
 from hfmerge.errors import HfMergeError, LedgerError, OutputError
+from hfmerge.evaluation.plots import draw_all
+from hfmerge.evaluation.plots.embedding import embed
+from hfmerge.evaluation.plots.style import short_names
 from hfmerge.hubserver.serve import HubServer
 from hfmerge.ledger.card import BEGIN
 from hfmerge.ledger.card_sections import files_in, part, with_part
-from hfmerge.pictures import draw_all
-from hfmerge.pictures.embedding import embed
-from hfmerge.pictures.style import short_names
 from hfmerge.recipe.recipe import MethodChoice, ModelEntry, Recipe
 
 

@@ -47,10 +47,10 @@ def _continual(args: argparse.Namespace) -> int:
     from hfmerge.evaluation.continual import Experiment, run_continual
     from hfmerge.evaluation.continual_asked import sweep
     from hfmerge.evaluation.continual_report import save_continual, to_markdown
-    from hfmerge.evaluation.running import Settings
+    from hfmerge.evaluation.evaluator import Settings
+    from hfmerge.evaluation.plots import draw_all
+    from hfmerge.evaluation.plots.style import styled
     from hfmerge.evaluation.suite import load_suite
-    from hfmerge.pictures import draw_all
-    from hfmerge.pictures.style import styled
     from hfmerge.recipe.recipe import load_recipe
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:

@@ -57,8 +57,8 @@ def _evaluate(args: argparse.Namespace) -> int:
     if args.quiet:
         os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
     from hfmerge import api
+    from hfmerge.evaluation.evaluator import Settings
     from hfmerge.evaluation.results import save_results
-    from hfmerge.evaluation.running import Settings
     from hfmerge.targets import admit_card
 
     if args.push and first_process():
@@ -126,7 +126,7 @@ def _suites(args: argparse.Namespace) -> int:
 
 
 def _pin(args: argparse.Namespace) -> int:
-    from hfmerge.evaluation.pinning import pinned_suite, suite_text
+    from hfmerge.evaluation.data import pinned_suite, suite_text
     from hfmerge.evaluation.suite import load_suite
 
     suite = pinned_suite(load_suite(args.pin))

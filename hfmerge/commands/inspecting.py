@@ -25,7 +25,7 @@ from hfmerge.validation.strict_json import read_json_file
 
 
 if TYPE_CHECKING:
-    from hfmerge.inspecting import Inspection, Part, Square
+    from hfmerge.evaluation.inspection.inspection import Inspection, Part, Square
     from hfmerge.recipe.recipe import Recipe
 
 
@@ -137,8 +137,8 @@ def _plot(args: argparse.Namespace) -> int:
 
 
 def _draw(results: Sequence[dict[str, Any]], folder: str | None, card: str | None, *, quiet: bool) -> int:
-    from hfmerge.pictures import draw_all
-    from hfmerge.pictures.embedding import embed
+    from hfmerge.evaluation.plots import draw_all
+    from hfmerge.evaluation.plots.embedding import embed
 
     written = [file for folder in [folder] if folder for file in draw_all(results, Path(folder))]
     if card is not None:
@@ -149,7 +149,7 @@ def _draw(results: Sequence[dict[str, Any]], folder: str | None, card: str | Non
 
 
 def _print(found: Inspection) -> None:
-    from hfmerge.pictures.style import short_names
+    from hfmerge.evaluation.plots.style import short_names
 
     names = [name[:16] for name in short_names(found.names)]
     say(f"base   {found.base}")

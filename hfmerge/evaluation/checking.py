@@ -15,9 +15,9 @@ from hfmerge.engine.options import DEFAULT, RunOptions
 from hfmerge.engine.plan import Plan
 from hfmerge.engine.ranks import Ranks
 from hfmerge.errors import HfMergeError
+from hfmerge.evaluation.evaluator import Evaluator, Settings
 from hfmerge.evaluation.models import Subject
 from hfmerge.evaluation.results import Matrix
-from hfmerge.evaluation.running import Evaluator, Settings
 from hfmerge.evaluation.suite import Suite, Task, load_suite
 from hfmerge.evaluation.weight_distance import distance, relative, same_weights
 from hfmerge.hub.download import fetch

@@ -29,12 +29,12 @@ from hfmerge.evaluation.continual_asked import Variant, arranged, check_variants
 from hfmerge.evaluation.continual_asked import orders as drawn_orders
 from hfmerge.evaluation.continual_measures import PeakMemory, identity, summed_up, values
 from hfmerge.evaluation.data import pin_data
+from hfmerge.evaluation.evaluator import Evaluator, Settings
+from hfmerge.evaluation.inspection.inspection import public_name
 from hfmerge.evaluation.results import Score
-from hfmerge.evaluation.running import Evaluator, Settings
 from hfmerge.evaluation.suite import Suite, load_suite
 from hfmerge.evaluation.weight_distance import distance, relative, same_weights
 from hfmerge.hashing import canonical_json, sha256_bytes
-from hfmerge.inspecting import public_name
 from hfmerge.ledger.repository import open_merged
 from hfmerge.methods import registry
 from hfmerge.methods.opcm import OPCM

@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hfmerge.errors import HfMergeError, Problem, RecipeError
+from hfmerge.evaluation.plots.style import short_names
 from hfmerge.evaluation.results import LOWER_IS_BETTER
 from hfmerge.evaluation.suite import Suite
 from hfmerge.methods import registry
-from hfmerge.pictures.style import short_names
 from hfmerge.recipe.overrides import apply_overrides
 from hfmerge.recipe.recipe import ModelEntry, Recipe
 from hfmerge.validation.values import show

@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from hfmerge.checkpoint.digests import folder_digest
 from hfmerge.errors import AccessError, HfMergeError, NotFoundError, OfflineError, SourceError, UnsupportedError
-from hfmerge.evaluation.suite import Task
+from hfmerge.evaluation.suite import Suite, Task
 from hfmerge.hashing import sha256_file
 from hfmerge.hub.client import hub_api, hub_errors, patiently
+from hfmerge.hub.download import pin
+from hfmerge.hub.reference import parse_ref
 from hfmerge.validation.folders import files_in
+from hfmerge.validation.strict_yaml import dump_yaml
 from hfmerge.validation.values import suggestion
 
 
@@ -204,3 +207,32 @@ def limited(task: Task, limit: int | None) -> Task:
     """The task with the smaller of its own limit and the run's."""
     limits = [value for value in (task.limit, limit) if value is not None]
     return dataclasses.replace(task, limit=min(limits)) if limits else task
+
+
+def pinned_suite(suite: Suite) -> Suite:
+    """The suite with commits; data sets that are files get their full path.
+
+    Raises:
+        HfMergeError: a data set or head that cannot be reached.
+    """
+    heads: dict[str, str] = {}
+    return dataclasses.replace(suite, tasks=tuple(_pinned(suite, task, heads) for task in suite.tasks))
+
+
+def suite_text(suite: Suite) -> str:
+    """The suite as the YAML that `suite.load_suite` reads."""
+    told: dict[str, Any] = {"description": suite.description} if suite.description else {}
+    return dump_yaml({"name": suite.name, **told, "tasks": [task.to_dict() for task in suite.tasks]})
+
+
+def _pinned(suite: Suite, task: Task, heads: dict[str, str]) -> Task:
+    dataset, head = task.dataset, task.head
+    if dataset:
+        found = pin_data(task, suite.folder)
+        dataset = f"{found.name}@{found.commit}" if found.path is None else str(found.path)
+    if head is not None:
+        if head not in heads:
+            places = [pin(place) for place in parse_ref(head)]
+            heads[head] = "+".join(f"{p.name}@{p.commit}" if p.commit else p.place.text for p in places)
+        head = heads[head]
+    return dataclasses.replace(task, dataset=dataset, head=head)

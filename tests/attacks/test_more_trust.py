@@ -17,7 +17,7 @@ from shell import upload
 
 import hfmerge
 from hfmerge.errors import HfMergeError, SourceError
-from hfmerge.evaluation.harness import mteb_score
+from hfmerge.evaluation.harnesses import mteb_score
 from hfmerge.evaluation.models import open_subject
 from hfmerge.evaluation.suite import Task
 from hfmerge.hashing import canonical_json, sha256_bytes, sha256_file

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from hfmerge.errors import HfMergeError
-from hfmerge.pictures.inspection import draw_inspection
-from hfmerge.pictures.learning import draw_learning
-from hfmerge.pictures.results import draw_continual, draw_evaluation
-from hfmerge.pictures.style import styled
+from hfmerge.evaluation.plots.inspection import draw_inspection
+from hfmerge.evaluation.plots.learning import draw_learning
+from hfmerge.evaluation.plots.results import draw_continual, draw_evaluation
+from hfmerge.evaluation.plots.style import styled
 
 
 Drawing = Callable[[Mapping[str, Any], Path], list[Path]]

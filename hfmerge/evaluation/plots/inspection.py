@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hfmerge.pictures.style import heatmap, lines, save, short_names
+from hfmerge.evaluation.plots.style import heatmap, lines, save, short_names
 
 
 def draw_inspection(data: Mapping[str, Any], folder: Path) -> list[Path]:

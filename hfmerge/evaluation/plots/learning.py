@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hfmerge.pictures.style import lines, save, short_names
+from hfmerge.evaluation.plots.style import lines, save, short_names
 
 
 def draw_learning(data: Mapping[str, Any], folder: Path) -> list[Path]:

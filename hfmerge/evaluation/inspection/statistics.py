@@ -15,7 +15,7 @@ from hfmerge.checkpoint.delta import DeltaReader
 from hfmerge.checkpoint.reader import Reader, Rows
 from hfmerge.checkpoint.vocabulary import extended_base
 from hfmerge.engine.plan import Param, Plan
-from hfmerge.spectra import Asked, Spectrum, take_apart
+from hfmerge.evaluation.inspection.spectra import Asked, Spectrum, take_apart
 from hfmerge.task_vector import LowRank, TaskVector
 
 

@@ -16,10 +16,10 @@ from hfmerge.engine.ranks import Ranks
 from hfmerge.errors import HeadError, HfMergeError
 from hfmerge.evaluation.batches import Runner
 from hfmerge.evaluation.data import DataPin, limited, pin_data
-from hfmerge.evaluation.kinds import Tasks
 from hfmerge.evaluation.models import Subject, open_subject
 from hfmerge.evaluation.results import Matrix, Score, TaskInfo
 from hfmerge.evaluation.suite import Suite, Task, load_suite
+from hfmerge.evaluation.tasks import Tasks
 
 
 VERSION = 1

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hfmerge.pictures.style import COLOURS, MARKERS, canvas, cut, heatmap, lines, save, short_names, title_of
+from hfmerge.evaluation.plots.style import COLOURS, MARKERS, canvas, cut, heatmap, lines, save, short_names, title_of
 
 
 def draw_evaluation(data: Mapping[str, Any], folder: Path) -> list[Path]:

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from hfmerge.errors import OutputError
+from hfmerge.evaluation.plots import draw_all
 from hfmerge.ledger.card import FILE
 from hfmerge.ledger.card_sections import files_in, part, with_part
 from hfmerge.ledger.entry import Entry
 from hfmerge.ledger.repository import open_merged
-from hfmerge.pictures import draw_all
 
 
 FIGURES = "figures"

@@ -25,10 +25,10 @@ from hfmerge.engine.planner import make_plan
 from hfmerge.engine.ranks import Ranks, shares
 from hfmerge.engine.threads import AHEAD, core_count, overlapped, resident_memory
 from hfmerge.errors import Problem, RecipeError
-from hfmerge.measuring import HELD, Changes, Measured, measure
+from hfmerge.evaluation.inspection.spectra import Asked, Spectrum
+from hfmerge.evaluation.inspection.statistics import HELD, Changes, Measured, measure
 from hfmerge.methods.opcm import OPCM
 from hfmerge.recipe.recipe import MethodChoice, Recipe
-from hfmerge.spectra import Asked, Spectrum
 
 
 SCHEMA = 1
@@ -93,7 +93,7 @@ class Inspection:
     warnings: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able, numbers to six digits; what `pictures` draws."""
+        """JSON-able, numbers to six digits; what `evaluation.plots` draws."""
         data = dataclasses.asdict(self)
         rounded: dict[str, Any] = {"kind": "inspection", "schema": SCHEMA, **_rounded(data)}
         return rounded

@@ -9,7 +9,7 @@ from hfmerge.errors import HeadError, HfMergeError
 from hfmerge.evaluation import classifying, language
 from hfmerge.evaluation.batches import Runner
 from hfmerge.evaluation.data import DataPin, load_rows
-from hfmerge.evaluation.harness import lm_eval_score, mteb_score
+from hfmerge.evaluation.harnesses import lm_eval_score, mteb_score
 from hfmerge.evaluation.labels import Answers, fits, head_rows, named_answers, numbered_answers, numbers
 from hfmerge.evaluation.metrics import METRICS, scored
 from hfmerge.evaluation.models import Subject, TaskHead

@@ -1,0 +1,1 @@
+"""How models relate before they are merged."""
