@@ -50,7 +50,7 @@ from hfmerge.targets import Destination
 
 
 if TYPE_CHECKING:
-    from hfmerge.learning.learned import Learned
+    from hfmerge.learning.learn import Learned
 
 NOTHING_KEPT = "--resume: what only goes to the Hub is not kept here; name an --output, or leave it out."
 
@@ -258,7 +258,7 @@ def weights_found(
     """
     if planned.recipe.learn is None:
         return planned, None
-    from hfmerge.learning.learned import learn
+    from hfmerge.learning.learn import learn
 
     return learn(
         planned, ranks, journal=place.journal, shelf=options.rows, opened=opened, action=action, notify=options.notify,

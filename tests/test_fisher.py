@@ -21,10 +21,10 @@ from hfmerge.hashing import sha256_file
 from hfmerge.hubserver.importer import import_folder
 from hfmerge.hubserver.serve import HubServer
 from hfmerge.learning.fisher import FISHER_ROWS, fisher, load_fisher, save_fisher
-from hfmerge.learning.replay.making import generate
-from hfmerge.learning.replay.rows import Replay, load_replay
+from hfmerge.learning.replay.dataset import Replay, load_replay
+from hfmerge.learning.replay.generate import generate
 from hfmerge.learning.space import Space
-from hfmerge.learning.students import Student, references, students
+from hfmerge.learning.student import Student, references, students
 from hfmerge.recipe.recipe import parse_recipe
 from hfmerge.recipe.replay import ReplayAsked
 from hfmerge.recipe.weights import weight_at

@@ -21,9 +21,9 @@ from hfmerge.engine.ranks import Ranks
 from hfmerge.errors import RecipeError
 from hfmerge.learning.optimise import Anchor, optimise
 from hfmerge.learning.progress import NOTHING
-from hfmerge.learning.replay.rows import load_replay
+from hfmerge.learning.replay.dataset import load_replay
 from hfmerge.learning.space import Space, group_of
-from hfmerge.learning.students import students
+from hfmerge.learning.student import students
 from hfmerge.ledger.entry import Entry
 from hfmerge.methods.gram import Gram
 from hfmerge.methods.isotropic import MdmOcIso
@@ -287,7 +287,7 @@ def test_a_few_labelled_rows(models: dict[str, Path], tmp_path: Path) -> None:
 def test_recomputed_activations_and_shared_rows_change_nothing(models: dict[str, Path]) -> None:
     plan = planned(models)
     asked = Learning(**{**QUICK, "replay": ReplayAsked(**FEW), "steps": 3})
-    from hfmerge.learning.learned import _rows
+    from hfmerge.learning.learn import _rows
 
     _, rows = _rows(plan, asked, {}, NOTHING, Ranks(), None, "cpu")
     found = []

@@ -19,7 +19,7 @@ from test_learning import QUICK, models, planned, recipe, record
 from hfmerge import merge
 from hfmerge.engine.ranks import Ranks
 from hfmerge.errors import HfMergeError, NonFiniteError
-from hfmerge.learning.learned import learn
+from hfmerge.learning.learn import learn
 from hfmerge.learning.optimise import memory_for
 from hfmerge.learning.progress import Progress
 from hfmerge.recipe.learning import Learning

@@ -21,9 +21,9 @@ from hfmerge.errors import HeadError, UnsupportedError
 from hfmerge.evaluation.models import open_subject
 from hfmerge.evaluation.suite import load_suite
 from hfmerge.learning.labelled import labelled_rows
-from hfmerge.learning.replay.making import generate
-from hfmerge.learning.replay.outputs import divergence
-from hfmerge.learning.replay.rows import Replay
+from hfmerge.learning.replay.dataset import Replay
+from hfmerge.learning.replay.generate import generate
+from hfmerge.learning.replay.targets import divergence
 from hfmerge.recipe.recipe import parse_recipe
 from hfmerge.recipe.replay import ReplayAsked
 from hfmerge.recipe.weights import PatternWeights

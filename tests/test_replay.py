@@ -25,10 +25,10 @@ from hfmerge.errors import (
 )
 from hfmerge.evaluation.models import Subject, open_subject
 from hfmerge.evaluation.processors import load_tokenizer
-from hfmerge.learning.replay.making import generate
-from hfmerge.learning.replay.outputs import divergence, token_targets
-from hfmerge.learning.replay.rows import Replay, load_replay, save_replay
-from hfmerge.learning.replay.searching import shared_out
+from hfmerge.learning.replay.dataset import Replay, load_replay, save_replay
+from hfmerge.learning.replay.generate import generate
+from hfmerge.learning.replay.search import shared_out
+from hfmerge.learning.replay.targets import divergence, token_targets
 from hfmerge.learning.replay.words import read_vocabulary
 from hfmerge.recipe.replay import GENERATORS, ReplayAsked, read_replay
 from hfmerge.validation.values import Section

@@ -143,7 +143,7 @@ def _never(left: Merged, device: str | None) -> Plan:
     plan = plan_replay(left, never=True)
     if plan.recipe.learn is None:
         return plan
-    from hfmerge.learning.learned import learn
+    from hfmerge.learning.learn import learn
 
     # replay rows are each model's own, and those that stay are kept
     return learn(plan, Ranks(), opened=left, device=device)[0]

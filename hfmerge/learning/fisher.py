@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hfmerge.learning.students import Student, parameters
+from hfmerge.learning.student import Student, parameters
 
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from hfmerge.evaluation.processors import (
     texts_of,
 )
 from hfmerge.evaluation.suite import Suite, Task
-from hfmerge.learning.replay.rows import Replay
+from hfmerge.learning.replay.dataset import Replay
 
 
 if TYPE_CHECKING:

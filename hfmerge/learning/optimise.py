@@ -13,10 +13,10 @@ from hfmerge.engine.ranks import Ranks
 from hfmerge.errors import NonFiniteError
 from hfmerge.hashing import sha256_bytes
 from hfmerge.learning.progress import NOTHING, Progress
+from hfmerge.learning.shared_encoder import Part
+from hfmerge.learning.shared_encoder import losses as together
 from hfmerge.learning.space import Space
-from hfmerge.learning.students import Student, parameters
-from hfmerge.learning.together import Part
-from hfmerge.learning.together import losses as together
+from hfmerge.learning.student import Student, parameters
 from hfmerge.recipe.learning import Learning
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from hfmerge.checkpoint.writer import disk_errors
 from hfmerge.errors import CorruptFileError
 from hfmerge.hashing import canonical_json, sha256_bytes
-from hfmerge.learning.replay.rows import Replay, load_replay, save_replay
+from hfmerge.learning.replay.dataset import Replay, load_replay, save_replay
 from hfmerge.recipe.replay import ReplayAsked
 from hfmerge.validation.limits import HEADER_BYTES, HEADER_VALUES
 from hfmerge.validation.strict_json import read_json_file

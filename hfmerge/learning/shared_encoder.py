@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hfmerge.learning.replay.outputs import divergence
-from hfmerge.learning.replay.rows import Replay
-from hfmerge.learning.students import Student, autocast
+from hfmerge.learning.replay.dataset import Replay
+from hfmerge.learning.replay.targets import divergence
+from hfmerge.learning.student import Student, autocast
 
 
 if TYPE_CHECKING:

@@ -21,10 +21,11 @@ from hfmerge.evaluation.processors import (
     load_tokenizer,
     longest,
 )
-from hfmerge.learning.replay import pictures, sampling
-from hfmerge.learning.replay.outputs import token_targets
-from hfmerge.learning.replay.rows import Replay
-from hfmerge.learning.replay.searching import search, shared_out
+from hfmerge.learning.replay import images as pictures
+from hfmerge.learning.replay import sampling
+from hfmerge.learning.replay.dataset import Replay
+from hfmerge.learning.replay.search import search, shared_out
+from hfmerge.learning.replay.targets import token_targets
 from hfmerge.learning.replay.words import Vocabulary, read_vocabulary
 from hfmerge.recipe.replay import ReplayAsked
 

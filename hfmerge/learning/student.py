@@ -14,8 +14,8 @@ from hfmerge.engine.plan import Plan
 from hfmerge.errors import HeadError, UnsupportedError
 from hfmerge.evaluation.models import Subject, kind_of, open_subject
 from hfmerge.hub.reference import Pinned
-from hfmerge.learning.replay.outputs import divergence
-from hfmerge.learning.replay.rows import Replay
+from hfmerge.learning.replay.dataset import Replay
+from hfmerge.learning.replay.targets import divergence
 
 
 if TYPE_CHECKING:

@@ -23,10 +23,10 @@ from hfmerge.learning.fisher import FISHER_ROWS, fisher, load_fisher, save_fishe
 from hfmerge.learning.labelled import labelled_rows, task_of
 from hfmerge.learning.optimise import Anchor, Found, memory_for, optimise
 from hfmerge.learning.progress import Progress
-from hfmerge.learning.replay.making import generate
-from hfmerge.learning.replay.rows import Replay, load_replay, save_replay
+from hfmerge.learning.replay.dataset import Replay, load_replay, save_replay
+from hfmerge.learning.replay.generate import generate
 from hfmerge.learning.space import Space
-from hfmerge.learning.students import Student, check_tokens, reference, references, students
+from hfmerge.learning.student import Student, check_tokens, reference, references, students
 from hfmerge.ledger.repository import Merged, state_path
 from hfmerge.methods.gram import Gram
 from hfmerge.methods.isotropic import MdmOcIso
