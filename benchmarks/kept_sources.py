@@ -16,7 +16,7 @@ from hfmerge.checkpoint.archive import read_manifest, unpack, write_archive
 from hfmerge.checkpoint.reader import Reader
 from hfmerge.engine.planner import make_plan
 from hfmerge.hashing import sha256_file
-from hfmerge.keeping import pairs_of
+from hfmerge.lifecycle.archive_write import pairs_of
 from hfmerge.recipe.recipe import parse_recipe
 
 

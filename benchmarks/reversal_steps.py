@@ -16,9 +16,9 @@ import transformers  # noqa: F401  # loaded before the clock starts
 
 from benchmarks.fold_adapters import bytes_read
 from hfmerge import add, merge, unmerge
-from hfmerge.changes import plan_add, plan_subtract, plan_unmerge
 from hfmerge.engine.planner import make_plan
 from hfmerge.ledger.repository import open_merged
+from hfmerge.lifecycle.changes import plan_add, plan_subtract, plan_unmerge
 from hfmerge.recipe.recipe import ModelEntry, parse_recipe
 
 

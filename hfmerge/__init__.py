@@ -32,23 +32,23 @@ if TYPE_CHECKING:
         unmerge_checked,
         verify,
     )
-    from hfmerge.certifying import Certificate
     from hfmerge.checkpoint.heads import load_with_head
     from hfmerge.engine.plan import Plan
     from hfmerge.errors import HfMergeError, RecipeError
-    from hfmerge.evaluation.checking import Behaviour
     from hfmerge.evaluation.evaluator import Settings
     from hfmerge.evaluation.inspection.inspection import Inspection
     from hfmerge.evaluation.results import Matrix, Score
     from hfmerge.evaluation.suite import Suite, load_suite
     from hfmerge.ledger.diff import Difference
     from hfmerge.ledger.log import Step
-    from hfmerge.publish import Pushed
-    from hfmerge.purging import Purged, PurgePlan
+    from hfmerge.lifecycle.certify import Certificate
+    from hfmerge.lifecycle.check_removal import Behaviour
+    from hfmerge.lifecycle.publish import Pushed
+    from hfmerge.lifecycle.purge import Purged, PurgePlan
+    from hfmerge.lifecycle.verify import Report
     from hfmerge.recipe.learning import Learning
     from hfmerge.recipe.recipe import MethodChoice, ModelEntry, Recipe, load_recipe
     from hfmerge.recipe.weights import PatternWeights
-    from hfmerge.verifying import Report
 
 _HOMES = {
     "hfmerge.api": (
@@ -71,14 +71,14 @@ _HOMES = {
         "unmerge_checked",
         "verify",
     ),
-    "hfmerge.certifying": ("Certificate",),
+    "hfmerge.lifecycle.certify": ("Certificate",),
     "hfmerge.checkpoint.heads": ("load_with_head",),
     "hfmerge.ledger.diff": ("Difference",),
     "hfmerge.errors": (
         "HfMergeError",
         "RecipeError",
     ),
-    "hfmerge.evaluation.checking": ("Behaviour",),
+    "hfmerge.lifecycle.check_removal": ("Behaviour",),
     "hfmerge.evaluation.results": (
         "Matrix",
         "Score",
@@ -88,11 +88,11 @@ _HOMES = {
         "load_suite",
         "Suite",
     ),
-    "hfmerge.publish": ("Pushed",),
+    "hfmerge.lifecycle.publish": ("Pushed",),
     "hfmerge.evaluation.inspection.inspection": ("Inspection",),
     "hfmerge.recipe.learning": ("Learning",),
     "hfmerge.engine.planner": ("Plan",),
-    "hfmerge.purging": (
+    "hfmerge.lifecycle.purge": (
         "Purged",
         "PurgePlan",
     ),
@@ -103,7 +103,7 @@ _HOMES = {
         "Recipe",
     ),
     "hfmerge.ledger.log": ("Step",),
-    "hfmerge.verifying": ("Report",),
+    "hfmerge.lifecycle.verify": ("Report",),
     "hfmerge.recipe.weights": ("PatternWeights",),
 }
 

@@ -12,9 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from hfmerge.admitting import admit_change, admit_merge
-from hfmerge.certifying import Certificate, given_certificate, make_certificate
-from hfmerge.changes import plan_add, plan_subtract, plan_unmerge
 from hfmerge.checkpoint.digests import Digester
 from hfmerge.engine.options import DEFAULT, Consent, RunOptions
 from hfmerge.engine.plan import Plan
@@ -28,15 +25,25 @@ from hfmerge.ledger.entry import Entry, recipe_of
 from hfmerge.ledger.log import Step, steps_of
 from hfmerge.ledger.removal import parts
 from hfmerge.ledger.repository import Merged, open_merged
-from hfmerge.nesting import find_removal, removed_already, without_parts
-from hfmerge.publish import Pushed, publish, push_folder, with_disks
-from hfmerge.purging import Purged, PurgePlan, purge
-from hfmerge.recipe.recipe import ModelEntry, Recipe
-from hfmerge.recording import adopt_card
-from hfmerge.repeating import added, finish, in_place, replaced
-from hfmerge.restoring import restore_step
-from hfmerge.revising import plan_rebase, plan_reorder, plan_replace, plan_without
-from hfmerge.running import (
+from hfmerge.lifecycle.admission import admit_change, admit_merge
+from hfmerge.lifecycle.certify import Certificate, given_certificate, make_certificate
+from hfmerge.lifecycle.changes import (
+    plan_add,
+    plan_rebase,
+    plan_reorder,
+    plan_replace,
+    plan_subtract,
+    plan_unmerge,
+    plan_without,
+)
+from hfmerge.lifecycle.nested import find_removal, removed_already, without_parts
+from hfmerge.lifecycle.publish import Pushed, publish, push_folder, with_disks
+from hfmerge.lifecycle.purge import Purged, PurgePlan, purge
+from hfmerge.lifecycle.push_target import Destination, admit, check_readers, destination, with_snapshots
+from hfmerge.lifecycle.record import adopt_card
+from hfmerge.lifecycle.repeat import added, finish, in_place, replaced
+from hfmerge.lifecycle.restore import restore_step
+from hfmerge.lifecycle.session import (
     NOTHING_KEPT,
     MergeResult,
     apply_change,
@@ -51,16 +58,16 @@ from hfmerge.running import (
     result_of,
     weights_found,
 )
-from hfmerge.targets import Destination, admit, check_readers, destination, with_snapshots
-from hfmerge.verifying import Report, verify_merge
+from hfmerge.lifecycle.verify import Report, verify_merge
+from hfmerge.recipe.recipe import ModelEntry, Recipe
 
 
 if TYPE_CHECKING:
-    from hfmerge.evaluation.checking import Behaviour
     from hfmerge.evaluation.evaluator import Settings
     from hfmerge.evaluation.inspection.inspection import Inspection
     from hfmerge.evaluation.results import Matrix
     from hfmerge.evaluation.suite import Suite
+    from hfmerge.lifecycle.check_removal import Behaviour
 
 
 def plan(recipe: Recipe | str | Path) -> Plan:
@@ -423,7 +430,7 @@ def unmerge_checked(
     Raises:
         HfMergeError: as `unmerge` and `evaluate`; or no task of the suite belongs to a removed model.
     """
-    from hfmerge.evaluation.checking import check_removal
+    from hfmerge.lifecycle.check_removal import check_removal
 
     names = [remove] if isinstance(remove, str) else list(remove)
     if create_pr and output is None:
@@ -465,7 +472,7 @@ def verify(
         trust_remote_code, allow_pickle: what a replay may do with the sources, as of `RunOptions`; without a replay
             nothing is run or unpickled.
         download: hash what the Hub serves, instead of believing the digests that it lists.
-        log: an append-only log (see `witness`) to check the history against; if all holds, a record is added.
+        log: an append-only log (see `lifecycle.witness`) to check the history against; if all holds, a record is added.
         accept_rewritten: take a history that is not the one seen before as the true one from now on.
 
     Raises:
@@ -506,7 +513,7 @@ def certify(
     allow_pickle: bool = False,
     log: str | Path | None = None,
 ) -> Certificate:
-    """Certify that a merge no longer holds a model: an in-toto statement in a DSSE envelope (see `certificate`).
+    """Certify that a merge no longer holds a model: an in-toto statement in a DSSE envelope (see `lifecycle.certificate`).
 
     Args:
         removed: the model, as the ledger names it.

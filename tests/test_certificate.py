@@ -24,14 +24,14 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 import hfmerge
-from hfmerge.certificate import check_signature, check_statement
-from hfmerge.dsse import Envelope, Signature
 from hfmerge.errors import CertificateError
 from hfmerge.hashing import canonical_json, sha256_file
 from hfmerge.ledger.entry import Entry, contained
 from hfmerge.ledger.removal import find_removed, parts
 from hfmerge.ledger.repository import open_merged
-from hfmerge.signers import PASSPHRASE, Trusted, allowed_signers, fingerprint, private_key, public_keys
+from hfmerge.lifecycle.certificate import check_signature, check_statement
+from hfmerge.lifecycle.dsse import Envelope, Signature
+from hfmerge.lifecycle.keys import PASSPHRASE, Trusted, allowed_signers, fingerprint, private_key, public_keys
 
 
 KEY = ed25519.Ed25519PrivateKey.from_private_bytes(bytes(range(32)))

@@ -19,7 +19,7 @@ from hfmerge.hubserver.importer import import_folder
 from hfmerge.hubserver.serve import HubServer
 from hfmerge.ledger.entry import Entry
 from hfmerge.ledger.repository import open_merged
-from hfmerge.nesting import find_removal
+from hfmerge.lifecycle.nested import find_removal
 
 
 MODELS = ("m0", "m1", "m2", "m3")

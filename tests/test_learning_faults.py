@@ -14,9 +14,9 @@ from test_replay import TOKENS, wordpieces
 
 from hfmerge import merge
 from hfmerge.errors import HeadError, HfMergeError, RecipeError, SourceError, UnsupportedError
+from hfmerge.lifecycle.session import MergeResult
 from hfmerge.recipe.recipe import parse_recipe
 from hfmerge.recipe.weights import weight_at
-from hfmerge.running import MergeResult
 
 
 LABELS = {"a": ["red", "green"], "b": ["x", "y", "z"]}

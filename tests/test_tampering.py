@@ -14,7 +14,7 @@ from hfmerge.errors import LedgerError
 from hfmerge.hashing import sha256_bytes
 from hfmerge.ledger.card import BEGIN
 from hfmerge.ledger.entry import Entry, check_chain
-from hfmerge.verifying import check_contents, verify_merge
+from hfmerge.lifecycle.verify import check_contents, verify_merge
 
 
 SMALL = {

@@ -20,7 +20,7 @@ from hfmerge.hub.reference import FileInfo, Pinned, Place
 from hfmerge.hubserver.importer import import_folder
 from hfmerge.hubserver.serve import HubServer
 from hfmerge.ledger.entry import Material
-from hfmerge.vanished import check_unchanged
+from hfmerge.lifecycle.missing_sources import check_unchanged
 
 
 @pytest.fixture(scope="module")

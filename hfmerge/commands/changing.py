@@ -11,7 +11,7 @@ from hfmerge.validation.quoting import say
 
 
 if TYPE_CHECKING:
-    from hfmerge.evaluation.checking import Behaviour
+    from hfmerge.lifecycle.check_removal import Behaviour
 
 
 def register(command: Command) -> None:

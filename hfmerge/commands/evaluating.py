@@ -59,7 +59,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     from hfmerge import api
     from hfmerge.evaluation.evaluator import Settings
     from hfmerge.evaluation.results import save_results
-    from hfmerge.targets import admit_card
+    from hfmerge.lifecycle.push_target import admit_card
 
     if args.push and first_process():
         admit_card(args.push, create_pr=args.create_pr)

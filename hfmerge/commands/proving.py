@@ -22,7 +22,7 @@ from hfmerge.validation.quoting import say, tell
 
 
 if TYPE_CHECKING:
-    from hfmerge.purging import PurgePlan
+    from hfmerge.lifecycle.purge import PurgePlan
 
 
 def register(command: Command) -> None:

@@ -20,14 +20,14 @@ from huggingface_hub import CommitOperationAdd, HfApi, constants, hf_hub_downloa
 from test_certificate import KEY, private_bytes, public_line
 
 import hfmerge
-from hfmerge import verifying
-from hfmerge.certificate import check_statement
-from hfmerge.dsse import Envelope, Signature
 from hfmerge.errors import LedgerError
 from hfmerge.hashing import canonical_json, sha256_bytes
 from hfmerge.hubserver.importer import import_folder
 from hfmerge.hubserver.serve import HubServer
 from hfmerge.ledger.repository import open_merged
+from hfmerge.lifecycle import verify
+from hfmerge.lifecycle.certificate import check_statement
+from hfmerge.lifecycle.dsse import Envelope, Signature
 
 
 REPO = "certs/merge"
@@ -229,7 +229,7 @@ def test_any_value_of_a_statement_is_replaced(made: Path) -> None:
 
 def test_any_value_of_the_log_is_replaced(made: Path, tmp_path: Path) -> None:
     """Somebody replaces any one value of a record by something odd: the error says which line it is."""
-    from hfmerge.witness import append, read_log
+    from hfmerge.lifecycle.witness import append, read_log
 
     merged, log = open_merged(str(made / "merged")), tmp_path / "log.jsonl"
     append(log, merged, "verified")
@@ -306,7 +306,7 @@ def test_a_file_of_the_cache_is_changed(published: str) -> None:
 def test_the_commit_is_named_though_the_branch_moves(published: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Somebody pushes while `verify` runs: all that is reported is of one commit, which is named in full."""
     before = str(HfApi().model_info(published).sha)
-    check = verifying.check_contents
+    check = verify.check_contents
 
     def moved(*given: Any, **named: Any) -> Any:
         spoilt = [CommitOperationAdd("config.json", b"{}"), CommitOperationAdd("merge_history/0003.json", b"{}")]
@@ -314,7 +314,7 @@ def test_the_commit_is_named_though_the_branch_moves(published: str, monkeypatch
         return check(*given, **named)
 
     with monkeypatch.context() as patch:
-        patch.setattr(verifying, "check_contents", moved)
+        patch.setattr(verify, "check_contents", moved)
         data = tiny.done("verify", published, "--json").json
     assert data["ok"] and data["commit"] == before and len(before) == 40
     assert not hfmerge.verify(published).ok
@@ -484,7 +484,7 @@ def test_a_torn_last_line_is_put_right(made: Path, tmp_path: Path) -> None:
 
 def test_writers_take_turns(made: Path, tmp_path: Path) -> None:
     """Many write to one log at one time: each record follows the one before, and none is lost."""
-    from hfmerge.witness import append, read_log
+    from hfmerge.lifecycle.witness import append, read_log
 
     merged, log = open_merged(str(made / "merged")), tmp_path / "log.jsonl"
 

@@ -1,6 +1,6 @@
 """Pictures in a merge's card: drawn into `figures/` and shown in a marked part of their own.
 
-The part is about the models in the merge, so the next `add` or `unmerge` leaves it out (see `recording`).
+The part is about the models in the merge, so the next `add` or `unmerge` leaves it out (see `lifecycle.record`).
 """
 
 from __future__ import annotations

@@ -21,8 +21,7 @@ from hfmerge.evaluation.processors import (
     load_tokenizer,
     longest,
 )
-from hfmerge.learning.replay import images as pictures
-from hfmerge.learning.replay import sampling
+from hfmerge.learning.replay import images, sampling
 from hfmerge.learning.replay.dataset import Replay
 from hfmerge.learning.replay.search import search, shared_out
 from hfmerge.learning.replay.targets import token_targets
@@ -171,8 +170,8 @@ class _Maker:
 
         asked = self._asked
         processor = load_images(find_place(self._places, IMAGE_FILES, "image processor", self._subject.info.label))
-        size = pictures.probe(processor)
-        values = pictures.noise(processor, size, asked.rows, self._random)
+        size = images.probe(processor)
+        values = images.noise(processor, size, asked.rows, self._random)
         goal = math.log(asked.confidence) if asked.confidence > 0 else float("-inf")
 
         def loss(logits: Tensor, wanted: Tensor) -> Tensor:
@@ -186,7 +185,7 @@ class _Maker:
             return torch.stack(self._runner.run([1] * len(pixels), work))
 
         if asked.generator != "noise" and self._steps:
-            values = pictures.convinced(
+            values = images.convinced(
                 self._model, values, shared_out(self._log_chances(seen(values))), size, loss, steps=self._steps,
                 batch_size=asked.batch_size, statistics=asked.generator == "statistics", generator=self._random,
                 tick=self._tick,
@@ -263,7 +262,7 @@ def _generator(asked: ReplayAsked, kind: str, model: PreTrainedModel, scores: st
     """The generator that is asked for, or the one that fits the model."""
     name = asked.chosen(kind)[0]
     image = kind == "image-classification"
-    normalised = image and bool(pictures.normalisations(model))
+    normalised = image and bool(images.normalisations(model))
     if asked.generator == "auto" and scores == "values":
         return "noise" if image else "unigram"
     if asked.generator == "auto" and normalised:

@@ -13,8 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hfmerge.admitting import admit_change, own_destination
-from hfmerge.changes import Change
 from hfmerge.checkpoint.digests import Digester
 from hfmerge.checkpoint.streaming.session import Streamed
 from hfmerge.engine.device import Device, device_for
@@ -27,17 +25,19 @@ from hfmerge.engine.ranks import Ranks
 from hfmerge.engine.storage import for_machines, stand_ins
 from hfmerge.engine.workspace import Workspace, full_disk, recover, workspace
 from hfmerge.errors import HfMergeError, OutputError, PushError
-from hfmerge.gap import gap_of
 from hfmerge.hub.download import pin
 from hfmerge.hub.reference import parse_ref
-from hfmerge.keeping import keep_sources
 from hfmerge.ledger.card import restrictive
 from hfmerge.ledger.entry import Entry
 from hfmerge.ledger.repository import Merged, note_places, open_merged
 from hfmerge.ledger.seen import follow, refuse_rewritten
-from hfmerge.publish import Pushed, publish, push_folder, with_disks
-from hfmerge.recipe.recipe import ModelEntry, Recipe, load_recipe
-from hfmerge.recording import (
+from hfmerge.lifecycle.admission import admit_change, own_destination
+from hfmerge.lifecycle.archive_write import keep_sources
+from hfmerge.lifecycle.changes import Change
+from hfmerge.lifecycle.gap import gap_of
+from hfmerge.lifecycle.publish import Pushed, publish, push_folder, with_disks
+from hfmerge.lifecycle.push_target import Destination
+from hfmerge.lifecycle.record import (
     adopt_card,
     keep_foreign_files,
     local_sources,
@@ -46,7 +46,7 @@ from hfmerge.recording import (
     record,
     refuse_unknown_files,
 )
-from hfmerge.targets import Destination
+from hfmerge.recipe.recipe import ModelEntry, Recipe, load_recipe
 
 
 if TYPE_CHECKING:

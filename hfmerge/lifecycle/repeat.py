@@ -10,7 +10,6 @@ import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from hfmerge.admitting import admit_change
 from hfmerge.checkpoint.describe import describe
 from hfmerge.checkpoint.digests import digests, folder_digest
 from hfmerge.engine.options import DEFAULT
@@ -22,11 +21,12 @@ from hfmerge.hub.download import pin
 from hfmerge.hub.reference import Place, parse_ref
 from hfmerge.ledger.entry import Material, contained
 from hfmerge.ledger.repository import Merged
-from hfmerge.publish import finish_push
+from hfmerge.lifecycle.admission import admit_change
+from hfmerge.lifecycle.publish import finish_push
+from hfmerge.lifecycle.push_target import Destination, require_writer
+from hfmerge.lifecycle.session import MergeResult, push_written
 from hfmerge.recipe.recipe import ModelEntry
 from hfmerge.recipe.weights import Weight
-from hfmerge.running import MergeResult, push_written
-from hfmerge.targets import Destination, require_writer
 
 
 def in_place(opened: Merged, output: str | Path | None, to: Destination | None) -> bool:

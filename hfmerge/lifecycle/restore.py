@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hfmerge.admitting import admit_change, own_destination
 from hfmerge.checkpoint.custom_code import listed_names
 from hfmerge.checkpoint.side_files import is_code
 from hfmerge.engine.options import RunOptions
@@ -29,11 +28,12 @@ from hfmerge.ledger.entry import ARCHIVES, Entry
 from hfmerge.ledger.log import commit_of
 from hfmerge.ledger.repository import Merged, known_places, note_places, noted_places, open_merged
 from hfmerge.ledger.seen import follow, refuse_rewritten
-from hfmerge.publish import Pushed, push_folder
-from hfmerge.recording import keep_foreign_files, readable_card, refuse_unknown_files, write_record
-from hfmerge.repeating import finish, in_place, restored
-from hfmerge.running import MergeResult, push_written
-from hfmerge.targets import Destination
+from hfmerge.lifecycle.admission import admit_change, own_destination
+from hfmerge.lifecycle.publish import Pushed, push_folder
+from hfmerge.lifecycle.push_target import Destination
+from hfmerge.lifecycle.record import keep_foreign_files, readable_card, refuse_unknown_files, write_record
+from hfmerge.lifecycle.repeat import finish, in_place, restored
+from hfmerge.lifecycle.session import MergeResult, push_written
 from hfmerge.user_files import private_file, private_folder
 
 

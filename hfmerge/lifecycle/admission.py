@@ -15,8 +15,8 @@ from hfmerge.hub.reference import parse_ref
 from hfmerge.ledger.entry import Entry, named
 from hfmerge.ledger.removal import Part, parts
 from hfmerge.ledger.repository import Merged, parts_of
+from hfmerge.lifecycle.push_target import Destination, admit, check_readers, with_snapshots
 from hfmerge.recipe.recipe import Recipe
-from hfmerge.targets import Destination, admit, check_readers, with_snapshots
 
 
 SNAPSHOT = "folder in a cache"

@@ -36,17 +36,17 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
-from hfmerge.dsse import IN_TOTO, Envelope
 from hfmerge.errors import CertificateError
 from hfmerge.hashing import canonical_json
 from hfmerge.ledger.entry import Entry
 from hfmerge.ledger.removal import Removal, find_removed
 from hfmerge.ledger.repository import Merged
-from hfmerge.signers import Trusted
+from hfmerge.lifecycle.dsse import IN_TOTO, Envelope
+from hfmerge.lifecycle.keys import Trusted
+from hfmerge.lifecycle.verify import WEIGHTS, Check
 from hfmerge.validation.limits import CERTIFICATE_BYTES, TEXT
 from hfmerge.validation.quoting import plain
 from hfmerge.validation.strict_json import read_json
-from hfmerge.verifying import WEIGHTS, Check
 from hfmerge.version import __version__
 
 

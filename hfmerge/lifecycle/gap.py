@@ -38,7 +38,7 @@ def _measured(exact: Plan, folder: Path) -> float:
     """`||theta' - theta|| / ||theta - theta_0||` over all parameters; merges again, without the models, for `theta`.
 
     The models that stay have the same weights in both, learned ones too: learned without the models that leave they
-    would be others (see `evaluation.checking.Behaviour`).
+    would be others (see `lifecycle.check_removal.Behaviour`).
 
     Args:
         exact: plan of the merge that never saw the models.

@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from hfmerge.changes import Change
 from hfmerge.checkpoint.archive import write_archive
 from hfmerge.checkpoint.delta import Delta
 from hfmerge.checkpoint.digests import folder_digest
@@ -29,7 +28,8 @@ from hfmerge.hub.reference import Place
 from hfmerge.hub.state_branch import STATE_BRANCH
 from hfmerge.ledger.entry import ARCHIVES, Material, archive_file
 from hfmerge.ledger.repository import Merged
-from hfmerge.recovering import archive_path
+from hfmerge.lifecycle.archive_restore import archive_path
+from hfmerge.lifecycle.changes import Change
 from hfmerge.user_files import private_file, private_folder
 
 

@@ -15,18 +15,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from hfmerge.changes import plan_replay
 from hfmerge.engine.environment import TOLERANCE, excuses, far_apart
 from hfmerge.engine.executor import Outcome, run
 from hfmerge.engine.options import RunOptions
 from hfmerge.engine.plan import Plan
 from hfmerge.errors import HfMergeError
-from hfmerge.gap import gap_of
 from hfmerge.hub.download import fetch
 from hfmerge.ledger.entry import Entry, Material
 from hfmerge.ledger.repository import Merged
+from hfmerge.lifecycle.changes import plan_replay
+from hfmerge.lifecycle.gap import gap_of
+from hfmerge.lifecycle.record import entry_of
 from hfmerge.methods import FoldMethod
-from hfmerge.recording import entry_of
 
 
 Verdict = Literal["ok", "approximate", "failed"]

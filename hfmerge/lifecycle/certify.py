@@ -8,8 +8,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hfmerge.certificate import check_signature, check_statement, statement_of
-from hfmerge.dsse import Envelope, Signature
 from hfmerge.engine.options import NO_CONSENT, Consent
 from hfmerge.engine.workspace import recover
 from hfmerge.errors import CertificateError, HfMergeError, VerificationError
@@ -18,11 +16,13 @@ from hfmerge.ledger.entry import short
 from hfmerge.ledger.removal import Part, Removal, check_no_copy, find_removed, parts
 from hfmerge.ledger.repository import Merged, open_merged
 from hfmerge.ledger.seen import acceptance, refuse_rewritten, remember
-from hfmerge.signers import Trusted, allowed_signers, fingerprint, private_key, public_keys
+from hfmerge.lifecycle.certificate import check_signature, check_statement, statement_of
+from hfmerge.lifecycle.dsse import Envelope, Signature
+from hfmerge.lifecycle.keys import Trusted, allowed_signers, fingerprint, private_key, public_keys
+from hfmerge.lifecycle.verify import Check, check_merged
+from hfmerge.lifecycle.witness import append, read_log
 from hfmerge.validation.limits import CERTIFICATE_BYTES
 from hfmerge.validation.strict_json import read_limited
-from hfmerge.verifying import Check, check_merged
-from hfmerge.witness import append, read_log
 
 
 if TYPE_CHECKING:

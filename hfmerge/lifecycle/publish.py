@@ -34,7 +34,7 @@ from hfmerge.ledger.log import commit_of
 from hfmerge.ledger.removal import parts
 from hfmerge.ledger.repository import ledger_in, noted_places, open_merged
 from hfmerge.ledger.seen import remember_steps, repository_place
-from hfmerge.targets import (
+from hfmerge.lifecycle.push_target import (
     Destination,
     Target,
     card_there,

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hfmerge.changes import Change
 from hfmerge.checkpoint.digests import folder_digest
 from hfmerge.checkpoint.side_files import is_asset
 from hfmerge.checkpoint.source import Source
@@ -26,6 +25,7 @@ from hfmerge.ledger.card import FILE, card_facts, card_pointer, combine_cards, l
 from hfmerge.ledger.card_sections import PREFIX, with_part, without_scores
 from hfmerge.ledger.entry import Entry, Material, same_prefix, settings_of
 from hfmerge.ledger.repository import Merged, ledger_in, parts_of, state_path
+from hfmerge.lifecycle.changes import Change
 from hfmerge.methods import AdditiveFold
 from hfmerge.recipe.weights import Weight
 from hfmerge.validation.folders import SPECIAL, TOOLS

@@ -27,9 +27,9 @@ from hfmerge.hub.state_branch import STATE_BRANCH
 from hfmerge.ledger.card import FILE, card_pointer
 from hfmerge.ledger.entry import Material, archive_file, reference, short
 from hfmerge.ledger.repository import Merged, check_folders, folders_of
+from hfmerge.lifecycle.missing_sources import lost_places, naming_vanished
 from hfmerge.user_files import home, private_folder
 from hfmerge.validation.folders import file_in
-from hfmerge.vanished import lost_places, naming_vanished
 
 
 @dataclasses.dataclass

@@ -18,8 +18,8 @@ from hfmerge.hub.privacy import WORDS, level_of, restricted, snapshot_of
 from hfmerge.ledger.card import FILE, parse_card
 from hfmerge.ledger.entry import FOLDER, Entry, check_chain, ledger_files
 from hfmerge.ledger.removal import Part
+from hfmerge.lifecycle.verify import LICENCES, WEIGHTS
 from hfmerge.validation.limits import CARD_BYTES
-from hfmerge.verifying import LICENCES, WEIGHTS
 
 
 CONFIGS = ("config.json", "adapter_config.json", "model_index.json", "params.json", "config.yaml")

@@ -17,8 +17,8 @@ from hfmerge.hub.client import hub_api, hub_errors, patiently
 from hfmerge.hub.state_branch import STATE_BRANCH, drop_states
 from hfmerge.ledger.entry import Entry
 from hfmerge.ledger.repository import Merged, open_merged
-from hfmerge.targets import require_writer
-from hfmerge.verifying import WEIGHTS, check_merged
+from hfmerge.lifecycle.push_target import require_writer
+from hfmerge.lifecycle.verify import WEIGHTS, check_merged
 
 
 BRANCHES = ("main", STATE_BRANCH)

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hfmerge.changes import plan_replay
 from hfmerge.engine.executor import run
 from hfmerge.engine.options import DEFAULT, RunOptions
 from hfmerge.engine.plan import Plan
@@ -24,7 +23,8 @@ from hfmerge.hub.download import fetch
 from hfmerge.hub.reference import Pinned
 from hfmerge.ledger.entry import Material, reference
 from hfmerge.ledger.repository import Merged, open_merged
-from hfmerge.running import MergeResult
+from hfmerge.lifecycle.changes import plan_replay
+from hfmerge.lifecycle.session import MergeResult
 
 
 ROWS = ("base", "before", "after", "never merged")

@@ -16,10 +16,10 @@ from hfmerge.errors import HfMergeError, LedgerError, NotFoundError
 from hfmerge.hub.reference import parse_ref
 from hfmerge.ledger.entry import Entry, Material, contained, named, reference, same_model
 from hfmerge.ledger.repository import Merged, open_merged
-from hfmerge.repeating import finish
-from hfmerge.running import MergeResult
-from hfmerge.targets import destination
-from hfmerge.verifying import left_behind
+from hfmerge.lifecycle.push_target import destination
+from hfmerge.lifecycle.repeat import finish
+from hfmerge.lifecycle.session import MergeResult
+from hfmerge.lifecycle.verify import left_behind
 
 
 class Unmerge(Protocol):

@@ -1,4 +1,4 @@
-"""Check a merge against its ledger: chain, digests of every file, card; on request a replay (see `replaying`).
+"""Check a merge against its ledger: chain, digests of every file, card; on request a replay (see `replay`).
 
 On the Hub the digests of weights are the LFS object IDs that it lists, so nothing large is downloaded, unless asked.
 """
@@ -29,15 +29,15 @@ from hfmerge.ledger.entry import ARCHIVES, FOLDER, Entry
 from hfmerge.ledger.removal import parts
 from hfmerge.ledger.repository import Merged, open_merged
 from hfmerge.ledger.seen import acceptance, acquaintance, remember, rewritten
+from hfmerge.lifecycle.witness import append, read_log
 from hfmerge.validation.folders import TOOLS
 from hfmerge.validation.limits import HEADER_VALUES, INDEX_BYTES
 from hfmerge.validation.strict_json import read_limited
 from hfmerge.validation.values import show
-from hfmerge.witness import append, read_log
 
 
 if TYPE_CHECKING:
-    from hfmerge.replaying import Verdict
+    from hfmerge.lifecycle.replay import Verdict
 
 LICENCES = "LICENSE.md"
 WEIGHTS = (
@@ -406,7 +406,7 @@ def left_behind(merged: Merged) -> list[Check]:
 
 def _replay(merged: Merged, device: str | None) -> list[Check]:
     """One check; of a replay that fails one for each thing that differs."""
-    from hfmerge.replaying import replay
+    from hfmerge.lifecycle.replay import replay
 
     verdict, lines = replay(merged, device)
     return [Check("replay", verdict == "ok", line, approximate=verdict == "approximate") for line in lines]
