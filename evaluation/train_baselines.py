@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from evaluation.import_bench import base_folder, labels_of, tasks_of
-from hfmerge.evaluation import continual_metrics as metrics
-from hfmerge.evaluation.continual_asked import orders
 from hfmerge.evaluation.results import table
+from hfmerge.experiments.continual import metrics
+from hfmerge.experiments.continual.config import orders
 from hfmerge.validation.quoting import Markdown
 
 

@@ -472,7 +472,7 @@ def verify(
         trust_remote_code, allow_pickle: what a replay may do with the sources, as of `RunOptions`; without a replay
             nothing is run or unpickled.
         download: hash what the Hub serves, instead of believing the digests that it lists.
-        log: an append-only log (see `lifecycle.witness`) to check the history against; if all holds, a record is added.
+        log: an append-only log (`lifecycle.witness`) to check the history against; if all holds, a record is added.
         accept_rewritten: take a history that is not the one seen before as the true one from now on.
 
     Raises:
@@ -513,7 +513,7 @@ def certify(
     allow_pickle: bool = False,
     log: str | Path | None = None,
 ) -> Certificate:
-    """Certify that a merge no longer holds a model: an in-toto statement in a DSSE envelope (see `lifecycle.certificate`).
+    """Certify that a merge no longer holds a model: an in-toto statement in an envelope (see `lifecycle.certificate`).
 
     Args:
         removed: the model, as the ledger names it.

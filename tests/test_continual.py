@@ -10,13 +10,13 @@ import torch
 
 import hfmerge
 from hfmerge.errors import HfMergeError, RecipeError
-from hfmerge.evaluation import continual_metrics as metrics
-from hfmerge.evaluation.continual_asked import Variant, check_variants, orders, pair, sweep
-from hfmerge.evaluation.continual_measures import PeakMemory
-from hfmerge.evaluation.continual_report import to_markdown
 from hfmerge.evaluation.evaluator import Evaluator
 from hfmerge.evaluation.suite import Suite, Task, load_suite
 from hfmerge.evaluation.weight_distance import distance
+from hfmerge.experiments.continual import metrics
+from hfmerge.experiments.continual.config import Variant, check_variants, orders, pair, sweep
+from hfmerge.experiments.continual.measures import PeakMemory
+from hfmerge.experiments.continual.report import to_markdown
 from hfmerge.recipe.recipe import load_recipe
 
 

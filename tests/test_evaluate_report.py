@@ -26,11 +26,11 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 
 import hfmerge
 from hfmerge.errors import AccessError, HfMergeError, NotFoundError, PushError, UnsupportedError
-from hfmerge.evaluation.continual import Experiment, run_continual
-from hfmerge.evaluation.continual_asked import Variant
 from hfmerge.evaluation.evaluator import Settings
 from hfmerge.evaluation.report import push_results, write_results
 from hfmerge.evaluation.suite import Suite, load_suite, ready_suites
+from hfmerge.experiments.continual.config import Variant
+from hfmerge.experiments.continual.run import Experiment, run_continual
 from hfmerge.hubserver.importer import import_folder
 from hfmerge.hubserver.serve import HubServer
 from hfmerge.ledger.card import parse_card

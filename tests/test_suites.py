@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from hfmerge.errors import HfMergeError, RecipeError
-from hfmerge.evaluation.continual_report import to_markdown
 from hfmerge.evaluation.metrics import METRICS, scored, wilson
 from hfmerge.evaluation.results import Matrix, ModelInfo, Score, TaskInfo, load_results
 from hfmerge.evaluation.suite import KINDS, load_suite, parse_suite, ready_suites
+from hfmerge.experiments.continual.report import to_markdown
 
 
 TASK = {"name": "a", "kind": "text-classification", "dataset": "org/data@abc", "text": "text", "label": "label"}

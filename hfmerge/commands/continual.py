@@ -44,13 +44,13 @@ def register(command: Command) -> None:
 
 
 def _continual(args: argparse.Namespace) -> int:
-    from hfmerge.evaluation.continual import Experiment, run_continual
-    from hfmerge.evaluation.continual_asked import sweep
-    from hfmerge.evaluation.continual_report import save_continual, to_markdown
     from hfmerge.evaluation.evaluator import Settings
     from hfmerge.evaluation.plots import draw_all
     from hfmerge.evaluation.plots.style import styled
     from hfmerge.evaluation.suite import load_suite
+    from hfmerge.experiments.continual.config import sweep
+    from hfmerge.experiments.continual.report import save_continual, to_markdown
+    from hfmerge.experiments.continual.run import Experiment, run_continual
     from hfmerge.recipe.recipe import load_recipe
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:

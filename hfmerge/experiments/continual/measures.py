@@ -9,8 +9,8 @@ from typing import Any
 
 from hfmerge.checkpoint.digests import digests, folder_digest
 from hfmerge.checkpoint.source import Source
-from hfmerge.evaluation import continual_metrics as metrics
 from hfmerge.evaluation.results import Score
+from hfmerge.experiments.continual import metrics
 
 
 def identity(source: Source) -> str:

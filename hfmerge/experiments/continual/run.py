@@ -24,16 +24,16 @@ from hfmerge.engine.environment import environment
 from hfmerge.engine.options import RunOptions
 from hfmerge.engine.plan import Plan
 from hfmerge.errors import HeadError
-from hfmerge.evaluation import continual_metrics as metrics
-from hfmerge.evaluation.continual_asked import Variant, arranged, check_variants, pair
-from hfmerge.evaluation.continual_asked import orders as drawn_orders
-from hfmerge.evaluation.continual_measures import PeakMemory, identity, summed_up, values
 from hfmerge.evaluation.data import pin_data
 from hfmerge.evaluation.evaluator import Evaluator, Settings
 from hfmerge.evaluation.inspection.inspection import public_name
 from hfmerge.evaluation.results import Score
 from hfmerge.evaluation.suite import Suite, load_suite
 from hfmerge.evaluation.weight_distance import distance, relative, same_weights
+from hfmerge.experiments.continual import metrics
+from hfmerge.experiments.continual.config import Variant, arranged, check_variants, pair
+from hfmerge.experiments.continual.config import orders as drawn_orders
+from hfmerge.experiments.continual.measures import PeakMemory, identity, summed_up, values
 from hfmerge.hashing import canonical_json, sha256_bytes
 from hfmerge.ledger.repository import open_merged
 from hfmerge.methods import registry

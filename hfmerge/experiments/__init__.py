@@ -1,0 +1,1 @@
+"""Experiments with merging, through the public verbs."""

@@ -1,0 +1,1 @@
+"""Continual merging, measured: models arrive one after another in several orders, and leave again."""
