@@ -221,7 +221,7 @@ def beside(folder: Path, calls: list[list[str]], **settings: int) -> tuple[tiny.
 
 def main() -> int:
     """Run commands beside the device; see the module."""
-    from hfmerge.cli import main as run
+    from hfmerge.cli.main import main as run
 
     at = sys.argv.index("--")
     for setting in sys.argv[2:at]:

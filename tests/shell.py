@@ -17,7 +17,7 @@ from hfmerge.hubserver.serve import HubServer
 
 LOOP = """
 import contextlib, io, json, sys, traceback
-from hfmerge.cli import main
+from hfmerge.cli.main import main
 for line in sys.stdin:
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

@@ -16,8 +16,8 @@ import hfmerge
 PACKAGE = Path(hfmerge.__file__).parent
 ROOT = PACKAGE.parent
 MOST = {
-    "modules directly under hfmerge/": 106,
-    "packages directly under hfmerge/": 8,
+    "modules directly under hfmerge/": 7,
+    "packages directly under hfmerge/": 13,
     "cycles of modules, imports for type checking counted": 0,
     "public names with two meanings": 54,
     "functions with more than 8 parameters": 22,
@@ -115,7 +115,7 @@ def flags_outside() -> int:
     count = 0
     for path, tree in TREES.items():
         inside = path.relative_to(PACKAGE).parts
-        if inside[0] in ("commands", "hubserver", "cli", "cli.py"):
+        if inside[0] in ("cli", "hubserver"):
             continue
         docs = {
             id(node.body[0].value)

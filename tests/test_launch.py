@@ -226,7 +226,7 @@ def test_the_process_group_ends_before_the_interpreter_does(owner: str) -> None:
 
 DYING = """
 import os, signal, sys, time
-from hfmerge.cli import main
+from hfmerge.cli.main import main
 from hfmerge.engine.tasks import Visit
 merge = Visit.merge
 def slow(self, *args, **options):
@@ -255,7 +255,7 @@ LATE = """
 import sys
 from datetime import timedelta
 from hfmerge import runtime
-from hfmerge.cli import main
+from hfmerge.cli.main import main
 runtime.ARRIVAL = timedelta(seconds=2)
 sys.exit(main(sys.argv[1:]))
 """

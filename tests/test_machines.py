@@ -25,7 +25,7 @@ WORKER = """
 import json, os, sys
 from pathlib import Path
 from hfmerge import publishing
-from hfmerge.cli import main
+from hfmerge.cli.main import main
 upload = publishing.upload_weights
 def told(folder, names, repo_id, **options):
     held = sorted(path.name for path in Path(folder).glob("*.safetensors"))

@@ -26,7 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hfmerge.cli import main
+from hfmerge.cli.main import main
 from hfmerge.hashing import sha256_file
 
 

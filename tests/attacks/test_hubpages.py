@@ -25,7 +25,7 @@ from hubserver.browser import browser
 from hubserver.harness import USERS, Answer, Hub, commit
 from hubserver.hostile import MARKDOWN, TEXTS, Checker, filled
 
-from hfmerge.cli import main
+from hfmerge.cli.main import main
 
 
 BROWSER = {"Accept": "text/html,*/*;q=0.8"}

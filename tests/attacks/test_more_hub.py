@@ -31,7 +31,7 @@ def test_ten_thousand_patterns(tmp_path: Path, pattern: str) -> None:
 PLOT = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
-from hfmerge.cli import main
+from hfmerge.cli.main import main
 sys.exit(main(sys.argv[1:]))
 """
 """The command line with a bound on memory, so that an attack that succeeds ends with an error."""

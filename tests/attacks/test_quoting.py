@@ -140,7 +140,7 @@ def test_names_from_folders_and_errors_are_one_line(merged: Path, tmp_path: Path
 
 def test_json_stays_json(merged: Path) -> None:
     """A delete character, which JSON allows as it is, must not break what machines read."""
-    from hfmerge.commands.shared import print_json
+    from hfmerge.cli.shared import print_json
 
     run = tiny.cli("history", merged / "out", "--json")
     assert run.json["entries"]

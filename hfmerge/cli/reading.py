@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from hfmerge.commands.shared import (
+from hfmerge.cli.shared import (
     Command,
     consent_flags,
     device_flag,

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from hfmerge.commands.shared import (
+from hfmerge.cli.shared import (
     Command,
     consent_flags,
     print_json,

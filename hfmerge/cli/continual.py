@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from hfmerge.commands.shared import Command, notify, print_json
+from hfmerge.cli.shared import Command, notify, print_json
 from hfmerge.errors import HfMergeError
 from hfmerge.validation.quoting import say
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from hfmerge.commands.shared import Command, change_arguments, change_flags, first_process, print_result
+from hfmerge.cli.shared import Command, change_arguments, change_flags, first_process, print_result
 from hfmerge.errors import HfMergeError
 from hfmerge.validation.quoting import say
 

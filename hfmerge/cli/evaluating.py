@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hfmerge.commands.shared import Command, first_process, print_json
+from hfmerge.cli.shared import Command, first_process, print_json
 from hfmerge.errors import HfMergeError
 from hfmerge.validation.quoting import say, tell
 

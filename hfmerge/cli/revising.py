@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from hfmerge.commands.shared import Command, change_arguments, change_flags, print_result
+from hfmerge.cli.shared import Command, change_arguments, change_flags, print_result
 
 
 def register(command: Command) -> None:

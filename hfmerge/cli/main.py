@@ -17,18 +17,8 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from hfmerge.commands import (
-    changing,
-    continual,
-    evaluating,
-    inspecting,
-    merging,
-    proving,
-    publishing,
-    reading,
-    revising,
-)
-from hfmerge.commands.shared import first_process, print_json
+from hfmerge.cli import changing, continual, evaluating, inspecting, merging, proving, publishing, reading, revising
+from hfmerge.cli.shared import first_process, print_json
 from hfmerge.errors import HfMergeError, LostProcessError
 from hfmerge.validation.quoting import say, tell
 from hfmerge.version import __version__

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hfmerge.commands.shared import (
+from hfmerge.cli.shared import (
     Command,
     consent_flags,
     first_process,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from hfmerge.commands.shared import Command, print_json, push_arguments, push_flags
+from hfmerge.cli.shared import Command, print_json, push_arguments, push_flags
 from hfmerge.validation.quoting import say, tell
 
 

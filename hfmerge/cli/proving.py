@@ -7,7 +7,7 @@ import dataclasses
 import sys
 from typing import TYPE_CHECKING
 
-from hfmerge.commands.shared import (
+from hfmerge.cli.shared import (
     Command,
     consent_flags,
     device_flag,
