@@ -6,18 +6,15 @@ Merging does not load what only evaluation and inspection need.
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from hfmerge.checkpoint.digests import Digester
 from hfmerge.engine.options import DEFAULT, Consent, RunOptions
 from hfmerge.engine.plan import Plan
 from hfmerge.engine.planner import make_plan
 from hfmerge.engine.ranks import Ranks, processes
-from hfmerge.engine.storage import for_machines
 from hfmerge.engine.workspace import recover
 from hfmerge.errors import LedgerError, OutputError, VerificationError
 from hfmerge.ledger.diff import Difference, compare
@@ -25,44 +22,22 @@ from hfmerge.ledger.entry import Entry, recipe_of
 from hfmerge.ledger.log import Step, steps_of
 from hfmerge.ledger.removal import parts
 from hfmerge.ledger.repository import Merged, open_merged
-from hfmerge.lifecycle.admission import admit_change, admit_merge
+from hfmerge.lifecycle.admission import admit_change
 from hfmerge.lifecycle.certify import Certificate, given_certificate, make_certificate
-from hfmerge.lifecycle.changes import (
-    plan_add,
-    plan_rebase,
-    plan_reorder,
-    plan_replace,
-    plan_subtract,
-    plan_unmerge,
-    plan_without,
-)
-from hfmerge.lifecycle.nested import find_removal, removed_already, without_parts
-from hfmerge.lifecycle.publish import Pushed, publish, push_folder, with_disks
+from hfmerge.lifecycle.job import ChangeOptions, Job, change_job, run_options
+from hfmerge.lifecycle.perform import perform
+from hfmerge.lifecycle.publish import Pushed, push_folder
 from hfmerge.lifecycle.purge import Purged, PurgePlan, purge
 from hfmerge.lifecycle.push_target import Destination, admit, check_readers, destination, with_snapshots
 from hfmerge.lifecycle.record import adopt_card
-from hfmerge.lifecycle.repeat import added, finish, in_place, replaced
-from hfmerge.lifecycle.restore import restore_step
-from hfmerge.lifecycle.session import (
-    NOTHING_KEPT,
-    MergeResult,
-    apply_change,
-    build,
-    device_of,
-    folder_for,
-    given_recipe,
-    opened_merge,
-    pinned_recipe,
-    pinned_ref,
-    push_written,
-    result_of,
-    weights_found,
-)
+from hfmerge.lifecycle.session import MergeResult, given_recipe, session
 from hfmerge.lifecycle.verify import Report, verify_merge
 from hfmerge.recipe.recipe import ModelEntry, Recipe
 
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from hfmerge.evaluation.evaluator import Settings
     from hfmerge.evaluation.inspection.inspection import Inspection
     from hfmerge.evaluation.results import Matrix
@@ -76,8 +51,8 @@ def plan(recipe: Recipe | str | Path) -> Plan:
     Raises:
         RecipeError: every problem of the recipe and its models at once.
     """
-    asked, origin = given_recipe(recipe)
-    return make_plan(asked, origin=origin)
+    given, origin = given_recipe(recipe)
+    return make_plan(given, origin=origin)
 
 
 def merge(
@@ -96,100 +71,49 @@ def merge(
     Args:
         recipe: a `Recipe` or the path of a YAML file.
         output, push_to, private: instead of the recipe's.
-        create_pr: publish as a pull request.
-        overwrite: replace in `push_to` what hfmerge did not make as part of this merge: a base or source, a model.
-        publish_private: names of inputs, private or gated or gone, of which the result may all the same go where more
-            people may read it (see `privacy`). Without, a new repository is private if an input is.
+        create_pr, overwrite, publish_private: see `ChangeOptions`.
         options: how the run uses the machine.
 
     Raises:
         HfMergeError: see `hfmerge.errors`; nothing half-written remains.
     """
-    asked, origin = given_recipe(recipe, options.consent)
-    target, repo_id = output or asked.output, push_to or asked.push_to
-    if target is None and repo_id is None:
-        raise OutputError(f"{origin}: says neither `output` nor `push_to`; name a folder or a repository.")
-    if target is None and options.resume:
-        raise OutputError(NOTHING_KEPT)
-    start = time.monotonic()
-    private = asked.private if private is None else private
+    given, origin = given_recipe(recipe, options.consent)
+    target = output or given.output
     to = destination(
-        repo_id, private=private, create_pr=create_pr, overwrite=overwrite, publish_private=publish_private
+        push_to or given.push_to,
+        private=given.private if private is None else private,
+        create_pr=create_pr,
+        overwrite=overwrite,
+        publish_private=publish_private,
     )
-    with processes() as ranks, Digester() as digester:
-        # one process hashes what is here while it plans; several share the hashing later
-        early = digester.start if ranks.world == 1 else None
-        ranks = with_disks(ranks, target, options.storage)
-        admit_merge(asked, to, ranks, options)
-        pinned = pinned_recipe(asked, ranks)
-        planned = ranks.each(partial(make_plan, pinned, origin=origin, on_source=early))
-        device = device_of(planned, ranks, options)
-        planned = for_machines(planned, ranks, device)
-        with folder_for(target, planned, ranks, device, replace=False, resume=options.resume) as place:
-            planned, learned = weights_found(planned, place, ranks, options)
-            entry, seconds, notes, outcome = build(
-                planned, place, ranks, None, None, digester, options, learned=learned
-            )  # fmt: skip
-            pushed = publish(planned, place.folder, ranks, to) if target is None and to else None
-        if target is not None and to is not None:
-            pushed = ranks.on_main(partial(push_written, Path(target), to))
-        return result_of(target, entry, planned, pushed, start, seconds, notes, world=ranks.world, outcome=outcome)
+    job = Job("merge", recipe=given, origin=origin, output=None if target is None else str(target), to=to)
+    return perform(job, options)
 
 
-def add(
-    merged: str | Path,
-    models: Sequence[str | ModelEntry],
-    *,
-    output: str | Path | None = None,
-    push_to: str | None = None,
-    create_pr: bool = False,
-    overwrite: bool = False,
-    publish_private: Sequence[str] = (),
-    sources: Mapping[str, str] | None = None,
-    stream: bool = False,
-    options: RunOptions = DEFAULT,
-) -> MergeResult:
+def add(merged: str | Path, models: Sequence[str | ModelEntry], **options: Unpack[ChangeOptions]) -> MergeResult:
     """Merge further models into an existing merge, continuing from its carried state.
 
     Args:
         merged: `org/name[@revision]` or a folder.
         models: references, or entries with a weight.
-        output: a new folder; without it a folder is replaced in one rename, and a Hub ID needs `push_to`.
-        push_to: repository; pushing to the merge's own guards against a concurrent push.
-        create_pr, overwrite, publish_private: as for `merge`.
-        sources: name of a model that was merged from a folder -> where that lies now.
-        stream: see `Recipe.stream`.
-        options: as for `merge`.
+        options: where the result goes and how the run uses the machine (see `ChangeOptions`).
 
     Raises:
         HfMergeError: see `hfmerge.errors`; the existing merge stays as it was.
     """
-    given = [m if isinstance(m, ModelEntry) else ModelEntry(m) for m in models]
-    to = destination(push_to, create_pr=create_pr, overwrite=overwrite, publish_private=publish_private)
-    with processes() as ranks:
-        opened = opened_merge(merged, sources, ranks, options)
-        entries = [ModelEntry(pinned_ref(entry.model, ranks), entry.weight) for entry in given]
-        if in_place(opened, output, to) and ranks.on_main(partial(added, opened, entries)):
-            return finish(opened, to, ranks)
-        make = partial(plan_add, opened, entries, stream=stream)
-        return apply_change(opened, make, ranks, output, to, options, new=[entry.model for entry in entries])
+    entries = tuple(model if isinstance(model, ModelEntry) else ModelEntry(model) for model in models)
+    job = change_job("add", merged, **options)
+    return perform(dataclasses.replace(job, models=entries), run_options(options))
 
 
 def unmerge(
     merged: str | Path,
     remove: str | Sequence[str],
     *,
-    output: str | Path | None = None,
-    push_to: str | None = None,
-    create_pr: bool = False,
-    overwrite: bool = False,
-    publish_private: Sequence[str] = (),
-    sources: Mapping[str, str] | None = None,
-    stream: bool = False,
     inner_to: str | None = None,
     mode: Literal["exact", "subtract"] = "exact",
     measure: bool = False,
-    options: RunOptions = DEFAULT,
+    **options: Unpack[ChangeOptions],
 ) -> MergeResult:
     """Take models out: the result has the bytes of the merge that never saw them.
 
@@ -197,64 +121,33 @@ def unmerge(
     on the branch of states, folders beside the merge's own, the tag. So do `add`, `replace` and `restore`.
 
     Args:
-        merged, output, push_to, create_pr, overwrite, publish_private, sources, stream, options: as for `add`.
+        merged, options: as for `add`.
+        remove: names as the ledger lists them; also of models within a merge that was merged, which is then merged
+            again without them and replaced.
+        inner_to: `org/name` or `./folder` for such an inner merge; None: a folder beside the result.
         mode: "subtract" is for methods whose result depends on the order: opcm and mdm_oc_subspace, of which nothing
             but the models that leave is read, and mdm_oc. It is approximate and no removal: what later models were
             projected off stays, and so do the models in the state and in the ledger, which records the gap.
         measure: of a subtraction, also merge again without the models, to measure the gap.
-        remove: names as the ledger lists them; also of models within a merge that was merged, which is then merged
-            again without them and replaced.
-        inner_to: `org/name` or `./folder` for such an inner merge; None: a folder beside the result.
 
     Raises:
         LedgerError: not in the merge, or nothing would be left. HfMergeError: see `hfmerge.errors`.
     """
-    names = [remove] if isinstance(remove, str) else list(remove)
-    to = destination(push_to, create_pr=create_pr, overwrite=overwrite, publish_private=publish_private)
     if measure and mode == "exact":
         raise LedgerError("unmerge: there is no gap to measure unless models are subtracted (mode: subtract).")
-    with processes() as ranks:
-        opened = opened_merge(merged, sources, ranks, options)
-        if mode == "subtract":
-            make = partial(plan_subtract, opened, names, measure=measure, stream=stream)
-            return apply_change(opened, make, ranks, output, to, options)
-        if in_place(opened, output, to) and removed_already(opened, names):
-            return finish(opened, to, ranks)
-        removal = find_removal(opened.last, names)
-        if not removal.within:
-            make = partial(plan_unmerge, opened, names, stream=stream)
-            return apply_change(opened, make, ranks, output, to, options, without=names)
-        admit_change(opened, to, ranks, options, without=names)()
-    inner = partial(
-        unmerge, stream=stream, overwrite=overwrite, publish_private=publish_private,
-        options=dataclasses.replace(options, resume=None),
-    )  # fmt: skip
-    folder = Path(output) if output is not None else opened.pinned.folder
-    gone, parts = without_parts(opened, removal, inner, inner_to=inner_to, folder=folder)
-    with processes() as ranks:
-        make = partial(plan_without, opened, gone, parts, removal.subjects, stream=stream)
-        return apply_change(opened, make, ranks, output, to, options, without=names, new=list(parts.values()))
+    names = (remove,) if isinstance(remove, str) else tuple(remove)
+    job = change_job("subtract" if mode == "subtract" else "unmerge", merged, **options)
+    job = dataclasses.replace(job, names=names, inner_to=inner_to, measure=measure)
+    return perform(job, run_options(options))
 
 
 def replace(
-    merged: str | Path,
-    old: str,
-    new: str,
-    *,
-    weight: float | None = None,
-    output: str | Path | None = None,
-    push_to: str | None = None,
-    create_pr: bool = False,
-    overwrite: bool = False,
-    publish_private: Sequence[str] = (),
-    sources: Mapping[str, str] | None = None,
-    stream: bool = False,
-    options: RunOptions = DEFAULT,
+    merged: str | Path, old: str, new: str, *, weight: float | None = None, **options: Unpack[ChangeOptions]
 ) -> MergeResult:
     """Put another model, or another revision, in the place of one: the bytes are those of the merge with it.
 
     Args:
-        merged, output, push_to, create_pr, overwrite, publish_private, sources, stream, options: as for `add`.
+        merged, options: as for `add`.
         old: name as the ledger lists it.
         new: reference.
         weight: of the new model; None: that of the old one.
@@ -262,101 +155,52 @@ def replace(
     Raises:
         LedgerError: not in the merge, or there already. HfMergeError: see `hfmerge.errors`; the merge stays as it was.
     """
-    to = destination(push_to, create_pr=create_pr, overwrite=overwrite, publish_private=publish_private)
-    with processes() as ranks:
-        opened = opened_merge(merged, sources, ranks, options)
-        ref = pinned_ref(new, ranks)
-        if in_place(opened, output, to) and ranks.on_main(partial(replaced, opened, old, ref, weight)):
-            return finish(opened, to, ranks)
-        make = partial(plan_replace, opened, old, ref, weight=weight, stream=stream)
-        return apply_change(opened, make, ranks, output, to, options, new=[ref], without=[old])
+    job = change_job("replace", merged, **options)
+    job = dataclasses.replace(job, names=(old,), models=(ModelEntry(new),), weight=weight)
+    return perform(job, run_options(options))
 
 
-def reorder(
-    merged: str | Path,
-    models: Sequence[str],
-    *,
-    output: str | Path | None = None,
-    push_to: str | None = None,
-    create_pr: bool = False,
-    overwrite: bool = False,
-    publish_private: Sequence[str] = (),
-    sources: Mapping[str, str] | None = None,
-    stream: bool = False,
-    options: RunOptions = DEFAULT,
-) -> MergeResult:
+def reorder(merged: str | Path, models: Sequence[str], **options: Unpack[ChangeOptions]) -> MergeResult:
     """Merge the same models in another order.
 
     Args:
-        merged, output, push_to, create_pr, overwrite, publish_private, sources, stream, options: as for `add`.
+        merged, options: as for `add`.
         models: names of all models, in the new order.
 
     Raises:
         LedgerError: a name is missing, twice, or not in the merge. HfMergeError: see `hfmerge.errors`.
     """
-    to = destination(push_to, create_pr=create_pr, overwrite=overwrite, publish_private=publish_private)
-    with processes() as ranks:
-        opened = opened_merge(merged, sources, ranks, options)
-        make = partial(plan_reorder, opened, models, stream=stream)
-        return apply_change(opened, make, ranks, output, to, options)
+    job = change_job("reorder", merged, **options)
+    return perform(dataclasses.replace(job, names=tuple(models)), run_options(options))
 
 
-def rebase(
-    merged: str | Path,
-    base: str,
-    *,
-    output: str | Path | None = None,
-    push_to: str | None = None,
-    create_pr: bool = False,
-    overwrite: bool = False,
-    publish_private: Sequence[str] = (),
-    sources: Mapping[str, str] | None = None,
-    stream: bool = False,
-    options: RunOptions = DEFAULT,
-) -> MergeResult:
+def rebase(merged: str | Path, base: str, **options: Unpack[ChangeOptions]) -> MergeResult:
     """Merge the same models on another base or another revision of it.
 
     Args:
-        merged, output, push_to, create_pr, overwrite, publish_private, sources, stream, options: as for `add`.
+        merged, options: as for `add`.
         base: reference.
 
     Raises:
         LedgerError: it is the base already. RecipeError: a model does not fit it.
     """
-    to = destination(push_to, create_pr=create_pr, overwrite=overwrite, publish_private=publish_private)
-    with processes() as ranks:
-        opened = opened_merge(merged, sources, ranks, options)
-        ref = pinned_ref(base, ranks)
-        make = partial(plan_rebase, opened, ref, stream=stream)
-        return apply_change(opened, make, ranks, output, to, options, base=ref)
+    job = change_job("rebase", merged, **options)
+    return perform(dataclasses.replace(job, base=base), run_options(options))
 
 
-def restore(
-    merged: str | Path,
-    step: int,
-    *,
-    output: str | Path | None = None,
-    push_to: str | None = None,
-    create_pr: bool = False,
-    overwrite: bool = False,
-    publish_private: Sequence[str] = (),
-    sources: Mapping[str, str] | None = None,
-    options: RunOptions = DEFAULT,
-) -> MergeResult:
+def restore(merged: str | Path, step: int, **options: Unpack[ChangeOptions]) -> MergeResult:
     """Go back to an earlier step: its files come from the Hub's history, and nothing is computed.
 
     Args:
-        merged, output, push_to, create_pr, overwrite, publish_private, sources, options: as for `add`; pushing to the
-            merge's own repository copies the files there, without downloading them.
+        merged, options: as for `add`; pushing to the merge's own repository copies the files there, without
+            downloading them. Nothing is streamed.
         step: number of the step.
 
     Raises:
         LedgerError: no such step, or no repository that still holds it.
     """
-    to = destination(push_to, create_pr=create_pr, overwrite=overwrite, publish_private=publish_private)
-    with processes() as ranks:
-        work = partial(restore_step, str(merged), step, output=output, to=to, sources=sources, options=options)
-        return ranks.on_main(work)
+    job = change_job("restore", merged, **options)
+    return perform(dataclasses.replace(job, step=step), run_options(options))
 
 
 def history(merged: str | Path) -> tuple[Step, ...]:
@@ -407,25 +251,17 @@ def unmerge_checked(
     remove: str | Sequence[str],
     suite: Suite | str | Path,
     *,
-    output: str | Path | None = None,
-    push_to: str | None = None,
-    create_pr: bool = False,
-    overwrite: bool = False,
-    publish_private: Sequence[str] = (),
-    sources: Mapping[str, str] | None = None,
-    stream: bool = False,
     mode: Literal["exact", "subtract"] = "exact",
     measure: bool = False,
     settings: Settings | None = None,
-    options: RunOptions = DEFAULT,
+    **options: Unpack[ChangeOptions],
 ) -> tuple[MergeResult, Behaviour]:
     """`unmerge`, with a suite's scores before and after, beside the base and the merge that never saw the models.
 
     Args:
+        merged, remove, mode, measure, options: as for `unmerge`.
         suite: one of whose tasks says that its head is that of a removed model.
         settings: of the evaluation.
-        merged, remove, output, push_to, create_pr, overwrite, publish_private, sources, stream, mode, measure,
-            options: as for `unmerge`.
 
     Raises:
         HfMergeError: as `unmerge` and `evaluate`; or no task of the suite belongs to a removed model.
@@ -433,16 +269,14 @@ def unmerge_checked(
     from hfmerge.lifecycle.check_removal import check_removal
 
     names = [remove] if isinstance(remove, str) else list(remove)
-    if create_pr and output is None:
+    if options.get("create_pr") and options.get("output") is None:
         raise OutputError("--check: a pull request cannot be scored; name an --output as well.")
-    change = partial(
-        unmerge, merged, names, output=output, push_to=push_to, create_pr=create_pr, overwrite=overwrite,
-        publish_private=publish_private, sources=sources, stream=stream, mode=mode, measure=measure, options=options,
-    )  # fmt: skip
-    opened = open_merged(str(merged), sources, options.consent)
-    to = destination(push_to, create_pr=create_pr, overwrite=overwrite, publish_private=publish_private)
-    admit_change(opened, to, Ranks(), options, without=names if mode == "exact" else ())()
-    return check_removal(opened, names, suite, change, settings, options)
+    run = run_options(options)
+    job = change_job("unmerge", merged, **options)
+    opened = open_merged(str(merged), job.sources, run.consent)
+    admit_change(opened, job.to, Ranks(), run, without=names if mode == "exact" else ())()
+    change = partial(unmerge, merged, names, mode=mode, measure=measure, **options)
+    return check_removal(opened, names, suite, change, settings, run)
 
 
 def verify(
@@ -614,18 +448,19 @@ def inspect(
     """
     from hfmerge.evaluation.inspection.inspection import inspect_models
 
-    with processes() as ranks:
+    with session(options) as here:
         if not isinstance(models, Recipe) and not str(models).endswith((".yaml", ".yml")):
-            ref = pinned_ref(str(models), ranks)
-            opened = ranks.each(lambda: open_merged(ref, sources))
-            asked, origin = recipe_of(opened.last, opened.refs, options.consent), opened.pinned.label
+            ref = here.pinned(str(models))
+            opened = here.each(lambda: open_merged(ref, sources))
+            recipe, origin = recipe_of(opened.last, opened.refs, options.consent), opened.pinned.label
             ran = opened.last.ran_code
         else:
-            asked, origin = given_recipe(models, options.consent)
-            asked, ran = pinned_recipe(asked, ranks), False
+            recipe, origin = given_recipe(models, options.consent)
+            recipe, ran = here.pinned_recipe(recipe), False
         return inspect_models(
-            asked, origin=origin, matrices=matrices, spectral=spectral, options=options, ranks=ranks, code_was_run=ran
-        )
+            recipe, origin=origin, matrices=matrices, spectral=spectral, options=options, ranks=here.ranks,
+            code_was_run=ran,
+        )  # fmt: skip
 
 
 def evaluate(

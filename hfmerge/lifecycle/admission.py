@@ -15,7 +15,9 @@ from hfmerge.hub.reference import parse_ref
 from hfmerge.ledger.entry import Entry, named
 from hfmerge.ledger.removal import Part, parts
 from hfmerge.ledger.repository import Merged, parts_of
+from hfmerge.lifecycle.job import Job
 from hfmerge.lifecycle.push_target import Destination, admit, check_readers, with_snapshots
+from hfmerge.lifecycle.session import Session
 from hfmerge.recipe.recipe import Recipe
 
 
@@ -23,14 +25,23 @@ SNAPSHOT = "folder in a cache"
 """Role of a repository that is read from a folder of its cache, which the ledger names as a folder."""
 
 
-def admit_merge(asked: Recipe, to: Destination | None, ranks: Ranks, options: RunOptions) -> None:
-    """Whether the result of a first merge may go where it is to be published (see `targets.admit`).
+def admit_job(job: Job, merged: Merged | None, here: Session) -> Callable[[], None]:
+    """Whether the result of a job may go where it is to be published (see `push_target.admit`).
+
+    Returns:
+        As of `admit_change`.
 
     Raises:
         PushError: it may not go there. OfflineError: the Hub cannot be reached.
     """
-    if to is not None:
-        ranks.on_main(partial(_admit_merge, asked, to, options))
+    if merged is None:
+        assert job.recipe is not None
+        if job.to is not None:
+            here.on_main(partial(_admit_merge, job.recipe, job.to, here.options))
+        return lambda: None
+    new = [model.model for model in job.models] + [ref for ref in job.parts.values() if ref is not None]
+    leaving = job.names if job.action in ("unmerge", "replace") else ()
+    return admit_change(merged, job.to, here.ranks, here.options, new=new, without=leaving, base=job.base)
 
 
 def _admit_merge(asked: Recipe, to: Destination, options: RunOptions) -> None:

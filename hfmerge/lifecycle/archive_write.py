@@ -53,20 +53,13 @@ class Wanted:
 
 
 def keep_sources(
-    planned: Plan,
-    folder: Path,
-    ranks: Ranks,
-    outcome: Outcome,
-    opened: Merged | None,
-    change: Change | None,
-    *,
-    stays: bool,
+    change: Change, folder: Path, ranks: Ranks, outcome: Outcome, opened: Merged | None, *, stays: bool
 ) -> tuple[tuple[str | None, ...], tuple[str, ...]]:
     """Write the copies of base and models into the output, divided among the processes that write to rank 0's disk.
 
     Args:
         folder: the output, on this process's disk.
-        opened, change: the merge it goes on from and how; None for a first merge.
+        change, opened: what was run, and the merge it goes on from; None for a first merge.
         stays: the result goes only to the repository that `opened` is, whose branch keeps the copies that it has.
 
     Returns:
@@ -76,18 +69,19 @@ def keep_sources(
     Raises:
         SourceError, OutputError: see `write_archive`.
     """
-    wanted = _wanted(planned, outcome, opened, change)
+    wanted = _wanted(change, outcome, opened)
     crew = ranks.on_disk(0)
     mine = [i for i in range(len(wanted)) if crew[i % len(crew)] == ranks.rank]
-    parts = ranks.together(lambda: _keep(planned, folder, wanted, mine, opened if stays else None, opened))
+    parts = ranks.together(lambda: _keep(change.plan, folder, wanted, mine, opened if stays else None, opened))
     found = {i: one for part in parts for i, one in part.items()}
     return tuple(found[i][0] for i in range(len(wanted))), tuple(note for _, note in found.values() if note)
 
 
-def _wanted(planned: Plan, outcome: Outcome, opened: Merged | None, change: Change | None) -> list[Wanted]:
+def _wanted(change: Change, outcome: Outcome, opened: Merged | None) -> list[Wanted]:
+    planned = change.plan
     deltas: list[Delta | None] = [None, *planned.deltas]
     held = [opened.last.base, *opened.last.models] if opened is not None else []
-    stay = (None, *(change.kept if change is not None else ()))
+    stay = (None, *change.kept)
     result: list[Wanted] = []
     for i, (delta, digests) in enumerate(zip(deltas, outcome.source_digests, strict=True)):
         source = planned.base if delta is None else delta.source

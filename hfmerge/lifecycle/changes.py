@@ -23,12 +23,12 @@ from hfmerge.lifecycle.missing_sources import check_unchanged
 from hfmerge.lifecycle.start_state import Start, starts
 from hfmerge.methods import FoldMethod, JointMethod, MergeMethod, registry
 from hfmerge.recipe.recipe import ModelEntry
-from hfmerge.recipe.weights import shown
+from hfmerge.recipe.weights import Weight, shown
 
 
 @dataclass(frozen=True)
 class Change:
-    """A planned change of a merge.
+    """What a job comes to: the plan for the executor, and what the ledger says of it.
 
     Attributes:
         action, subjects: as of a ledger entry.
@@ -44,6 +44,12 @@ class Change:
     kept: tuple[Material, ...]
     plan: Plan
     exact: Plan | None = None
+
+
+def first_merge(plan: Plan) -> Change:
+    """What a plan that changes no merge comes to."""
+    names = tuple(delta.source.name for delta in plan.deltas)
+    return Change("merge", names, f"merged {len(names)} models in order of arrival", (), plan)
 
 
 def plan_add(merged: Merged, models: Sequence[ModelEntry], *, stream: bool = False) -> Change:
@@ -264,7 +270,7 @@ def _how(last: Entry, start: Start | None, plan: Plan, method: type[MergeMethod]
     return f"continued from the kept state after model {held}; {later} of {total} models read"
 
 
-def plan_replace(merged: Merged, old: str, new: str, *, weight: float | None = None, stream: bool = False) -> Change:
+def plan_replace(merged: Merged, old: str, new: str, *, weight: Weight | None = None, stream: bool = False) -> Change:
     """Plan the merge with another model, or another revision, in the place of one that it holds.
 
     Args:

@@ -1,7 +1,8 @@
 """Merges of merges: a model that is inside a merge that was merged is taken out of that one first.
 
 The inner merge is unmerged as any other, into a folder or repository of its own, so that the outer merge's new source
-is again a merge with a ledger, pinned and readable by everybody who may replay the outer one.
+is again a merge with a ledger, pinned and readable by everybody who may replay the outer one. A removal from merges of
+merges is so a list of jobs: one for each inner merge, and then the outer one.
 """
 
 from __future__ import annotations
@@ -9,25 +10,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from hfmerge.engine.ranks import Ranks
 from hfmerge.errors import HfMergeError, LedgerError, NotFoundError
 from hfmerge.hub.reference import parse_ref
 from hfmerge.ledger.entry import Entry, Material, contained, named, reference, same_model
 from hfmerge.ledger.repository import Merged, open_merged
+from hfmerge.lifecycle.job import Job
 from hfmerge.lifecycle.push_target import destination
 from hfmerge.lifecycle.repeat import finish
-from hfmerge.lifecycle.session import MergeResult
 from hfmerge.lifecycle.verify import left_behind
-
-
-class Unmerge(Protocol):
-    """The public verb, as far as it is needed here."""
-
-    def __call__(
-        self, merged: str, remove: Sequence[str], *, output: str | None, push_to: str | None, inner_to: str | None
-    ) -> MergeResult: ...
 
 
 @dataclass(frozen=True)
@@ -85,62 +77,46 @@ def removed_already(opened: Merged, names: Sequence[str]) -> bool:
         return False
 
 
-def without_parts(
-    opened: Merged, removal: Removal, unmerge: Unmerge, *, inner_to: str | None, folder: Path | None
-) -> tuple[list[int], dict[int, str]]:
-    """Derive the inner merges again without what leaves them.
+def inner_jobs(job: Job, merged: Merged, removal: Removal) -> dict[int, Job | str | None]:
+    """What makes the inner merges anew, without what leaves them.
 
     Args:
-        opened: the outer merge.
-        unmerge: takes models out of one merge.
-        inner_to: `org/name` or `./folder` for the inner merge; None: a folder beside `folder`.
-        folder: where the outer merge's result goes; None: to the Hub only.
+        job: takes models out of the outer merge.
+        merged: the outer merge.
 
     Returns:
-        Indices of models that leave as a whole, merges of which nothing would be left among them; and index of a merge
-        -> reference of the one to take instead.
+        Place of an inner merge in the outer one -> a job; or the reference of what an earlier run made already; or
+        None, if nothing would be left of it.
 
     Raises:
         LedgerError: the inner merge, or what it was made of, cannot be read; says what is missing.
     """
-    gone, parts = list(removal.gone), {}
-    if inner_to is not None and len(removal.within) > 1:
-        names = ", ".join(opened.last.models[i].name for i in removal.within)
+    if job.inner_to is not None and len(removal.within) > 1:
+        names = ", ".join(merged.last.models[i].name for i in removal.within)
         raise LedgerError(f"--inner-to names one place, and {names} have to be merged again; take them one by one.")
-    for i, identities in removal.within.items():
-        ref = _without(opened, opened.last.models[i], identities, unmerge, inner_to, folder)
-        if ref is None:
-            gone.append(i)
-        else:
-            parts[i] = ref
-    return sorted(gone), parts
+    return {i: _inner_job(job, merged, i, identities) for i, identities in removal.within.items()}
 
 
-def _without(
-    opened: Merged,
-    model: Material,
-    identities: Sequence[str],
-    unmerge: Unmerge,
-    inner_to: str | None,
-    folder: Path | None,
-) -> str | None:
+def _inner_job(job: Job, merged: Merged, i: int, identities: Sequence[str]) -> Job | str | None:
+    model = merged.last.models[i]
     what = " and ".join(identity.rpartition("@")[0] for identity in identities)
     if model.ledger is None:
         raise LedgerError(
             f"{what}: lies in a merge beneath the adapter {model.label}; unmerge {model.name} as a whole."
         )
     try:
-        inner = open_merged(reference(model, opened.refs))
+        inner = open_merged(reference(model, merged.refs))
     except HfMergeError as error:
         raise LedgerError(
             f"{what}: is a part of the merge {model.label}, which cannot be read to take it out there: {error}"
         ) from error
     _check_is_its_ledger(inner, model, what)
     direct = find_removal(inner.last, identities)
-    rest = [one for i, one in enumerate(inner.last.models) if i not in direct.gone]
+    rest = [one for k, one in enumerate(inner.last.models) if k not in direct.gone]
     if not rest:
         return None
-    place = inner_to or _beside(folder, model, identities)
+    folder = Path(job.output) if job.output is not None else merged.pinned.folder
+    place = job.inner_to or _beside(folder, model, identities)
     if place is None:
         raise LedgerError(
             f"{what}: is a part of the merge {model.label}, which has to be merged again without it; say where that "
@@ -153,15 +129,18 @@ def _without(
                 if candidate == place and (later.pinned.folder is not None or left_behind(later)):
                     finish(later, destination(place) if later.pinned.commit else None, Ranks())
                 return f"{later.pinned.name}@{later.pinned.commit}" if later.pinned.commit else candidate
-    to_hub = parse_ref(place)[0].folder is None
-    try:
-        made = unmerge(
-            reference(model, opened.refs), identities, output=None if to_hub else place,
-            push_to=place if to_hub else None, inner_to=f"{place}-inner" if direct.within else None,
-        )  # fmt: skip
-    except HfMergeError as error:
-        raise LedgerError(f"{what}: cannot be taken out of {model.label}, in which it was merged: {error}") from error
-    return f"{made.pushed.repo_id}@{made.pushed.commit}" if made.pushed is not None else place
+    on_hub = parse_ref(place)[0].folder is None
+    return Job(
+        "unmerge",
+        merged=reference(model, merged.refs),
+        names=tuple(identities),
+        inner_to=f"{place}-inner" if direct.within else None,
+        output=None if on_hub else place,
+        to=destination(place, overwrite=job.overwrite, publish_private=job.publish_private) if on_hub else None,
+        overwrite=job.overwrite,
+        publish_private=job.publish_private,
+        stream=job.stream,
+    )
 
 
 def _check_is_its_ledger(inner: Merged, model: Material, what: str) -> None:

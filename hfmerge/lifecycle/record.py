@@ -35,12 +35,12 @@ from hfmerge.validation.values import plain_text
 
 
 def record(
-    planned: Plan,
+    change: Change,
     folder: Path,
     outcome: Outcome,
     opened: Merged | None,
-    change: Change | None,
     existing: str | None,
+    *,
     gap: Mapping[str, float] | None = None,
     copies: Sequence[str | None] = (),
     learned: Mapping[str, Any] | None = None,
@@ -49,7 +49,7 @@ def record(
 
     Args:
         folder: holds what the run wrote.
-        opened, change: the merge it goes on from and how; None for a first merge.
+        change, opened: what was run, and the merge it goes on from; None for a first merge.
         existing: card of that merge (see `readable_card`).
         gap: more scalars for the entry.
         learned: what the ledger records of learned weights, if they were.
@@ -61,10 +61,10 @@ def record(
     Raises:
         HfMergeError: transformers would not load the result whole.
     """
-    _check_loads(planned, folder)
+    _check_loads(change.plan, folder)
     notes: list[str] = []
-    entry = entry_of(planned, outcome, opened, change, notes, gap or {})
-    entry = _carry_states_over(entry, opened, folder, notes, only_last=_is_additive(planned))
+    entry = entry_of(change, outcome, opened, notes, gap or {})
+    entry = _carry_states_over(entry, opened, folder, notes, only_last=_is_additive(change.plan))
     if copies:
         base, *models = (
             dataclasses.replace(one, kept=kept) for one, kept in zip((entry.base, *entry.models), copies, strict=True)
@@ -140,22 +140,17 @@ def other_arithmetic(planned: Plan, opened: Merged | None, here: Mapping[str, An
 
 
 def entry_of(
-    planned: Plan,
-    outcome: Outcome,
-    opened: Merged | None,
-    change: Change | None,
-    notes: list[str],
-    gap: Mapping[str, float],
+    change: Change, outcome: Outcome, opened: Merged | None, notes: list[str], gap: Mapping[str, float]
 ) -> Entry:
     """The entry that a run is recorded with, but for states of earlier steps, kept copies and how it learned.
 
     Args:
-        opened, change: see `record`.
+        change, opened: see `record`.
         notes: takes warnings.
         gap: more scalars.
     """
     previous = opened.last if opened else None
-    kept = change.kept if change else ()
+    planned, kept = change.plan, change.kept
     start, recipe = planned.start, planned.recipe
     heads = {model: head for model, head in planned.heads}
     models = []
@@ -178,9 +173,9 @@ def entry_of(
     return Entry(
         step=previous.step + 1 if previous else 1,
         parent=previous.digest if previous else None,
-        action=change.action if change else "merge",
-        subjects=change.subjects if change else tuple(delta.source.name for delta in planned.deltas),
-        how=change.how if change else f"merged {len(models)} models in order of arrival",
+        action=change.action,
+        subjects=change.subjects,
+        how=change.how,
         base=base,
         models=tuple(models),
         method={

@@ -23,7 +23,7 @@ from hfmerge.errors import HfMergeError
 from hfmerge.hub.download import fetch
 from hfmerge.ledger.entry import Entry, Material
 from hfmerge.ledger.repository import Merged
-from hfmerge.lifecycle.changes import plan_replay
+from hfmerge.lifecycle.changes import first_merge, plan_replay
 from hfmerge.lifecycle.gap import gap_of
 from hfmerge.lifecycle.record import entry_of
 from hfmerge.methods import FoldMethod
@@ -102,7 +102,7 @@ def replay(merged: Merged, device: str | None = None) -> tuple[Verdict, list[str
         with tempfile.TemporaryDirectory(prefix="hfmerge-replay-") as name:
             folder = Path(name)
             outcome = run(plan, folder, options=RunOptions(device=device))
-            made = _beside(last, entry_of(plan, outcome, None, None, [], _gap(merged, plan, outcome, folder)))
+            made = _beside(last, entry_of(first_merge(plan), outcome, None, [], _gap(merged, plan, outcome, folder)))
             reasons = excuses(last.environment, made.environment)
             found = _compared(merged, made, folder, _bounds(plan, outcome), explained=bool(reasons))
     except HfMergeError as error:

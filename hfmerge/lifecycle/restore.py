@@ -29,6 +29,7 @@ from hfmerge.ledger.log import commit_of
 from hfmerge.ledger.repository import Merged, known_places, note_places, noted_places, open_merged
 from hfmerge.ledger.seen import follow, refuse_rewritten
 from hfmerge.lifecycle.admission import admit_change, own_destination
+from hfmerge.lifecycle.job import Job
 from hfmerge.lifecycle.publish import Pushed, push_folder
 from hfmerge.lifecycle.push_target import Destination
 from hfmerge.lifecycle.record import keep_foreign_files, readable_card, refuse_unknown_files, write_record
@@ -54,25 +55,14 @@ class Earlier:
     notes: tuple[str, ...]
 
 
-def restore_step(
-    merged: str,
-    step: int,
-    *,
-    output: str | Path | None,
-    to: Destination | None,
-    sources: Mapping[str, str] | None,
-    options: RunOptions,
-) -> MergeResult:
+def restore_step(job: Job, options: RunOptions) -> MergeResult:
     """Bring back the files of an earlier step, as a new step.
-
-    Args:
-        merged, output, sources, options: as for `api.add`.
-        step: its number.
-        to: where the result is published, if it is.
 
     Raises:
         LedgerError: no such step, or its files are nowhere any more. HfMergeError: see `hfmerge.errors`.
     """
+    assert job.merged is not None and job.step is not None
+    merged, step, output, to = job.merged, job.step, job.output, job.to
     start = time.monotonic()
     recover(merged)
     opened = open_merged(merged)
@@ -92,7 +82,7 @@ def restore_step(
         refuse_unknown_files(opened)
     earlier = find_earlier(opened, step, existing)
     _check_code(earlier, options)
-    places = _places(opened, earlier.entry, sources or {})
+    places = _places(opened, earlier.entry, job.sources)
     to = own_destination(opened, to) if to is not None else None
     if target is None and to is not None and to.repo_id.lower() == opened.pinned.name.lower():
         pushed: Pushed | None = _on_the_hub(opened, earlier, to)
