@@ -15,6 +15,24 @@ from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
 
+class Gate:
+    """Holds requests until it is opened.
+
+    Attributes:
+        reached: whether a request is held, or was.
+        opened: whether requests go on.
+    """
+
+    def __init__(self) -> None:
+        self.reached = threading.Event()
+        self.opened = threading.Event()
+
+    def hold(self) -> None:
+        """Called by the proxy for each request that is held; two minutes at most."""
+        self.reached.set()
+        self.opened.wait(120.0)
+
+
 @dataclass(frozen=True)
 class Fault:
     """What goes wrong with which requests.
@@ -26,6 +44,7 @@ class Fault:
         times: at most so many are hit.
         status: answered instead of asking the Hub, with `headers`.
         delay: seconds before the Hub is asked.
+        gate: holds the request before the Hub is asked.
         drop: the connection is closed without an answer, before the Hub is asked.
         lose: the same, after the Hub has answered.
         cut: bytes of the body after which the connection is closed.
@@ -41,6 +60,7 @@ class Fault:
     status: int | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
     delay: float = 0.0
+    gate: Gate | None = None
     drop: bool = False
     lose: bool = False
     cut: int | None = None
@@ -154,6 +174,8 @@ class _Handler(BaseHTTPRequestHandler):
         fault = self.proxy.choose(line) or Fault()
         hit = fault != Fault()
         time.sleep(fault.delay)
+        if fault.gate is not None:
+            fault.gate.hold()
         if fault.drop:
             self._end(line, 0, 0, hit)
             return

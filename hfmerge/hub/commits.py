@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,6 +98,26 @@ def _landed(api: Any, repo_id: str, parent: str, proof: Mapping[str, bytes]) -> 
         if name not in held or download(api, repo_id, name, oid) != data:
             return None
     return Commit(oid, f"{api.endpoint}/{repo_id}/commit/{oid}", None)
+
+
+def tag_once(api: Any, repo_id: str, tag: str, oid: str, message: str, files: Collection[str]) -> str | None:
+    """Have a tag name a commit. A tag that exists stays where it is.
+
+    Args:
+        message: of an annotated tag; empty: a plain one.
+        files: what the tag stands for; a tag of another commit with the same files is as good.
+
+    Returns:
+        The commit of other files that the tag names, or None.
+    """
+    patiently(lambda: api.create_tag(repo_id, tag=tag, revision=oid, tag_message=message or None, exist_ok=True))
+    refs = patiently(lambda: api.list_repo_refs(repo_id))
+    named = next((str(ref.target_commit) for ref in refs.tags if ref.name == tag), oid)
+    if named == oid:
+        return None
+    there, here = listed(api, repo_id, named), listed(api, repo_id, oid)
+    same = all(name in there and name in here and there[name].blob_id == here[name].blob_id for name in files)
+    return None if same else named
 
 
 def upload(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -14,10 +14,52 @@ from hfmerge.hub.commits import listed, upload
 STATE_BRANCH = "merge-state"
 ATTRIBUTES = ".gitattributes"
 """What the branch holds beside kept states and copies of sources: it says what is large."""
+OWN = "merge_state/"
+"""Folder of the branch that kept states and copies of sources lie in."""
 
 
-def push_states(api: Any, repo_id: str, states: Mapping[str, Path]) -> None:
-    """Add kept states and copies of sources (path in the repository -> file); nothing is deleted yet."""
+def strange_files(api: Any, repo_id: str) -> list[str]:
+    """Files on the branch that neither hfmerge nor `main` put there, in order; none if there is no such branch."""
+    from huggingface_hub.errors import RevisionNotFoundError
+
+    try:
+        held = listed(api, repo_id, STATE_BRANCH)
+    except RevisionNotFoundError:
+        return []
+    return _strange(api, repo_id, held)
+
+
+def _exists(api: Any, repo_id: str) -> bool:
+    refs = patiently(lambda: api.list_repo_refs(repo_id))
+    return any(branch.name == STATE_BRANCH for branch in refs.branches)
+
+
+def _strange(api: Any, repo_id: str, held: Mapping[str, Any]) -> list[str]:
+    """The branch begins as a copy of `main`, whose files lie there until a first state does; `main` may go on."""
+    left = {name: item.blob_id for name, item in held.items() if not name.startswith(OWN) and name != ATTRIBUTES}
+    if left:
+        left = _without(left, listed(api, repo_id, "main"))
+    if left:
+        main = {*_history(api, repo_id, "main")}
+        fork = next((commit for commit in _history(api, repo_id, STATE_BRANCH) if commit in main), None)
+        left = _without(left, listed(api, repo_id, fork)) if fork is not None else left
+    return sorted(left)
+
+
+def _history(api: Any, repo_id: str, branch: str) -> list[str]:
+    return patiently(lambda: [str(one.commit_id) for one in api.list_repo_commits(repo_id, revision=branch)])
+
+
+def _without(left: Mapping[str, str], known: Mapping[str, Any]) -> dict[str, str]:
+    return {name: blob for name, blob in left.items() if name not in known or known[name].blob_id != blob}
+
+
+def push_states(api: Any, repo_id: str, states: Mapping[str, Path], replaced: Collection[str] = ()) -> None:
+    """Add kept states and copies of sources (path in the repository -> file); of those there none is deleted yet.
+
+    Args:
+        replaced: strange files (see `strange_files`) that may be deleted.
+    """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     if not states:
@@ -31,7 +73,8 @@ def push_states(api: Any, repo_id: str, states: Mapping[str, Path]) -> None:
     def commit() -> None:
         now, good = listed(api, repo_id, STATE_BRANCH), _intact(api, repo_id)
         new = [operation for operation in adds if operation.path_in_repo not in good]
-        foreign = [name for name in now if not name.startswith("merge_state/") and name != ATTRIBUTES]
+        kept = {*_strange(api, repo_id, now)} - {*replaced}
+        foreign = [name for name in now if not name.startswith(OWN) and name != ATTRIBUTES and name not in kept]
         operations = [*new, *(CommitOperationDelete(name) for name in foreign)]
         if operations:
             api.create_commit(repo_id, operations, commit_message="Keep state", revision=STATE_BRANCH)
@@ -50,8 +93,7 @@ def _as_named(item: Any) -> bool:
 
 def find_states(api: Any, repo_id: str, files: Sequence[str]) -> dict[str, str]:
     """Path of a state -> a commit of the branch that holds it; states that no commit holds any more are left out."""
-    refs = patiently(lambda: api.list_repo_refs(repo_id))
-    if not files or not any(branch.name == STATE_BRANCH for branch in refs.branches):
+    if not files or not _exists(api, repo_id):
         return {}
     found: dict[str, str] = {}
     for commit in patiently(lambda: list(api.list_repo_commits(repo_id, revision=STATE_BRANCH))):
@@ -68,6 +110,9 @@ def bring_states_back(api: Any, repo_id: str, commits: Mapping[str, str]) -> Non
     """Put states that earlier commits of the branch hold, as `find_states` found them, back where they were."""
     from huggingface_hub import CommitOperationCopy
 
+    if not commits:
+        return
+
     def commit() -> None:
         held = _intact(api, repo_id)
         copies = [
@@ -79,23 +124,40 @@ def bring_states_back(api: Any, repo_id: str, commits: Mapping[str, str]) -> Non
     patiently(commit)
 
 
-def drop_states(api: Any, repo_id: str, keep: Sequence[str]) -> None:
+def drop_states(api: Any, repo_id: str, keep: Collection[str], replaced: Collection[str] = ()) -> list[str]:
     """Delete whatever is on the branch and no longer belongs to the merge (it may hold a removed model).
 
     Args:
         keep: paths of states and copies of sources that do.
+        replaced: strange files (see `strange_files`) that may be deleted.
+
+    Returns:
+        What was deleted.
     """
+
+    def old(held: Mapping[str, Any]) -> list[str]:
+        kept = {*keep, ATTRIBUTES, *_strange(api, repo_id, held)} - {*replaced}
+        return [name for name in held if name not in kept]
+
+    return _delete(api, repo_id, old, "Drop obsolete state")
+
+
+def withdraw_states(api: Any, repo_id: str, names: Collection[str]) -> None:
+    """Delete states and copies of sources from the branch."""
+    _delete(api, repo_id, lambda held: [name for name in held if name in names], "Take state back")
+
+
+def _delete(api: Any, repo_id: str, choose: Callable[[Mapping[str, Any]], list[str]], title: str) -> list[str]:
     from huggingface_hub import CommitOperationDelete
 
-    refs = patiently(lambda: api.list_repo_refs(repo_id))
-    if not any(branch.name == STATE_BRANCH for branch in refs.branches):
-        return
+    gone: list[str] = []
 
     def commit() -> None:
-        held = listed(api, repo_id, STATE_BRANCH)
-        old = [name for name in held if name not in keep and name != ATTRIBUTES]
-        if old:
-            operations = [CommitOperationDelete(name) for name in old]
-            api.create_commit(repo_id, operations, commit_message="Drop obsolete state", revision=STATE_BRANCH)
+        if names := choose(listed(api, repo_id, STATE_BRANCH)):
+            gone.extend(names)
+            operations = [CommitOperationDelete(name) for name in names]
+            api.create_commit(repo_id, operations, commit_message=title, revision=STATE_BRANCH)
 
-    patiently(commit)
+    if _exists(api, repo_id):
+        patiently(commit)
+    return gone

@@ -13,34 +13,44 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from hfmerge.engine.plan import Plan
 from hfmerge.engine.ranks import Ranks
 from hfmerge.engine.storage import find_disks, own_params
-from hfmerge.errors import HfMergeError, LedgerError, OfflineError, OutputError, PushError
+from hfmerge.errors import HfMergeError, OfflineError, OutputError, PushError
 from hfmerge.evaluation.plots.embedding import FIGURES, drawn
 from hfmerge.hashing import sha256_bytes
 from hfmerge.hub.client import hub_api, hub_errors, patiently
-from hfmerge.hub.commits import commit_once, moved, upload
+from hfmerge.hub.commits import commit_once, moved, tag_once, upload
 from hfmerge.hub.download import pin
 from hfmerge.hub.privacy import restricted
 from hfmerge.hub.reference import Pinned, Place
-from hfmerge.hub.state_branch import STATE_BRANCH, drop_states, push_states
+from hfmerge.hub.state_branch import (
+    STATE_BRANCH,
+    bring_states_back,
+    drop_states,
+    find_states,
+    push_states,
+    withdraw_states,
+)
 from hfmerge.ledger.card import FILE, card_facts, combine_cards, render_card
 from hfmerge.ledger.card_sections import PREFIX, carried_scores, part, with_part
 from hfmerge.ledger.entry import FOLDER, Entry
 from hfmerge.ledger.log import commit_of
 from hfmerge.ledger.removal import parts
-from hfmerge.ledger.repository import ledger_in, noted_places, open_merged
+from hfmerge.ledger.repository import ledger_in, noted_places
 from hfmerge.ledger.seen import remember_steps, repository_place
 from hfmerge.lifecycle.push_target import (
     Destination,
     Target,
     card_there,
+    check_branch,
     check_levels,
     check_replacement,
     find_target,
+    made_by,
     make_target,
     with_snapshots,
 )
@@ -75,6 +85,7 @@ class Opened:
         entries, history: the ledger of the merge, and its files.
         target: the repository as it is.
         lost: files there that are not of this merge, and that the push replaces or deletes.
+        strange: the same, on the branch of kept states.
         notes: what the user should know.
     """
 
@@ -82,6 +93,7 @@ class Opened:
     history: Mapping[str, bytes]
     target: Target
     lost: tuple[str, ...]
+    strange: tuple[str, ...]
     notes: tuple[str, ...]
 
 
@@ -112,11 +124,16 @@ def open_push(folder: Path, to: Destination, written: Sequence[str] = ()) -> Ope
         raise moved(to.repo_id, to.parent_commit)
     check_levels(to, target.level, levels)
     lost, note = check_replacement(to, target, inputs, history, written=written)
-    return Opened(entries, history, target, tuple(lost), (*notes, *([note] if note else ())))
+    strange, other = check_branch(to)
+    notes.extend(line for line in (note, other) if line is not None)
+    return Opened(entries, history, target, tuple(lost), tuple(strange), tuple(notes))
 
 
 def push_folder(
-    folder: Path, to: Destination, uploaded: Sequence[CommitOperationAdd | CommitOperationCopy] = ()
+    folder: Path,
+    to: Destination,
+    uploaded: Sequence[CommitOperationAdd | CommitOperationCopy] = (),
+    earlier: Mapping[str, str] = MappingProxyType({}),
 ) -> Pushed:
     """Publish the merge in `folder`.
 
@@ -125,6 +142,7 @@ def push_folder(
         to: where it goes.
         uploaded: files of the merge that are not, or need not be, in `folder` (see `upload_weights`), or that are
             copied from an earlier commit.
+        earlier: kept states of the merge that are not in `folder` -> a commit of their branch that holds them.
 
     Raises:
         PushError: see `open_push`. SourceError: no right, no connection.
@@ -146,18 +164,22 @@ def push_folder(
     adds = [*new, *given.values(), CommitOperationAdd(FILE, card.encode())]
     former = _stale(remote, entries, drawn(existing))
     gone = [CommitOperationDelete(name) for name in sorted({*former, *opened.lost} - {*files, *given})]
-    notes = list(opened.notes)
-    states = {name: held[name] for name in sorted(entries[-1].beside) if name in held}
-    last = entries[-1]
+    notes, last = list(opened.notes), entries[-1]
+    states = {name: held[name] for name in sorted(last.beside) if name in held}
     if create_pr and states:
         notes.append(
             f"the kept state stays here: a pull request cannot carry the branch {STATE_BRANCH}; once it is merged, "
             "repeat the command as a direct push, which drops the state of the step before"
         )
-    taken_back = _taken_back(api, repo_id) if states and not create_pr else contextlib.nullcontext()
-    with taken_back, hub_errors(repo_id, "write"):
-        if not create_pr:
-            push_states(api, repo_id, states)
+
+    def publish_states() -> None:
+        push_states(api, repo_id, states, opened.strange)
+        bring_states_back(api, repo_id, earlier)
+
+    kept = [] if create_pr else [*states, *earlier]
+    with _taken_back(api, repo_id, kept) if kept else contextlib.nullcontext(), hub_errors(repo_id, "write"):
+        if kept:
+            publish_states()
         # shard by shard, so that an interrupted upload goes on where it stopped
         for operation in new:
             if operation.path_in_repo.endswith(".safetensors"):
@@ -167,53 +189,84 @@ def push_folder(
             description="\n".join([f"{markdown(last.how)}.", f"Ledger: {last.file}", *opened.notes]),
             parent=head, proof={last.file: history[last.file]}, create_pr=create_pr,
         )  # fmt: skip
-    tag = None if create_pr else f"step-{last.step:04d}"
-    if tag is not None:
+    tag = None
+    if not create_pr:
         if any(name.startswith(f"{FOLDER}/") for name in opened.lost):
             notes.extend(_untagged(api, repo_id))
-        notes.extend(_follow_up(api, repo_id, made.oid, tag, _message(last), list(last.beside)))
+        again = f"push the folder to {repo_id} again to make up for it"
+        try:
+            with hub_errors(repo_id):
+                tag = _tag(api, repo_id, made.oid, last, notes)
+        except HfMergeError as error:
+            notes.append(f"published, but without the tag {_tag_name(last)}; {again} ({error})")
+        try:
+            with hub_errors(repo_id):
+                if kept:
+                    # once more, since somebody else's clean-up may have read the ledger before this commit
+                    publish_states()
+                _tidy(api, repo_id, made.oid, last, opened.strange)
+        except HfMergeError as error:
+            notes.append(f"published, but obsolete states are still on the branch {STATE_BRANCH}; {again} ({error})")
         seen = remember_steps(repository_place(repo_id), {e.step: sha256_bytes(history[e.file]) for e in entries})
         notes.extend(() if seen is None else (seen,))
     return Pushed(repo_id, made.oid, made.url, made.pull_request, tag, tuple(notes))
 
 
 def _untagged(api: Any, repo_id: str) -> list[str]:
-    """Delete the tags of another merge's steps, which this one has replaced."""
+    """Delete the tags of another merge's steps, which this one has replaced; says which they were."""
+    gone = []
     try:
         with hub_errors(repo_id, "write"):
             refs = patiently(lambda: api.list_repo_refs(repo_id))
             for tag in refs.tags:
                 if re.fullmatch(r"step-\d{4,}", tag.name):
                     patiently(partial(api.delete_tag, repo_id, tag=tag.name))
+                    gone.append(f"{tag.name} ({tag.target_commit[:12]})")
     except HfMergeError as error:
         return [f"published, but tags of the merge that was there before are still there ({error})"]
-    return []
+    return [f"deleted the tags of the merge that was there before: {', '.join(gone)}"] if gone else []
 
 
-def finish_push(pinned: Pinned, last: Entry) -> Pushed:
+def finish_push(pinned: Pinned, last: Entry, to: Destination) -> Pushed:
     """What a push that ended after its commit left undone: the tag, and obsolete states on their branch.
 
     Args:
         pinned: the repository.
         last: the last entry of its ledger.
+        to: what the user allows there.
 
     Raises:
-        SourceError: no right, no connection.
+        PushError: somebody else uses the branch. SourceError: no right, no connection.
     """
-    api, repo_id, tag = hub_api(), pinned.name, f"step-{last.step:04d}"
+    api, repo_id, notes = hub_api(), pinned.name, list[str]()
+    strange, note = check_branch(to)
+    notes.extend([note] if note is not None else ())
     oid = commit_of(pinned, last.file)
     with hub_errors(repo_id, "write"):
-        _tag(api, repo_id, oid, tag, _message(last))
-        drop_states(api, repo_id, list(last.beside))
-    return Pushed(repo_id, oid, f"{api.endpoint}/{repo_id}/commit/{oid}", None, tag)
+        tag = _tag(api, repo_id, oid, last, notes)
+        _tidy(api, repo_id, str(pinned.commit), last, strange)
+    return Pushed(repo_id, oid, f"{api.endpoint}/{repo_id}/commit/{oid}", None, tag, tuple(notes))
 
 
-def _tag(api: Any, repo_id: str, oid: str, tag: str, message: str) -> None:
-    patiently(lambda: api.create_tag(repo_id, tag=tag, revision=oid, tag_message=message, exist_ok=True))
+def _tag_name(last: Entry) -> str:
+    return f"step-{last.step:04d}"
+
+
+def _tag(api: Any, repo_id: str, oid: str, last: Entry, notes: list[str]) -> str | None:
+    """Tag the commit of a step; None, with a note, where the tag is taken."""
+    tag = _tag_name(last)
+    other = tag_once(api, repo_id, tag, oid, _message(last), [last.file, *last.products])
+    if other is None:
+        return tag
+    notes.append(
+        f"published, but without the tag {tag}: there is one of the commit {other[:12]}, which holds other files, and "
+        f"it was left as it is; `hf repos tag delete {repo_id} {tag}` deletes it, then push again"
+    )
+    return None
 
 
 @contextlib.contextmanager
-def _taken_back(api: Any, repo_id: str) -> Iterator[None]:
+def _taken_back(api: Any, repo_id: str, states: Sequence[str]) -> Iterator[None]:
     """When a push fails, take back the states that were published for it: they may hold what the winner took out."""
     try:
         yield
@@ -222,36 +275,43 @@ def _taken_back(api: Any, repo_id: str) -> Iterator[None]:
     except HfMergeError as error:
         try:
             with hub_errors(repo_id, "write"):
-                drop_states(api, repo_id, _listed_states(repo_id))
+                withdraw_states(api, repo_id, {*states} - {*_listed_states(repo_id)})
         except HfMergeError as other:
             left = f"{error} The state that it kept is still on the branch {STATE_BRANCH} ({other})"
             raise type(error)(left) from error
         raise
 
 
+def _tidy(api: Any, repo_id: str, commit: str, last: Entry, strange: Sequence[str]) -> None:
+    """Delete obsolete states, and none that somebody publishes meanwhile.
+
+    Who pushes publishes states, then a ledger that lists them, then again those that are missing. So states of a
+    ledger that comes while this deletes are either put back by who pushes, or seen afterwards and brought back here.
+
+    Args:
+        commit: what `main` was at when `last` was the last entry of its ledger.
+        strange: files of somebody else on the branch that may be deleted.
+    """
+
+    def listed_now() -> list[str]:
+        head = str(patiently(lambda: api.model_info(repo_id, revision="main")).sha)
+        return list(last.beside) if head == commit else _listed_states(repo_id)
+
+    gone = drop_states(api, repo_id, listed_now(), strange)
+    if missing := sorted({*gone} & {*(listed_now() if gone else ())}):
+        bring_states_back(api, repo_id, find_states(api, repo_id, missing))
+
+
 def _listed_states(repo_id: str) -> list[str]:
-    """States and copies that the ledger of a repository lists, if it has a ledger."""
-    try:
-        return list(open_merged(repo_id).last.beside)
-    except LedgerError:
+    """States and copies that the ledger of a repository lists, if it has a ledger.
+
+    Raises:
+        LedgerError: it has one that cannot be read. SourceError: the Hub cannot be asked.
+    """
+    pinned = pin(Place(repo_id, repo_id, None, None))
+    if not any(name.startswith(f"{FOLDER}/") for name in pinned.files):
         return []
-
-
-def _follow_up(api: Any, repo_id: str, oid: str, tag: str, message: str, states: Sequence[str]) -> list[str]:
-    """Tag the commit and delete obsolete states; the merge is published by now, so what fails is told, not raised."""
-    notes = []
-    again = f"push the folder to {repo_id} again to make up for it"
-    try:
-        with hub_errors(repo_id):
-            _tag(api, repo_id, oid, tag, message)
-    except HfMergeError as error:
-        notes.append(f"published, but without the tag {tag}; {again} ({error})")
-    try:
-        with hub_errors(repo_id):
-            drop_states(api, repo_id, states)
-    except HfMergeError as error:
-        notes.append(f"published, but obsolete states are still on the branch {STATE_BRANCH}; {again} ({error})")
-    return notes
+    return list(ledger_in(pinned)[0][-1].beside)
 
 
 def upload_weights(
@@ -305,9 +365,10 @@ def _message(entry: Entry) -> str:
 
 
 def _stale(remote: Mapping[str, Any], entries: Sequence[Entry], pictures: Sequence[str]) -> list[str]:
-    """Files of the repository that earlier steps left: products, pictures, licences, scores."""
-    former = {*pictures, *(name for entry in entries for name in entry.products)}
-    return [name for name in remote if name in former or name == "LICENSE.md" or name.startswith(PREFIX)]
+    """Files of the repository that its last step left: products, licences, pictures, scores."""
+    there = [entry for entry in entries if entry.file in remote]
+    former = {*pictures, *(made_by(there[-1]) if there else ())}
+    return [name for name in remote if name in former or name.startswith(PREFIX)]
 
 
 def with_disks(ranks: Ranks, target: str | Path | None, storage: str) -> Ranks:

@@ -14,7 +14,8 @@ from typing import Any
 
 from hfmerge.errors import HfMergeError, NotFoundError, PushError, VerificationError
 from hfmerge.hub.client import hub_api, hub_errors, patiently
-from hfmerge.hub.state_branch import STATE_BRANCH, drop_states
+from hfmerge.hub.commits import tag_once
+from hfmerge.hub.state_branch import STATE_BRANCH, drop_states, strange_files
 from hfmerge.ledger.entry import Entry
 from hfmerge.ledger.repository import Merged, open_merged
 from hfmerge.lifecycle.push_target import require_writer
@@ -78,13 +79,18 @@ def purge(
         confirm: shown the plan before anything changes.
 
     Raises:
-        VerificationError: the merge is not what its ledger says. PushError: somebody pushed meanwhile.
-        SourceError: no such repository, no right, no connection.
+        VerificationError: the merge is not what its ledger says. PushError: somebody pushed meanwhile, or uses the
+            branch of kept states. SourceError: no such repository, no right, no connection.
     """
     # what interrupted commands left is dropped with the history
     merged = _published(repo_id, strays=False)
     repo_id, api = merged.pinned.name, hub_api()
     with hub_errors(repo_id):
+        if strange := strange_files(api, repo_id):
+            raise PushError(
+                f"{repo_id}: not purged, since its branch {STATE_BRANCH} holds {strange[0]}, which is not of a merge; "
+                "move it to another branch."
+            )
         plan = _plan(api, merged, delete_files)
     if confirm is not None and not confirm(plan):
         return None
@@ -190,15 +196,17 @@ def _purged(api: Any, merged: Merged, plan: PurgePlan) -> Purged:
     after = _published(repo_id)
     if after.history != merged.history:
         raise VerificationError(f"{repo_id}: squashed, but the ledger is another now; somebody pushed meanwhile.")
-    name = f"step-{last.step:04d}"
-    patiently(lambda: api.create_tag(repo_id, tag=name, revision=after.pinned.commit, exist_ok=True))
+    name, commit = f"step-{last.step:04d}", str(after.pinned.commit)
+    other = tag_once(api, repo_id, name, commit, "", [last.file, *last.products])
     notes = [OUT_OF_REACH]
+    if other is not None:
+        notes.append(f"somebody gave the tag {name} to the commit {other[:12]} meanwhile; it was left as it is")
     if plan.files is None and _known(api, repo_id, plan.head):
         notes.append(
             f"the Hub still answers for the old commit {plan.head[:8]} to those who know its id; --delete-files takes "
             "the weights of earlier steps out of its storage"
         )
-    return Purged(plan, str(after.pinned.commit), tuple(notes))
+    return Purged(plan, commit, tuple(notes))
 
 
 def _known(api: Any, repo_id: str, commit: str) -> bool:

@@ -15,7 +15,8 @@ from hfmerge.hashing import git_blob_id, sha256_bytes
 from hfmerge.hub.client import hub_api, hub_errors, patiently
 from hfmerge.hub.commits import download, listed, moved
 from hfmerge.hub.privacy import WORDS, level_of, restricted, snapshot_of
-from hfmerge.ledger.card import FILE, parse_card
+from hfmerge.hub.state_branch import STATE_BRANCH, strange_files
+from hfmerge.ledger.card import FILE, licence_note, parse_card
 from hfmerge.ledger.entry import FOLDER, Entry, check_chain, ledger_files
 from hfmerge.ledger.removal import Part
 from hfmerge.lifecycle.verify import LICENCES, WEIGHTS
@@ -29,6 +30,7 @@ ASSETS = (".md", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".gitattribut
 MAY_WRITE = ("admin", "write", "contributor")
 """Roles in an organisation that may create repositories there."""
 TOKEN = "`hf auth login`, or HF_TOKEN"
+ALLOW = "pass --overwrite to"
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,8 @@ def admit(
             _require_namespace(to, me, inputs)
             return None, None
         card_there(to.repo_id, target)
-        return target.level, check_replacement(to, target, inputs, history, again=again)[1]
+        said = (check_replacement(to, target, inputs, history, again=again)[1], check_branch(to)[1])
+        return target.level, "; ".join(line for line in said if line is not None) or None
     except OfflineError as error:
         raise OfflineError(
             f"{to.repo_id}: the Hub cannot be reached, so nothing was begun; name an --output instead of --push-to "
@@ -335,7 +338,7 @@ def check_replacement(
         if _is_again(only, again):
             known, strange = only, None
     if theirs and strange is None:
-        lost, why = _changed_since(target, to.repo_id, known), "holds files that its ledger does not describe"
+        lost, why = _changed_since(target, to.repo_id, known, history), "holds files that its ledger does not describe"
         role = None
     else:
         role = next((p.role for p in inputs if p.name.lower() in (to.repo_id.lower(), target.repo_id.lower())), None)
@@ -348,15 +351,40 @@ def check_replacement(
             why = f"holds another merge ({strange} differs)"
     if not lost and role is None:
         return [], None
-    shown = ", ".join(lost[:4]) + (f" and {len(lost) - 4} more files" if len(lost) > 4 else "")
+    shown = _shown(lost)
     if not to.overwrite and (strange is not None or not to.create_pr):
         on = f"go on from it with `hfmerge add {to.repo_id} MODEL`, or " if strange is not None else ""
         raise PushError(
             f"{to.repo_id}: {why}; a push would replace {shown or 'what it is'}; {on}push to another repository, or "
-            "pass --overwrite to replace them."
+            f"{ALLOW} replace them."
         )
     verb = "the pull request would replace" if to.create_pr else "replaced"
     return lost, f"{to.repo_id} {why}: {verb} {shown or 'nothing'}, of commit {target.head[:12]}"
+
+
+def check_branch(to: Destination) -> tuple[list[str], str | None]:
+    """What somebody else put on the branch of kept states, which a push would delete.
+
+    Returns:
+        Those files, and a line that names them, or None.
+
+    Raises:
+        PushError: there are some, and nobody allowed to delete them. SourceError: the Hub cannot be asked.
+    """
+    if to.create_pr:
+        return [], None
+    with hub_errors(to.repo_id, "write"):
+        lost = strange_files(hub_api(), to.repo_id)
+    if lost and not to.overwrite:
+        raise PushError(
+            f"{to.repo_id}: its branch {STATE_BRANCH}, where kept states go, holds what is not of a merge; a push "
+            f"would delete {_shown(lost)}; move them to another branch, or {ALLOW} delete them."
+        )
+    return lost, f"{to.repo_id}: deleted from its branch {STATE_BRANCH}: {_shown(lost)}" if lost else None
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more files" if len(names) > 4 else "")
 
 
 def _is_file(listed: Any, data: bytes | None) -> bool:
@@ -375,15 +403,31 @@ def _is_again(theirs: Mapping[str, bytes], again: Callable[[Entry], bool]) -> bo
         return False
 
 
-def _changed_since(target: Target, repo_id: str, theirs: Mapping[str, bytes]) -> list[str]:
-    """Weights, and files loaded with them, that are not those which the ledger beside them describes."""
-    products = check_chain(theirs, repo_id)[-1].products
-    return [
-        name
-        for name, item in sorted(target.files.items())
-        if (name.endswith(WEIGHTS) or is_side_file(name))
-        and (name not in products or _digest(repo_id, target, item) != products[name])
-    ]
+def _changed_since(target: Target, repo_id: str, theirs: Mapping[str, bytes], ours: Mapping[str, bytes]) -> list[str]:
+    """Files that a push would replace or delete, or that are loaded, and that are of neither of two ledgers.
+
+    Args:
+        theirs: path -> bytes of the ledger there.
+        ours: of the ledger that the result continues or brings; empty: the one there.
+    """
+    before = made_by(check_chain(theirs, repo_id)[-1])
+    after = made_by(check_chain(ours, repo_id)[-1]) if ours else before
+    lost = []
+    for name, item in sorted(target.files.items()):
+        known = [made[name] for made in (before, after) if name in made]
+        if (known and _digest(repo_id, target, item) not in known) or (not known and _loaded(name)):
+            lost.append(name)
+    return lost
+
+
+def _loaded(name: str) -> bool:
+    return name.endswith(WEIGHTS) or is_side_file(name)
+
+
+def made_by(entry: Entry) -> dict[str, str]:
+    """Path -> SHA-256 of all that a step writes but card, ledger and states."""
+    note = licence_note([entry.base, *entry.models])
+    return {**entry.products, **({LICENCES: sha256_bytes(note.encode())} if note is not None else {})}
 
 
 def _digest(repo_id: str, target: Target, item: Any) -> str:
@@ -394,7 +438,7 @@ def _digest(repo_id: str, target: Target, item: Any) -> str:
 
 def _of_a_model(name: str) -> bool:
     """Whether a file is of a model, or is one that a merge may need the place of."""
-    if name.endswith(WEIGHTS) or is_side_file(name) or name.rpartition("/")[2] in CONFIGS:
+    if _loaded(name) or name.rpartition("/")[2] in CONFIGS:
         return True
     return name == LICENCES or name.startswith((f"{FOLDER}/", "heads/"))
 

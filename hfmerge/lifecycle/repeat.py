@@ -102,8 +102,9 @@ def finish(opened: Merged, to: Destination | None, ranks: Ranks) -> MergeResult:
 def _finish(opened: Merged, to: Destination | None, ranks: Ranks) -> MergeResult:
     folder, last, pushed = opened.pinned.folder, opened.last, None
     if folder is None:
+        to = to or Destination(opened.pinned.name)
         require_writer(opened.pinned.name)
-        pushed = finish_push(opened.pinned, last)
+        pushed = finish_push(opened.pinned, last, to)
     else:
         admit_change(opened, to, Ranks(), DEFAULT)()
         clear(folder)

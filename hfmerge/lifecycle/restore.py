@@ -22,7 +22,7 @@ from hfmerge.hashing import sha256_file
 from hfmerge.hub.client import hub_api, hub_errors
 from hfmerge.hub.download import fetch, pin
 from hfmerge.hub.reference import Pinned, Place, checked_path, is_hub_id
-from hfmerge.hub.state_branch import bring_states_back, find_states
+from hfmerge.hub.state_branch import find_states
 from hfmerge.ledger.card import card_pointer
 from hfmerge.ledger.entry import ARCHIVES, Entry
 from hfmerge.ledger.log import commit_of
@@ -209,14 +209,11 @@ def _on_the_hub(opened: Merged, earlier: Earlier, to: Destination) -> Pushed:
     """Copy the files within the repository; nothing but ledger and card is sent."""
     from huggingface_hub import CommitOperationCopy
 
-    name, commit = opened.pinned.name, earlier.pinned.commit
+    commit = earlier.pinned.commit
     copies = [CommitOperationCopy(file, file, src_revision=commit) for file in sorted(earlier.entry.products)]
     with tempfile.TemporaryDirectory(prefix="hfmerge-") as folder:
         write_record(Path(folder), earlier.entry, opened, None)
-        if not to.create_pr:
-            with hub_errors(name, "write"):
-                bring_states_back(hub_api(), name, earlier.states)
-        return push_folder(Path(folder), to, copies)
+        return push_folder(Path(folder), to, copies, earlier.states)
 
 
 def _fill(folder: Path, earlier: Earlier, opened: Merged, existing: str | None) -> None:

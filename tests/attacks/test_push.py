@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+import subprocess
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ from typing import Any
 import pytest
 import tiny
 from conftest import USERS
-from faultproxy import Fault, FaultProxy
+from faultproxy import Fault, FaultProxy, Gate
 from huggingface_hub import CommitOperationAdd, HfApi
 
 from hfmerge.hubserver.importer import import_folder
@@ -320,27 +323,240 @@ def test_repeating_is_no_excuse_for_a_wrong_name(world: World) -> None:
     refused(tiny.cli("unmerge", "push/named", "--remove", "push/b", "--push-to", "push/named"), "not in this merge")
 
 
+@contextlib.contextmanager
+def held(world: World, tmp_path: Path, request: str, *command: object) -> Iterator[subprocess.Popen[str]]:
+    """A command in a process of its own, held at a request (a pattern); it goes on when the block ends."""
+    gate = Gate()
+    with FaultProxy(world.hub.endpoint) as proxy:
+        proxy.faults(Fault(request, gate=gate, times=1))
+        child = tiny.start(*command, HF_ENDPOINT=proxy.endpoint, HF_HOME=str(tmp_path / f"home-{id(gate)}"))
+        while not gate.reached.wait(0.1):
+            assert child.poll() is None, child.communicate()
+        try:
+            yield child
+        finally:
+            gate.opened.set()
+            child.wait(120)
+
+
 def test_a_lost_race_leaves_no_state(world: World, tmp_path: Path) -> None:
-    """Of two people the one who comes too late has published a state of the model that the other takes out."""
+    """Of two people the one who comes too late publishes a state of the model that the other took out meanwhile."""
     repo_id = "push/lost"
     assert world.merge(repo_id, "push/a", "push/b").code == 0
-    before = world.heads(repo_id)["merge-state"]
-    with FaultProxy(world.hub.endpoint) as proxy:
-        proxy.faults(Fault("POST .*/commit/main", delay=25.0, times=1))
-        late = tiny.start(
-            "add", repo_id, "push/c", "--push-to", repo_id, HF_ENDPOINT=proxy.endpoint, HF_HOME=str(tmp_path / "home")
-        )
-        while world.heads(repo_id)["merge-state"] == before:
-            assert late.poll() is None, late.communicate()
-            time.sleep(0.1)
+    with held(world, tmp_path, "POST .*/branch/", "add", repo_id, "push/c", "--push-to", repo_id) as late:
         tiny.done("unmerge", repo_id, "--remove", "push/a", "--push-to", repo_id)
-        run = tiny.finish(late)
+    run = tiny.finish(late)
     assert run.code == 1 and "somebody pushed meanwhile" in run.err
     assert len(states(world, repo_id)) == 1 and tiny.done("verify", repo_id).code == 0
 
 
+def test_a_restore_that_comes_too_late_leaves_no_state(world: World, tmp_path: Path) -> None:
+    """The state of an earlier step, with the model that left, is brought back, and the commit then fails."""
+    repo_id = "push/late-restore"
+    assert world.merge(repo_id, "push/a", "push/b").code == 0
+    tiny.done("unmerge", repo_id, "--remove", "push/a", "--push-to", repo_id)
+    command = ("restore", repo_id, "--step", "1", "--push-to", repo_id)
+    with held(world, tmp_path, "POST .*/commit/merge-state", *command) as late:
+        tiny.done("add", repo_id, "push/c", "--push-to", repo_id)
+    run = tiny.finish(late)
+    assert run.code == 1 and "somebody pushed meanwhile" in run.err
+    assert len(states(world, repo_id)) == 1 and tiny.done("verify", repo_id).code == 0
+
+
+@pytest.mark.parametrize("order", ["ledger first", "state deleted first", "state deleted last"])
+def test_a_repeated_removal_takes_no_state_of_a_push_meanwhile(world: World, tmp_path: Path, order: str) -> None:
+    """A removal is repeated while somebody adds a model: its clean-up deletes the state of the addition."""
+    repo_id = f"push/meanwhile-{order.replace(' ', '-')}"
+    assert world.merge(repo_id, "push/a", "push/b").code == 0
+    repeat = ("unmerge", repo_id, "--remove", "push/a", "--push-to", repo_id)
+    add = ("add", repo_id, "push/c", "--push-to", repo_id)
+    tiny.done(*repeat)
+    if order == "ledger first":
+        with held(world, tmp_path, "POST .*/tag/", *repeat) as repeated:
+            tiny.done(*add)
+        assert tiny.finish(repeated).code == 0
+    elif order == "state deleted first":
+        with held(world, tmp_path, "POST .*/commit/main", *add) as adding:
+            assert len(states(world, repo_id)) == 2
+            tiny.done(*repeat)
+            assert len(states(world, repo_id)) == 1
+        assert tiny.finish(adding).code == 0
+    else:
+        with contextlib.ExitStack() as stack:
+            adding = stack.enter_context(held(world, tmp_path, "POST .*/commit/main", *add))
+            with held(world, tmp_path, "POST .*/commit/merge-state", *repeat) as repeated:
+                stack.close()
+                assert tiny.finish(adding).code == 0
+            assert tiny.finish(repeated).code == 0
+    assert len(states(world, repo_id)) == 1
+    assert "not published" not in tiny.done("verify", repo_id).out
+
+
+# the branch of kept states
+
+
+def theirs(world: World, repo_id: str, *names: str) -> None:
+    """Somebody makes a branch `merge-state` for what is not of a merge."""
+    world.api.create_branch(repo_id, branch="merge-state", exist_ok=True)
+    adds = [CommitOperationAdd(name, name.encode()) for name in names]
+    world.api.create_commit(repo_id, adds, commit_message="mine", revision="merge-state")
+
+
+def test_a_branch_of_the_same_name_is_not_emptied(world: World, tmp_path: Path) -> None:
+    """The target has a branch `merge-state` for something else, which kept states are put on, and all else goes."""
+    repo_id, out = "push/their-branch", tmp_path / "out"
+    world.api.create_repo(repo_id)
+    world.api.upload_file(path_or_fileobj=b"# Mine", path_in_repo="notes.md", repo_id=repo_id)
+    theirs(world, repo_id, "thesis.txt", "notes.md")
+    before, since = world.heads(repo_id), len(world.requests())
+    refused(world.merge(repo_id, "push/a", "push/b"), repo_id, "merge-state", "notes.md, thesis.txt", "--overwrite")
+    assert not [row for row in world.requests(since) if "/resolve/" in row["path"] and "safetensors" in row["path"]]
+    flags = ("--base", "push/base", "--method", "task_arithmetic", "--state", "last")
+    tiny.done("merge", "push/a", "push/b", *flags, "--output", out)
+    refused(tiny.cli("push", out, repo_id), "merge-state", "notes.md, thesis.txt", "--overwrite")
+    assert world.heads(repo_id) == before
+    tiny.done("push", out, repo_id, "--create-pr")
+    assert world.heads(repo_id) == before
+    run = tiny.done("push", out, repo_id, "--overwrite")
+    assert f"{repo_id}: deleted from its branch merge-state: notes.md, thesis.txt" in run.out + run.err
+    assert len(states(world, repo_id)) == 1 and tiny.done("verify", repo_id).code == 0
+
+
+def test_a_killed_first_push_is_repeated_though_main_went_on(world: World, tmp_path: Path) -> None:
+    """The branch was made from `main`, whose files lie there; then some of them changed and went on `main`."""
+    repo_id, command = "push/killed-first", ("push/a", "push/b")
+    world.api.create_repo(repo_id)
+    for name in ("notes.md", "old.md"):
+        world.api.upload_file(path_or_fileobj=b"1", path_in_repo=name, repo_id=repo_id)
+    world.api.create_branch(repo_id, branch="merge-state")
+    state = CommitOperationAdd(f"merge_state/{'0' * 64}.safetensors", b"of the killed push")
+    world.api.create_commit(repo_id, [state], commit_message="Keep state", revision="merge-state")
+    world.api.upload_file(path_or_fileobj=b"2", path_in_repo="notes.md", repo_id=repo_id)
+    world.api.delete_file("old.md", repo_id)
+    run = world.merge(repo_id, *command)
+    assert run.code == 0, run.err
+    assert len(states(world, repo_id)) == 1 and tiny.done("verify", repo_id).code == 0
+
+
+def test_a_file_that_comes_on_the_branch_during_a_push_stays(world: World, tmp_path: Path) -> None:
+    repo_id = "push/during"
+    assert world.merge(repo_id, "push/a", "push/b").code == 0
+    with held(world, tmp_path, "POST .*/commit/main", "add", repo_id, "push/c", "--push-to", repo_id) as adding:
+        theirs(world, repo_id, "thesis.txt")
+    assert tiny.finish(adding).code == 0
+    assert "thesis.txt" in states(world, repo_id) and len(states(world, repo_id)) == 2
+
+
+def test_a_history_is_not_squashed_with_what_others_have_on_the_branch(world: World) -> None:
+    repo_id = "push/squashed"
+    assert world.merge(repo_id, "push/a", "push/b").code == 0
+    theirs(world, repo_id, "thesis.txt")
+    before = world.heads(repo_id)
+    refused(tiny.cli("purge-history", repo_id, "--yes"), "merge-state", "thesis.txt")
+    assert world.heads(repo_id) == before
+
+
+# tags
+
+
+def tags(world: World, repo_id: str) -> dict[str, str]:
+    """Tag -> commit."""
+    return {tag.name: tag.target_commit for tag in world.api.list_repo_refs(repo_id).tags}
+
+
+def test_a_tag_that_exists_is_neither_moved_nor_claimed(world: World) -> None:
+    """Somebody has tagged another commit with the name that the next step will have."""
+    repo_id = "push/tagged"
+    assert world.merge(repo_id, "push/a", "push/b").code == 0
+    first = world.heads(repo_id)["main"]
+    world.api.create_tag(repo_id, tag="step-0002", revision=first)
+    command = ("add", repo_id, "push/c", "--push-to", repo_id)
+    for _ in range(2):
+        run = tiny.done(*command, "--json")
+        pushed = json.loads(run.out)["pushed"]
+        assert pushed["tag"] is None
+        (note,) = pushed["notes"]
+        assert "without the tag step-0002" in note and first[:12] in note
+        assert f"hf repos tag delete {repo_id} step-0002" in note
+    assert tags(world, repo_id) == {"step-0001": first, "step-0002": first}
+    world.api.delete_tag(repo_id, tag="step-0002")
+    assert json.loads(tiny.done(*command, "--json").out)["pushed"]["tag"] == "step-0002"
+    assert tags(world, repo_id)["step-0002"] == world.heads(repo_id)["main"]
+
+
+def test_a_tag_of_the_same_step_counts_though_the_card_was_edited_since(world: World, tmp_path: Path) -> None:
+    repo_id, out = "push/edited", tmp_path / "out"
+    tiny.done("merge", "push/a", "push/b", "--base", "push/base", "--method", "linear", "--output", out)
+    tiny.done("push", out, repo_id)
+    first = world.heads(repo_id)["main"]
+    world.api.upload_file(path_or_fileobj=b"# Mine", path_in_repo="notes.md", repo_id=repo_id)
+    pushed = json.loads(tiny.done("push", out, repo_id, "--json").out)
+    assert pushed["tag"] == "step-0001" and not pushed["notes"]
+    assert tags(world, repo_id) == {"step-0001": first}
+
+
+def test_tags_that_an_overwritten_merge_had_are_named(world: World) -> None:
+    repo_id = "push/tags-gone"
+    assert world.merge(repo_id, "push/a", "push/b").code == 0
+    first = world.heads(repo_id)["main"]
+    run = world.merge(repo_id, "push/a", "push/c", more=("--overwrite",))
+    assert run.code == 0
+    assert f"deleted the tags of the merge that was there before: step-0001 ({first[:12]})" in run.err
+    assert tags(world, repo_id) == {"step-0001": world.heads(repo_id)["main"]}
+
+
+# what people changed since
+
+
+CODE = ("--trust-remote-code", "--method", "task_arithmetic", "--state", "last")
+
+
+@pytest.fixture(scope="module")
+def coded(world: World) -> str:
+    """A base with a file of code, which a merge takes over where its user allows that."""
+    world.upload("push/coded", world.root / "base")
+    world.api.upload_file(path_or_fileobj=b"x = 1\n", path_in_repo="helper.py", repo_id="push/coded")
+    return "push/coded"
+
+
+@pytest.mark.parametrize("name", ["helper.py", "LICENSE.md"])
+def test_a_product_that_somebody_changed_is_not_replaced(world: World, coded: str, name: str) -> None:
+    """Somebody corrects the code or the licences of a merge on the Hub, and the next step overwrites it."""
+    repo_id = f"push/corrected-{name.partition('.')[0].lower()}"
+    tiny.done("merge", "push/a", "push/b", "--base", coded, *CODE, "--push-to", repo_id)
+    assert name in world.files(repo_id)
+    world.api.upload_file(path_or_fileobj=b"corrected = 1\n", path_in_repo=name, repo_id=repo_id)
+    before, since = world.heads(repo_id), len(world.requests())
+    command = ("add", repo_id, "push/c", "--push-to", repo_id, "--trust-remote-code")
+    refused(tiny.cli(*command), repo_id, name, "--overwrite")
+    assert world.heads(repo_id) == before
+    assert not [row for row in world.requests(since) if "/resolve/" in row["path"] and "safetensors" in row["path"]]
+    assert tiny.done(*command, "--overwrite").code == 0 and tiny.done("verify", repo_id).code == 0
+
+
+def test_a_file_of_the_name_of_an_earlier_product_stays(world: World, coded: str, tmp_path: Path) -> None:
+    """A step of long ago had a file of this name; what lies there now is somebody's own."""
+    out, own = tmp_path / "out", b"mine = 1\n"
+    tiny.done("merge", "push/a", "push/b", "--base", coded, *CODE, "--output", out)
+    assert (out / "helper.py").is_file()
+    tiny.done("rebase", out, "--base", "push/base")
+    assert not (out / "helper.py").exists()
+    for repo_id, first in (("push/helper", False), ("push/helper-later", True)):
+        world.api.create_repo(repo_id)
+        if first:
+            tiny.done("push", out, repo_id)
+        world.api.upload_file(path_or_fileobj=own, path_in_repo="helper.py", repo_id=repo_id)
+    tiny.done("push", out, "push/helper")
+    tiny.done("add", "push/helper-later", "push/c", "--push-to", "push/helper-later")
+    for repo_id in ("push/helper", "push/helper-later"):
+        assert Path(world.api.hf_hub_download(repo_id, "helper.py")).read_bytes() == own
+
+
+# rule 9 again
+
+
 def test_any_file_on_the_branch_of_states(world: World) -> None:
-    """What a killed push left there has not the ending of a state."""
+    """What a killed push left has not the ending of a state; what lies elsewhere is somebody's, and asked for."""
     repo_id, names = "push/stray", ["notes.md", "merge_state/old.txt", "model.bin", f"merge_state/{'0' * 64}.pt"]
     assert world.merge(repo_id, "push/a", "push/b").code == 0
     command = ("unmerge", repo_id, "--remove", "push/a", "--push-to", repo_id)
@@ -349,7 +565,8 @@ def test_any_file_on_the_branch_of_states(world: World) -> None:
     world.api.create_commit(repo_id, adds, commit_message="left", revision="merge-state")
     run = tiny.cli("verify", repo_id)
     assert run.code == 1 and all(f"FAIL {name}: on the branch merge-state" in run.out for name in names)
-    tiny.done(*command)
+    refused(tiny.cli(*command), "model.bin, notes.md", "--overwrite")
+    tiny.done(*command, "--overwrite")
     assert len(states(world, repo_id)) == 1 and tiny.done("verify", repo_id).code == 0
 
 
