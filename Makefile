@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo gdpr test lint check cards bench clean
+.PHONY: install demo gdpr test test-fast lint check cards bench clean
 
 install: $(STAMP)
 
@@ -23,8 +23,14 @@ demo: install
 gdpr: install
 	$(BIN)/python recipes/gdpr.py $(if $(KEEP),--keep $(KEEP))
 
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 20
+	$(PYTEST) --no-loadscope-reorder --durations 20
+
+# every area, without the tests that are marked slow
+test-fast: install
+	$(PYTEST) -m "not slow" --durations 10
 
 lint: install
 	$(BIN)/ruff check .

@@ -11,6 +11,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from fixtures.processes import Forked
+
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -32,7 +34,7 @@ def start(
     before: Sequence[str] = (),
 ) -> subprocess.Popen[str]:
     """Start Python with these arguments, through `before`; its standard error comes with its output if `together`."""
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
         [*before, sys.executable, *command],
         stdout=subprocess.PIPE,
@@ -67,6 +69,18 @@ def ranks(
         before: a command that starts each of them.
     """
     return [start(*command, env=env, together=False, before=before) for env in environments(world, machines=machines)]
+
+
+def crew(world: int, *command: str, env: Mapping[str, str] | None = None) -> list[Forked]:
+    """`ranks`, forked from the server of `fixtures.processes`: for tests of several processes, not of their start."""
+    return [Forked(*command, env={**rank, **(env or {})}, together=False) for rank in environments(world)]
+
+
+def succeed(processes: Sequence[Forked], timeout: float = 240) -> str:
+    """Wait for processes that must succeed; what all of them printed, one after the other."""
+    said = [process.communicate(timeout) for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes), said
+    return "".join(out + err for out, err in said)
 
 
 def environments(world: int, *, machines: bool = False) -> list[dict[str, str]]:

@@ -3,7 +3,7 @@
 As on a real one, tensors of two devices do not meet in an operation, memory ends, and what is on the device has to be
 brought back before it is written. Arithmetic is the CPU's, so bytes can be compared.
 
-    python pretended.py REPORT [NAME=VALUE...] -- JSON
+    python -c CODE REPORT [NAME=VALUE...] -- JSON
 
 runs the command lines in JSON one after another and writes to REPORT what the device saw. Names: `memory`, the bytes
 that the device says it has; `free`, those it has; `late`, how many allocations find room before it counts; `die`, the
@@ -28,11 +28,12 @@ from typing import Any
 
 import tiny
 import torch
+from fixtures.processes import Forked
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 
-PROGRAM = Path(__file__)
+CODE = "import sys; from pretended import main; sys.exit(main())"
 ON = ("--device", "pretend")
 """How a command asks for the device."""
 NAME = "Pretended 1"
@@ -213,8 +214,8 @@ def beside(folder: Path, calls: list[list[str]], **settings: int) -> tuple[tiny.
     """Run commands beside the device, in a process of their own; what it said, and what the device saw."""
     report = folder / f"report-{len(list(folder.glob('report-*')))}"
     given = [f"{name}={value}" for name, value in settings.items()]
-    code = "import sys; from pretended import main; sys.exit(main())"
-    run = tiny.finish(tiny.start(report, *given, "--", json.dumps(calls), code=code))
+    process = Forked("-c", CODE, str(report), *given, "--", json.dumps(calls), together=False)
+    run = tiny.finish(process)
     found = report.with_name(f"{report.name}.0")
     return run, json.loads(found.read_text()) if found.exists() else {}
 
@@ -248,7 +249,3 @@ def main() -> int:
     rank = os.environ.get("RANK", "0")
     Path(f"{sys.argv[1]}.{rank}").write_text(json.dumps(report), encoding="utf-8")
     return code
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -87,6 +87,7 @@ def same(a: Carry, b: Carry) -> bool:
 actions = st.lists(st.tuples(st.booleans(), st.integers(0, 6)), min_size=2, max_size=14)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sums", ["float64", "float32"])
 @pytest.mark.parametrize("name", FOLDS)
 @settings(max_examples=80, deadline=None, derandomize=True, database=None)

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 
+pytestmark = pytest.mark.slow
 State = dict[str, Tensor]
 View = Callable[[Tensor], Tensor]
 

@@ -252,6 +252,7 @@ def test_a_spoilt_base(name: str, root: Path, tmp_path: Path, bad: Path) -> None
         assert part in message, message
 
 
+@pytest.mark.slow
 def test_any_flipped_bit_of_a_header_is_refused_or_harmless(root: Path, tmp_path: Path, bad: Path) -> None:
     """Harmless: in the free text beside `format`. Otherwise one line, from the plan alone."""
     path = bad / WEIGHTS

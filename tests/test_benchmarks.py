@@ -15,7 +15,8 @@ from hfmerge import merge
 from hfmerge.recipe.recipe import parse_recipe
 
 
-ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {
     "startup": ((), "`--help`, whole command"),
     "linear": (("--methods", "ties"), "ties, peak memory"),

@@ -206,6 +206,7 @@ def test_unsigned(made: Path) -> None:
     assert stray.code == 1 and "--certificate" in stray.err
 
 
+@pytest.mark.slow
 def test_every_changed_byte_of_the_statement_breaks_the_signature(made: Path) -> None:
     good = envelope(made)
     trusted = public_keys(made / "key.pub")

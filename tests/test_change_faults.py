@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-from conftest import USERS
+from fixtures.hub import USERS
 from huggingface_hub import CommitOperationAdd, HfApi
 
 import hfmerge
@@ -22,6 +22,7 @@ from hfmerge.ledger.repository import open_merged
 from hfmerge.lifecycle.nested import find_removal
 
 
+pytestmark = pytest.mark.slow
 MODELS = ("m0", "m1", "m2", "m3")
 
 

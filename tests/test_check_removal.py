@@ -11,6 +11,7 @@ import pytest
 import tiny
 
 
+pytestmark = pytest.mark.slow
 ALL = ("mood", "topic", "third")
 MOODS, TOPICS = ["bad", "so-so", "good"], ["art", "sport", "law", "food"]
 

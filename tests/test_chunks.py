@@ -71,6 +71,7 @@ def test_which_tensors_are_merged_in_rows(root: Path, method: str, rows: set[str
             assert tile.shape[0] * tile.shape[1] <= 4 * TILE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "times"), [("ties", 1), ("mdm_oc", 1), ("opcm", 0)])
 def test_rows_that_are_surveyed_are_read_once_if_there_is_room(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, times: int
@@ -121,6 +122,7 @@ def test_nothing_is_read_ahead_of_dense_matrices(root: Path, method: str, model:
     assert ahead(plan) == more
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["linear", "opcm", "ties", "task_arithmetic"])
 def test_a_model_that_cannot_be_read_in_rows_leaves_no_trace(root: Path, tmp_path: Path, method: str) -> None:
     """With the adapter the MLP is visited whole; norms, and what follows from them, are those of the rows."""

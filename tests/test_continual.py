@@ -4,6 +4,7 @@ import json
 import random
 from pathlib import Path
 
+import launching
 import pytest
 import tiny
 import torch
@@ -150,6 +151,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_an_experiment_says_what_merging_by_hand_says(world: Path, tmp_path: Path) -> None:
     run = tiny.done(
         "continual", world / "opcm.yaml", "--suite", world / "suite.yaml", "--orders", 2, "--output", tmp_path / "out",
@@ -200,6 +202,7 @@ def test_an_experiment_says_what_merging_by_hand_says(world: Path, tmp_path: Pat
     assert figures == {f"{name}.{suffix}" for name in wanted_figures for suffix in ("png", "svg")}
 
 
+@pytest.mark.slow
 def test_what_was_measured_is_not_measured_again(world: Path, tmp_path: Path) -> None:
     def asked(*more: object) -> list[object]:
         flags = ["--suite", world / "suite.yaml", "--output", tmp_path / "out", "--removals", "none", "--no-plots"]
@@ -208,7 +211,7 @@ def test_what_was_measured_is_not_measured_again(world: Path, tmp_path: Path) ->
     def cells() -> dict[str, int]:
         return {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out" / "cells").iterdir()}
 
-    child = tiny.start(*asked("--orders", 2))
+    child = launching.start("-m", "hfmerge", *map(str, asked("--orders", 2)), together=False)
     assert child.stderr is not None
     # killed in the middle: some cells are there, the rest is not
     for line in child.stderr:
@@ -237,6 +240,7 @@ def test_what_was_measured_is_not_measured_again(world: Path, tmp_path: Path) ->
     assert tiny.done(*asked("--orders", 3)).err.count(" s\n") == 0
 
 
+@pytest.mark.slow
 def test_a_sweep_and_several_recipes_are_variants(world: Path, tmp_path: Path) -> None:
     flags = ["--suite", world / "suite.yaml", "--orders", 1, "--removals", "none", "--json"]
     alphas = "method.options.alpha=0.9,0.1,0.5"

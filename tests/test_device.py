@@ -13,13 +13,14 @@ import launching
 import pytest
 import tiny
 import torch
-from pretended import ON, PROGRAM, beside
+from pretended import CODE, ON, beside
 from safetensors.torch import load_file
 
 from hfmerge.engine.device import device_for
 from hfmerge.errors import HfMergeError
 
 
+pytestmark = pytest.mark.slow
 FLAGS = {
     "code": ("--method", "opcm", "--state", "all"),
     "paper": ("--method", "opcm", "--option", "variant=paper", "--norm", "none"),
@@ -201,18 +202,14 @@ def test_what_goes_into_one_call_does_not_depend_on_processes_or_on_a_kill(root:
     run, _ = beside(tmp_path, [killed], company=1)
     assert run.code == 0 and "resuming" in run.err
     calls = [merge(root, tmp_path / "two", *FLAGS["code"], *ON)]
-    process = launching.torchrun(2, str(PROGRAM), str(tmp_path / "of-two"), "company=1", "--", json.dumps(calls))
-    out, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, out
+    launching.succeed(launching.crew(2, "-c", CODE, str(tmp_path / "of-two"), "company=1", "--", json.dumps(calls)))
     for name in ("killed", "two"):
         assert tiny.files(tmp_path / name) == tiny.files(tmp_path / "plain"), name
 
 
 def test_each_process_of_a_machine_takes_its_own(root: Path, tmp_path: Path) -> None:
     calls = [merge(root, tmp_path / "there", *FLAGS["code"], *ON)]
-    process = launching.torchrun(2, str(PROGRAM), str(tmp_path / "report"), "--", json.dumps(calls))
-    out, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, out
+    launching.succeed(launching.crew(2, "-c", CODE, str(tmp_path / "report"), "--", json.dumps(calls)))
     saw = [json.loads((tmp_path / f"report.{rank}").read_text()) for rank in (0, 1)]
     assert [each["places"] for each in saw] == [["pretend:0"], ["pretend:1"]]
     tiny.done(*merge(root, tmp_path / "here", *FLAGS["code"]))

@@ -10,12 +10,13 @@ import launching
 import pytest
 import test_check_removal
 import tiny
-from pretended import ON, PROGRAM, beside
+from pretended import CODE, ON, beside
 from test_check_removal import world
 from test_learning import record
 from test_learning_kinds import KINDS, build
 
 
+pytestmark = pytest.mark.slow
 __all__ = ["world"]
 PLAIN: dict[str, Any] = {"rows": 16, "length": 10, "held_out": 0.25, "generator": "unigram"}
 """Rows that do not follow from a model, so that they are the same on every device."""
@@ -88,9 +89,7 @@ def test_weights_learned_there_are_those_of_the_cpu(
 def test_processes_share_a_device_where_there_is_but_one(kinds: dict[str, dict[str, Path]], tmp_path: Path) -> None:
     recipe = asked(kinds["causal"], tmp_path / "recipe.yaml", "mdm_oc", PLAIN)
     calls = json.dumps([merge(recipe, tmp_path / "two", *ON)])
-    process = launching.torchrun(2, str(PROGRAM), str(tmp_path / "of-two"), "devices=1", "--", calls)
-    out, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, out
+    launching.succeed(launching.crew(2, "-c", CODE, str(tmp_path / "of-two"), "devices=1", "--", calls))
     saw = [json.loads((tmp_path / f"of-two.{rank}").read_text()) for rank in (0, 1)]
     assert [each["places"] for each in saw] == [["pretend:0"]] * 2
     run, _ = beside(tmp_path, [merge(recipe, tmp_path / "one", *ON)])

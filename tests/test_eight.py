@@ -20,6 +20,7 @@ from hfmerge.hubserver.serve import HubServer
 from hfmerge.recipe.recipe import load_recipe
 
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
 LABELS = {"banking77": 77, "clinc_domain": 10}
 

@@ -126,6 +126,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_zero_shot_from_class_names_and_prompts(images: Path, clip: Path, tmp_path: Path) -> None:
     prompts = ["a photo of the {}", "{} of a photo"]
     task = {"kind": "zero-shot-image-classification", "image": "image", "label": "label", "dataset": str(images),
@@ -163,6 +164,7 @@ def test_zero_shot_from_class_names_and_prompts(images: Path, clip: Path, tmp_pa
         score(clip / "clip", tmp_path, **{**task, "classes": ["flat", "round"]})
 
 
+@pytest.mark.slow
 def test_pairs_and_numbers(tmp_path: Path) -> None:
     base = tiny.build("BertModel", tiny.config("bert"))
     model = tiny.with_head("BertForSequenceClassification", base, 1, ["LABEL_0"])

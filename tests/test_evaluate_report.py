@@ -38,6 +38,7 @@ from hfmerge.ledger.card_sections import carried_scores, part, with_scores, with
 from hfmerge.recipe.recipe import load_recipe
 
 
+pytestmark = pytest.mark.slow
 LABELS = ["cold", "warm", "hot"]
 FRESH = Settings(cache=False)
 HUMAN = "---\n# a remark\nlicense: mit   # another\nlanguage: [en]\n---\n# My model\n\nMy own words.\n"

@@ -30,6 +30,7 @@ from hfmerge.recipe.replay import ReplayAsked
 from hfmerge.recipe.weights import weight_at
 
 
+pytestmark = pytest.mark.slow
 ROWS = ReplayAsked(rows=12, length=8, generator="unigram", held_out=0.25)
 LEARN = {"replay": {**ROWS.to_dict()}, "steps": 6, "rate": 0.05, "batch": 9, "every": 3}
 

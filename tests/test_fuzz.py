@@ -154,6 +154,7 @@ def entry(root: Path, step: int) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 @EASY
 @given(data=st.data())
 def test_ledger_entries(root: Path, copied: Copied, data: st.DataObject) -> None:

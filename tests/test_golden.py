@@ -89,6 +89,7 @@ def check(golden: dict[str, Any], name: str, found: Mapping[str, str]) -> None:
     assert golden[name] == dict(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_a_recipe_gives_the_bytes_that_it_gave(
     path: Path, models: Path, tmp_path: Path, golden: dict[str, Any]
@@ -130,6 +131,7 @@ def test_a_verb_gives_the_bytes_that_it_gave(
     check(golden, f"{verb} {method}", products(out))
 
 
+@pytest.mark.slow
 def test_scores_are_those_that_they_were(models: Path, tmp_path: Path, golden: dict[str, Any]) -> None:
     out = tmp_path / "out"
     given = [models / name for name in ("a", "b")]

@@ -75,6 +75,7 @@ def assert_same_output(mine: PreTrainedModel, theirs: PreTrainedModel, **inputs:
 WORDS = torch.tensor([[1, 5, 9, 30, 2], [1, 7, 7, 40, 2]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["linear", "opcm"])
 def test_every_source_keeps_its_own_head_on_the_merged_backbone(bert: Path, tmp_path: Path, method: str) -> None:
     out = merge(bert, tmp_path / "out", "sentiment", "topic", "names", "answers", method=method)
@@ -240,6 +241,7 @@ def test_an_adapter_without_a_task_cannot_bring_a_head(bert: Path, tmp_path: Pat
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_heads_of_image_and_language_models(tmp_path: Path) -> None:
     pixels = torch.linspace(-1, 1, 2 * 3 * 8 * 8).reshape(2, 3, 8, 8)
     words = {"input_ids": WORDS}
@@ -262,6 +264,7 @@ def test_heads_of_image_and_language_models(tmp_path: Path) -> None:
         assert_same_output(model, expected(title, backbone, source), **inputs)
 
 
+@pytest.mark.slow
 def test_a_head_on_one_tower_of_the_base(tmp_path: Path) -> None:
     """CLIPForImageClassification uses the vision tower of a CLIPModel only."""
     base = tiny.build("CLIPModel", tiny.config("clip"))

@@ -139,6 +139,7 @@ def test_who_and_when_come_from_the_commits_that_brought_the_entries(published: 
     assert len(hfmerge.history(f"{published}@step-0001")) == 1
 
 
+@pytest.mark.slow
 def test_the_hub_out_of_reach_leaves_who_and_when_open(
     published: str, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

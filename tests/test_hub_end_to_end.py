@@ -1,15 +1,14 @@
 """The main job by Hub ID, with the real client against a real server on loopback, and every refusal."""
 
 import json
-import os
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from fixtures.processes import Forked
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file, save_file
@@ -95,10 +94,10 @@ def failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 def child(world: World, home: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """The command line in a process of its own, with other variables."""
-    environment = {**os.environ, **world.server.env(home), **variables}
-    return subprocess.run(
-        [sys.executable, "-m", "hfmerge", *arguments], env=environment, capture_output=True, text=True
-    )
+    environment = {**world.server.env(home), **variables}
+    process = Forked("-m", "hfmerge", *arguments, env=environment, together=False)
+    out, err = process.communicate(timeout=120)
+    return subprocess.CompletedProcess(process.args, process.returncode or 0, out, err)
 
 
 def test_merge_add_unmerge_by_id_gives_the_bytes_of_never_merged(world: World, tmp_path: Path) -> None:
@@ -119,6 +118,7 @@ def test_merge_add_unmerge_by_id_gives_the_bytes_of_never_merged(world: World, t
     assert [tag.name for tag in world.api.list_repo_refs("org/merged").tags] == ["step-0001", "step-0002", "step-0003"]
 
 
+@pytest.mark.slow
 def test_the_published_model_loads_with_every_head(world: World) -> None:
     merge(world, "org/heads", world.models)
     _, info = transformers.BertModel.from_pretrained("org/heads", output_loading_info=True)
@@ -134,6 +134,7 @@ def test_the_published_model_loads_with_every_head(world: World) -> None:
         hfmerge.load_with_head("org/heads", "org/x")
 
 
+@pytest.mark.slow
 def test_card_metadata_links_all_parents(world: World) -> None:
     result = merge(world, "org/card", ["org/a", "org/b"])
     info = world.api.model_info("org/card", expand=["cardData", "tags"])
@@ -144,6 +145,7 @@ def test_card_metadata_links_all_parents(world: World) -> None:
     assert card["hfmerge"]["ledger"] == result.entry.file and card["hfmerge"]["repo"] == "org/card"
 
 
+@pytest.mark.slow
 def test_state_lies_on_its_own_branch_and_goes_with_a_removed_model(world: World) -> None:
     merge(world, "org/state", ["org/a", "org/b"], state="all")
 
@@ -167,6 +169,7 @@ def test_state_lies_on_its_own_branch_and_goes_with_a_removed_model(world: World
     assert set(held()) <= set(before)
 
 
+@pytest.mark.slow
 def test_plan_downloads_no_weights(world: World, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     done = child(world, tmp_path / "home", "plan", "--base", "org/base", "--method", "opcm", "--json", *world.models)
     assert done.returncode == 0, done.stderr
@@ -178,6 +181,7 @@ def test_plan_downloads_no_weights(world: World, capsys: pytest.CaptureFixture[s
     assert data["heads"]["org/b"] == ["b0", "b1", "b2"] and data["weights"] == [1.0] * len(world.models)
 
 
+@pytest.mark.slow
 def test_revisions_are_pinned_before_anything_is_read(world: World, tmp_path: Path) -> None:
     old = world.api.model_info("org/c").sha
     world.api.create_tag("org/c", tag="v1", revision=old, exist_ok=True)
@@ -197,6 +201,7 @@ def test_revisions_are_pinned_before_anything_is_read(world: World, tmp_path: Pa
         world.api.upload_file(path_or_fileobj=str(original), path_in_repo="model.safetensors", repo_id="org/c")
 
 
+@pytest.mark.slow
 def test_uri_and_plain_id_are_the_same_model(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     text = failure(
         capsys, "plan", "--base", "hf://org/base", "--method", "opcm", "org/a", "hf://models/org/a@main", "org/b"
@@ -204,6 +209,7 @@ def test_uri_and_plain_id_are_the_same_model(world: World, capsys: pytest.Captur
     assert "models[1]" in text and "again" in text
 
 
+@pytest.mark.slow
 def test_pull_request(world: World) -> None:
     merge(world, "org/pr", ["org/a"])
     before = world.api.model_info("org/pr").sha
@@ -220,6 +226,7 @@ def test_pull_request(world: World) -> None:
     assert hfmerge.verify("org/pr").ok
 
 
+@pytest.mark.slow
 def test_a_push_race_changes_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     merge(world, "org/race", ["org/a", "org/b"])
     stale = world.api.model_info("org/race").sha
@@ -231,6 +238,7 @@ def test_a_push_race_changes_nothing(world: World, monkeypatch: pytest.MonkeyPat
     assert hfmerge.verify("org/race").ok
 
 
+@pytest.mark.slow
 def test_a_commit_between_reading_and_pushing_is_a_412(world: World, tmp_path: Path) -> None:
     merge(world, "org/late", ["org/a", "org/b"])
     stale = world.api.model_info("org/late").sha
@@ -243,12 +251,14 @@ def test_a_commit_between_reading_and_pushing_is_a_412(world: World, tmp_path: P
     assert "notes.txt" in {item.path for item in world.api.list_repo_tree("org/late", recursive=True)}
 
 
+@pytest.mark.slow
 def test_an_unrelated_repository_is_not_overwritten(world: World) -> None:
     merge(world, "org/mine", ["org/a"])
     with pytest.raises(hfmerge.HfMergeError, match="holds another merge"):
         merge(world, "org/mine", ["org/b"])
 
 
+@pytest.mark.slow
 def test_a_card_written_by_people_keeps_its_words(world: World) -> None:
     merge(world, "org/words", ["org/a"])
     path = world.api.hf_hub_download("org/words", "README.md")
@@ -261,6 +271,7 @@ def test_a_card_written_by_people_keeps_its_words(world: World) -> None:
     assert hfmerge.verify("org/words").ok
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["weights", "card", "ledger", "config"])
 def test_verify_names_what_was_changed_on_the_hub(world: World, part: str, tmp_path: Path) -> None:
     repo_id = f"org/tampered-{part}"
@@ -290,6 +301,7 @@ def private(world: World) -> None:
     world.api.update_repo_settings("org/gated", gated="manual")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("user", "model", "words"),
     [
@@ -315,6 +327,7 @@ def test_refusals_of_the_hub_are_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_no_right_to_push(
     world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -324,11 +337,13 @@ def test_no_right_to_push(
     assert "org/theirs: other has no right to write there" in text
 
 
+@pytest.mark.slow
 def test_a_merge_on_the_hub_needs_a_place_for_the_result(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     merge(world, "org/where", ["org/a", "org/b"])
     assert "--push-to org/where" in failure(capsys, "unmerge", "org/where", "--remove", "org/a")
 
 
+@pytest.mark.slow
 def test_offline_with_and_without_cache(world: World, tmp_path: Path) -> None:
     arguments = ["merge", "--base", "org/base", "--method", "opcm", "--quiet", *world.models[:2]]
     without = child(world, tmp_path / "empty", *arguments, "--output", str(tmp_path / "o1"), HF_HUB_OFFLINE="1")
@@ -346,6 +361,7 @@ def test_offline_with_and_without_cache(world: World, tmp_path: Path) -> None:
     assert sha256_file(tmp_path / "o4" / "model.safetensors") == sha256_file(tmp_path / "o2" / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_weights_on_the_hub_that_are_none(world: World, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     config = (world.folders["org/a"] / "config.json").read_bytes()
     whole = (world.folders["org/a"] / "model.safetensors").read_bytes()
@@ -358,6 +374,7 @@ def test_weights_on_the_hub_that_are_none(world: World, capsys: pytest.CaptureFi
         assert f"org/{name}@" in text and "model.safetensors" in text and len(text.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_no_request_failed_on_the_server(
     world: World, hub: HubServer, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import tiny
-from conftest import HOME, USERS
+from fixtures.hub import HOME, USERS
 from huggingface_hub import HfApi
-from launching import start, torchrun
+from launching import crew, start, succeed
 from safetensors.torch import save_file
 from shell import Shell
 
@@ -25,6 +25,9 @@ from hfmerge.errors import CorruptFileError
 from hfmerge.hubserver.importer import import_folder
 from hfmerge.hubserver.serve import HubServer
 from hfmerge.ledger.entry import Entry, archive_file
+
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -182,10 +185,9 @@ def test_a_fine_tune_takes_less_room_than_it_has_bytes(tmp_path: Path) -> None:
 def test_equal_sources_give_equal_archives_on_any_number_of_processes(root: Path, tmp_path: Path) -> None:
     command = ["merge", str(root / "m0"), str(root / "m1"), "--base", str(root / "base"), "--method", "linear"]
     command += ["--keep-sources", "--output"]
-    process = torchrun(2, "-m", "hfmerge", *command, str(tmp_path / "two"), env={"OMP_NUM_THREADS": "1"})
+    two = crew(2, "-m", "hfmerge", *command, str(tmp_path / "two"))
     tiny.done(*command, tmp_path / "one")
-    out, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, out
+    succeed(two)
     assert in_folder(tmp_path / "one") == in_folder(tmp_path / "two") == sorted(copies(entry_of(tmp_path / "one")))
     assert tiny.files(tmp_path / "one") == tiny.files(tmp_path / "two")
     assert tiny.done("verify", tmp_path / "two").code == 0

@@ -15,6 +15,7 @@ import pytest
 import tiny
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
+from fixtures.processes import Forked
 from torch.distributed.run import get_args_parser
 
 
@@ -87,6 +88,7 @@ def test_documented_commands_are_what_the_launchers_take() -> None:
         ]
 
 
+@pytest.mark.slow
 def test_accelerate_launches_two_processes_on_cpu(root: Path, tmp_path: Path) -> None:
     config = str(CONFIGS / "cpu.yaml")
     process = launching.accelerate(
@@ -100,6 +102,7 @@ def test_accelerate_launches_two_processes_on_cpu(root: Path, tmp_path: Path) ->
     assert tiny.files(tmp_path / "two") == tiny.files(tmp_path / "one")
 
 
+@pytest.mark.slow
 def test_accelerate_that_starts_one_process_in_place_of_two_is_refused(root: Path, tmp_path: Path) -> None:
     process = launching.accelerate(
         "--cpu", "--num_processes", "2", "--module", "hfmerge", *merge(root, tmp_path / "out")
@@ -127,6 +130,7 @@ def test_slurm_script_starts_torchrun_on_every_node(tmp_path: Path) -> None:
     assert [args.training_script, *args.training_script_args] == ["hfmerge", "merge", "my recipe.yaml", "--quiet"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nodes", [1, 2])
 def test_hf_jobs_script_is_what_the_client_takes(tmp_path: Path, nodes: int) -> None:
     (tmp_path / "dist").mkdir()
@@ -180,10 +184,11 @@ time.sleep(100)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_processes_deep_in_work_are_ended_when_one_is_killed(victim: int) -> None:
     began = time.monotonic()
-    crew = launching.ranks(3, "-c", WATCHER, str(launching.free_port()), str(victim))
+    crew = launching.crew(3, "-c", WATCHER, str(launching.free_port()), str(victim))
     said = [process.communicate(timeout=60)[1] for process in crew]
     assert time.monotonic() - began < 50
     assert [process.returncode for process in crew] == [-9 if rank == victim else 1 for rank in range(3)]
@@ -193,7 +198,7 @@ def test_processes_deep_in_work_are_ended_when_one_is_killed(victim: int) -> Non
 
 
 def test_processes_that_end_in_order_are_not_missed() -> None:
-    crew = launching.ranks(3, "-c", WATCHER, str(launching.free_port()), "-1")
+    crew = launching.crew(3, "-c", WATCHER, str(launching.free_port()), "-1")
     said = [process.communicate(timeout=60)[1] for process in crew]
     assert [process.returncode for process in crew] == [0, 0, 0] and not any(said), said
 
@@ -215,6 +220,7 @@ with processes() as ranks:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("owner", ["ours", "theirs"])
 def test_the_process_group_ends_before_the_interpreter_does(owner: str) -> None:
     crew = launching.ranks(2, "-c", ENDING, owner)
@@ -239,8 +245,9 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_named_and_the_other_stops_between_two_parameters(root: Path, tmp_path: Path) -> None:
-    crew = launching.ranks(2, "-c", DYING, *merge(root, tmp_path / "out"))
+    crew = launching.crew(2, "-c", DYING, *merge(root, tmp_path / "out"))
     _, said = crew[0].communicate(timeout=60)
     crew[1].communicate(timeout=60)
     assert (crew[0].returncode, crew[1].returncode) == (1, -9)
@@ -261,15 +268,14 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_a_process_whose_fellows_never_come_says_so_and_ends(root: Path, tmp_path: Path) -> None:
     told = {
         "process 0 of 2: not all processes have come": launching.environments(2)[0],
         "process 1 of 2: not all processes have come": launching.environments(2)[1],
         "MASTER_PORT expected, but not set; use `torchrun`": {**launching.environments(2)[0], "MASTER_PORT": ""},
     }
-    crew = [
-        launching.start("-c", LATE, *merge(root, tmp_path / "out"), env=env, together=False) for env in told.values()
-    ]
+    crew = [Forked("-c", LATE, *merge(root, tmp_path / "out"), env=env, together=False) for env in told.values()]
     for process, words in zip(crew, told, strict=True):
         _, said = process.communicate(timeout=60)
         assert process.returncode == 1 and words in said and "Traceback" not in said, said

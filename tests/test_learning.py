@@ -11,7 +11,7 @@ import evaluating
 import pytest
 import tiny
 import torch
-from launching import torchrun
+from launching import crew, succeed
 from test_replay import wordpieces
 
 from hfmerge import add, merge, unmerge, verify
@@ -76,6 +76,7 @@ METHODS: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", METHODS)
 def test_merged_values_are_those_of_a_merge_with_these_weights(
     more: dict[str, Any], models: dict[str, Path], tmp_path: Path
@@ -151,6 +152,7 @@ def test_parts_are_what_the_weights_multiply(kinds: str, method: Any) -> None:
     torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_plan_says_what_learning_takes(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,6 +170,7 @@ def test_the_plan_says_what_learning_takes(
     assert 3 * weights <= taken <= 3 * weights + 500 * len(plan.params)
 
 
+@pytest.mark.slow
 def test_learning_brings_the_merge_nearer_to_its_models(models: dict[str, Path], tmp_path: Path) -> None:
     result = merge(recipe(models, learn={**QUICK, "steps": 40}), output=tmp_path / "out")
     learned = result.entry.learned
@@ -183,6 +186,7 @@ def test_learning_brings_the_merge_nearer_to_its_models(models: dict[str, Path],
     )
 
 
+@pytest.mark.slow
 def test_one_weight_a_model_within_bounds(models: dict[str, Path], tmp_path: Path) -> None:
     learn = {**QUICK, "groups": "model", "low": 0.55, "high": 0.6, "start": 0.58, "rate": 0.5}
     result = merge(recipe(models, learn=learn), output=tmp_path / "out")
@@ -190,6 +194,7 @@ def test_one_weight_a_model_within_bounds(models: dict[str, Path], tmp_path: Pat
     assert all(isinstance(weight, float) and 0.55 <= weight <= 0.6 for weight in weights)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["mdm_oc", "mdm_oc_iso", "mdm_oc_subspace", "gram"])
 def test_a_model_leaves_with_its_rows_and_the_others_learn_anew(
     method: str, models: dict[str, Path], tmp_path: Path
@@ -216,6 +221,7 @@ def test_a_model_leaves_with_its_rows_and_the_others_learn_anew(
     assert verify(tmp_path / "ac", replay=True).ok
 
 
+@pytest.mark.slow
 def test_weights_stay_where_they_shall_not_be_learned_again(models: dict[str, Path], tmp_path: Path) -> None:
     before = merge(recipe(models, learn={**QUICK, "relearn": False}), output=tmp_path / "abc").entry
     after = unmerge(tmp_path / "abc", "a", output=tmp_path / "bc").entry
@@ -224,6 +230,7 @@ def test_weights_stay_where_they_shall_not_be_learned_again(models: dict[str, Pa
     assert before.learned is not None and after.learned["replay"] == before.learned["replay"][1:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["mdm_oc", "mdm_oc_subspace", "task_arithmetic"])
 def test_a_new_model_goes_on_from_the_weights_of_the_others(
     method: str, models: dict[str, Path], tmp_path: Path
@@ -240,6 +247,7 @@ def test_a_new_model_goes_on_from_the_weights_of_the_others(
     assert verify(tmp_path / "abc", replay=True).ok
 
 
+@pytest.mark.slow
 def test_consolidation_holds_on_to_the_merge_before(models: dict[str, Path], tmp_path: Path) -> None:
     drifts = []
     for ewc in (1e-6, 1e7):
@@ -254,6 +262,7 @@ def test_consolidation_holds_on_to_the_merge_before(models: dict[str, Path], tmp
     assert drifts[1] < 0.5 * drifts[0]
 
 
+@pytest.mark.slow
 def test_the_penalty_and_its_gradient_agree() -> None:
     generator = torch.Generator().manual_seed(0)
     merged, before, weights = (torch.randn(4, 5, generator=generator) for _ in range(3))
@@ -267,6 +276,7 @@ def test_the_penalty_and_its_gradient_agree() -> None:
     torch.testing.assert_close(pulled["x"], leaf.grad)
 
 
+@pytest.mark.slow
 def test_a_few_labelled_rows(models: dict[str, Path], tmp_path: Path) -> None:
     tasks = []
     for seed, (name, labels) in enumerate(LABELS.items()):
@@ -284,6 +294,7 @@ def test_a_few_labelled_rows(models: dict[str, Path], tmp_path: Path) -> None:
     assert mixed.models != entry.models
 
 
+@pytest.mark.slow
 def test_recomputed_activations_and_shared_rows_change_nothing(models: dict[str, Path]) -> None:
     plan = planned(models)
     asked = Learning(**{**QUICK, "replay": ReplayAsked(**FEW), "steps": 3})
@@ -299,6 +310,7 @@ def test_recomputed_activations_and_shared_rows_change_nothing(models: dict[str,
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_adapters_learn_with_their_own_heads(models: dict[str, Path], tmp_path: Path) -> None:
     targets = {f"bert.encoder.layer.{i}.attention.self.query": (16, 16) for i in range(2)}
     places = [str(models["a"])]
@@ -319,15 +331,14 @@ def test_adapters_learn_with_their_own_heads(models: dict[str, Path], tmp_path: 
     assert verify(tmp_path / "out", replay=True).ok
 
 
+@pytest.mark.slow
 def test_two_processes_find_the_same_weights(models: dict[str, Path], tmp_path: Path) -> None:
     words = ["--base", models["base"], "--method", "mdm_oc", "--learn", "steps=6", "--learn", "replay.rows=12"]
     words += ["--learn", "replay.generator=unigram", "--learn", "every=3", "--quiet"]
     names = [models[name] for name in "abc"]
     tiny.done("merge", *words, "--output", tmp_path / "one", *names)
     text = [str(word) for word in ("merge", *words, "--output", tmp_path / "two", *names)]
-    process = torchrun(2, "-m", "hfmerge", *text)
-    out = process.communicate(timeout=280)[0]
-    assert process.returncode == 0, out
+    succeed(crew(2, "-m", "hfmerge", *text))
     one, two = record(tmp_path / "one"), record(tmp_path / "two")
     for first, second in zip(one.models, two.models, strict=True):
         for key in tiny.tensors(models["base"]):
@@ -336,6 +347,7 @@ def test_two_processes_find_the_same_weights(models: dict[str, Path], tmp_path: 
     assert one.learned["replay"] == two.learned["replay"] and one.learned["steps"] == two.learned["steps"]
 
 
+@pytest.mark.slow
 def test_what_was_learned_from_is_guarded(models: dict[str, Path], tmp_path: Path) -> None:
     entry = merge(recipe(models, "ab"), output=tmp_path / "out").entry
     assert entry.learned is not None

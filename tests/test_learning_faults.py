@@ -19,6 +19,7 @@ from hfmerge.recipe.recipe import parse_recipe
 from hfmerge.recipe.weights import weight_at
 
 
+pytestmark = pytest.mark.slow
 LABELS = {"a": ["red", "green"], "b": ["x", "y", "z"]}
 LEARN: dict[str, Any] = {"replay": {"rows": 4, "length": 8, "generator": "unigram"}, "steps": 2, "every": 1}
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
+from fixtures.processes import Forked
 from test_learning import QUICK, models, planned, recipe, record
 
 from hfmerge import merge
@@ -25,6 +23,7 @@ from hfmerge.learning.progress import Progress
 from hfmerge.recipe.learning import Learning
 
 
+pytestmark = pytest.mark.slow
 __all__ = ["models"]
 LONG: dict[str, Any] = {**QUICK, "steps": 80, "patience": 100}
 """Nothing but the number of steps ends it."""
@@ -37,9 +36,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_a_killed_run_goes_on_where_it_stood(models: dict[str, Path], tmp_path: Path) -> None:
     text = json.dumps(recipe(models, learn=LONG).to_dict())
     (tmp_path / "recipe.yaml").write_text(text)
-    command = [sys.executable, "-m", "hfmerge", "merge", str(tmp_path / "recipe.yaml"), "--output"]
-    with open(tmp_path / "said", "wb") as said:
-        process = subprocess.Popen([*command, str(tmp_path / "killed")], stdout=said, stderr=said)
+    command = ["-m", "hfmerge", "merge", str(tmp_path / "recipe.yaml"), "--output", str(tmp_path / "killed")]
+    process = Forked(*command)
     steps = tmp_path / ".killed.hfmerge-journal" / "learning-steps.json"
     try:
         for _ in range(6000):
@@ -47,19 +45,17 @@ def test_a_killed_run_goes_on_where_it_stood(models: dict[str, Path], tmp_path: 
                 break
             time.sleep(0.01)
     finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert steps.exists(), (tmp_path / "said").read_text()
+        process.kill()
+        said, _ = process.communicate(timeout=60)
+    assert steps.exists(), said
     made = json.loads(steps.read_bytes())["state"]["step"]
     assert 8 <= made < LONG["steps"]
     rows = sorted(steps.parent.glob("learning-replay-*"))
     assert len(rows) == 6, "of each of three models the rows, and which they are"
     known = [(path.stat().st_mtime_ns, path.name) for path in rows]
-    done = subprocess.run(
-        [*command, str(tmp_path / "killed"), "--resume"], capture_output=True, text=True, check=True,
-        env={**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
-    )  # fmt: skip
-    assert known and re.search(rf"; {made} were made by a run that was interrupted", done.stderr + done.stdout)
+    done = tiny.finish(Forked(*command, "--resume"))
+    assert done.code == 0, done.out
+    assert known and re.search(rf"; {made} were made by a run that was interrupted", done.out)
     merge(recipe(models, learn=LONG), output=tmp_path / "whole")
     mine, whole = record(tmp_path / "killed"), record(tmp_path / "whole")
     assert mine.learned == whole.learned and mine.learned is not None and mine.learned["steps"] == LONG["steps"]

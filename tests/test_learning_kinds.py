@@ -29,6 +29,7 @@ from hfmerge.recipe.replay import ReplayAsked
 from hfmerge.recipe.weights import PatternWeights
 
 
+pytestmark = pytest.mark.slow
 LABELS = {"one": ["red", "green", "blue"], "two": ["x", "y", "z"], "twin": ["yes", "no"]}
 ROWS = {"rows": 32, "length": 10, "steps": 4, "held_out": 0.25}
 LEARN = {"replay": ROWS, "steps": 24, "rate": 0.05, "batch": 24, "every": 4, "groups": "model"}

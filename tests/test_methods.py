@@ -44,7 +44,9 @@ def cases() -> list[Any]:
             if get_origin(hints[field.name]) is Literal and field.name != "sums":
                 for choice in get_args(hints[field.name]):
                     if choice != field.default:
-                        found.append(pytest.param(method(**{field.name: choice}), id=f"{name}-{choice}"))
+                        # its histograms of half a million bins take a second a test
+                        marks = pytest.mark.slow if (name, choice) == ("ties", "model") else ()
+                        found.append(pytest.param(method(**{field.name: choice}), id=f"{name}-{choice}", marks=marks))
     return found
 
 
@@ -499,6 +501,7 @@ def merged(folders: Sequence[Path], output: Path, **method: Any) -> dict[str, Te
     return tiny.tensors(output)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scope", ["model", "tensor"])
 def test_ties_scopes_on_whole_models(language: list[Path], tmp_path: Path, scope: str) -> None:
     """Over the whole model the trimmed share is the paper's; a tensor with small changes may then lose all of them."""

@@ -16,6 +16,9 @@ import pytest
 import tiny
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     root = tmp_path_factory.mktemp("models")

@@ -19,6 +19,7 @@ from hfmerge.hubserver.serve import HubServer
 from hfmerge.ledger.repository import open_merged
 
 
+pytestmark = pytest.mark.slow
 MODELS = ("p/m0", "p/m1", "p/m2")
 
 

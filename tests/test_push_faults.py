@@ -12,12 +12,15 @@ from pathlib import Path
 
 import pytest
 import tiny
-from conftest import USERS
 from faultproxy import Fault, FaultProxy
+from fixtures.hub import USERS
 from huggingface_hub import HfApi
 from shell import Shell
 
 from hfmerge.hubserver.serve import HubServer
+
+
+pytestmark = pytest.mark.slow
 
 
 @dataclass(frozen=True)

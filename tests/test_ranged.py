@@ -13,8 +13,8 @@ from email.utils import formatdate
 
 import httpx2
 import pytest
-from conftest import USERS
 from faultproxy import Fault, FaultProxy
+from fixtures.hub import USERS
 from shell import upload
 
 from hfmerge.errors import AccessError, CorruptFileError, NotFoundError, OfflineError, SourceError
@@ -23,6 +23,7 @@ from hfmerge.hub.ranges import RangedFile, Traffic
 from hfmerge.hubserver.serve import HubServer
 
 
+pytestmark = pytest.mark.slow
 DATA = random.Random(0).randbytes(3_000_000)
 SHA256 = hashlib.sha256(DATA).hexdigest()
 QUICK = Patience(tries=4, first=0.01, longest=0.02, asked=5.0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
 import os
 import random
 import shutil
@@ -19,6 +18,7 @@ from typing import Any
 import launching
 import pytest
 import tiny
+from fixtures import processes
 
 from hfmerge.checkpoint.writer import SafetensorsWriter, Slot, bytes_of, header_bytes
 from hfmerge.engine.fingerprint import work_of
@@ -127,6 +127,7 @@ def killed_midway(root: Path, out: Path, *flags: object, lines: int = 30) -> int
     return noted(out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("title", VARIANTS)
 def test_killed_again_and_again(
     title: str, root: Path, undisturbed: Callable[[str], dict[str, str]], tmp_path: Path
@@ -221,13 +222,13 @@ POINTS = {
 
 def dead_at(point: str, arguments: Sequence[object], log: Path) -> None:
     """Run a command in a process of its own that dies at a point of the program."""
-    context = multiprocessing.get_context("forkserver")
-    child = context.Process(target=die_at, args=(point, [str(item) for item in arguments], str(log)))
+    child = processes.CONTEXT.Process(target=die_at, args=(point, [str(item) for item in arguments], str(log)))
     child.start()
     child.join(60)
     assert child.exitcode == -signal.SIGKILL, log.read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("point", POINTS)
 def test_killed_at_the_worst_moment(
     point: str, root: Path, undisturbed: Callable[[str], dict[str, str]], tmp_path: Path
@@ -239,6 +240,7 @@ def test_killed_at_the_worst_moment(
     assert tiny.everything(out) == undisturbed(title) and left_nothing(out)
 
 
+@pytest.mark.slow
 def test_killed_when_all_is_done(root: Path, undisturbed: Callable[[str], dict[str, str]], tmp_path: Path) -> None:
     """The result is in its place; only the journal has not gone yet, and the next command takes it away."""
     out, title = tmp_path / "out", "two passes, scratch"
@@ -248,11 +250,12 @@ def test_killed_when_all_is_done(root: Path, undisturbed: Callable[[str], dict[s
     assert tiny.everything(out) == undisturbed(title) and left_nothing(out)
 
 
+@pytest.mark.slow
 def test_the_command_itself(root: Path, undisturbed: Callable[[str], dict[str, str]], tmp_path: Path) -> None:
     """`python -m hfmerge` killed from outside, and run again by hand."""
     out, title = tmp_path / "out", "two passes, scratch"
     for _ in range(5):
-        process = tiny.start(*command(root, out, *VARIANTS[title]))
+        process = launching.start("-m", "hfmerge", *map(str, command(root, out, *VARIANTS[title])), together=False)
         while process.poll() is None and noted(out) < 160:
             time.sleep(0.001)
         process.kill()
@@ -261,12 +264,14 @@ def test_the_command_itself(root: Path, undisturbed: Callable[[str], dict[str, s
         # it was done before it could be killed
         shutil.rmtree(out)
     assert 160 <= noted(out)
-    run = tiny.finish(tiny.start(*command(root, out, *VARIANTS[title]), "--resume"))
+    again = ["-m", "hfmerge", *map(str, command(root, out, *VARIANTS[title])), "--resume"]
+    run = tiny.finish(launching.start(*again, together=False))
     assert run.code == 0 and reused(run) >= 160, run.err
     assert f"hfmerge: resuming: {TENSORS} of {TENSORS} tensors merged, " in run.err
     assert tiny.everything(out) == undisturbed(title) and left_nothing(out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("title", VARIANTS)
 def test_one_of_two_processes_is_killed_again_and_again(
     title: str, root: Path, undisturbed: Callable[[str], dict[str, str]], tmp_path: Path
@@ -289,6 +294,7 @@ def test_one_of_two_processes_is_killed_again_and_again(
     assert tiny.everything(out) == undisturbed(title) and left_nothing(out)
 
 
+@pytest.mark.slow
 def test_one_of_several_processes_is_killed(
     root: Path, undisturbed: Callable[[str], dict[str, str]], tmp_path: Path
 ) -> None:
@@ -297,7 +303,7 @@ def test_one_of_several_processes_is_killed(
     arguments = [str(item) for item in command(root, out, *VARIANTS[title])]
     killed_midway(root, out, *VARIANTS[title])
     for victims in ((1,), (0, 1)):
-        crew = launching.ranks(2, "-c", SLOW, *arguments, "--resume")
+        crew = launching.crew(2, "-c", SLOW, *arguments, "--resume")
         reached = noted(out)
         goal = reached + chance.randint(5, 40)
         while all(process.poll() is None for process in crew) and noted(out) < goal:
@@ -315,6 +321,7 @@ def test_one_of_several_processes_is_killed(
     assert tiny.everything(out) == undisturbed(title) and left_nothing(out)
 
 
+@pytest.mark.slow
 def test_a_killed_launcher_run_is_finished_by_one_process(
     root: Path, undisturbed: Callable[[str], dict[str, str]], tmp_path: Path
 ) -> None:
@@ -335,6 +342,7 @@ def test_a_killed_launcher_run_is_finished_by_one_process(
     assert tiny.everything(out) == undisturbed(title) and left_nothing(out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("title", ["two passes, scratch", "one pass, large tensors in slices"])
 def test_what_the_journal_claims_is_checked(
     title: str, root: Path, undisturbed: Callable[[str], dict[str, str]], tmp_path: Path
@@ -355,6 +363,7 @@ def test_what_the_journal_claims_is_checked(
     assert tiny.everything(out) == undisturbed(title)
 
 
+@pytest.mark.slow
 def test_files_that_are_gone_are_made_again(
     root: Path, undisturbed: Callable[[str], dict[str, str]], tmp_path: Path
 ) -> None:
@@ -368,6 +377,7 @@ def test_files_that_are_gone_are_made_again(
     assert tiny.everything(out) == undisturbed(title) and left_nothing(out)
 
 
+@pytest.mark.slow
 def test_a_journal_with_torn_and_foreign_lines(
     root: Path, undisturbed: Callable[[str], dict[str, str]], tmp_path: Path
 ) -> None:
@@ -382,6 +392,7 @@ def test_a_journal_with_torn_and_foreign_lines(
     assert tiny.everything(out) == undisturbed(title)
 
 
+@pytest.mark.slow
 def test_other_work_is_not_gone_on_with(
     root: Path, undisturbed: Callable[[str], dict[str, str]], tmp_path: Path
 ) -> None:
@@ -406,6 +417,7 @@ def test_other_work_is_not_gone_on_with(
     assert tiny.everything(out) == tiny.everything(tmp_path / "plain")
 
 
+@pytest.mark.slow
 def test_the_flags(root: Path, undisturbed: Callable[[str], dict[str, str]], tmp_path: Path) -> None:
     out, title = tmp_path / "out", "one pass, large tensors in slices"
     flags = VARIANTS[title]
@@ -421,6 +433,7 @@ def test_the_flags(root: Path, undisturbed: Callable[[str], dict[str, str]], tmp
     assert refused.code == 1 and "the folder is not empty" in refused.err
 
 
+@pytest.mark.slow
 def test_a_source_that_changed_in_between(root: Path, tmp_path: Path) -> None:
     """Same names, same sizes, and even the same time of the last change: nothing made of the old files is used."""
     (tmp_path / "in").mkdir()
@@ -439,6 +452,7 @@ def test_a_source_that_changed_in_between(root: Path, tmp_path: Path) -> None:
     assert tiny.everything(out) == tiny.everything(tmp_path / "plain")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("year", [1970, 2099])
 def test_clocks_that_jump(
     year: int,
@@ -459,6 +473,7 @@ def test_clocks_that_jump(
     assert tiny.everything(out) == undisturbed(title) and left_nothing(out)
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_when_going_on(
     root: Path, undisturbed: Callable[[str], dict[str, str]], tmp_path: Path
 ) -> None:
@@ -471,6 +486,7 @@ def test_a_disk_that_is_full_when_going_on(
     assert tiny.everything(out) == undisturbed(title)
 
 
+@pytest.mark.slow
 def test_too_little_room_leaves_what_is_there(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the killed run wrote counts as room for its bytes; too little room costs nothing of it."""
     out, flags = tmp_path / "out", VARIANTS["one pass, large tensors in slices"]
@@ -484,6 +500,7 @@ def test_too_little_room_leaves_what_is_there(root: Path, tmp_path: Path, monkey
     assert reused(tiny.done(*command(root, out, *flags))) == lines
 
 
+@pytest.mark.slow
 def test_a_second_run_into_the_folder_waits_its_turn(root: Path, tmp_path: Path) -> None:
     out, flags = tmp_path / "out", VARIANTS["one pass, large tensors in slices"]
     lines = killed_midway(root, out, *flags)
@@ -496,6 +513,7 @@ def test_a_second_run_into_the_folder_waits_its_turn(root: Path, tmp_path: Path)
     assert f"resuming: {lines - 1} of " in first.log.read_text() or reused(first.end()) == lines
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", ["add", "unmerge"])
 def test_changes_of_a_merge(verb: str, root: Path, tmp_path: Path) -> None:
     """`add` and `unmerge` of a folder in place, killed and run again; its old content is there in between."""

@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import launching
 import pytest
 import tiny
 import torch
@@ -301,6 +302,7 @@ def digests(root: Path, out: Path) -> dict[str, dict[str, str]]:
     return found
 
 
+@pytest.mark.slow
 def test_threads_cores_and_hash_seeds_do_not_show_in_the_bytes(tmp_path: Path) -> None:
     """Matrices large enough that the libraries would share them out among threads if they were let."""
     settings = tiny.config("qwen3", hidden_size=128, intermediate_size=224, head_dim=64, num_hidden_layers=1)
@@ -309,9 +311,9 @@ def test_threads_cores_and_hash_seeds_do_not_show_in_the_bytes(tmp_path: Path) -
     for i in range(3):
         tiny.save(tiny.fine_tune(base, i + 1), tmp_path / f"m{i}")
     children = [
-        tiny.start(
-            tmp_path, tmp_path / f"out-{threads}", cores, code=CHILD, OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads,
-            PYTHONHASHSEED=seed,
+        launching.start(
+            "-c", CHILD, str(tmp_path), str(tmp_path / f"out-{threads}"), str(cores), together=False,
+            env={"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONHASHSEED": seed},
         )
         for threads, cores, seed in (("2", 2, "1"), ("4", 1, "4242"))
     ]  # fmt: skip

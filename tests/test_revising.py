@@ -46,6 +46,7 @@ def last(out: Path) -> dict[str, object]:
     return entry
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_replace_equals_a_merge_with_the_new_model(root: Path, tmp_path: Path, method: str) -> None:
     flags = (*METHODS[method], "--state", "all")
@@ -77,6 +78,7 @@ def test_reorder_equals_a_merge_in_that_order(root: Path, tmp_path: Path, method
     assert tiny.done("verify", out, "--replay").code == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_rebase_equals_a_merge_on_the_new_base(root: Path, tmp_path: Path, method: str) -> None:
     flags = (*METHODS[method], "--state", "2")

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import tiny
-from launching import torchrun
+from launching import crew, succeed, torchrun
 
 from hfmerge.engine.ranks import Ranks, shares
 from hfmerge.errors import HfMergeError, Problem, RecipeError
 from hfmerge.methods import registry
 
 
+pytestmark = pytest.mark.slow
 FULL = ("m0", "m1", "m2")
 FLAGS: dict[str, tuple[str, ...]] = {
     name: ("--method", name, "--state", "all") for name, method in registry().items() if method.arity[1] is None
@@ -76,9 +77,7 @@ def test_same_bytes_for_every_method(root: Path, alone: dict[str, dict[str, str]
     script = tmp_path / "worker.py"
     script.write_text(WORKER, encoding="utf-8")
     calls = [call for title in FLAGS for call in command(root, tmp_path / title.replace(" ", "-"), title)]
-    process = torchrun(world, str(script), str(world), json.dumps(calls))
-    out, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, out
+    out = succeed(crew(world, str(script), str(world), json.dumps(calls)))
     for title, expected in alone.items():
         assert tiny.files(tmp_path / title.replace(" ", "-")) == expected, title
     assert out.count("merge (step 1)") == len(FLAGS)

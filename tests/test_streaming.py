@@ -16,8 +16,8 @@ import launching
 import pytest
 import tiny
 import torch
-from conftest import USERS
 from faultproxy import Fault, FaultProxy
+from fixtures.hub import USERS
 from shell import Shell, upload
 
 from hfmerge.engine.journal import read_past
@@ -25,6 +25,7 @@ from hfmerge.hubserver.serve import HubServer
 from hfmerge.ledger.entry import Entry
 
 
+pytestmark = pytest.mark.slow
 SIZES = {"vocab_size": 4000, "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2}
 WEIGHTS = "model.safetensors"
 
@@ -249,14 +250,11 @@ def test_a_flipped_bit_is_an_error_by_name(world: World, place: str, tmp_path: P
 
 def test_what_cannot_be_checked_is_said_everywhere(world: World, tmp_path: Path) -> None:
     """Two processes read a part of each file, so that no digest can be compared."""
-    environment = {"HF_ENDPOINT": world.hub.endpoint, "HF_HOME": str(world.home), "OMP_NUM_THREADS": "1"}
-    place = ["--nproc_per_node", "2", "--master_addr", "127.0.0.1", "--master_port", str(launching.free_port())]
+    environment = {"HF_ENDPOINT": world.hub.endpoint, "HF_HOME": str(world.home)}
     command = ["-m", "hfmerge", "merge", *asked("linear"), "--stream", "--json", "--output", str(tmp_path / "out")]
-    run = tiny.finish(
-        launching.start("-m", "torch.distributed.run", *place, *command, env=environment, together=False)
-    )
-    assert run.code == 0, run.err
-    told = run.json
+    first, second = map(tiny.finish, launching.crew(2, *command, env=environment))
+    assert (first.code, second.code) == (0, 0), first.err + second.err
+    told = first.json
     assert not told["streamed"]["verified"] and len(told["streamed"]["unverified"]) == 4
     assert sum("not compared with the digest" in warning for warning in told["warnings"]) == 4
     entry = Entry.from_bytes(ledger(tmp_path / "out"), "ledger")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-from conftest import HOME, USERS
+from fixtures.hub import HOME, USERS
 from huggingface_hub import HfApi
 from shell import Shell
 
@@ -21,6 +21,9 @@ from hfmerge.hubserver.importer import import_folder
 from hfmerge.hubserver.serve import HubServer
 from hfmerge.ledger.entry import Material
 from hfmerge.lifecycle.missing_sources import check_unchanged
+
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

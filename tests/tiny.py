@@ -7,7 +7,6 @@ import copy
 import io
 import itertools
 import json
-import multiprocessing
 import multiprocessing.process
 import os
 import shutil
@@ -22,6 +21,7 @@ from typing import Any
 
 import torch
 import transformers
+from fixtures import processes
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -250,21 +250,13 @@ def only_leftovers(run: Run) -> bool:
     return run.code == 1 and bool(faults) and all("left beside the folder by a killed run" in line for line in faults)
 
 
-def start(*arguments: object, code: str | None = None, **environment: str) -> subprocess.Popen[str]:
-    """Start the command line, or a piece of Python with its arguments, in a child process of its own."""
+def start(*arguments: object, code: str | None = None, **environment: str) -> processes.Forked:
+    """Run the command line, or a piece of Python with its arguments, in a forked process of its own."""
     script = ["-m", "hfmerge"] if code is None else ["-c", code]
-    here = Path(__file__).parent
-    path = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
-    return subprocess.Popen(
-        [sys.executable, *script, *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": path, **environment},
-    )
+    return processes.Forked(*script, *map(str, arguments), env=environment, together=False)
 
 
-def finish(process: subprocess.Popen[str], timeout: float = 240) -> Run:
+def finish(process: subprocess.Popen[str] | processes.Forked, timeout: float = 240) -> Run:
     """Wait for a child process."""
     try:
         out, err = process.communicate(timeout=timeout)
@@ -393,13 +385,11 @@ def fork(
         limit: greatest length of a file in bytes, as `ulimit -f` sets it.
         env: set in its environment, before the command looks at it.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tiny", "transformers.models.llama.modeling_llama", "hfmerge.api"])
     name = f"child-{len(list(folder.glob('child-*.log')))}"
     ready, go, log = (folder / f"{name}.{suffix}" for suffix in ("ready", "go", "log"))
     log.touch()
     words = [str(argument) for argument in arguments]
-    process = context.Process(target=_forked, args=(words, hold, steps, limit, env or {}, ready, go, log))
+    process = processes.CONTEXT.Process(target=_forked, args=(words, hold, steps, limit, env or {}, ready, go, log))
     process.start()
     return Child(process, ready, go, log)
 

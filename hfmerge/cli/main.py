@@ -16,6 +16,7 @@ import gc
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import cache
 
 from hfmerge.cli import changing, continual, evaluating, inspecting, merging, proving, publishing, reading, revising
 from hfmerge.cli.shared import first_process, print_json
@@ -82,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
+@cache
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hfmerge",

@@ -36,16 +36,14 @@ def environment(device: Device | None = None, *, moved: bool = False, mixed: boo
         moved: a part was computed on the CPU instead, by chance.
         mixed: other arithmetic took part, as that of another machine; then, as with `moved`, the fingerprint is None.
     """
-    from importlib.metadata import version
-
     import torch
 
     device = device or Device()
     return {
         "hfmerge": __version__,
         "torch": torch.__version__,
-        "transformers": version("transformers"),
-        "safetensors": version("safetensors"),
+        "transformers": _version("transformers"),
+        "safetensors": _version("safetensors"),
         "device": device.recorded(moved=moved),
         "fingerprint": None if moved or mixed else fingerprint(device.place),
         "machine": platform.machine(),
@@ -53,6 +51,13 @@ def environment(device: Device | None = None, *, moved: bool = False, mixed: boo
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "threads_per_matrix": 1,
     }
+
+
+@functools.cache
+def _version(package: str) -> str:
+    from importlib.metadata import version
+
+    return version(package)
 
 
 @functools.cache

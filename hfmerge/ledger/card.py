@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 from hfmerge.errors import LedgerError
 from hfmerge.ledger.entry import Entry, Material
@@ -17,6 +18,9 @@ from hfmerge.validation.quoting import Markdown, code, fenced, link, markdown, p
 from hfmerge.validation.strict_yaml import dump_yaml, parse_front
 from hfmerge.validation.values import hub_id
 
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 BEGIN, END = "<!-- hfmerge:begin -->", "<!-- hfmerge:end -->"
 FILE = "README.md"
@@ -90,14 +94,11 @@ def restrictive(materials: Sequence[Material]) -> list[str]:
     return notes
 
 
-def block(entries: Sequence[Entry], facts: Mapping[str, Any]) -> str:
-    """The marked part of the card."""
+@cache
+def _template() -> Template:
+    """The template of the marked part, compiled."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    last = entries[-1]
-    me = facts.get("repo_id") or "path/to/this/folder"
-    any_head = any(m.head for m in last.models)
-    method = registry().get(last.method["name"])
     environment = Environment(
         loader=PackageLoader("hfmerge.ledger"),
         undefined=StrictUndefined,
@@ -106,8 +107,17 @@ def block(entries: Sequence[Entry], facts: Mapping[str, Any]) -> str:
         finalize=markdown,
     )
     environment.filters |= {"code": code, "python_text": python_text, "shell_word": shell_word}
+    return environment.get_template("card.md.j2")
+
+
+def block(entries: Sequence[Entry], facts: Mapping[str, Any]) -> str:
+    """The marked part of the card."""
+    last = entries[-1]
+    me = facts.get("repo_id") or "path/to/this/folder"
+    any_head = any(m.head for m in last.models)
+    method = registry().get(last.method["name"])
     architecture = str(facts["architecture"])
-    text = environment.get_template("card.md.j2").render(
+    text = _template().render(
         title=me.rpartition("/")[2] if facts.get("repo_id") else "Merged model",
         me=me,
         library=facts["library_name"],

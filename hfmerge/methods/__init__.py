@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.metadata import entry_points
 
 from hfmerge.methods.base import Carry, Citation, FoldMethod, Form, JointMethod, MergeMethod
@@ -26,7 +27,13 @@ BUILT_IN: tuple[type[MergeMethod], ...] = (
 
 def registry() -> dict[str, type[MergeMethod]]:
     """All methods by name: the built-in ones, then those of installed packages, which may not take a taken name."""
-    methods = {method.name: method for method in BUILT_IN}
+    return {**_installed(), **{method.name: method for method in BUILT_IN}}
+
+
+@cache
+def _installed() -> dict[str, type[MergeMethod]]:
+    """Methods of installed packages; finding them reads the metadata of every installed package."""
+    methods: dict[str, type[MergeMethod]] = {}
     for entry in entry_points(group="hfmerge.methods"):
         methods.setdefault(entry.name, entry.load())
     return methods

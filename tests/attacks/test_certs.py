@@ -209,6 +209,7 @@ def with_odd(value: Any, path: tuple[Any, ...], odd: Any) -> Any:
     return copied
 
 
+@pytest.mark.slow
 def test_any_value_of_a_statement_is_replaced(made: Path) -> None:
     """The signer replaces any one value by something odd: it is refused, and never with an error of Python."""
     merged, now = open_merged(str(made / "merged")), datetime.now(timezone.utc)
@@ -324,6 +325,7 @@ def test_the_commit_is_named_though_the_branch_moves(published: str, monkeypatch
 # A history that was rewritten
 
 
+@pytest.mark.slow
 def test_the_home_notices_that_a_published_history_was_rewritten(
     published: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -364,6 +366,7 @@ def test_a_history_is_cut_back(published: str) -> None:
     assert tiny.cli("verify", f"{published}@step-0001").code == 0  # an older step, asked for, is none
 
 
+@pytest.mark.slow
 def test_what_is_no_attack_is_let_through(published: str, tmp_path: Path) -> None:
     """Older revisions, pull requests, restored and purged histories go on from what was seen."""
     tiny.done("verify", published)
@@ -424,6 +427,7 @@ def witnessed(made: Path, folder: Path) -> tuple[Path, Path]:
     return folder / "merged", log
 
 
+@pytest.mark.slow
 def test_the_log_notices_that_a_published_history_was_rewritten(
     published: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

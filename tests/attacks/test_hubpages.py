@@ -28,6 +28,7 @@ from hubserver.hostile import MARKDOWN, TEXTS, Checker, filled
 from hfmerge.cli.main import main
 
 
+pytestmark = pytest.mark.slow
 BROWSER = {"Accept": "text/html,*/*;q=0.8"}
 
 

@@ -28,6 +28,9 @@ from hfmerge.hubserver.serve import HubServer
 from hfmerge.hubserver.xorb import chunk_hash, hash_text, tree_hash
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     """A server with alice, bob and carol."""
@@ -400,7 +403,6 @@ def test_bodies_that_cannot_be_held(hub: Hub) -> None:
     assert hub.ask("POST", f"/api/models/{repo}/discussions", b'{"title": "title", "n": NaN}').status == 400
 
 
-@pytest.mark.slow
 def test_a_thousand_repositories_are_listed_in_a_second(tmp_path: Path) -> None:
     """Asking for the list makes the server read every file of every repository, each time."""
     hub = Hub(tmp_path)

@@ -11,6 +11,7 @@ import pytest
 import tiny
 
 
+pytestmark = pytest.mark.slow
 MODULES = {f"encoder.layer.0.attention.self.{name}": (16, 16) for name in ("query", "key", "value")}
 
 

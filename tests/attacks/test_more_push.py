@@ -13,11 +13,14 @@ from urllib.request import Request, urlopen
 
 import pytest
 import tiny
-from conftest import USERS
+from fixtures.hub import USERS
 from huggingface_hub import HfApi
 
 from hfmerge.hubserver.serve import HubServer
 from hfmerge.ledger.card import BEGIN
+
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

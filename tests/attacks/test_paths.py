@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import tiny
-from conftest import HOME, USERS
 from evaluating import TOKENS, labelled, suite
+from fixtures.hub import HOME, USERS
 from huggingface_hub import HfApi
 
 import hfmerge

@@ -14,14 +14,15 @@ from typing import Any
 
 import pytest
 import tiny
-from conftest import USERS
 from faultproxy import Fault, FaultProxy, Gate
+from fixtures.hub import USERS
 from huggingface_hub import CommitOperationAdd, HfApi
 
 from hfmerge.hubserver.importer import import_folder
 from hfmerge.hubserver.serve import HubServer
 
 
+pytestmark = pytest.mark.slow
 PAIR = ("a", "b")
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import launching
 import pytest
 import tiny
 import torch
@@ -25,6 +26,7 @@ from hfmerge.ledger.card import card_facts, licence_note, render_card
 from hfmerge.ledger.entry import check_chain
 
 
+pytestmark = pytest.mark.slow
 Record = dict[str, Any]
 KEY = ed25519.Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 CLAIMS = {"cpu": "AVX9", "blas": "other", "machine": "sparc", "device": "Abacus", "threads_per_matrix": 2}
@@ -202,10 +204,15 @@ def test_the_fingerprint_tells_what_no_name_does(root: Path, tmp_path: Path) -> 
     """MKL_CBWR changes last bits, and neither processor nor version nor library shows it."""
     if not torch.backends.mkl.is_available():
         pytest.skip("torch is built without MKL here")
+
+    def fresh(setting: str, *words: object) -> tiny.Run:
+        """Python in a process of its own, in which the library reads the setting when it is loaded."""
+        return tiny.finish(launching.start(*map(str, words), env={"MKL_CBWR": setting}, together=False))
+
     code = "import json; from hfmerge.engine.environment import environment as e; print(json.dumps([e(), e()]))"
     found = {}
     for setting in ("COMPATIBLE", "AVX2", "AVX2,STRICT"):
-        twice = tiny.finish(tiny.start(code=code, MKL_CBWR=setting)).json
+        twice = fresh(setting, "-c", code).json
         assert twice[0] == twice[1]
         found[setting] = twice[0]
     prints = {setting: one.pop("fingerprint") for setting, one in found.items()}
@@ -213,10 +220,9 @@ def test_the_fingerprint_tells_what_no_name_does(root: Path, tmp_path: Path) -> 
     assert prints["COMPATIBLE"] != prints["AVX2"] and len(prints["AVX2"]) == 64
     # and `verify` names it as the reason
     call = ("merge", root / "m0", root / "m1", "--base", root / "base", "--method", "opcm")
-    run = tiny.finish(tiny.start(*call, "--output", tmp_path / "out", MKL_CBWR="COMPATIBLE"))
+    run = fresh("COMPATIBLE", "-m", "hfmerge", *call, "--output", tmp_path / "out")
     assert run.code == 0, run.err
-    own = {"MKL_CBWR": "AVX2"}
-    run = tiny.finish(tiny.start("verify", tmp_path / "out", "--replay", **own))
+    run = fresh("AVX2", "-m", "hfmerge", "verify", tmp_path / "out", "--replay")
     same = "ok   replay: " in run.out
     assert run.code == (0 if same else 3), run.out
     assert same or "the arithmetic differs: fingerprint " in run.out
@@ -232,7 +238,8 @@ def test_a_run_is_not_gone_on_with_under_other_arithmetic(root: Path, tmp_path: 
     child.wait_until_held()
     child.signal(9)
     assert child.end().code == -9
-    run = tiny.finish(tiny.start(*call, "--resume", MKL_CBWR="AVX2"))
+    again = ["-m", "hfmerge", *map(str, call), "--resume"]
+    run = tiny.finish(launching.start(*again, env={"MKL_CBWR": "AVX2"}, together=False))
     assert run.code == 1 and "environment" in run.err
 
 

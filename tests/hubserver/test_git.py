@@ -16,6 +16,9 @@ import pytest
 from hubserver.harness import USERS, Client, Hub, commit
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     """A server with a public and a private model, and a data set."""

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from hubserver.harness import Client, Hub
+
+
+pytestmark = pytest.mark.slow
 
 
 def test_transformers(client: Client, hub: Hub) -> None:

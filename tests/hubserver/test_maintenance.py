@@ -19,6 +19,7 @@ from hfmerge.cli.main import main
 from hubserver.harness import Client, Hub, commit
 
 
+pytestmark = pytest.mark.slow
 Say = Callable[..., tuple[int, str]]
 
 LARGE = os.urandom(50_000)

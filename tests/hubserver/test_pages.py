@@ -15,6 +15,7 @@ from hubserver.harness import Client, Hub, commit
 from hubserver.hostile import Checker
 
 
+pytestmark = pytest.mark.slow
 CARD = b"""---
 license: apache-2.0
 base_model:

@@ -11,6 +11,9 @@ import pytest
 from hubserver.harness import Client, Hub
 
 
+pytestmark = pytest.mark.slow
+
+
 def test_who_am_i_and_create(client: Client, hub: Hub) -> None:
     client.run(
         """

@@ -21,6 +21,9 @@ from hfmerge.hubserver.serve import HubServer, main_run, main_serve
 from hubserver.harness import USERS, Hub, commit
 
 
+pytestmark = pytest.mark.slow
+
+
 def _alive(endpoint: str) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", int(endpoint.rpartition(":")[2]))) == 0

@@ -15,6 +15,7 @@ from hfmerge.hubserver.xorb import chunk_hash, hash_text
 from hubserver.harness import Client, Hub
 
 
+pytestmark = pytest.mark.slow
 # Bytes that do not compress, bytes that do, and floats: all compression schemes of Xet.
 _MAKE = """
 import array, hashlib, random
