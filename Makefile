@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo gdpr test test-fast lint check cards bench clean
+.PHONY: install demo gdpr test test-fast lint docs check cards bench clean
 
 install: $(STAMP)
 
@@ -38,7 +38,10 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-check: lint test
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/site
+
+check: lint docs test
 
 cards: install
 	$(BIN)/python model_cards/render.py

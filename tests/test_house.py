@@ -25,8 +25,8 @@ MOST = {
     "lines of the longest function": 125,
     "flags of the command line named outside of it": 75,
     "places outside methods/ that ask for a method's type or name": 31,
-    "lines of ARCHITECTURE.md": 265,
-    "words of README.md": 3155,
+    "lines of ARCHITECTURE.md": 120,
+    "words of README.md": 1000,
 }
 """What was measured last; the aims are 7, 12, 0, 8, 3, 70, 0, 0, 120 and 1,000."""
 Function = ast.FunctionDef | ast.AsyncFunctionDef

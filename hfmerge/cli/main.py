@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["hub"]:
         return _hub(arguments[1:])
-    parser = _parser()
+    parser = build_parser()
     args = parser.parse_args(arguments)
     if args.quiet:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
@@ -84,7 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 @cache
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands but `hub`, which has parsers of its own; each command's sets `run`, its handler."""
     parser = argparse.ArgumentParser(
         prog="hfmerge",
         description="Merge fine-tuned models by Hub ID, one after another, and take any one out again, exactly.",

@@ -57,7 +57,7 @@ def _recipe_flags(sub: argparse.ArgumentParser) -> None:
         const="",
         metavar="NAME=VALUE",
         help="learn the weights (of mdm_oc, mdm_oc_iso, mdm_oc_subspace, gram, task_arithmetic) from what models say "
-        "of rows that they made, or, with loss=labels suite=SUITE, of labelled rows; see `learn` in the README",
+        "of rows that they made, or, with loss=labels suite=SUITE, of labelled rows; see How to: Learn the weights",
     )
     group.add_argument("--weight", action="append", metavar="W", help="one per model, in order")
     group.add_argument("--norm", metavar="none|mean|NUMBER", help="norm of the merged change")

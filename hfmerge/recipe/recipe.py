@@ -37,10 +37,12 @@ FOREIGN_KEYS = {
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """One model to merge: a reference (`org/name[@revision]`, a folder, an `hf://` URI) and its weight.
+    """One model to merge.
 
-    The weight is a number, or `PatternWeights` for numbers by the names of parameters.
-    `subtracted` is for a merge that went on without it approximately (see `Material`); no recipe file says it.
+    Attributes:
+        model: reference: `org/name[@revision]`, a folder, an `hf://` URI, or `base+adapter`.
+        weight: a number, or `PatternWeights` for numbers by the names of parameters.
+        subtracted: the merge went on without it approximately (see `Material`); no recipe file says it.
     """
 
     model: str
@@ -79,7 +81,7 @@ class Recipe:
         base: the model that all others were tuned from.
         models: in order of arrival.
         method: with its options.
-        dtype: of the output; None: the base's.
+        dtype: of the output: float32, float16, bfloat16 or float64; None: the base's.
         include, exclude: fnmatch patterns on names of output parameters; empty `include` means all. What is left
             out keeps the base's value.
         vocabulary: "base", "union", or None: vocabularies that differ are an error.

@@ -27,11 +27,10 @@ class ReplayAsked:
 
     Attributes:
         rows: in all, those held out included.
-        generator: "auto", or one of `GENERATORS` for the kind of model.
+        generator: "auto", the first that the model has what it needs for, or one of `GENERATORS`.
         length: tokens of a row at most, its special tokens included; images have the size that the model takes.
         seed: of everything drawn at random.
-        steps: passes over the rows of generators that search or iterate; None: see
-            `GENERATORS`.
+        steps: passes over the rows of generators that search or iterate; None: see `GENERATORS`.
         confidence: probability of its class at which `contrast` leaves a row alone.
         temperature: of sampled tokens.
         top: tokens whose log-probability is kept at each place of a language model's rows.
