@@ -586,6 +586,17 @@ def test_options_without_a_method_are_a_fault_of_the_method() -> None:
     assert list(faults(lambda: apply_overrides(None, base="b", models=["a"]))) == ["method"]
 
 
+def test_a_flag_without_a_value_is_a_fault_and_not_ignored() -> None:
+    for text in ("null", ""):
+        found = faults(lambda text=text: apply_overrides(None, base="b", models=["a"], method="linear", state=text))
+        assert found == {"state": "has no value; give one or remove the key"}
+
+
+def test_a_flag_that_no_key_has_is_a_fault() -> None:
+    found = faults(lambda: apply_overrides(None, base="b", models=["a"], method="linear", dtyp="float32"))
+    assert found == {"dtyp": 'unknown key; did you mean "dtype"?'}
+
+
 def test_flags_override_single_keys(tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path, FULL))
     assert apply_overrides(recipe) == recipe

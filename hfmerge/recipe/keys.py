@@ -92,8 +92,9 @@ class RecipeKey:
         return inner[0] if len(inner) == 1 else self.hint
 
     def from_flag(self, value: Any) -> Any:
-        """What a flag's text would be unquoted in YAML; a key that takes text alone takes it as it is."""
-        return parse_scalar(value) if isinstance(value, str) and self.plain_type is not str else value
+        """What a flag's text would be unquoted in YAML; keys of texts and truth values take it as it is."""
+        as_it_is = not isinstance(value, str) or self.plain_type in (bool, str, tuple[str, ...])
+        return value if as_it_is else parse_scalar(value)
 
 
 def keys_of(section: type) -> tuple[RecipeKey, ...]:
