@@ -14,7 +14,7 @@ import hfmerge
 from hfmerge.checkpoint.reader import Reader, Rows
 from hfmerge.engine.partition import TILE, ahead, chunks, held, pieces, visit_bytes
 from hfmerge.engine.planner import make_plan
-from hfmerge.recipe.overrides import recipe_from_flags
+from hfmerge.recipe.overrides import apply_overrides
 from hfmerge.task_vector import squared_norm
 
 
@@ -59,7 +59,7 @@ def norms(out: Path) -> list[float]:
 )
 def test_which_tensors_are_merged_in_rows(root: Path, method: str, rows: set[str]) -> None:
     models = [str(root / "m1"), str(root / "m2")]
-    recipe = recipe_from_flags(models=models, base=str(root / "base"), method=method, norm="mean")
+    recipe = apply_overrides(None, models=models, base=str(root / "base"), method=method, norm="mean")
     plan = make_plan(recipe)
     cut = chunks(plan, plan.params)
     assert {chunk.param.key for chunk in cut if chunk.rows is not None} >= rows
@@ -78,7 +78,7 @@ def test_rows_that_are_surveyed_are_read_once_if_there_is_room(
 ) -> None:
     """And the plan knows what is kept of them; either way the bytes are the same."""
     models = [str(root / "m1"), str(root / "m2")]
-    recipe = recipe_from_flags(models=models, base=str(root / "base"), method=method)
+    recipe = apply_overrides(None, models=models, base=str(root / "base"), method=method)
     plan = make_plan(recipe)
     [chunk] = [chunk for chunk in chunks(plan, plan.params) if chunk.param.key == UP]
     stored, read = Reader.stored, {"rows": 0}
@@ -108,7 +108,7 @@ def test_the_estimate_knows_which_square_matrix_a_method_makes(
 ) -> None:
     """Of (8500, 128) and (128, 8500): the smaller one; `gram` that of the inputs, for adapters of the outputs."""
     tiny.adapter(root / "a1", {UP.removesuffix(".weight"): (8500, 128), DOWN.removesuffix(".weight"): (128, 8500)}, 1)
-    plan = make_plan(recipe_from_flags(models=[str(root / model)], base=str(root / "base"), method=method))
+    plan = make_plan(apply_overrides(None, models=[str(root / model)], base=str(root / "base"), method=method))
     params = {param.key: param for param in plan.params}
     tall, wide = (visit_bytes(params[key], params[key].slot.shape, plan.method) for key in (UP, DOWN))
     assert wide / tall == pytest.approx(larger, rel=0.1)
@@ -118,7 +118,7 @@ def test_the_estimate_knows_which_square_matrix_a_method_makes(
     ("method", "model", "more"), [("opcm", "m1", 0), ("gram", "m1", 0), ("opcm", "a0", 1), ("linear", "m1", 1)]
 )
 def test_nothing_is_read_ahead_of_dense_matrices(root: Path, method: str, model: str, more: int) -> None:
-    plan = make_plan(recipe_from_flags(models=[str(root / model)], base=str(root / "base"), method=method))
+    plan = make_plan(apply_overrides(None, models=[str(root / model)], base=str(root / "base"), method=method))
     assert ahead(plan) == more
 
 
@@ -154,7 +154,7 @@ def test_where_a_piece_lies_does_not_show_in_its_norm(offset: int) -> None:
 
 def test_pieces_cover_a_tensor_once(root: Path) -> None:
     models = [str(root / "m1"), str(root / "a0")]
-    plan = make_plan(recipe_from_flags(models=models, base=str(root / "base"), method="linear", norm="mean"))
+    plan = make_plan(apply_overrides(None, models=models, base=str(root / "base"), method="linear", norm="mean"))
     [whole] = [chunk for chunk in chunks(plan, plan.params) if chunk.param.key == UP]
     rows = pieces(plan, whole)
     assert whole.rows is None and len(rows) > 0

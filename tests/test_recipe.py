@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from hfmerge.errors import RecipeError
 from hfmerge.methods import MergeMethod, registry
-from hfmerge.recipe.overrides import apply_overrides, recipe_from_flags
+from hfmerge.recipe.overrides import apply_overrides
 from hfmerge.recipe.recipe import MethodChoice, ModelEntry, Recipe, load_recipe, parse_recipe
 from hfmerge.validation.strict_yaml import dump_yaml, parse_scalar, parse_yaml
 
@@ -520,7 +520,8 @@ def test_written_yaml_reads_back_equal(data: Any) -> None:
 
 
 def test_flags_alone_make_the_same_recipe_as_a_file(tmp_path: Path) -> None:
-    recipe = recipe_from_flags(
+    recipe = apply_overrides(
+        None,
         base="org/base",
         models=["org/a", "org/b@v2"],
         method="opcm",
@@ -544,7 +545,8 @@ def test_flags_alone_make_the_same_recipe_as_a_file(tmp_path: Path) -> None:
 
 def test_faulty_flags_come_at_once_and_name_their_origin() -> None:
     def call() -> Recipe:
-        return recipe_from_flags(
+        return apply_overrides(
+            None,
             models=["org/a", "org/a"],
             method="opcm",
             options=["alhpa=1", "alpha", "variant=code", "variant=paper", "norm=mean", "alpha="],
@@ -571,7 +573,7 @@ def test_faulty_flags_come_at_once_and_name_their_origin() -> None:
 
 
 def test_weight_flags_are_checked_like_weights() -> None:
-    found = faults(lambda: recipe_from_flags(base="b", models=["a", "c"], method="opcm", weights=["x", ".nan"]))
+    found = faults(lambda: apply_overrides(None, base="b", models=["a", "c"], method="opcm", weights=["x", ".nan"]))
     assert found == {
         "models[0].weight": 'must be a number, not the text "x"',
         "models[1].weight": "must be a finite number, not nan",
@@ -579,9 +581,20 @@ def test_weight_flags_are_checked_like_weights() -> None:
 
 
 def test_options_without_a_method_are_a_fault_of_the_method() -> None:
-    found = faults(lambda: recipe_from_flags(base="b", models=["a"], options=["alpha=1"]))
+    found = faults(lambda: apply_overrides(None, base="b", models=["a"], options=["alpha=1"]))
     assert found == {"method.name": "is missing"}
-    assert list(faults(lambda: recipe_from_flags(base="b", models=["a"]))) == ["method"]
+    assert list(faults(lambda: apply_overrides(None, base="b", models=["a"]))) == ["method"]
+
+
+def test_a_flag_without_a_value_is_a_fault_and_not_ignored() -> None:
+    for text in ("null", ""):
+        found = faults(lambda text=text: apply_overrides(None, base="b", models=["a"], method="linear", state=text))
+        assert found == {"state": "has no value; give one or remove the key"}
+
+
+def test_a_flag_that_no_key_has_is_a_fault() -> None:
+    found = faults(lambda: apply_overrides(None, base="b", models=["a"], method="linear", dtyp="float32"))
+    assert found == {"dtyp": 'unknown key; did you mean "dtype"?'}
 
 
 def test_flags_override_single_keys(tmp_path: Path) -> None:

@@ -14,10 +14,11 @@ from hfmerge.cli.shared import (
     first_process,
     given_consent,
     given_sources,
+    key_flags,
+    named_keys,
     notify,
     print_json,
     source_flag,
-    stream_flag,
 )
 from hfmerge.errors import HfMergeError
 from hfmerge.validation.quoting import say, tell
@@ -39,7 +40,7 @@ def register(command: Command) -> None:
     sub.add_argument(
         "items", nargs="+", metavar="RECIPE.yaml | MERGED | MODEL", help="a recipe, a merge, or models with --base"
     )
-    sub.add_argument("--base", metavar="MODEL", help="the model all others were tuned from")
+    key_flags(sub, named_keys("base"))
     sub.add_argument("--matrices", action="append", metavar="PATTERN", help="take only these apart (default: all)")
     sub.add_argument("--no-spectra", action="store_true", help="no spectra and no interference: sums alone, fast")
     sub.add_argument("--alpha", metavar="SHARE", help="of OPCM, for the interference (default: the recipe's, or 0.5)")
@@ -51,10 +52,10 @@ def register(command: Command) -> None:
     sub.add_argument("--card", metavar="FOLDER", help="draw them into this merge's figures/ and its card")
     sub.add_argument("--include", action="append", metavar="PATTERN", help="only parameters of these names")
     sub.add_argument("--exclude", action="append", metavar="PATTERN", help="not these")
-    sub.add_argument("--vocabulary", metavar="base|union", help="how differing vocabularies are aligned, by token")
+    key_flags(sub, named_keys("vocabulary"))
     consent_flags(sub)
     sub.add_argument("--max-memory", metavar="SIZE", help="what the process should stay below (default: no bound)")
-    stream_flag(sub, None)
+    key_flags(sub, named_keys("stream"))
     source_flag(sub)
     sub = command("plot", "Draw the result of inspect, evaluate or continual, saved as JSON.", _plot)
     sub.add_argument("results", nargs="+", metavar="RESULT.json")

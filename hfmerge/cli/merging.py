@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from hfmerge.cli.shared import (
     Command,
-    consent_flags,
+    key_flags,
     print_json,
     print_result,
     push_arguments,
@@ -16,14 +16,14 @@ from hfmerge.cli.shared import (
     run_flags,
     run_options,
     size,
-    stream_flag,
 )
+from hfmerge.recipe.keys import keys_of
+from hfmerge.recipe.recipe import Recipe, load_recipe
 from hfmerge.validation.quoting import say, tell
 
 
 if TYPE_CHECKING:
     from hfmerge.engine.plan import Plan
-    from hfmerge.recipe.recipe import Recipe
 
 
 def register(command: Command) -> None:
@@ -47,8 +47,7 @@ def register(command: Command) -> None:
 
 def _recipe_flags(sub: argparse.ArgumentParser) -> None:
     group = sub.add_argument_group("recipe (a flag overrides the key of the same name)")
-    group.add_argument("--base", metavar="MODEL", help="the model all others were tuned from")
-    group.add_argument("--method", metavar="NAME", help="see `hfmerge methods`")
+    key_flags(group, [key for key in keys_of(Recipe) if key.required])
     group.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of the method")
     group.add_argument(
         "--learn",
@@ -61,30 +60,11 @@ def _recipe_flags(sub: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--weight", action="append", metavar="W", help="one per model, in order")
     group.add_argument("--norm", metavar="none|mean|NUMBER", help="norm of the merged change")
-    group.add_argument("--dtype", help="of the output: float32, bfloat16, float16, float64")
-    group.add_argument("--include", action="append", metavar="PATTERN", help="merge only parameters of these names")
-    group.add_argument("--exclude", action="append", metavar="PATTERN", help="keep the base's value of these")
-    group.add_argument("--vocabulary", metavar="base|union", help="how differing vocabularies are aligned, by token")
-    group.add_argument("--state", metavar="none|last|all|K", help="which carried states are kept (default: last)")
-    group.add_argument("--output", metavar="FOLDER")
-    group.add_argument("--push-to", metavar="REPO_ID")
-    group.add_argument("--private", action="store_true", default=None, help="make a new repository private")
-    group.add_argument(
-        "--allow-nonfinite", action="store_true", default=None, help="go on with NaN or Inf in a source"
-    )
-    consent_flags(group)
-    group.add_argument(
-        "--keep-sources",
-        action="store_true",
-        default=None,
-        help="keep compressed copies of base and models beside the states, readable by all who may read the merge",
-    )
-    stream_flag(group, None)
+    key_flags(group, [key for key in keys_of(Recipe) if not key.required])
 
 
 def _asked(args: argparse.Namespace) -> Recipe:
     from hfmerge.recipe.overrides import apply_overrides
-    from hfmerge.recipe.recipe import load_recipe
 
     items = list(args.items)
     recipe = None
@@ -92,26 +72,12 @@ def _asked(args: argparse.Namespace) -> Recipe:
         recipe = load_recipe(items.pop(0))
     return apply_overrides(
         recipe,
-        base=args.base,
         models=items or None,
-        method=args.method,
         options=args.option,
         weights=args.weight,
         norm=args.norm,
-        dtype=args.dtype,
-        include=args.include,
-        exclude=args.exclude,
-        vocabulary=args.vocabulary,
-        state=args.state,
-        output=args.output,
-        push_to=args.push_to,
-        private=args.private,
-        allow_nonfinite=args.allow_nonfinite,
-        allow_pickle=args.allow_pickle,
-        trust_remote_code=args.trust_remote_code,
-        stream=args.stream,
-        keep_sources=args.keep_sources,
         learn=None if args.learn is None else [word for word in args.learn if word],
+        **{key.name: getattr(args, key.name) for key in keys_of(Recipe) if key.flag is not None},
     )
 
 
@@ -188,8 +154,6 @@ def _plan_data(planned: Plan) -> dict[str, Any]:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    from hfmerge.recipe.recipe import load_recipe
-
     recipe = load_recipe(args.recipe)
     for note in recipe.notes:
         tell(f"note: {note}")

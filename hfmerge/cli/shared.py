@@ -6,18 +6,19 @@ import argparse
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
+from hfmerge.engine.options import Consent, RunOptions, parse_size
 from hfmerge.errors import HfMergeError
+from hfmerge.recipe.keys import RecipeKey, keys_of
+from hfmerge.recipe.recipe import Recipe
 from hfmerge.validation.quoting import say, tell
 
 
-if TYPE_CHECKING:
-    from hfmerge.engine.options import RunOptions
-
 Command = Callable[[str, str, Callable[[argparse.Namespace], int]], argparse.ArgumentParser]
 """Adds a command: name, help, handler -> its parser."""
+CONSENTS = tuple(field.name for field in dataclasses.fields(Consent))
 
 
 def run_flags(sub: argparse.ArgumentParser) -> None:
@@ -59,7 +60,7 @@ def change_flags(sub: argparse.ArgumentParser, *, reads: bool = True) -> None:
     push_flags(sub)
     run_flags(sub)
     if reads:
-        stream_flag(sub, False)
+        key_flags(sub, named_keys("stream"), default=False)
     consent_flags(sub)
     source_flag(sub)
 
@@ -99,35 +100,37 @@ def change_arguments(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def stream_flag(sub: argparse._ActionsContainer, default: bool | None) -> None:
-    sub.add_argument(
-        "--stream",
-        action="store_true",
-        default=default,
-        help="read weights from the Hub as they are needed; nothing is stored but the result",
-    )
+def key_flags(sub: argparse._ActionsContainer, keys: Iterable[RecipeKey], default: bool | None = None) -> None:
+    """The flags of keys of a recipe, as they are declared.
+
+    Args:
+        default: of truth values; None: not said, so that the recipe's own value counts.
+    """
+    for key in keys:
+        if key.flag is None:
+            continue
+        words = key.declared.get("help") or None
+        if key.plain_type is bool:
+            sub.add_argument(key.flag, action="store_true", default=default, help=words)
+        else:
+            action = "append" if key.plain_type == tuple[str, ...] else "store"
+            sub.add_argument(key.flag, action=action, metavar=key.declared.get("metavar"), help=words)
+
+
+def named_keys(*names: str) -> list[RecipeKey]:
+    """Keys of a recipe that other commands have flags of too, in their order in a recipe."""
+    return [key for key in keys_of(Recipe) if key.name in names]
 
 
 def consent_flags(sub: argparse._ActionsContainer) -> None:
     """What this run allows strangers' repositories; of a merge it has to be said again, whatever its ledger says."""
-    sub.add_argument(
-        "--allow-pickle",
-        action="store_true",
-        default=None,
-        help="read pickled .bin weights in this run; a ledger that says so allows nothing",
-    )
-    sub.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        default=None,
-        help="run code from the models' repositories in this run; a ledger that says so allows nothing",
-    )
+    key_flags(sub, named_keys(*CONSENTS))
 
 
 def given_consent(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of a verb that say so."""
     given = vars(args)
-    return {name: bool(given.get(name)) for name in ("trust_remote_code", "allow_pickle")}
+    return {name: bool(given.get(name)) for name in CONSENTS}
 
 
 def source_flag(sub: argparse.ArgumentParser) -> None:
@@ -144,8 +147,6 @@ def log_flag(sub: argparse.ArgumentParser) -> None:
 
 
 def run_options(args: argparse.Namespace) -> RunOptions:
-    from hfmerge.engine.options import RunOptions, parse_size
-
     memory = parse_size(args.max_memory) if args.max_memory is not None else None
     return RunOptions(args.storage, args.resume, memory, notify, device=args.device, **given_consent(args))
 

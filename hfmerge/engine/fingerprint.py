@@ -14,6 +14,8 @@ from hfmerge.engine.device import Device
 from hfmerge.engine.environment import environment
 from hfmerge.engine.plan import Plan
 from hfmerge.hashing import canonical_json, sha256_bytes
+from hfmerge.recipe.keys import keys_of
+from hfmerge.recipe.recipe import Recipe
 from hfmerge.recipe.weights import stored
 
 
@@ -37,7 +39,7 @@ def work_of(plan: Plan, device: Device | None = None) -> dict[str, str]:
         "method": [method.name, method.version, repr(method), plan.norm],
         # weights that are learned follow from all of this and from how they are learned
         "learning": None if recipe.learn is None else recipe.learn.to_dict(),
-        "settings": [recipe.dtype, recipe.include, recipe.exclude, recipe.vocabulary, recipe.allow_nonfinite],
+        "settings": [getattr(recipe, key.name) for key in keys_of(Recipe) if key.declared.get("result")],
         "side files": plan.side_files,
         # streamed bytes are checked at the end of the run that reads them
         "streaming": recipe.stream,

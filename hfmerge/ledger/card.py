@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from hfmerge.errors import LedgerError
 from hfmerge.ledger.entry import Entry, Material
 from hfmerge.methods import registry
+from hfmerge.recipe.keys import jsonable, keys_of
+from hfmerge.recipe.recipe import Recipe
 from hfmerge.recipe.weights import PatternWeights, Weight, shown, written
 from hfmerge.validation.quoting import Markdown, code, fenced, link, markdown, python_text, shell_word
 from hfmerge.validation.strict_yaml import dump_yaml, parse_front
@@ -173,9 +175,10 @@ def public_recipe(entry: Entry) -> dict[str, Any]:
         "models": models,
         "method": {"name": entry.method["name"], **entry.method["options"], "norm": norm},
     }
-    for key in ("dtype", "include", "exclude", "vocabulary"):
-        if entry.settings[key]:
-            data[key] = entry.settings[key]
+    for key in keys_of(Recipe):
+        value = entry.settings.get(key.name)
+        if key.declared.get("result") and value not in (None, jsonable(key.default)):
+            data[key.name] = value
     return data
 
 

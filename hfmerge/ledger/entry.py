@@ -20,7 +20,7 @@ from hfmerge.engine.plan import KeptState, checked_digest, state_file
 from hfmerge.errors import LedgerError
 from hfmerge.hashing import canonical_json, sha256_bytes
 from hfmerge.ledger.schema import SCHEMA, check_entry
-from hfmerge.recipe.learning import Learning
+from hfmerge.recipe.keys import keys_of
 from hfmerge.recipe.recipe import MethodChoice, ModelEntry, Recipe
 from hfmerge.recipe.weights import Weight, restored, stored
 from hfmerge.validation.limits import ENTRIES, ENTRY_BYTES
@@ -124,9 +124,8 @@ class Entry:
         how: one line on how the result was computed.
         base, models: materials, the models in order of arrival.
         method: name, version, options, norm.
-        settings: dtype, include, exclude, vocabulary, state, allow_nonfinite; allow_pickle and trust_remote_code,
-            true where the merge needed them, which allows nobody anything; keep_sources where it is true; learn where
-            weights are learned.
+        settings: the keys of the recipe that are declared to be recorded, and what the card says of the base (`card`).
+            Consents are true where the merge needed them, which allows nobody anything.
         scalars: scale, merged_norm; of a randomized run its greatest measured deviation; the step of exact sums
             (`grid`); of a subtraction its gap to the exact removal, relative to the merged change (`gap_bound`, and
             `gap` where it was measured).
@@ -376,19 +375,14 @@ def check_size(names: Sequence[str], where: str) -> None:
 
 def settings_of(recipe: Recipe, card: Mapping[str, Any]) -> dict[str, Any]:
     """What of a recipe an entry keeps beside models and method, and what the card needs to know of the base."""
-    return {
-        "dtype": recipe.dtype,
-        "include": list(recipe.include),
-        "exclude": list(recipe.exclude),
-        "vocabulary": recipe.vocabulary,
-        "state": recipe.state,
-        "allow_nonfinite": recipe.allow_nonfinite,
-        "allow_pickle": recipe.allow_pickle,
-        "trust_remote_code": recipe.trust_remote_code,
-        "card": dict(card),
-        **({"keep_sources": True} if recipe.keep_sources else {}),
-        **({"learn": recipe.learn.to_dict()} if recipe.learn is not None else {}),
-    }
+    values = recipe.to_dict()
+    kept = [
+        key.name
+        for key in keys_of(Recipe)
+        if (recorded := key.declared.get("recorded")) == "always"
+        or (recorded == "set" and getattr(recipe, key.name) != key.default)
+    ]
+    return {**{name: values[name] for name in kept}, "card": dict(card)}
 
 
 def recipe_of(entry: Entry, refs: Mapping[str, str], consent: Consent, *, base: str | None = None) -> Recipe:
@@ -400,22 +394,17 @@ def recipe_of(entry: Entry, refs: Mapping[str, str], consent: Consent, *, base: 
         refs: identity of a material -> reference to read it from (a folder's path); Hub materials need none.
         base: reference of another base to take instead.
     """
-    settings = entry.settings
-    return Recipe(
+    settings = {
+        key.name: key.stored(entry.settings[key.name]) for key in keys_of(Recipe) if key.name in entry.settings
+    }
+    recipe = Recipe(
         base=reference(entry.base, refs) if base is None else base,
         models=tuple(ModelEntry(reference(model, refs), model.weight, model.subtracted) for model in entry.models),
         method=MethodChoice(entry.method["name"], dict(entry.method["options"]), entry.method["norm"]),
-        dtype=settings["dtype"],
-        include=tuple(settings["include"]),
-        exclude=tuple(settings["exclude"]),
-        vocabulary=settings["vocabulary"],
-        state=settings["state"],
-        allow_nonfinite=settings["allow_nonfinite"],
-        allow_pickle=consent.allow_pickle,
-        trust_remote_code=consent.trust_remote_code and entry.ran_code,
-        keep_sources=bool(settings.get("keep_sources", False)),
-        learn=Learning.from_dict(settings["learn"]) if "learn" in settings else None,
+        **settings,
     )
+    ran_code = consent.trust_remote_code and entry.ran_code
+    return replace(recipe, allow_pickle=consent.allow_pickle, trust_remote_code=ran_code)
 
 
 def reference(material: Material, refs: Mapping[str, str]) -> str:

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from hfmerge.errors import Problem, RecipeError
+from hfmerge.errors import Problem
 from hfmerge.methods import registry
-from hfmerge.recipe.learning import Learning
-from hfmerge.recipe.values import DTYPES, VOCABULARIES, norm, option_names, read_options, state
-from hfmerge.validation.limits import FILES, LABELS, MODELS, PATTERN, PATTERNS
+from hfmerge.recipe.keys import keys_of
+from hfmerge.recipe.recipe import Recipe
+from hfmerge.recipe.values import norm, option_names, pattern, read_options
+from hfmerge.validation.limits import FILES, LABELS, MODELS, PATTERNS
 from hfmerge.validation.values import (
     Section,
     amount,
@@ -67,12 +68,6 @@ def weight(value: object) -> object:
     return value
 
 
-def pattern(value: object) -> str:
-    """A pattern on the names of parameters. Raises ValueError."""
-    PATTERN.check(len(line(value)))
-    return line(value)
-
-
 def square(value: object) -> float:
     """A number that is not below zero. Raises ValueError."""
     if number(value) < 0.0:
@@ -105,14 +100,6 @@ def _scalar(value: object) -> object:
 
 def _of_environment(value: object) -> object:
     return line(value) if isinstance(value, str) else amount(value)
-
-
-def _learning(value: object) -> Learning:
-    try:
-        return Learning.from_dict(value)  # type: ignore[arg-type]
-    except (RecipeError, TypeError, KeyError, AttributeError) as error:
-        text = error.problems[0].text if isinstance(error, RecipeError) else str(error)
-        raise ValueError(f"cannot be read: {text}") from error
 
 
 _METHOD = record({"name": line, "version": _counted, "options": table(line, _scalar), "norm": norm})
@@ -208,17 +195,10 @@ LEARNED = record(
 )
 SETTINGS = record(
     {
-        "dtype": nullable(one_of(DTYPES)),
-        "include": items(pattern, PATTERNS),
-        "exclude": items(pattern, PATTERNS),
-        "vocabulary": nullable(one_of(VOCABULARIES)),
-        "state": state,
-        "allow_nonfinite": flag,
-        "allow_pickle": flag,
-        "trust_remote_code": flag,
+        **{key.name: key.stored for key in keys_of(Recipe) if key.declared.get("recorded") == "always"},
         "card": table(line, nullable(plain_text)),
     },
-    {"keep_sources": flag, "learn": _learning},
+    {key.name: key.stored for key in keys_of(Recipe) if key.declared.get("recorded") == "set"},
 )
 SCALARS = record(
     {"scale": number, "merged_norm": square},

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal
 
 from hfmerge.errors import Problem, RecipeError
+from hfmerge.recipe.keys import keys_of, read_key
 from hfmerge.recipe.replay import ReplayAsked, read_replay
-from hfmerge.validation.values import Section, show, typed
+from hfmerge.validation.values import Section, show
 
 
 Loss = Literal["distill", "labels", "mixed"]
@@ -111,21 +112,25 @@ def read_learning(value: Any, section: Section, method: str) -> Learning | None:
     if method not in LEARNABLE:
         section.report("learn", f"is for {', '.join(LEARNABLE)}, not {show(method)}")
     inner = Section(value, section.at("learn"), section.problems)
-    inner.refuse_unknown([entry.name for entry in dataclasses.fields(Learning)], "key")
+    inner.refuse_unknown([key.name for key in keys_of(Learning)], "key")
     found = _read(inner)
     return Learning(**found) if len(section.problems) == before else None
 
 
+def restored_learning(value: Any) -> Learning:
+    """The `learn` of a ledger. Raises ValueError."""
+    try:
+        return Learning.from_dict(value)
+    except (RecipeError, TypeError, KeyError, AttributeError) as error:
+        text = error.problems[0].text if isinstance(error, RecipeError) else str(error)
+        raise ValueError(f"cannot be read: {text}") from error
+
+
 def _read(section: Section) -> dict[str, Any]:
     """All values, those missing at their default; what is wrong goes to the section's problems."""
-    hints = get_type_hints(Learning)
-    found: dict[str, Any] = {}
-    for entry in dataclasses.fields(Learning):
-        if entry.name == "replay":
-            found[entry.name] = _replay(section)
-            continue
-        reader = typed(hints[entry.name], entry.metadata)
-        found[entry.name] = section.read(entry.name, reader, entry.default, nullable=entry.default is None)
+    found: dict[str, Any] = {
+        key.name: _replay(section) if key.name == "replay" else read_key(section, key) for key in keys_of(Learning)
+    }
     if found["low"] >= found["high"]:
         section.report("low", "must be below high")
     if found["start"] is not None and not found["low"] <= found["start"] <= found["high"]:

@@ -7,91 +7,27 @@ from collections.abc import Sequence
 from typing import Any
 
 from hfmerge.errors import Problem
+from hfmerge.recipe.keys import keys_of
 from hfmerge.recipe.recipe import Recipe, check_recipe
 from hfmerge.validation.strict_yaml import parse_scalar
 from hfmerge.validation.values import show
 
 
-def recipe_from_flags(
-    *,
-    base: str | None = None,
-    models: Sequence[str] | None = None,
-    method: str | None = None,
-    options: Sequence[str] = (),
-    weights: Sequence[float | str] | None = None,
-    norm: float | str | None = None,
-    dtype: str | None = None,
-    include: Sequence[str] | None = None,
-    exclude: Sequence[str] | None = None,
-    vocabulary: str | None = None,
-    state: int | str | None = None,
-    output: str | None = None,
-    push_to: str | None = None,
-    private: bool | None = None,
-    allow_nonfinite: bool | None = None,
-    allow_pickle: bool | None = None,
-    trust_remote_code: bool | None = None,
-    stream: bool | None = None,
-    keep_sources: bool | None = None,
-    learn: Sequence[str] | None = None,
-) -> Recipe:
-    """The recipe that command-line flags alone describe; see `apply_overrides` for what they mean.
-
-    Raises:
-        RecipeError: all problems, as for a file, under the origin "command line".
-    """
-    return apply_overrides(
-        None,
-        base=base,
-        models=models,
-        method=method,
-        options=options,
-        weights=weights,
-        norm=norm,
-        dtype=dtype,
-        include=include,
-        exclude=exclude,
-        vocabulary=vocabulary,
-        state=state,
-        output=output,
-        push_to=push_to,
-        private=private,
-        allow_nonfinite=allow_nonfinite,
-        allow_pickle=allow_pickle,
-        trust_remote_code=trust_remote_code,
-        stream=stream,
-        keep_sources=keep_sources,
-        learn=learn,
-    )
-
-
 def apply_overrides(
     recipe: Recipe | None,
     *,
-    base: str | None = None,
     models: Sequence[str] | None = None,
     method: str | None = None,
     options: Sequence[str] = (),
     weights: Sequence[float | str] | None = None,
     norm: float | str | None = None,
-    dtype: str | None = None,
-    include: Sequence[str] | None = None,
-    exclude: Sequence[str] | None = None,
-    vocabulary: str | None = None,
-    state: int | str | None = None,
-    output: str | None = None,
-    push_to: str | None = None,
-    private: bool | None = None,
-    allow_nonfinite: bool | None = None,
-    allow_pickle: bool | None = None,
-    trust_remote_code: bool | None = None,
-    stream: bool | None = None,
-    keep_sources: bool | None = None,
     learn: Sequence[str] | None = None,
+    **values: Any,
 ) -> Recipe:
     """A recipe with command-line flags over it; a flag that is None leaves the recipe's value.
 
-    Text for `weights`, `norm`, `state` and option values means what it would mean unquoted in YAML.
+    Text for `weights`, `norm`, option values and keys that take more than text means what it would mean unquoted in
+    YAML.
 
     Args:
         recipe: to start from; None: from nothing.
@@ -100,36 +36,23 @@ def apply_overrides(
         options: `name=value`, each over the method's.
         weights: one a model, in their order.
         learn: `name=value`, each over the recipe's `learn`, `replay.name=value` over its `replay`; none: its defaults.
+        values: of all other keys of a recipe, by name.
 
     Raises:
         RecipeError: all problems of the result, under the origin "command line".
     """
-    flags = {
-        "base": base,
-        "dtype": dtype,
-        "include": include,
-        "exclude": exclude,
-        "vocabulary": vocabulary,
-        "state": parse_scalar(state) if isinstance(state, str) else state,
-        "output": output,
-        "push_to": push_to,
-        "private": private,
-        "allow_nonfinite": allow_nonfinite,
-        "allow_pickle": allow_pickle,
-        "trust_remote_code": trust_remote_code,
-        "stream": stream,
-        "keep_sources": keep_sources,
-    }
+    keys = {key.name: key for key in keys_of(Recipe)}
+    given = {name: value for name, value in values.items() if value is not None}
     problems: list[Problem] = []
     data = recipe.to_dict() if recipe else {}
-    data |= {key: value for key, value in flags.items() if value is not None}
+    data |= {name: keys[name].from_flag(value) if name in keys else value for name, value in given.items()}
     if models is not None:
         data["models"] = [{"model": model} for model in models]
     if weights is not None:
         entries = data.get("models", [])
         if len(weights) == len(entries):
-            given = [parse_scalar(weight) if isinstance(weight, str) else weight for weight in weights]
-            data["models"] = [{**entry, "weight": weight} for entry, weight in zip(entries, given, strict=True)]
+            numbers = [parse_scalar(weight) if isinstance(weight, str) else weight for weight in weights]
+            data["models"] = [{**entry, "weight": weight} for entry, weight in zip(entries, numbers, strict=True)]
         else:
             text = f"{len(weights)} given for {len(entries)} models; give one a model, in their order"
             problems.append(Problem("weights", text))

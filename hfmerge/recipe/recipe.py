@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfmerge.errors import Problem, RecipeError
 from hfmerge.recipe import values
-from hfmerge.recipe.learning import Learning, read_learning
+from hfmerge.recipe.keys import Declared, jsonable, keys_of, read_key, read_keys
+from hfmerge.recipe.learning import Learning, read_learning, restored_learning
 from hfmerge.recipe.weights import Weight, read_weight, written
 from hfmerge.validation.strict_yaml import dump_yaml, read_yaml
-from hfmerge.validation.values import Section, flag, one_of, show, suggestion, text, texts
+from hfmerge.validation.values import Section, show, suggestion, text
 
 
 if TYPE_CHECKING:
@@ -25,14 +26,6 @@ if TYPE_CHECKING:
 
 BASE_MAY_BE_MERGED = ("linear", "slerp")
 """Methods of the weights themselves, in which the base takes part as a model whose task vector is zero."""
-
-FOREIGN_KEYS = {
-    "base_model": "base",
-    "tokenizer_source": "vocabulary",
-    "hub_model_id": "push_to",
-    "repo_id": "push_to",
-}
-"""Keys other tools use, for suggestions only."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +40,7 @@ class ModelEntry:
 
     model: str
     weight: Weight = 1.0
-    subtracted: bool = False
+    subtracted: bool = field(default=False, metadata=Declared(unwritten=True))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able, as a recipe writes it."""
@@ -75,7 +68,7 @@ class MethodChoice:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A checked recipe.
+    """A checked recipe; each field declares one key, and what needs the key's name follows from it (see `Declared`).
 
     Attributes:
         base: the model that all others were tuned from.
@@ -100,43 +93,95 @@ class Recipe:
         notes: remarks of a conversion from another format, for the user; no part of the recipe.
     """
 
-    base: str
+    base: str = field(
+        metadata=Declared(help="the model all others were tuned from", metavar="MODEL", foreign=("base_model",))
+    )
     models: tuple[ModelEntry, ...]
-    method: MethodChoice
-    dtype: str | None = None
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    vocabulary: str | None = None
-    state: str | int = "last"
-    output: str | None = None
-    push_to: str | None = None
-    private: bool | None = None
-    allow_nonfinite: bool = False
-    allow_pickle: bool = False
-    trust_remote_code: bool = False
-    stream: bool = False
-    keep_sources: bool = False
-    learn: Learning | None = None
-    notes: tuple[str, ...] = dataclasses.field(default=(), compare=False)
+    method: MethodChoice = field(metadata=Declared(help="see `hfmerge methods`", metavar="NAME"))
+    dtype: str | None = field(
+        default=None,
+        metadata=Declared(
+            help="of the output: float32, bfloat16, float16, float64",
+            choices=values.DTYPES, aliases=values.DTYPE_ALIASES, recorded="always", result=True,
+        ),
+    )  # fmt: skip
+    include: tuple[str, ...] = field(
+        default=(),
+        metadata=Declared(
+            help="merge only parameters of these names", metavar="PATTERN",
+            recorded="always", stored=values.patterns, result=True,
+        ),
+    )  # fmt: skip
+    exclude: tuple[str, ...] = field(
+        default=(),
+        metadata=Declared(
+            help="keep the base's value of these", metavar="PATTERN",
+            recorded="always", stored=values.patterns, result=True,
+        ),
+    )  # fmt: skip
+    vocabulary: str | None = field(
+        default=None,
+        metadata=Declared(
+            help="how differing vocabularies are aligned, by token", metavar="base|union",
+            choices=values.VOCABULARIES, foreign=("tokenizer_source",), recorded="always", result=True,
+        ),
+    )  # fmt: skip
+    state: str | int = field(
+        default="last",
+        metadata=Declared(
+            help="which carried states are kept (default: last)", metavar="none|last|all|K",
+            kind=values.state, recorded="always",
+        ),
+    )  # fmt: skip
+    output: str | None = field(default=None, metadata=Declared(help="", metavar="FOLDER"))
+    push_to: str | None = field(
+        default=None,
+        metadata=Declared(help="", metavar="REPO_ID", kind=values.repo_id, foreign=("hub_model_id", "repo_id")),
+    )
+    private: bool | None = field(default=None, metadata=Declared(help="make a new repository private"))
+    allow_nonfinite: bool = field(
+        default=False,
+        metadata=Declared(help="go on with NaN or Inf in a source", recorded="always", result=True),
+    )
+    allow_pickle: bool = field(
+        default=False,
+        metadata=Declared(
+            help="read pickled .bin weights in this run; a ledger that says so allows nothing", recorded="always"
+        ),
+    )
+    trust_remote_code: bool = field(
+        default=False,
+        metadata=Declared(
+            help="run code from the models' repositories in this run; a ledger that says so allows nothing",
+            recorded="always",
+        ),
+    )
+    stream: bool = field(
+        default=False,
+        metadata=Declared(help="read weights from the Hub as they are needed; nothing is stored but the result"),
+    )
+    keep_sources: bool = field(
+        default=False,
+        metadata=Declared(
+            help="keep compressed copies of base and models beside the states, readable by all who may read the merge",
+            recorded="set",
+        ),
+    )
+    learn: Learning | None = field(default=None, metadata=Declared(recorded="set", stored=restored_learning))
+    notes: tuple[str, ...] = field(default=(), compare=False, metadata=Declared(unwritten=True))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able mapping of all keys, that `parse_recipe` reads back as an equal recipe."""
-        result = {key: getattr(self, key) for key in KEYS}
-        result |= {"models": [entry.to_dict() for entry in self.models], "method": self.method.to_dict()}
-        result |= {"include": list(self.include), "exclude": list(self.exclude)}
-        return result | {"learn": None if self.learn is None else self.learn.to_dict()}
+        return {key.name: jsonable(getattr(self, key.name)) for key in keys_of(Recipe)}
 
     def to_yaml(self) -> str:
         """The recipe as a YAML file, without the keys at their default, that `load_recipe` reads as an equal one."""
         data = self.to_dict()
-        for field in dataclasses.fields(self):
-            if field.default is not dataclasses.MISSING and getattr(self, field.name) == field.default:
-                data.pop(field.name, None)
+        for key in keys_of(Recipe):
+            if getattr(self, key.name) == key.default:
+                del data[key.name]
         data["models"] = [entry.model if entry.weight == 1.0 else entry.to_dict() for entry in self.models]
         return dump_yaml(data)
-
-
-KEYS = tuple(field.name for field in dataclasses.fields(Recipe) if field.name != "notes")
 
 
 def load_recipe(path: str | Path) -> Recipe:
@@ -195,45 +240,29 @@ def _recipe(top: Section, methods: Mapping[str, type[MergeMethod]]) -> Recipe:
     named = top.data.get("method")
     name = named.get("name") if isinstance(named, Mapping) else named
     chosen = methods.get(name.strip()) if isinstance(name, str) else None
+    keys = {key.name: key for key in keys_of(Recipe)}
+    foreign = {word: name for name, key in keys.items() for word in key.declared.get("foreign", ())}
     options = [option for method in methods.values() for option in values.option_names(method)]
 
     def hint(key: str) -> str:
         if key in (*options, "norm"):
             return f"; options stand under the method, write method: {{name: ..., {key}: ...}}"
-        return f'; did you mean "{FOREIGN_KEYS[key]}"?' if key in FOREIGN_KEYS else ""
+        return f'; did you mean "{foreign[key]}"?' if key in foreign else ""
 
-    top.refuse_unknown(KEYS, "key", hint)
-    base = top.read("base", text, "", required=True)
+    top.refuse_unknown(keys, "key", hint)
+    base = read_key(top, keys["base"]) or ""
     method = _method(top, chosen, methods)
     models = _models(top, base, chosen)
-    push_to = top.read("push_to", values.repo_id, None, nullable=True)
     learn = read_learning(top.data.get("learn"), top, method.name)
     if learn is not None and any(entry.weight != 1.0 for entry in models):
         top.report("learn", "finds the models' weights; remove those given (`start` says where learning begins)")
     if learn is not None and method.norm != "none":
         top.report("learn", "finds what norm the merge shall have; remove `norm`")
-    private = top.read("private", flag, None, nullable=True)
-    if private is not None and top.data.get("push_to") is None:
+    apart: dict[str, Any] = {"base": base, "models": models, "method": method, "learn": learn}
+    rest = read_keys(top, [key for name, key in keys.items() if name not in apart])
+    if rest["private"] is not None and top.data.get("push_to") is None:
         top.report("private", "has no effect without push_to; add push_to or remove it")
-    return Recipe(
-        base=base,
-        models=models,
-        method=method,
-        dtype=top.read("dtype", one_of(values.DTYPES, values.DTYPE_ALIASES), None, nullable=True),
-        include=top.read("include", texts, ()),
-        exclude=top.read("exclude", texts, ()),
-        vocabulary=top.read("vocabulary", one_of(values.VOCABULARIES), None, nullable=True),
-        state=top.read("state", values.state, "last"),
-        output=top.read("output", text, None, nullable=True),
-        push_to=push_to,
-        private=private,
-        allow_nonfinite=top.read("allow_nonfinite", flag, False),
-        allow_pickle=top.read("allow_pickle", flag, False),
-        trust_remote_code=top.read("trust_remote_code", flag, False),
-        stream=top.read("stream", flag, False),
-        keep_sources=top.read("keep_sources", flag, False),
-        learn=learn,
-    )
+    return Recipe(**apart, **rest)
 
 
 def _method(top: Section, chosen: type[MergeMethod] | None, methods: Mapping[str, type[MergeMethod]]) -> MethodChoice:
@@ -271,7 +300,7 @@ def _models(top: Section, base: str, chosen: type[MergeMethod] | None) -> tuple[
     first_seen: dict[str, int] = {}
     for i, item in enumerate(given):
         section = Section(item if isinstance(item, Mapping) else {"model": item}, f"models[{i}]", top.problems)
-        section.refuse_unknown(("model", "weight"), "key")
+        section.refuse_unknown([key.name for key in keys_of(ModelEntry)], "key")
         model = section.read("model", text, "", required=True)
         weight = read_weight(section, "weight") if "weight" in section.data else 1.0
         faulty_weights |= weight is None

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, get_type_hints
+from typing import Any
 
 from hfmerge.errors import HfMergeError, Problem, RecipeError
-from hfmerge.validation.values import Section, one_of, typed
+from hfmerge.recipe.keys import keys_of, read_keys
+from hfmerge.validation.values import Section
 
 
 GENERATORS: Mapping[str, Mapping[str, int]] = {
@@ -19,6 +20,7 @@ GENERATORS: Mapping[str, Mapping[str, int]] = {
 }
 """Kind of model -> the generators it has -> the passes over the rows that each makes unless told otherwise; "auto"
 takes the first that the model has what it needs for."""
+_ALL = ("auto", *dict.fromkeys(name for names in GENERATORS.values() for name in names))
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class ReplayAsked:
     """
 
     rows: int = field(default=256, metadata={"minimum": 2})
-    generator: str = "auto"
+    generator: str = field(default="auto", metadata={"choices": _ALL})
     length: int = field(default=32, metadata={"minimum": 2})
     seed: int = field(default=0, metadata={"minimum": 0, "maximum": 2**63 - 1})
     steps: int | None = field(default=None, metadata={"minimum": 0})
@@ -54,7 +56,7 @@ class ReplayAsked:
 
     def __post_init__(self) -> None:
         problems: list[Problem] = []
-        _read(Section(self.to_dict(), "replay", problems))
+        read_keys(Section(self.to_dict(), "replay", problems), keys_of(ReplayAsked))
         if problems:
             raise RecipeError(problems, "replay")
 
@@ -84,16 +86,6 @@ class ReplayAsked:
 
 def read_replay(section: Section) -> ReplayAsked:
     """The replay section of a recipe; what is wrong goes to the section's problems, and its default is taken."""
-    section.refuse_unknown([entry.name for entry in dataclasses.fields(ReplayAsked)], "key")
-    return ReplayAsked(**_read(section))
-
-
-def _read(section: Section) -> dict[str, Any]:
-    hints = get_type_hints(ReplayAsked)
-    names = dict.fromkeys(name for names in GENERATORS.values() for name in names)
-    found = {}
-    for entry in dataclasses.fields(ReplayAsked):
-        named = entry.name == "generator"
-        reader = one_of(("auto", *names)) if named else typed(hints[entry.name], entry.metadata)
-        found[entry.name] = section.read(entry.name, reader, entry.default, nullable=entry.default is None)
-    return found
+    keys = keys_of(ReplayAsked)
+    section.refuse_unknown([key.name for key in keys], "key")
+    return ReplayAsked(**read_keys(section, keys))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, get_type_hints
+from typing import TYPE_CHECKING
 
 from hfmerge.errors import HfMergeError
+from hfmerge.recipe.keys import keys_of, read_keys
 from hfmerge.recipe.weights import PatternWeights, Weight, values_of
-from hfmerge.validation.values import Section, factor, show, suggestion, text, typed
+from hfmerge.validation.limits import PATTERN, PATTERNS
+from hfmerge.validation.values import Section, factor, items, line, show, suggestion, text
 
 
 if TYPE_CHECKING:
@@ -52,6 +53,17 @@ def state(value: object) -> str | int:
     raise ValueError(f"must be none, last, all or a positive whole number, not {show(value)}{near}")
 
 
+def pattern(value: object) -> str:
+    """A pattern on the names of parameters, as a ledger holds it. Raises ValueError."""
+    PATTERN.check(len(line(value)))
+    return line(value)
+
+
+def patterns(value: object) -> tuple[str, ...]:
+    """A list of patterns, as a ledger holds it. Raises ValueError."""
+    return tuple(items(pattern, PATTERNS)(value))
+
+
 def repo_id(value: object) -> str:
     """An id the Hub would accept for a repository. Raises ValueError."""
     from huggingface_hub.errors import HFValidationError
@@ -67,28 +79,13 @@ def repo_id(value: object) -> str:
 
 def option_names(method: type[MergeMethod]) -> tuple[str, ...]:
     """The options a method declares, in its order."""
-    return tuple(field.name for field in dataclasses.fields(method))
+    return tuple(key.name for key in keys_of(method))
 
 
 def read_options(section: Section, method: type[MergeMethod]) -> dict[str, Option]:
     """All options of a method, its defaults filled in; one that is unset by default and not given is left out."""
-    hints = get_type_hints(method)
     before = len(section.problems)
-    options: dict[str, Option] = {}
-    for field in dataclasses.fields(method):
-        default = None if field.default is dataclasses.MISSING else field.default
-        if field.default_factory is not dataclasses.MISSING:
-            default = field.default_factory()
-        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        value = section.read(
-            field.name,
-            typed(hints[field.name], field.metadata),
-            default,
-            required=required,
-            nullable=default is None and not required,
-        )
-        if value is not None:
-            options[field.name] = value
+    options = {name: value for name, value in read_keys(section, keys_of(method)).items() if value is not None}
     if len(section.problems) == before:
         try:
             method(**options)

@@ -193,22 +193,26 @@ def texts(value: object) -> tuple[str, ...]:
 
 
 def typed(hint: Any, limits: Mapping[str, Any]) -> Callable[[Any], Any]:
-    """Reader for a type hint: float, int, bool, str, Literal[...], or one of these `| None`.
+    """Reader for a type hint: float, int, bool, str, tuple[str, ...], Literal[...], or one of these `| None`.
 
     Args:
         hint: the resolved type.
-        limits: may hold `minimum` and `maximum`, both inclusive.
+        limits: may hold `minimum` and `maximum`, both inclusive, or `choices` and `aliases`: see `one_of`.
 
     Raises:
         TypeError: a hint of another kind, which is a fault of the method's code and not of the recipe.
     """
+    if "choices" in limits:
+        return one_of(limits["choices"], limits.get("aliases"))
     if get_origin(hint) in (Union, types.UnionType):
         inner = [part for part in get_args(hint) if part is not type(None)]
         if len(inner) == 1:
             return typed(inner[0], limits)
     if get_origin(hint) is Literal:
         return one_of(get_args(hint))
-    readers: dict[Any, Callable[[Any], Any]] = {float: factor, int: whole, bool: flag, str: text}
+    readers: dict[Any, Callable[[Any], Any]] = {
+        **{float: factor, int: whole, bool: flag, str: text, tuple[str, ...]: texts}
+    }
     if hint not in readers:
         raise TypeError(f"an option of type {hint} cannot be written in a recipe")
 
