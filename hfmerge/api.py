@@ -434,7 +434,7 @@ def unmerge_checked(
 
     names = [remove] if isinstance(remove, str) else list(remove)
     if create_pr and output is None:
-        raise OutputError("--check: a pull request cannot be scored; name an --output as well.")
+        raise OutputError("a pull request cannot be scored; name an output folder as well.")
     change = partial(
         unmerge, merged, names, output=output, push_to=push_to, create_pr=create_pr, overwrite=overwrite,
         publish_private=publish_private, sources=sources, stream=stream, mode=mode, measure=measure, options=options,

@@ -148,7 +148,7 @@ def test_other_content_under_the_commit_is_noticed(world: World) -> None:
 
 def test_nobody_listens(world: World) -> None:
     file = RangedFile("org/m@0123abcd: x", "http://127.0.0.1:9/x", 10, None, Traffic(), QUICK)
-    with pytest.raises(OfflineError, match="ConnectError.*run again later, or without --stream"):
+    with pytest.raises(OfflineError, match="ConnectError.*run again later, or without `stream=True`"):
         file.read(0, 10)
 
 

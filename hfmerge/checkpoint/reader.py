@@ -20,6 +20,7 @@ from hfmerge.checkpoint.streaming.remote_file import RemoteFile
 from hfmerge.checkpoint.writer import SIZES, TORCH_NAMES, bytes_of
 from hfmerge.errors import CorruptFileError, NonFiniteError
 from hfmerge.hub.download import fetch
+from hfmerge.validation.wording import parameter
 
 
 if TYPE_CHECKING:
@@ -189,8 +190,8 @@ class Reader:
         if bad:
             raise NonFiniteError(
                 f"{self.source.pinned.label}: {self.source.tensors[key].file}: {key} holds {bad} NaN or Inf of "
-                f"{tensor.numel()} values; repair the source, leave the tensor out with `exclude`, or pass "
-                "--allow-nonfinite."
+                f"{tensor.numel()} values; repair the source, leave the tensor out with {parameter('exclude')}, or "
+                f"pass {parameter('allow_nonfinite', True)}."
             )
 
     def _handle(self, file: str) -> _Opened | dict[str, Any]:

@@ -20,6 +20,7 @@ from hfmerge.lifecycle.push_target import destination
 from hfmerge.lifecycle.repeat import finish
 from hfmerge.lifecycle.session import MergeResult
 from hfmerge.lifecycle.verify import left_behind
+from hfmerge.validation.wording import parameter
 
 
 class Unmerge(Protocol):
@@ -106,7 +107,9 @@ def without_parts(
     gone, parts = list(removal.gone), {}
     if inner_to is not None and len(removal.within) > 1:
         names = ", ".join(opened.last.models[i].name for i in removal.within)
-        raise LedgerError(f"--inner-to names one place, and {names} have to be merged again; take them one by one.")
+        raise LedgerError(
+            f"{parameter('inner_to')} names one place, and {names} have to be merged again; take them one by one."
+        )
     for i, identities in removal.within.items():
         ref = _without(opened, opened.last.models[i], identities, unmerge, inner_to, folder)
         if ref is None:
@@ -144,7 +147,7 @@ def _without(
     if place is None:
         raise LedgerError(
             f"{what}: is a part of the merge {model.label}, which has to be merged again without it; say where that "
-            "goes with --inner-to org/name, so that others can replay the result."
+            f"goes with {parameter('inner_to', 'org/name')}, so that others can replay the result."
         )
     if not direct.within:
         for candidate in dict.fromkeys((place, inner.pinned.name if inner.pinned.commit else place)):

@@ -20,6 +20,7 @@ from hfmerge.ledger.entry import FOLDER, Entry, check_chain, ledger_files
 from hfmerge.ledger.removal import Part
 from hfmerge.lifecycle.verify import LICENCES, WEIGHTS
 from hfmerge.validation.limits import CARD_BYTES
+from hfmerge.validation.wording import call, parameter
 
 
 CONFIGS = ("config.json", "adapter_config.json", "model_index.json", "params.json", "config.yaml")
@@ -152,8 +153,9 @@ def admit(
         return target.level, check_replacement(to, target, inputs, history, again=again)[1]
     except OfflineError as error:
         raise OfflineError(
-            f"{to.repo_id}: the Hub cannot be reached, so nothing was begun; name an --output instead of --push-to "
-            f"and publish later with `hfmerge push FOLDER {to.repo_id}`, or unset HF_HUB_OFFLINE."
+            f"{to.repo_id}: the Hub cannot be reached, so nothing was begun; name an {parameter('output')} instead of "
+            f"{parameter('push_to')} and publish later with {call('push', 'FOLDER', to.repo_id)}, or unset "
+            "HF_HUB_OFFLINE."
         ) from error
 
 
@@ -203,7 +205,7 @@ def require_writer(repo_id: str, user: str | None = None) -> None:
     except (AccessError, NotFoundError) as error:
         raise PushError(
             f"{repo_id}: {user} has no right to write there; push to a repository of your own, such as "
-            f"{user}/{repo_id.rpartition('/')[2]}, or open a pull request with --create-pr."
+            f"{user}/{repo_id.rpartition('/')[2]}, or open a pull request with {parameter('create_pr', True)}."
         ) from error
 
 
@@ -301,7 +303,8 @@ def _too_public(to: Destination, name: str, levels: Mapping[str, int], what: str
     own = WORDS[levels[name]] if levels[name] < len(WORDS) - 1 else "private, or gone"
     return (
         f"{to.repo_id}: {what}, and {name}, from which the result is made, is {own}; push to a private repository, or "
-        f"pass --publish-private {name} to publish the result, and the copy of {name} if it keeps one, all the same."
+        f"pass {parameter('publish_private', [name])} to publish the result, and the copy of {name} if it keeps one, "
+        "all the same."
     )
 
 
@@ -350,10 +353,10 @@ def check_replacement(
         return [], None
     shown = ", ".join(lost[:4]) + (f" and {len(lost) - 4} more files" if len(lost) > 4 else "")
     if not to.overwrite and (strange is not None or not to.create_pr):
-        on = f"go on from it with `hfmerge add {to.repo_id} MODEL`, or " if strange is not None else ""
+        on = f"go on from it with {call('add', to.repo_id, ['MODEL'])}, or " if strange is not None else ""
         raise PushError(
             f"{to.repo_id}: {why}; a push would replace {shown or 'what it is'}; {on}push to another repository, or "
-            "pass --overwrite to replace them."
+            f"pass {parameter('overwrite', True)} to replace them."
         )
     verb = "the pull request would replace" if to.create_pr else "replaced"
     return lost, f"{to.repo_id} {why}: {verb} {shown or 'nothing'}, of commit {target.head[:12]}"

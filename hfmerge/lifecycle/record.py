@@ -32,6 +32,7 @@ from hfmerge.validation.folders import SPECIAL, TOOLS
 from hfmerge.validation.limits import CARD_BYTES
 from hfmerge.validation.strict_json import read_limited
 from hfmerge.validation.values import plain_text
+from hfmerge.validation.wording import parameter
 
 
 def record(
@@ -339,7 +340,7 @@ def refuse_unknown_files(opened: Merged) -> None:
         if not is_asset(name):
             raise OutputError(
                 f"{opened.pinned.label}: holds {name}, which the ledger does not know, and would lose it; move it out "
-                "of the folder, or name another --output."
+                f"of the folder, or name another {parameter('output')}."
             )
 
 

@@ -47,12 +47,13 @@ from hfmerge.lifecycle.record import (
     refuse_unknown_files,
 )
 from hfmerge.recipe.recipe import ModelEntry, Recipe, load_recipe
+from hfmerge.validation.wording import parameter
 
 
 if TYPE_CHECKING:
     from hfmerge.learning.learn import Learned
 
-NOTHING_KEPT = "--resume: what only goes to the Hub is not kept here; name an --output, or leave it out."
+NOTHING_KEPT = "cannot resume: what only goes to the Hub is not kept here; name an output folder, or start anew."
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,8 @@ def apply_change(
         target = opened.pinned.folder
     if target is None and to is None:
         name = opened.pinned.name
-        raise PushError(f"{name}: lies on the Hub; say where the result goes: --push-to {name}, or --output FOLDER.")
+        where = f"{parameter('push_to', name)}, or {parameter('output', 'FOLDER')}"
+        raise PushError(f"{name}: lies on the Hub; say where the result goes: {where}.")
     start = time.monotonic()
     replace = (
         opened.pinned.folder is not None and target is not None and Path(target).resolve() == opened.pinned.folder
