@@ -132,5 +132,5 @@ def test_an_unknown_source_is_named_to_both_readers(root: Path, tmp_path: Path) 
     out = tmp_path / "out"
     tiny.done("merge", root / "m0", "--base", root / "base", "--method", "linear", "--output", out)
     with pytest.raises(HfMergeError, match="^`sources` m9: no model of that name was merged from a folder.$"):
-        hfmerge.verify(out, sources={"m9": "x"})
-    assert "--source m9: no model of that name" in tiny.cli("verify", out, "--source", "m9=x").err
+        hfmerge.reorder(out, ["m0"], sources={"m9": "x"})
+    assert "--source m9: no model of that name" in tiny.cli("reorder", out, "m0", "--source", "m9=x").err
