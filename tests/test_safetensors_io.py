@@ -258,7 +258,7 @@ def file_size_limit(size: int) -> Iterator[None]:
 @pytest.mark.parametrize(
     ("call", "code", "words"),
     [
-        ("posix_fallocate", errno.ENOSPC, "the disk is full; free some space or choose another --output"),
+        ("posix_fallocate", errno.ENOSPC, "the disk is full; free some space or choose another `output`"),
         ("posix_fallocate", errno.EDQUOT, "the disk is full"),
         ("posix_fallocate", errno.EIO, "cannot be written: Input/output error"),
         ("ftruncate", errno.EFBIG, "cannot be written: File too large"),

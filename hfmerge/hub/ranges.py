@@ -105,7 +105,7 @@ class RangedFile:
         otherwise: str | None = None,
     ):
         self.where, self.size = where, size
-        self._otherwise = otherwise or f"without {parameter('stream', True)}, to keep what arrives"
+        self._otherwise = otherwise or f"without {parameter('stream', True)} (a download goes on where it stopped)"
         self._url, self._sha256 = url, sha256
         self._traffic, self._patience = traffic, patience or Patience()
         self._direct: str | None = None
@@ -245,8 +245,8 @@ class RangedFile:
             raise _Fault(f"{headers['Content-Length']} bytes")
         if headers.get("Content-Encoding", "identity") != "identity":
             raise SourceError(
-                f"{self.where}: the Hub sends {headers['Content-Encoding']} though asked not to; run again "
-                f"{self._otherwise}."
+                f"{self.where}: the Hub sends {headers['Content-Encoding']}, which was not asked for; run "
+                f"again {self._otherwise}."
             )
 
     def _body(self, response: Any) -> Iterator[bytes]:

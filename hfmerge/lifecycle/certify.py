@@ -85,7 +85,10 @@ def make_certificate(
         SourceError: not found or not readable. OutputError: the log cannot be written.
     """
     if accept_approximate and not replay:
-        raise CertificateError(f"{parameter('accept_approximate', True)} goes with {parameter('replay', True)}.")
+        raise CertificateError(
+            f"{parameter('accept_approximate', True)}: only a replay can be approximate; pass "
+            f"{parameter('replay', True)} too."
+        )
     if days is not None and not 0 < days <= 36500:
         raise CertificateError(f"{parameter('days', days)}: write a number of days, above 0 and up to 36500.")
     signer = private_key(key, ask) if key is not None else None

@@ -108,7 +108,8 @@ def without_parts(
     if inner_to is not None and len(removal.within) > 1:
         names = ", ".join(opened.last.models[i].name for i in removal.within)
         raise LedgerError(
-            f"{parameter('inner_to')} names one place, and {names} have to be merged again; take them one by one."
+            f"{parameter('inner_to')} names one place, and {names} have to be merged again. Take the models out one "
+            "by one."
         )
     for i, identities in removal.within.items():
         ref = _without(opened, opened.last.models[i], identities, unmerge, inner_to, folder)

@@ -153,8 +153,8 @@ def admit(
         return target.level, check_replacement(to, target, inputs, history, again=again)[1]
     except OfflineError as error:
         raise OfflineError(
-            f"{to.repo_id}: the Hub cannot be reached, so nothing was begun; name an {parameter('output')} instead of "
-            f"{parameter('push_to')} and publish later with {call('push', 'FOLDER', to.repo_id)}, or unset "
+            f"{to.repo_id}: the Hub cannot be reached, so nothing was begun. Name an {parameter('output')} instead of "
+            f"{parameter('push_to')} and publish later with {call('push', 'FOLDER', to.repo_id)}. Or unset "
             "HF_HUB_OFFLINE."
         ) from error
 
@@ -302,9 +302,9 @@ def check_levels(to: Destination, level: int | None, levels: Mapping[str, int]) 
 def _too_public(to: Destination, name: str, levels: Mapping[str, int], what: str) -> str:
     own = WORDS[levels[name]] if levels[name] < len(WORDS) - 1 else "private, or gone"
     return (
-        f"{to.repo_id}: {what}, and {name}, from which the result is made, is {own}; push to a private repository, or "
-        f"pass {parameter('publish_private', [name])} to publish the result, and the copy of {name} if it keeps one, "
-        "all the same."
+        f"{to.repo_id}: {what}, and {name}, from which the result is made, is {own}. Push to a private repository. Or "
+        f"pass {parameter('publish_private', [name])} to publish the result all the same; if the result keeps a copy "
+        f"of {name}, the copy is published too."
     )
 
 

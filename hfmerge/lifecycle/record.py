@@ -339,8 +339,8 @@ def refuse_unknown_files(opened: Merged) -> None:
     for name in _foreign(opened):
         if not is_asset(name):
             raise OutputError(
-                f"{opened.pinned.label}: holds {name}, which the ledger does not know, and would lose it; move it out "
-                f"of the folder, or name another {parameter('output')}."
+                f"{opened.pinned.label}: holds {name}, which the ledger does not know and this change would lose; "
+                f"move it out of the folder, or name another {parameter('output')}."
             )
 
 

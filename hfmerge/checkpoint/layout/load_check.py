@@ -47,7 +47,7 @@ def _load(folder: Path, config: dict[str, Any], trust_remote_code: bool) -> tupl
     found = find_class(config, str(folder), trust_remote_code)
     if found is None:
         raise UnsupportedError(
-            f"{folder}: the model has its own code, and nothing else can load the result; pass "
+            f"{folder}: the model has its own code, and only that code can load the result; pass "
             f"{parameter('trust_remote_code', True)} if you trust its author"
         )
     model_class, model_config = found

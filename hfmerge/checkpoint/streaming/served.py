@@ -37,7 +37,7 @@ def served_digests(pinned: Pinned, files: Sequence[str]) -> dict[str, str]:
             f"{pinned.label}: the Hub does not serve it now; run again online, or without "
             f"{parameter('download', True)}."
         )
-    otherwise = f"without {parameter('download', True)}, to believe what the Hub lists"
+    otherwise = f"without {parameter('download', True)} (the digests that the Hub lists are then believed)"
     total, traffic, found = sum(pinned.files[file].size for file in files), Traffic(), {}
     with (
         hub_errors(pinned.label),
