@@ -49,7 +49,7 @@ def named_in_messages(function: str) -> dict[str, str]:
         ("publish_private", ["org/a", "b"], "`publish_private=['org/a', 'b']`",
          "--publish-private org/a --publish-private b"),
         ("sources", {"m0": "FOLDER"}, "`sources={'m0': 'FOLDER'}`", "--source m0=FOLDER"),
-        ("sources", {"m; rm -r ~": "`x`"}, "`sources={'m; rm -r ~': '`x`'}`", "--source 'm; rm -r ~=`x`'"),
+        ("sources", {"m; rm -r ~": "`x`"}, "`sources={'m; rm -r ~': '`x`'}`", "--source m; rm -r ~=`x`"),
         ("no_flag_of_ours", 1, "`no_flag_of_ours=1`", "`no_flag_of_ours=1`"),
     ],
 )  # fmt: skip
@@ -63,21 +63,21 @@ def test_one_parameter_for_both_readers(name: str, value: object, python: str, f
 def test_one_call_for_both_readers() -> None:
     def both() -> list[str]:
         return [
-            call("unmerge", "org/merged", remove="a b"),
+            call("unmerge", "org/merged", remove="a b; `c`"),
             call("add", "org/merged", ["MODEL"]),
             call("verify", "out", accept_rewritten=True, log=Path("w.log")),
             call("purge_history", "org/merged"),
         ]
 
     assert both() == [
-        "`hfmerge.unmerge('org/merged', remove='a b')`",
+        "`hfmerge.unmerge('org/merged', remove='a b; `c`')`",
         "`hfmerge.add('org/merged', ['MODEL'])`",
         "`hfmerge.verify('out', accept_rewritten=True, log='w.log')`",
         "`hfmerge.purge_history('org/merged')`",
     ]
     with spelled(Flags(_parser())):
         assert both() == [
-            "`hfmerge unmerge org/merged --remove 'a b'`",
+            "`hfmerge unmerge org/merged --remove 'a b; `c`'`",
             "`hfmerge add org/merged MODEL`",
             "`hfmerge verify out --accept-rewritten --log w.log`",
             "`hfmerge purge-history org/merged`",

@@ -190,8 +190,8 @@ class Reader:
         if bad:
             raise NonFiniteError(
                 f"{self.source.pinned.label}: {self.source.tensors[key].file}: {key} holds {bad} NaN or Inf of "
-                f"{tensor.numel()} values; repair the source, leave the tensor out with {parameter('exclude')}, or "
-                f"pass {parameter('allow_nonfinite', True)}."
+                f"{tensor.numel()} values; repair the source, leave the tensor out with `exclude`, or pass "
+                f"{parameter('allow_nonfinite', True)}."
             )
 
     def _handle(self, file: str) -> _Opened | dict[str, Any]:

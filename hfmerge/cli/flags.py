@@ -26,17 +26,18 @@ class Flags(Spelling):
         self.known |= {name: self.known[flag] for name, flag in _OTHERWISE.items()}
 
     def parameter(self, name: str, value: object) -> str:
-        """`--flag`, or `--flag VALUE` for each value, as a shell reads it; as in Python if there is no such flag."""
-        if name not in self.known:
-            return super().parameter(name, value)
-        flag = self.known[name]
-        return " ".join(f"{flag} {shlex.quote(one)}" for one in _values(value)) or flag
+        """`--flag`, or `--flag VALUE` for each value; as in Python if there is no such flag."""
+        return " ".join(self._words(name, value)) if name in self.known else super().parameter(name, value)
 
     def call(self, verb: str, operands: tuple[object, ...], named: dict[str, object]) -> str:
-        """The command of that name."""
-        given = [shlex.quote(word) for one in operands for word in _values(one)]
-        words = ["hfmerge", verb.replace("_", "-"), *given]
-        return f"`{' '.join([*words, *(self.parameter(name, value) for name, value in named.items())])}`"
+        """The command of that name, so quoted that a shell may be given it whatever the values hold."""
+        given = [word for one in operands for word in _values(one)]
+        flags = [word for name, value in named.items() for word in self._words(name, value)]
+        return f"`{shlex.join(['hfmerge', verb.replace('_', '-'), *given, *flags])}`"
+
+    def _words(self, name: str, value: object) -> list[str]:
+        flag = self.known[name]
+        return [word for one in _values(value) for word in (flag, one)] or [flag]
 
 
 def _actions(parser: argparse.ArgumentParser) -> list[argparse.Action]:
