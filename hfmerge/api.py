@@ -270,7 +270,7 @@ def unmerge_checked(
 
     names = [remove] if isinstance(remove, str) else list(remove)
     if options.get("create_pr") and options.get("output") is None:
-        raise OutputError("--check: a pull request cannot be scored; name an --output as well.")
+        raise OutputError("a pull request cannot be scored; name an output folder as well.")
     run = run_options(options)
     job = change_job("unmerge", merged, **options)
     opened = open_merged(str(merged), job.sources, run.consent)

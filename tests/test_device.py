@@ -235,7 +235,7 @@ def test_a_device_that_cannot_is_refused_before_anything_is_read(root: Path, tmp
 def test_auto_without_an_accelerator_is_the_cpu() -> None:
     assert device_for("auto", spectral=True).place == "cpu"
     assert device_for(None, spectral=True).name == "cpu"
-    with pytest.raises(HfMergeError, match="--device cuda"):
+    with pytest.raises(HfMergeError, match="`device='cuda'`: "):
         device_for("cuda", spectral=False)
 
 

@@ -23,7 +23,7 @@ MOST = {
     "public names with two meanings": 54,
     "functions with more than 8 parameters": 20,
     "lines of the longest function": 125,
-    "flags of the command line named outside of it": 75,
+    "flags of the command line named outside of it": 0,
     "places outside methods/ that ask for a method's type or name": 31,
     "lines of ARCHITECTURE.md": 120,
     "words of README.md": 1000,
@@ -131,7 +131,8 @@ def flags_outside() -> int:
         }
         for node in ast.walk(tree):
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docs:
-                count += bool(re.search(r"(?<![\w-])--[a-z][a-z-]+", node.value))
+                own = "accelerate launch" not in node.value  # a program of others, with flags of its own
+                count += own and bool(re.search(r"(?<![\w-])--[a-z][a-z-]+", node.value))
     return count
 
 

@@ -136,7 +136,7 @@ def test_out_of_memory_says_what_to_lower() -> None:
         raise torch.OutOfMemoryError
     assert str(caught.value) == (
         "learn: out of memory; lower batch (now 16) or replay.batch_size (now 32), or use more processes or another "
-        "--device."
+        "`device`."
     )
     with pytest.raises(RuntimeError, match="size"), memory_for(Learning()):
         torch.zeros(2) + torch.zeros(3)

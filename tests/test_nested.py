@@ -186,7 +186,7 @@ def test_on_the_hub_the_inner_merge_goes_where_it_is_told(hubbed: None) -> None:
     assert names(hfmerge.history("nest/outer")[-1].entry) == [
         "nest/base", "nest/inner", "nest/m0", "nest/m1", "nest/m2", "nest/m3",
     ]  # fmt: skip
-    with pytest.raises(HfMergeError, match="say where that goes with --inner-to org/name"):
+    with pytest.raises(HfMergeError, match="say where that goes with `inner_to='org/name'`"):
         hfmerge.unmerge("nest/outer", "nest/m1", push_to="nest/outer")
     result = hfmerge.unmerge("nest/outer", "nest/m1", push_to="nest/outer", inner_to="nest/inner-less")
     assert names(result.entry) == ["nest/base", "nest/inner-less", "nest/m0", "nest/m2", "nest/m3"]

@@ -117,7 +117,7 @@ LASTING = {
     "no answer": ("storage", Fault(drop=True), OfflineError, "bytes 100-199 .*RemoteProtocolError"),
     "another range": ("storage", Fault(shift=1), OfflineError, r"another range, bytes 101-200/3000000"),
     "expired addresses": ("storage", Fault(status=403), OfflineError, "HTTP 403 from the storage"),
-    "no ranges": ("storage", Fault(whole=True), SourceError, "sends the whole file .* without --stream"),
+    "no ranges": ("storage", Fault(whole=True), SourceError, "sends the whole file .* without `stream=True`"),
     "shorter": ("storage", Fault(status=416), CorruptFileError, "ends before byte 200, though the Hub lists 3000000"),
     "refused": ("hub", Fault(status=403), AccessError, "refused the token"),
     "gated": ("hub", Fault(status=403, headers={"X-Error-Code": "GatedRepo"}), AccessError, "gated"),
@@ -149,7 +149,7 @@ def test_other_content_under_the_commit_is_noticed(world: World) -> None:
 
 def test_nobody_listens(world: World) -> None:
     file = RangedFile("org/m@0123abcd: x", "http://127.0.0.1:9/x", 10, None, Traffic(), QUICK)
-    with pytest.raises(OfflineError, match="ConnectError.*run again later, or without --stream"):
+    with pytest.raises(OfflineError, match="ConnectError.*run again later, or without `stream=True`"):
         file.read(0, 10)
 
 

@@ -258,7 +258,7 @@ def file_size_limit(size: int) -> Iterator[None]:
 @pytest.mark.parametrize(
     ("call", "code", "words"),
     [
-        ("posix_fallocate", errno.ENOSPC, "the disk is full; free some space or choose another --output"),
+        ("posix_fallocate", errno.ENOSPC, "the disk is full; free some space or choose another `output`"),
         ("posix_fallocate", errno.EDQUOT, "the disk is full"),
         ("posix_fallocate", errno.EIO, "cannot be written: Input/output error"),
         ("ftruncate", errno.EFBIG, "cannot be written: File too large"),
@@ -610,7 +610,7 @@ def pickled(folder: Path, output: Path, value: Any = None) -> Path:
 
 def test_pickled_weights_need_permission(models: list[Path], tmp_path: Path) -> None:
     folders = [pickled(folder, tmp_path / folder.name) for folder in models]
-    with pytest.raises(RecipeError, match="only pickled weights.*convert them to safetensors, or pass --allow-pickle"):
+    with pytest.raises(RecipeError, match="only pickled weights.*to safetensors, or pass `allow_pickle=True` if you"):
         merged(folders, tmp_path / "out")
     merged(folders, tmp_path / "out", allow_pickle=True)
     merged(models, tmp_path / "plain")

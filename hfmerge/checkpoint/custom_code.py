@@ -12,6 +12,7 @@ from hfmerge.checkpoint.side_files import is_code
 from hfmerge.checkpoint.source import Source
 from hfmerge.errors import UnsupportedError
 from hfmerge.validation.values import show
+from hfmerge.validation.wording import parameter
 
 
 SHOWN = 3
@@ -35,16 +36,16 @@ def check_allowed(source: Source, *, whole: bool) -> None:
         whole: see `own_code`.
 
     Raises:
-        UnsupportedError: names the repository, what would run, and the flag.
+        UnsupportedError: names the repository, what would run, and how to allow it.
     """
     for one in (source, source.beneath):
         if one is None:
             continue
         if names := own_code(one, whole=whole):
             raise UnsupportedError(
-                f"{one.pinned.label}: brings code of its own ({listed_names(names)}), and the "
-                "merge was made with such code; its ledger is no permission to run it: pass --trust-remote-code if "
-                "you trust the author."
+                f"{one.pinned.label}: brings code of its own ({listed_names(names)}), and the merge was made with "
+                "such code. The ledger gives no permission to run it; pass "
+                f"{parameter('trust_remote_code', True)} if you trust the author."
             )
 
 

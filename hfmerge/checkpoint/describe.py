@@ -17,6 +17,7 @@ from hfmerge.hub.ranges import Traffic
 from hfmerge.hub.reference import Pinned, parse_ref
 from hfmerge.validation.limits import TENSORS
 from hfmerge.validation.values import folder_name
+from hfmerge.validation.wording import parameter
 
 
 def describe(
@@ -118,7 +119,7 @@ def _headers(
         if pickled and not allow_pickle:
             raise UnsupportedError(
                 f"{pinned.label}: only pickled weights ({files[0]}); convert them to safetensors, or pass "
-                "--allow-pickle if you trust the author."
+                f"{parameter('allow_pickle', True)} if you trust the author."
             )
         tensors: dict[str, TensorEntry] = {}
         streams: dict[str, RemoteFile] = {}
@@ -173,8 +174,8 @@ def _entries(
     if pickled:
         if path is None and streaming is not None:
             raise UnsupportedError(
-                f"{where} is pickled, and a pickle cannot be read in pieces; run without --stream, or convert it to "
-                "safetensors."
+                f"{where} is pickled, and a pickle cannot be read in pieces; run without {parameter('stream', True)}, "
+                "or convert it to safetensors."
             )
         return pickle_entries(path or fetch(pinned, file), file, where), None
     if path is not None:

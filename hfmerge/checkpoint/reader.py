@@ -20,6 +20,7 @@ from hfmerge.checkpoint.streaming.remote_file import RemoteFile
 from hfmerge.checkpoint.writer import SIZES, TORCH_NAMES, bytes_of
 from hfmerge.errors import CorruptFileError, NonFiniteError
 from hfmerge.hub.download import fetch
+from hfmerge.validation.wording import parameter
 
 
 if TYPE_CHECKING:
@@ -190,7 +191,7 @@ class Reader:
             raise NonFiniteError(
                 f"{self.source.pinned.label}: {self.source.tensors[key].file}: {key} holds {bad} NaN or Inf of "
                 f"{tensor.numel()} values; repair the source, leave the tensor out with `exclude`, or pass "
-                "--allow-nonfinite."
+                f"{parameter('allow_nonfinite', True)}."
             )
 
     def _handle(self, file: str) -> _Opened | dict[str, Any]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hfmerge.errors import OutputError
+from hfmerge.validation.wording import parameter
 
 
 if TYPE_CHECKING:
@@ -227,7 +228,7 @@ class disk_errors:
         if isinstance(error, OSError):
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise OutputError(
-                    f"{self.path}: the disk is full; free some space or choose another --output."
+                    f"{self.path}: the disk is full; free some space or choose another {parameter('output')}."
                 ) from error
             raise OutputError(f"{self.path}: cannot be written: {error.strerror}.") from error
 

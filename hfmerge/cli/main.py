@@ -19,9 +19,11 @@ from collections.abc import Callable, Sequence
 from functools import cache
 
 from hfmerge.cli import changing, continual, evaluating, inspecting, merging, proving, publishing, reading, revising
+from hfmerge.cli.flags import Flags
 from hfmerge.cli.shared import first_process, print_json
 from hfmerge.errors import HfMergeError, LostProcessError
 from hfmerge.validation.quoting import say, tell
+from hfmerge.validation.wording import spelled
 from hfmerge.version import __version__
 
 
@@ -58,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.quiet:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     try:
-        code: int = args.run(args)
+        with spelled(Flags(parser)):
+            code: int = args.run(args)
         return code
     except HfMergeError as error:
         if os.environ.get("HFMERGE_DEBUG"):

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from hfmerge.errors import HfMergeError
 from hfmerge.methods.batched_linalg import Company, leave
+from hfmerge.validation.wording import parameter
 
 
 T = TypeVar("T")
@@ -138,7 +139,7 @@ def place_for(asked: str) -> str:
         place = f"{wanted.type}:{own if wanted.index is None else wanted.index}"
         torch.empty(1, device=place).cpu()
     except ERRORS as error:
-        raise HfMergeError(f"--device {asked}: {_first_line(error)}; leave it out, or say cpu.") from error
+        raise HfMergeError(f"{parameter('device', asked)}: {_first_line(error)}; leave it out, or say cpu.") from error
     return place
 
 
@@ -231,7 +232,8 @@ def device_for(asked: str | None, *, spectral: bool, notify: Callable[[str], obj
         return Device()
     if not spectral:
         if notify is not None:
-            notify(f"--device {asked}: this method is bound by reading and writing; merged on the CPU.")
+            what = parameter("device", asked)
+            notify(f"{what}: this method is bound by reading and writing; merged on the CPU.")
         return Device()
     module = torch.get_device_module(kind)
     try:
@@ -239,8 +241,8 @@ def device_for(asked: str | None, *, spectral: bool, notify: Callable[[str], obj
         memory = int(module.get_device_properties(place).total_memory)
     except ERRORS as error:
         raise HfMergeError(
-            f"--device {asked}: cannot take a float64 matrix apart there ({_first_line(error)}); leave it out for the "
-            "CPU."
+            f"{parameter('device', asked)}: cannot take a float64 matrix apart there ({_first_line(error)}); leave it "
+            "out for the CPU."
         ) from error
     mates = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     sharing = mates if asked == place else -(-mates // max(1, module.device_count()))

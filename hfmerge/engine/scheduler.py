@@ -30,6 +30,7 @@ from hfmerge.engine.tasks import Norms, Visit
 from hfmerge.engine.threads import AHEAD, core_count, overlapped, resident_memory
 from hfmerge.methods import JointMethod
 from hfmerge.methods.base import Measure
+from hfmerge.validation.wording import parameter
 
 
 MEASURED: Key = ("measured", "", None)
@@ -310,5 +311,6 @@ class Passes:
         left = max(0, self.max_memory - self.resident - stream_memory(self.plan))
         if left < largest and self.notify is not None:
             need = self.max_memory - left + largest
-            self.notify(f"--max-memory cannot be kept: the largest parameter needs about {need / 1e9:.2f} GB in all.")
+            bound = parameter("max_memory")
+            self.notify(f"{bound} cannot be kept: the largest parameter needs about {need / 1e9:.2f} GB in all.")
         return left

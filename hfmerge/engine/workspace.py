@@ -19,6 +19,7 @@ from pathlib import Path
 
 from hfmerge.engine.journal import begin, work_in
 from hfmerge.errors import LostProcessError, OutputError
+from hfmerge.validation.wording import parameter
 
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -57,7 +58,7 @@ def workspace(
     if output.is_symlink() or output.name in ("", ".."):
         output = output.resolve()
     if output.exists() and not output.is_dir():
-        raise OutputError(f"{output}: is a file; choose a folder for --output.")
+        raise OutputError(f"{output}: is a file; choose a folder for {parameter('output')}.")
     partial, old, journal = (_beside(output, part) for part in ("partial", "old", "journal"))
     with _locked(output):
         for folder in (partial, old, journal):
@@ -66,7 +67,7 @@ def workspace(
         if not partial.is_dir():
             _remove(journal)
         if not replace and output.exists() and any(output.iterdir()):
-            raise OutputError(f"{output}: the folder is not empty; empty it, or choose another --output.")
+            raise OutputError(f"{output}: the folder is not empty; empty it, or choose another {parameter('output')}.")
         left = work_in(journal)
         if resume and left != work:
             raise OutputError(_not_resumable(output, left, work))
@@ -97,11 +98,11 @@ def workspace(
 
 def _not_resumable(output: Path, left: Mapping[str, str] | None, work: Mapping[str, str]) -> str:
     if left is None:
-        return f"{output}: no interrupted run to resume there; leave out --resume."
+        return f"{output}: no interrupted run to resume there; leave out {parameter('resume', True)}."
     other = ", ".join(name for name in work if left.get(name) != work[name])
     return (
-        f"{output}: the interrupted run there was other work (what differs: {other}); repeat its command, or leave "
-        "out --resume to start anew."
+        f"{output}: the interrupted run there was other work (what differs: {other}); repeat that work, or leave "
+        f"out {parameter('resume', True)} to start anew."
     )
 
 
@@ -125,7 +126,7 @@ def full_disk(output: Path) -> Iterator[None]:
         if error.errno not in DISK_FULL:
             raise
         raise OutputError(
-            f"{output}: cannot be written: {error.strerror}; free some space or choose another --output."
+            f"{output}: cannot be written: {error.strerror}; free some space or choose another {parameter('output')}."
         ) from error
 
 
@@ -208,7 +209,7 @@ def _check_own(path: Path, *, links: bool = False) -> None:
     if stat.S_ISLNK(found.st_mode) and not links:
         raise OutputError(f"{path}: is a link to {os.readlink(path)}, which hfmerge never makes there; remove it.")
     if found.st_uid not in (os.geteuid(), path.parent.stat().st_uid):
-        raise OutputError(f"{path}: belongs to another user; remove it, or choose another --output.")
+        raise OutputError(f"{path}: belongs to another user; remove it, or choose another {parameter('output')}.")
 
 
 @contextlib.contextmanager

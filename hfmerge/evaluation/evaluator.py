@@ -20,6 +20,7 @@ from hfmerge.evaluation.models import Subject, open_subject
 from hfmerge.evaluation.results import Matrix, Score, TaskInfo
 from hfmerge.evaluation.suite import Suite, Task, load_suite
 from hfmerge.evaluation.tasks import Tasks
+from hfmerge.validation.wording import parameter
 
 
 VERSION = 1
@@ -197,8 +198,9 @@ class Evaluator:
 
     def _advice(self) -> str:
         """What would need less memory."""
-        smaller = "" if self.dtype in ("bfloat16", "float16") else ", or say --dtype bfloat16"
-        return f"lower --batch-size (now {self.settings.batch_size}){smaller}, or another --device"
+        smaller = "" if self.dtype in ("bfloat16", "float16") else f", or say {parameter('dtype', 'bfloat16')}"
+        rows = f"{parameter('batch_size')} (now {self.settings.batch_size})"
+        return f"lower {rows}{smaller}, or another {parameter('device')}"
 
     def _known(self, subject: Subject, task: Task, head: str | None) -> Score | None:
         question = self._question(subject, task, head)

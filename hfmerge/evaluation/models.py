@@ -21,6 +21,7 @@ from hfmerge.evaluation.results import ModelInfo
 from hfmerge.hashing import sha256_bytes
 from hfmerge.hub.download import fetch
 from hfmerge.hub.reference import Pinned, parse_ref
+from hfmerge.validation.wording import parameter
 
 
 if TYPE_CHECKING:
@@ -176,7 +177,7 @@ class Subject:
         if head.title not in _titles(kind):
             raise HeadError(
                 f"{self.info.label}: {head.title} of {head.owner} has no head for {kind}; name a model that has one: "
-                "`head` in the suite, or --head TASK=MODEL."
+                f"`head` in the suite, or {parameter('heads', {'TASK': 'MODEL'})}."
             )
         encoder = {name: value for name, value in self.weights.items() if name not in self.head_names}
         placed = {name: value.to(self.device, self._cast(value)) for name, value in head.tensors.items()}
@@ -208,7 +209,7 @@ class Subject:
         if text is None:
             raise HeadError(
                 f"{self.info.label}: sees images only; name the model whose text tower is used: `head` in the suite, "
-                "or --head TASK=MODEL."
+                f"or {parameter('heads', {'TASK': 'MODEL'})}."
             )
         rest = {name: value for name, value in text.weights.items() if not name.startswith("vision_model.")}
         tower = {

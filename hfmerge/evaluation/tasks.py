@@ -27,6 +27,7 @@ from hfmerge.evaluation.processors import (
 )
 from hfmerge.evaluation.results import Score
 from hfmerge.evaluation.suite import Suite, Task
+from hfmerge.validation.wording import parameter
 
 
 class Tasks:
@@ -182,7 +183,7 @@ class Tasks:
         if not heads:
             raise HeadError(
                 f"{self._where(task)}: {subject.info.label} has no head; name a model that has one: `head` in the "
-                "suite, or --head TASK=MODEL."
+                f"suite, or {parameter('heads', {'TASK': 'MODEL'})}."
             )
         if len(heads) == 1:
             return heads[0], None
@@ -192,7 +193,7 @@ class Tasks:
             which = "none" if not fitting else f"{len(fitting)} ({', '.join(h.owner for h in fitting)})"
             raise HeadError(
                 f"{self._where(task)}: of the {len(heads)} heads of {subject.info.label} {which} have the labels of "
-                "the data; say which to use: `head` in the suite, or --head TASK=MODEL."
+                f"the data; say which to use: `head` in the suite, or {parameter('heads', {'TASK': 'MODEL'})}."
             )
         return fitting[0], None
 

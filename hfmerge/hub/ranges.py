@@ -17,6 +17,7 @@ from urllib.parse import urljoin, urlsplit
 
 from hfmerge.errors import CorruptFileError, OfflineError, SourceError
 from hfmerge.hub.client import PASSING, Patience, asked_wait, hub_errors
+from hfmerge.validation.wording import parameter
 from hfmerge.version import __version__
 
 
@@ -89,7 +90,7 @@ class RangedFile:
         url: its address on the Hub, where the token may go.
         size: bytes, as the Hub lists it.
         sha256: of its content, as the Hub lists it; None if unknown.
-        otherwise: how to run again where this way does not work, for errors.
+        otherwise: how to run again where this way does not work, for errors; None: without streaming.
     """
 
     def __init__(
@@ -101,10 +102,10 @@ class RangedFile:
         traffic: Traffic,
         patience: Patience | None = None,
         *,
-        otherwise: str = "without --stream, which keeps what it has",
+        otherwise: str | None = None,
     ):
         self.where, self.size = where, size
-        self._otherwise = otherwise
+        self._otherwise = otherwise or f"without {parameter('stream', True)} (a download goes on where it stopped)"
         self._url, self._sha256 = url, sha256
         self._traffic, self._patience = traffic, patience or Patience()
         self._direct: str | None = None
@@ -244,8 +245,8 @@ class RangedFile:
             raise _Fault(f"{headers['Content-Length']} bytes")
         if headers.get("Content-Encoding", "identity") != "identity":
             raise SourceError(
-                f"{self.where}: the Hub sends {headers['Content-Encoding']} though asked not to; run again without "
-                "--stream."
+                f"{self.where}: the Hub sends {headers['Content-Encoding']}, which was not asked for; run "
+                f"again {self._otherwise}."
             )
 
     def _body(self, response: Any) -> Iterator[bytes]:

@@ -31,6 +31,7 @@ from hfmerge.ledger.repository import Merged, state_path
 from hfmerge.methods.gram import Gram
 from hfmerge.methods.isotropic import MdmOcIso
 from hfmerge.recipe.learning import HELD, Learning
+from hfmerge.validation.wording import parameter
 
 
 if TYPE_CHECKING:
@@ -181,7 +182,8 @@ def _of_devices(opened: Merged | None, asked: str | None, place: str) -> list[st
     lines = []
     if asked is None and (kind := accelerator()) is not None:
         lines.append(
-            f"learning on the CPU, which gives one result on machines of a kind; --device {kind} would be faster."
+            "learning on the CPU, which gives one result on machines of a kind; "
+            f"{parameter('device', kind)} would be faster."
         )
     if opened is not None and opened.last.learned and _device(opened) != name_of(place):
         lines.append(

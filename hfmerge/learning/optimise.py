@@ -18,6 +18,7 @@ from hfmerge.learning.shared_encoder import losses as together
 from hfmerge.learning.space import Space
 from hfmerge.learning.student import Student, parameters
 from hfmerge.recipe.learning import Learning
+from hfmerge.validation.wording import parameter
 
 
 if TYPE_CHECKING:
@@ -310,7 +311,8 @@ def memory_for(asked: Learning) -> contextlib.AbstractContextManager[None]:
     lower = [f"batch (now {asked.batch}) or replay.batch_size (now {asked.replay.batch_size})"]
     lower += [] if asked.checkpointing else ["or set checkpointing: true"]
     lower += [] if asked.precision == "bfloat16" else ["or precision: bfloat16"]
-    return enough_memory("learn", f"lower {', '.join(lower)}, or use more processes or another --device")
+    device = parameter("device")
+    return enough_memory("learn", f"lower {', '.join(lower)}, or use more processes or another {device}")
 
 
 def _drawn(count: int, asked: Learning, model: int, kind: int, step: int) -> list[int]:

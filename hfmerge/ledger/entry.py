@@ -25,6 +25,7 @@ from hfmerge.recipe.recipe import MethodChoice, ModelEntry, Recipe
 from hfmerge.recipe.weights import Weight, restored, stored
 from hfmerge.validation.limits import ENTRIES, ENTRY_BYTES
 from hfmerge.validation.strict_json import read_json
+from hfmerge.validation.wording import parameter
 
 
 FOLDER = "merge_history"
@@ -422,7 +423,8 @@ def _located(identity: str, refs: Mapping[str, str]) -> str:
         return refs[identity]
     name, folder, _ = identity.rpartition("@sha256:")
     if folder:
-        raise LedgerError(f"{name}: was merged from a folder; say where it is now with --source {name}=FOLDER.")
+        todo = parameter("sources", {name: "FOLDER"})
+        raise LedgerError(f"{name}: was merged from a folder; say where it is now with {todo}.")
     return identity
 
 

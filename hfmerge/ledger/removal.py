@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from hfmerge.errors import CertificateError
 from hfmerge.ledger.entry import Entry, named, short
+from hfmerge.validation.wording import call
 
 
 SUBTRACTED = "only approximately subtracted"
@@ -110,7 +111,7 @@ def find_removed(entries: Sequence[Entry], model: str, where: str) -> Removal:
         part = now[hits[0]]
         todo = "only a merge on another base, or of other models, would be without it"
         if part.role in ("model", SUBTRACTED):
-            todo = f"`hfmerge unmerge {where.partition('@')[0]} --remove {part.name}` takes it out"
+            todo = f"{call('unmerge', where.partition('@')[0], remove=part.name)} takes it out"
         raise CertificateError(f"{model}: still in {where} ({part.label}, {part.role}); {todo}.")
     if len(hits) > 1:
         states = ", ".join(f"{short(one)} ({'still there' if one in now else 'removed'})" for one in hits)

@@ -26,6 +26,7 @@ from hfmerge.user_files import home, keep_note, private_folder
 from hfmerge.validation.folders import file_in
 from hfmerge.validation.limits import CARD_BYTES, ENTRY_BYTES, LEDGER_BYTES
 from hfmerge.validation.strict_json import read_limited
+from hfmerge.validation.wording import parameter
 
 
 NOTES = 4096
@@ -136,7 +137,7 @@ def known_places(pinned: Pinned, entry: Entry, sources: Mapping[str, str]) -> di
             one for m in (entry.base, *entry.models) for one in folders_of(m) if one.rpartition("@sha256:")[0] == name
         ]
         if not hits:
-            raise LedgerError(f"--source {name}: no model of that name was merged from a folder.")
+            raise LedgerError(f"{parameter('sources')} {name}: no model of that name was merged from a folder.")
         refs |= dict.fromkeys(hits, folder)
     return refs
 
@@ -196,7 +197,8 @@ def _notes_of(entry: Entry) -> dict[str, dict[str, Any]]:
         return {}
     except (OSError, ValueError, AttributeError) as error:
         raise LedgerError(
-            f"{note}: cannot be read ({error}); delete it, and say where folders are with --source NAME=FOLDER."
+            f"{note}: cannot be read ({error}); delete it, and say where folders are with "
+            f"{parameter('sources', {'NAME': 'FOLDER'})}."
         ) from error
     return dict(found)
 
@@ -225,14 +227,14 @@ def check_folders(refs: Mapping[str, str], material: Material, *, allow_pickle: 
             continue
         if not Path(path).expanduser().is_dir():
             raise LedgerError(
-                f"{name}: was merged from the folder {path}, which is gone; say where it is now with --source "
-                f"{name}=FOLDER."
+                f"{name}: was merged from the folder {path}, which is gone; say where it is now with "
+                f"{parameter('sources', {name: 'FOLDER'})}."
             )
         found = digests(describe(path, allow_pickle=allow_pickle), remembered_digest)
         if folder_digest(found) != digest:
             raise LedgerError(
-                f"{name}@{digest[:8]}: the files in {path} are not those that were merged; restore them, or point "
-                f"--source {name}=FOLDER to a copy."
+                f"{name}@{digest[:8]}: the files in {path} are not those that were merged; restore them, or name a "
+                f"copy with {parameter('sources', {name: 'FOLDER'})}."
             )
 
 

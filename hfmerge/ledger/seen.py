@@ -24,6 +24,7 @@ from hfmerge.ledger.entry import FOLDER
 from hfmerge.ledger.repository import Merged
 from hfmerge.user_files import write_note
 from hfmerge.validation.strict_json import read_json_file
+from hfmerge.validation.wording import call
 
 
 STEP_TAG = re.compile(r"step-\d{4,}")
@@ -124,10 +125,11 @@ def refuse_rewritten(merged: Merged) -> None:
 
 def acceptance(merged: Merged, log: str | Path | None = None) -> str:
     """What to do about a history that was rewritten since it was seen, or since a log got its record."""
-    flags = "--accept-rewritten" + (f" --log {log}" if log is not None else "")
+    witness = {} if log is None else {"log": log}
+    accept = call("verify", merged.pinned.place.text, accept_rewritten=True, **witness)
     return (
         "ask its owner why; if you expect that (it was deleted and made anew), "
-        f"`hfmerge verify {merged.pinned.place.text} {flags}` takes the new history from now on"
+        f"{accept} takes the new history from now on"
     )
 
 

@@ -47,6 +47,7 @@ from hfmerge.lifecycle.verify import WEIGHTS, Check
 from hfmerge.validation.limits import CERTIFICATE_BYTES, TEXT
 from hfmerge.validation.quoting import plain
 from hfmerge.validation.strict_json import read_json
+from hfmerge.validation.wording import parameter
 from hfmerge.version import __version__
 
 
@@ -208,10 +209,10 @@ def _of_ledger(entry: Entry) -> dict[str, Any]:
 def check_signature(envelope: Envelope, trusted: Sequence[Trusted]) -> Check:
     """Whether one of the trusted keys signed the envelope."""
     if not envelope.signatures:
-        return Check("signature", False, "the certificate is unsigned; ask for one made with --key")
+        return Check("signature", False, f"the certificate is unsigned; ask for one made with {parameter('key')}")
     hints = ", ".join(plain(one.keyid) or "a key it does not name" for one in envelope.signatures)
     if not trusted:
-        todo = "say whose signature counts with --public-key or --allowed-signers"
+        todo = f"say whose signature counts with {parameter('public_key')} or {parameter('allowed_signers')}"
         return Check("signature", False, f"signed with {hints}; {todo}")
     from cryptography.exceptions import InvalidSignature
 
@@ -332,7 +333,8 @@ def _flat(statement: Mapping[str, Any]) -> dict[str, Any]:
 
 def _recomputed(told: Told, replay: bool) -> Check:
     """What the signer did is the signer's word; only a replay of one's own shows what comes out."""
-    shows = "the check `replay` of this run shows what comes out" if replay else "not checked here; --replay checks it"
+    here = "the check `replay` of this run shows what comes out"
+    shows = here if replay else f"not checked here; {parameter('replay', True)} checks it"
     return Check("recomputed", True, f"the signer says that the subjects were {_basis(told.recomputed)}; {shows}")
 
 

@@ -23,6 +23,7 @@ from hfmerge.lifecycle.verify import Check, check_merged
 from hfmerge.lifecycle.witness import append, read_log
 from hfmerge.validation.limits import CERTIFICATE_BYTES
 from hfmerge.validation.strict_json import read_limited
+from hfmerge.validation.wording import parameter
 
 
 if TYPE_CHECKING:
@@ -84,9 +85,12 @@ def make_certificate(
         SourceError: not found or not readable. OutputError: the log cannot be written.
     """
     if accept_approximate and not replay:
-        raise CertificateError("--accept-approximate goes with --replay.")
+        raise CertificateError(
+            f"{parameter('accept_approximate', True)}: only a replay can be approximate; pass "
+            f"{parameter('replay', True)} too."
+        )
     if days is not None and not 0 < days <= 36500:
-        raise CertificateError(f"--expires {days:g}: write a number of days, above 0 and up to 36500.")
+        raise CertificateError(f"{parameter('days', days)}: write a number of days, above 0 and up to 36500.")
     signer = private_key(key, ask) if key is not None else None
     recover(ref)
     merged = open_merged(ref, sources, consent)
@@ -97,15 +101,16 @@ def make_certificate(
     warnings = copies_inside(merged, removal.part, model)
     report = check_merged(merged, replay=replay, device=device)
     if report.verdict != "ok" and not (accept_approximate and report.verdict == "approximate"):
-        todo = "" if report.verdict == "failed" else "; certify where it was made, or pass --accept-approximate"
+        todo = f"; certify where it was made, or pass {parameter('accept_approximate', True)}"
+        todo = "" if report.verdict == "failed" else todo
         raise VerificationError(f"{merged.pinned.label}: not certified; {report.culprits[0]}{todo}")
     recomputed = {"ok": "exact"}.get(report.verdict, "approximate") if replay else None
     statement = statement_of(merged, removal, recomputed=recomputed, days=days)
     envelope, keyid = _signed(Envelope(canonical_json(statement)), signer)
     if keyid is None:
         warnings.append(
-            "the certificate is unsigned: nobody vouches for it. Sign with --key FILE (`ssh-keygen -t ed25519` makes "
-            "one), or vouch for the file by other means, such as `sigstore sign`."
+            f"the certificate is unsigned: nobody vouches for it. Sign with {parameter('key', 'FILE')} "
+            "(`ssh-keygen -t ed25519` makes one), or vouch for the file by other means, such as `sigstore sign`."
         )
     if (note := remember(merged)) is not None:
         warnings.append(note)

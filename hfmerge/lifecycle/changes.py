@@ -24,6 +24,7 @@ from hfmerge.lifecycle.start_state import Start, starts
 from hfmerge.methods import FoldMethod, JointMethod, MergeMethod, registry
 from hfmerge.recipe.recipe import ModelEntry
 from hfmerge.recipe.weights import Weight, shown
+from hfmerge.validation.wording import parameter
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def plan_unmerge(merged: Merged, names: Sequence[str], *, stream: bool = False) 
     last = merged.last
     gone = [last.find(name) for name in dict.fromkeys(names)]
     if not gone:
-        raise LedgerError("unmerge: name the model with --remove.")
+        raise LedgerError(f"unmerge: name the model with {parameter('remove')}.")
     kept = [model for i, model in enumerate(last.models) if i not in gone]
     if not kept:
         raise LedgerError(f"{merged.pinned.label}: holds no other model; the base {last.base.label} is what is left.")
@@ -106,13 +107,14 @@ def plan_subtract(merged: Merged, names: Sequence[str], *, measure: bool = False
     last = merged.last
     name = last.method["name"]
     method = registry().get(name, MergeMethod)
+    exactly = f"leave out {parameter('mode')}"
     if not issubclass(method, FoldMethod) and not (issubclass(method, JointMethod) and method.subtractable):
-        raise LedgerError(f"{name} merges all models at once, so none can be subtracted; leave out --mode.")
+        raise LedgerError(f"{name} merges all models at once, so none can be subtracted; {exactly}.")
     if issubclass(method, FoldMethod) and method.additive:
-        raise LedgerError(f"{name} keeps exact sums, which models leave by exact subtraction; leave out --mode.")
+        raise LedgerError(f"{name} keeps exact sums, which models leave by exact subtraction; {exactly}.")
     gone = [last.find(given) for given in dict.fromkeys(names)]
     if again := [last.models[i].label for i in gone if last.models[i].subtracted]:
-        raise LedgerError(f"{again[0]} was subtracted before; take it out for good without --mode.")
+        raise LedgerError(f"{again[0]} was subtracted before; to take it out for good, {exactly}.")
     wanted = [replace(model, subtracted=model.subtracted or i in gone) for i, model in enumerate(last.models)]
     if all(model.subtracted for model in wanted):
         raise LedgerError(f"{merged.pinned.label}: holds no other model; the base {last.base.label} is what is left.")

@@ -109,7 +109,7 @@ def check_removal(
     removed = tuple(task for task, owner in owners.items() if owner in gone)
     if not removed:
         raise HfMergeError(
-            f"--check: no task of {asked.name} says `head: {gone[0].name}`, so it cannot tell what leaves with it."
+            f"suite {asked.name}: no task says `head: {gone[0].name}`, so it cannot tell what leaves with that model."
         )
     heads = {task: reference(owner, opened.refs) for task, owner in owners.items() if owner is not None}
     evaluator = Evaluator(asked, settings, heads=heads, progress=True)
@@ -120,7 +120,7 @@ def check_removal(
     result = remove()
     after = result.folder or (f"{result.pushed.repo_id}@{result.pushed.commit}" if result.pushed else None)
     if after is None:
-        raise HfMergeError("--check: a pull request cannot be scored; name an --output.")
+        raise HfMergeError("a pull request cannot be scored; name an output folder as well.")
     with tempfile.TemporaryDirectory(prefix="hfmerge-never-") as folder:
         left = open_merged(str(after), _folders(opened, result), opened.consent)
         outcome = run(_never(left, options.device), Path(folder), options=replace(options, resume=None, notify=None))

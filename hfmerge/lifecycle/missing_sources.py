@@ -14,6 +14,7 @@ from hfmerge.hub.reference import Pinned, Place
 from hfmerge.hub.state_branch import STATE_BRANCH
 from hfmerge.ledger.entry import Material, archive_file, short
 from hfmerge.ledger.repository import Merged
+from hfmerge.validation.wording import call
 
 
 SMALL = 1 << 20
@@ -129,14 +130,14 @@ def _ways(merged: Merged, material: Material, files: Mapping[str, str]) -> list[
     ways = []
     again = _elsewhere(material.name, _own(material)) if files == _own(material) else None
     if again is not None:
-        verb = f"rebase {ref} --base" if material is base else f"replace {ref} {material.name}"
-        ways.append(f"`hfmerge {verb} {again}`, whose files are the same")
+        way = call("rebase", ref, base=again) if material is base else call("replace", ref, material.name, again)
+        ways.append(f"{way}, whose files are the same")
     if material is not base:
         if len(merged.last.models) > 1:
-            ways.append(f"`hfmerge unmerge {ref} --remove {material.name}`, which does not read it")
-        ways.append(f"`hfmerge replace {ref} {material.name} MODEL`")
+            ways.append(f"{call('unmerge', ref, remove=material.name)}, which does not read it")
+        ways.append(call("replace", ref, material.name, "MODEL"))
     if len(merged.entries) > 1:
-        ways.append(f"`hfmerge restore {ref} --step N`, which reads no model")
+        ways.append(f"{call('restore', ref, step='N')}, which reads no model")
     if material.kept is not None:
         ways.append(f"an intact {archive_file(material.kept)}, its kept copy, in the folder or on {STATE_BRANCH}")
     return [*ways, "a machine whose Hugging Face cache (HF_HOME) still holds it"]

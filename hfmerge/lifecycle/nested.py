@@ -20,6 +20,7 @@ from hfmerge.lifecycle.job import Job
 from hfmerge.lifecycle.push_target import destination
 from hfmerge.lifecycle.repeat import finish
 from hfmerge.lifecycle.verify import left_behind
+from hfmerge.validation.wording import parameter
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,10 @@ def inner_jobs(job: Job, merged: Merged, removal: Removal) -> dict[int, Job | st
     """
     if job.inner_to is not None and len(removal.within) > 1:
         names = ", ".join(merged.last.models[i].name for i in removal.within)
-        raise LedgerError(f"--inner-to names one place, and {names} have to be merged again; take them one by one.")
+        raise LedgerError(
+            f"{parameter('inner_to')} names one place, and {names} have to be merged again. Take the models out one "
+            "by one."
+        )
     return {i: _inner_job(job, merged, i, identities) for i, identities in removal.within.items()}
 
 
@@ -120,7 +124,7 @@ def _inner_job(job: Job, merged: Merged, i: int, identities: Sequence[str]) -> J
     if place is None:
         raise LedgerError(
             f"{what}: is a part of the merge {model.label}, which has to be merged again without it; say where that "
-            "goes with --inner-to org/name, so that others can replay the result."
+            f"goes with {parameter('inner_to', 'org/name')}, so that others can replay the result."
         )
     if not direct.within:
         for candidate in dict.fromkeys((place, inner.pinned.name if inner.pinned.commit else place)):

@@ -56,6 +56,7 @@ from hfmerge.lifecycle.record import (
 from hfmerge.lifecycle.repeat import added, finish, in_place, replaced
 from hfmerge.lifecycle.restore import restore_step
 from hfmerge.lifecycle.session import MergeResult, Session, push_written, session
+from hfmerge.validation.wording import parameter
 
 
 if TYPE_CHECKING:
@@ -190,9 +191,12 @@ def _check_place(job: Job, merged: Merged | None, options: RunOptions) -> None:
         if merged is None:
             raise OutputError(f"{job.origin}: says neither `output` nor `push_to`; name a folder or a repository.")
         name = merged.pinned.name
-        raise PushError(f"{name}: lies on the Hub; say where the result goes: --push-to {name}, or --output FOLDER.")
+        where = f"{parameter('push_to', name)}, or {parameter('output', 'FOLDER')}"
+        raise PushError(f"{name}: lies on the Hub; say where the result goes: {where}.")
     if target is None and options.resume:
-        raise OutputError("--resume: what only goes to the Hub is not kept here; name an --output, or leave it out.")
+        raise OutputError(
+            "cannot resume: what only goes to the Hub is not kept here; name an output folder, or start anew."
+        )
 
 
 def _carry_out(job: Job, merged: Merged | None, here: Session, started: float) -> MergeResult:

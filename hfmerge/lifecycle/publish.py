@@ -56,6 +56,7 @@ from hfmerge.lifecycle.push_target import (
 )
 from hfmerge.validation.folders import files_in
 from hfmerge.validation.quoting import markdown, plain
+from hfmerge.validation.wording import parameter
 
 
 if TYPE_CHECKING:
@@ -386,7 +387,7 @@ def with_disks(ranks: Ranks, target: str | Path | None, storage: str) -> Ranks:
     if ranks.disk_count > 1 and target is not None:
         raise OutputError(
             f"{target}: the machines of this run share no disk there; choose a folder that all of them see, or name "
-            "none and publish with --push-to: each machine then uploads its own files."
+            f"none and publish with {parameter('push_to')}. Each machine then uploads its own files."
         )
     return ranks
 

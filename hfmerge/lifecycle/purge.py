@@ -20,6 +20,7 @@ from hfmerge.ledger.entry import Entry
 from hfmerge.ledger.repository import Merged, open_merged
 from hfmerge.lifecycle.push_target import require_writer
 from hfmerge.lifecycle.verify import WEIGHTS, check_merged
+from hfmerge.validation.wording import parameter
 
 
 BRANCHES = ("main", STATE_BRANCH)
@@ -203,8 +204,8 @@ def _purged(api: Any, merged: Merged, plan: PurgePlan) -> Purged:
         notes.append(f"somebody gave the tag {name} to the commit {other[:12]} meanwhile; it was left as it is")
     if plan.files is None and _known(api, repo_id, plan.head):
         notes.append(
-            f"the Hub still answers for the old commit {plan.head[:8]} to those who know its id; --delete-files takes "
-            "the weights of earlier steps out of its storage"
+            f"the Hub still answers for the old commit {plan.head[:8]} to those who know its id; "
+            f"{parameter('delete_files', True)} takes the weights of earlier steps out of its storage"
         )
     return Purged(plan, commit, tuple(notes))
 

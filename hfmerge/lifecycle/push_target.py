@@ -21,6 +21,7 @@ from hfmerge.ledger.entry import FOLDER, Entry, check_chain, ledger_files
 from hfmerge.ledger.removal import Part
 from hfmerge.lifecycle.verify import LICENCES, WEIGHTS
 from hfmerge.validation.limits import CARD_BYTES
+from hfmerge.validation.wording import call, parameter
 
 
 CONFIGS = ("config.json", "adapter_config.json", "model_index.json", "params.json", "config.yaml")
@@ -30,7 +31,6 @@ ASSETS = (".md", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".gitattribut
 MAY_WRITE = ("admin", "write", "contributor")
 """Roles in an organisation that may create repositories there."""
 TOKEN = "`hf auth login`, or HF_TOKEN"
-ALLOW = "pass --overwrite to"
 
 
 @dataclass(frozen=True)
@@ -155,8 +155,9 @@ def admit(
         return target.level, "; ".join(line for line in said if line is not None) or None
     except OfflineError as error:
         raise OfflineError(
-            f"{to.repo_id}: the Hub cannot be reached, so nothing was begun; name an --output instead of --push-to "
-            f"and publish later with `hfmerge push FOLDER {to.repo_id}`, or unset HF_HUB_OFFLINE."
+            f"{to.repo_id}: the Hub cannot be reached, so nothing was begun. Name an {parameter('output')} instead of "
+            f"{parameter('push_to')} and publish later with {call('push', 'FOLDER', to.repo_id)}. Or unset "
+            "HF_HUB_OFFLINE."
         ) from error
 
 
@@ -206,7 +207,7 @@ def require_writer(repo_id: str, user: str | None = None) -> None:
     except (AccessError, NotFoundError) as error:
         raise PushError(
             f"{repo_id}: {user} has no right to write there; push to a repository of your own, such as "
-            f"{user}/{repo_id.rpartition('/')[2]}, or open a pull request with --create-pr."
+            f"{user}/{repo_id.rpartition('/')[2]}, or open a pull request with {parameter('create_pr', True)}."
         ) from error
 
 
@@ -303,8 +304,9 @@ def check_levels(to: Destination, level: int | None, levels: Mapping[str, int]) 
 def _too_public(to: Destination, name: str, levels: Mapping[str, int], what: str) -> str:
     own = WORDS[levels[name]] if levels[name] < len(WORDS) - 1 else "private, or gone"
     return (
-        f"{to.repo_id}: {what}, and {name}, from which the result is made, is {own}; push to a private repository, or "
-        f"pass --publish-private {name} to publish the result, and the copy of {name} if it keeps one, all the same."
+        f"{to.repo_id}: {what}, and {name}, from which the result is made, is {own}. Push to a private repository. Or "
+        f"pass {parameter('publish_private', [name])} to publish the result all the same; if the result keeps a copy "
+        f"of {name}, the copy is published too."
     )
 
 
@@ -353,10 +355,10 @@ def check_replacement(
         return [], None
     shown = _shown(lost)
     if not to.overwrite and (strange is not None or not to.create_pr):
-        on = f"go on from it with `hfmerge add {to.repo_id} MODEL`, or " if strange is not None else ""
+        on = f"go on from it with {call('add', to.repo_id, ['MODEL'])}, or " if strange is not None else ""
         raise PushError(
             f"{to.repo_id}: {why}; a push would replace {shown or 'what it is'}; {on}push to another repository, or "
-            f"{ALLOW} replace them."
+            f"pass {parameter('overwrite', True)} to replace them."
         )
     verb = "the pull request would replace" if to.create_pr else "replaced"
     return lost, f"{to.repo_id} {why}: {verb} {shown or 'nothing'}, of commit {target.head[:12]}"
@@ -378,7 +380,7 @@ def check_branch(to: Destination) -> tuple[list[str], str | None]:
     if lost and not to.overwrite:
         raise PushError(
             f"{to.repo_id}: its branch {STATE_BRANCH}, where kept states go, holds what is not of a merge; a push "
-            f"would delete {_shown(lost)}; move them to another branch, or {ALLOW} delete them."
+            f"would delete {_shown(lost)}; move them to another branch, or pass {parameter('overwrite', True)} to delete them."
         )
     return lost, f"{to.repo_id}: deleted from its branch {STATE_BRANCH}: {_shown(lost)}" if lost else None
 

@@ -32,6 +32,7 @@ from hfmerge.validation.folders import SPECIAL, TOOLS
 from hfmerge.validation.limits import CARD_BYTES
 from hfmerge.validation.strict_json import read_limited
 from hfmerge.validation.values import plain_text
+from hfmerge.validation.wording import parameter
 
 
 def record(
@@ -333,8 +334,8 @@ def refuse_unknown_files(opened: Merged) -> None:
     for name in _foreign(opened):
         if not is_asset(name):
             raise OutputError(
-                f"{opened.pinned.label}: holds {name}, which the ledger does not know, and would lose it; move it out "
-                "of the folder, or name another --output."
+                f"{opened.pinned.label}: holds {name}, which the ledger does not know and this change would lose; "
+                f"move it out of the folder, or name another {parameter('output')}."
             )
 
 

@@ -36,6 +36,7 @@ from hfmerge.lifecycle.record import keep_foreign_files, readable_card, refuse_u
 from hfmerge.lifecycle.repeat import finish, in_place, restored
 from hfmerge.lifecycle.session import MergeResult, push_written
 from hfmerge.user_files import private_file, private_folder
+from hfmerge.validation.wording import parameter
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,8 @@ def restore_step(job: Job, options: RunOptions) -> MergeResult:
     target = Path(output) if output is not None else folder
     if target is None and to is None:
         name = opened.pinned.name
-        raise PushError(f"{name}: lies on the Hub; say where the result goes: --push-to {name}, or --output FOLDER.")
+        where = f"{parameter('push_to', name)}, or {parameter('output', 'FOLDER')}"
+        raise PushError(f"{name}: lies on the Hub; say where the result goes: {where}.")
     if in_place(opened, output, to) and restored(opened, step):
         return finish(opened, to, Ranks())
     if 1 <= step <= len(opened.entries):
@@ -108,13 +110,13 @@ def _check_code(earlier: Earlier, options: RunOptions) -> None:
     """Copy no code into an output whose maker has not allowed it.
 
     Raises:
-        UnsupportedError: the step has files of code; names the repository, the files and the flag.
+        UnsupportedError: the step has files of code; names the repository, the files, and how to allow it.
     """
     names = [name for name in sorted(earlier.entry.products) if is_code(name)]
     if names and not options.trust_remote_code:
         raise UnsupportedError(
             f"{earlier.pinned.label}: step {earlier.entry.restored} brings code ({listed_names(names)}), which would "
-            "be copied; pass --trust-remote-code if you trust its author."
+            f"be copied; pass {parameter('trust_remote_code', True)} if you trust its author."
         )
 
 

@@ -191,7 +191,7 @@ def test_the_flag_of_this_run_allows_it(stranger: Path, canary: Path, tmp_path: 
     assert entry["settings"]["trust_remote_code"] is True and "modeling_stranger.py" in entry["products"]
     tiny.done("verify", out, "--replay", "--trust-remote-code", *folders)
     assert hfmerge.verify(out, replay=True, trust_remote_code=True).ok
-    with pytest.raises(HfMergeError, match="--trust-remote-code"):
+    with pytest.raises(HfMergeError, match="pass `trust_remote_code=True` if you trust"):
         hfmerge.add(out, [str(stranger / "m2")])
     hfmerge.add(out, [str(stranger / "m2")], options=RunOptions(trust_remote_code=True))
     assert (out / "modeling_stranger.py").is_file()

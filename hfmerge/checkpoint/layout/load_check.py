@@ -14,6 +14,7 @@ from hfmerge.checkpoint.layout.skeleton import Shape, find_class, one_line, skel
 from hfmerge.errors import CorruptFileError, NotFoundError, ShapeError, UnsupportedError
 from hfmerge.validation.limits import INDEX_BYTES
 from hfmerge.validation.strict_json import read_json_file
+from hfmerge.validation.wording import parameter
 
 
 def load_back(folder: Path, *, trust_remote_code: bool = False) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -46,8 +47,8 @@ def _load(folder: Path, config: dict[str, Any], trust_remote_code: bool) -> tupl
     found = find_class(config, str(folder), trust_remote_code)
     if found is None:
         raise UnsupportedError(
-            f"{folder}: the model has its own code, and nothing else can load the result; pass --trust-remote-code if "
-            "you trust its author"
+            f"{folder}: the model has its own code, and only that code can load the result; pass "
+            f"{parameter('trust_remote_code', True)} if you trust its author"
         )
     model_class, model_config = found
     shapes = _header_shapes(folder)

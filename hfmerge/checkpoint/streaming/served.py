@@ -12,11 +12,11 @@ from hfmerge.errors import OfflineError
 from hfmerge.hub.client import hub_errors
 from hfmerge.hub.ranges import RangedFile, Traffic
 from hfmerge.hub.reference import Pinned
+from hfmerge.validation.wording import parameter
 
 
 BLOCK = 1 << 24
 """Bytes of one request."""
-OTHERWISE = "without --download, which believes what the Hub lists"
 
 
 def served_digests(pinned: Pinned, files: Sequence[str]) -> dict[str, str]:
@@ -33,7 +33,11 @@ def served_digests(pinned: Pinned, files: Sequence[str]) -> dict[str, str]:
     from huggingface_hub.utils import tqdm
 
     if pinned.offline or pinned.gone:
-        raise OfflineError(f"{pinned.label}: the Hub does not serve it now; run again online, or without --download.")
+        raise OfflineError(
+            f"{pinned.label}: the Hub does not serve it now; run again online, or without "
+            f"{parameter('download', True)}."
+        )
+    otherwise = f"without {parameter('download', True)} (the digests that the Hub lists are then believed)"
     total, traffic, found = sum(pinned.files[file].size for file in files), Traffic(), {}
     with (
         hub_errors(pinned.label),
@@ -42,7 +46,7 @@ def served_digests(pinned: Pinned, files: Sequence[str]) -> dict[str, str]:
         for file in files:
             url, size = hf_hub_url(pinned.name, file, revision=pinned.commit), pinned.files[file].size
             # without a digest, so that what the answer says of itself is not looked at
-            ranged = RangedFile(f"{pinned.label}: {file}", url, size, None, traffic, otherwise=OTHERWISE)
+            ranged = RangedFile(f"{pinned.label}: {file}", url, size, None, traffic, otherwise=otherwise)
             found[file] = _hashed(ranged, bar.update)
     return found
 

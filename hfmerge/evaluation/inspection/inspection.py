@@ -29,6 +29,7 @@ from hfmerge.evaluation.inspection.spectra import Asked, Spectrum
 from hfmerge.evaluation.inspection.statistics import HELD, Changes, Measured, measure
 from hfmerge.methods.opcm import OPCM
 from hfmerge.recipe.recipe import MethodChoice, Recipe
+from hfmerge.validation.wording import parameter
 
 
 SCHEMA = 1
@@ -136,7 +137,7 @@ def inspect_models(
     chosen = {p.key for p in touched if matrices is None or any(fnmatch.fnmatchcase(p.key, m) for m in matrices)}
     if not any(block.matrix for param in touched if param.key in chosen for block in param.blocks) and matrices:
         raise RecipeError(
-            [Problem("--matrices", f"{', '.join(matrices)} match no matrix that a model changes")], origin
+            [Problem(parameter("matrices"), f"{', '.join(matrices)} match no matrix that a model changes")], origin
         )
     asked = Asked(True, TOPS, plan.method.alpha, plan.method.variant)
     plain = dataclasses.replace(asked, spectral=False)
@@ -201,7 +202,8 @@ def _over(
     if options.max_memory is not None:
         budget = max(0, options.max_memory - resident_memory() - stream_memory(plan))
         if budget < max(needs) and options.notify is not None:
-            options.notify(f"--max-memory cannot be kept: one parameter needs about {max(needs) / 1e9:.2f} GB.")
+            bound = parameter("max_memory")
+            options.notify(f"{bound} cannot be kept: one parameter needs about {max(needs) / 1e9:.2f} GB.")
     shown = tqdm(total=len(params), desc="Inspecting", unit=" tensors", name="hfmerge", disable=not bar)
     visits = overlapped(work, params, needs, threads=core_count() + AHEAD, memory=budget)
     with contextlib.closing(shown), contextlib.closing(visits):

@@ -17,6 +17,7 @@ from hfmerge.methods import registry
 from hfmerge.recipe.overrides import apply_overrides
 from hfmerge.recipe.recipe import ModelEntry, Recipe
 from hfmerge.validation.values import show
+from hfmerge.validation.wording import parameter
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,9 @@ def sweep(recipe: Recipe, label: str, sweeps: Sequence[str]) -> list[Variant]:
         path = path.strip()
         if not equals or not (path in ("method.name", "method.norm") or path.startswith("method.options.")):
             wanted = "method.options.NAME=V1,V2, method.name=... or method.norm=..."
-            raise RecipeError([Problem("--sweep", f"{show(text)} is not of the form {wanted}")], "command line")
+            raise RecipeError(
+                [Problem(parameter("sweeps"), f"{show(text)} is not of the form {wanted}")], "command line"
+            )
         axes.append([(path, value.strip()) for value in values.split(",") if value.strip()])
     variants = []
     for chosen in itertools.product(*axes):
@@ -118,7 +121,8 @@ def pair(suite: Suite, names: Sequence[str], refs: Sequence[str], given: Mapping
     for i, tasks in found.items():
         if len(tasks) != 1 and not problems:
             what = f"has the tasks {', '.join(tasks)}" if tasks else "has no task"
-            problems.append(Problem(f"models[{i}]", f"{names[i]} {what}; name one: --task TASK={refs[i]}"))
+            todo = parameter("tasks", {"TASK": refs[i]})
+            problems.append(Problem(f"models[{i}]", f"{names[i]} {what}; name one: {todo}"))
     for task in suite.tasks:
         if task.metric in LOWER_IS_BETTER:
             problems.append(

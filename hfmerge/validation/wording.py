@@ -1,0 +1,77 @@
+"""How a message names a parameter, or a whole call, to its reader: a user of Python or of the command line.
+
+Errors, warnings and notes begin below the command line, and both kinds of users read them. Whoever writes one names
+parameters with `parameter` and calls with `call`; the program that shows the message says with `spelled` how these
+look. They are spelled as the message is written, so nobody looks for them in its text later: names from elsewhere in
+the same text stay as they are, whatever they look like.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+
+class Spelling:
+    """How Python spells parameters and calls."""
+
+    def parameter(self, name: str, value: object) -> str:
+        """See `parameter`."""
+        return f"`{_argument(name, value)}`"
+
+    def call(self, verb: str, operands: tuple[object, ...], named: dict[str, object]) -> str:
+        """See `call`."""
+        arguments = [*map(_literal, operands), *(_argument(name, value) for name, value in named.items())]
+        return f"`hfmerge.{verb}({', '.join(arguments)})`"
+
+
+_spellings = [Spelling()]
+"""The last one counts."""
+
+
+def parameter(name: str, value: object = None) -> str:
+    """A parameter of the public functions or of their options, for a message.
+
+    Args:
+        name: as in Python, such as `push_to`.
+        value: what to pass for it; None: its name alone. A mapping or a list stands for values that are given one by
+            one on a command line.
+
+    Returns:
+        `` `overwrite=True` `` for users of Python, `--overwrite` for users of the command line.
+    """
+    return _spellings[-1].parameter(name, value)
+
+
+def call(verb: str, *operands: object, **named: object) -> str:
+    """A call of a public function, for a message, in backticks.
+
+    Args:
+        verb: name of the function, such as `unmerge`.
+        operands: what is passed by position.
+        named: what is passed by name, see `parameter`.
+
+    Returns:
+        `` `hfmerge.unmerge('merged', remove='org/name')` `` for users of Python, `` `hfmerge unmerge merged --remove
+        org/name` `` for users of the command line.
+    """
+    return _spellings[-1].call(verb, operands, named)
+
+
+@contextlib.contextmanager
+def spelled(spelling: Spelling) -> Iterator[None]:
+    """Have this process, in all its threads, write messages in another spelling."""
+    _spellings.append(spelling)
+    try:
+        yield
+    finally:
+        _spellings.remove(spelling)
+
+
+def _argument(name: str, value: object) -> str:
+    return name if value is None else f"{name}={_literal(value)}"
+
+
+def _literal(value: object) -> str:
+    """A value as Python reads it; a path as text."""
+    return repr(value) if isinstance(value, bool | int | float | list | dict) else repr(str(value))
