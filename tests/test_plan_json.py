@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
 
 from hfmerge.checkpoint.streaming import session
 from hfmerge.checkpoint.streaming.session import Streaming, leave_session, take_session
@@ -24,6 +25,7 @@ from hfmerge.engine.planner import make_plan
 from hfmerge.errors import HfMergeError
 from hfmerge.hubserver.importer import import_folder
 from hfmerge.hubserver.serve import HubServer
+from hfmerge.learning.space import Space
 from hfmerge.ledger.repository import open_merged
 from hfmerge.lifecycle.changes import plan_add, plan_reorder, plan_subtract, plan_unmerge
 from hfmerge.methods import BUILT_IN, MergeMethod, registry
@@ -220,6 +222,23 @@ def test_a_session_has_one_owner_and_few_wait(root: Path, monkeypatch: pytest.Mo
         leave_session(Streaming())
     assert left not in session._waiting and left._traffic.stopped.is_set()
     assert take_session([]).names == set()
+
+
+def test_learning_leaves_the_session_to_the_run(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "_waiting", [])
+    plan = planned(root, "plans/a", "plans/b", base="plans/base", method="mdm_oc", stream=True)
+    (left,) = session._waiting
+    weights = torch.tensor([[0.5], [1.0]], dtype=torch.float64)
+    with Space(plan, groups="model") as space:
+        assert session._waiting == []
+        found = space.merged(weights)
+    assert session._waiting == [left] and left.report().received > 0
+    with Space(planned(root, "a", "b", method="mdm_oc"), groups="model") as space:
+        wanted = space.merged(weights)
+    assert found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in wanted)
+    with pytest.raises(KeyError), Space(plan, groups="model"):
+        raise KeyError
+    assert session._waiting == [] and left._traffic.stopped.is_set()
 
 
 def test_reading_a_plan_opens_nothing(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
