@@ -143,7 +143,7 @@ def moved(base: Path, source: Path, found: Match) -> dict[str, Tensor]:
     for key, origin in found.origins.items():
         assert theirs.keys() >= set(origin.keys)
         taken = {name: theirs[name] for name in origin.keys}
-        value = taken[origin.keys[0]] if origin.convert is None else origin.convert(taken)
+        value = taken[origin.keys[0]] if not origin.converted else found.converters[key](taken)
         assert value.dtype == tensors[key].dtype
         tensors[key] = value
     return tensors
@@ -168,8 +168,8 @@ def test_every_stored_tensor_is_understood(title: str, kind: str, original: bool
     assert len(set(layout.canonical.values())) == len(layout.shapes)
     found = match(layout, layout_of(tuned))
     assert (found.extra, found.absent) == ((), ())
-    assert {key: (origin.keys, origin.convert) for key, origin in found.origins.items()} == {
-        key: ((key,), None) for key in layout.shapes
+    assert {key: (origin.keys, origin.converted) for key, origin in found.origins.items()} == {
+        key: ((key,), False) for key in layout.shapes
     }
     for key, shape in layout.shapes.items():
         assert_cut_and_put_back(layout, key, torch.arange(torch.Size(shape).numel()).reshape(shape))
@@ -294,7 +294,7 @@ def test_values_move_bit_for_bit(pair: Pair, tmp_path: Path) -> None:
     assert (len(found.extra), len(found.absent)) == (pair.extra, pair.absent)
     assert set(found.origins) | set(found.absent) | set(ours.tied) == set(ours.shapes)
     if pair.base_original == pair.source_original:
-        assert all(origin.convert is None and len(origin.keys) == 1 for origin in found.origins.values())
+        assert all(not origin.converted and len(origin.keys) == 1 for origin in found.origins.values())
     shutil.copytree(base, tmp_path / "before")
     rewrite(base, moved(base, source, found))
     assert load_back(base) == ((), ())

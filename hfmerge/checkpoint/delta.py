@@ -5,15 +5,16 @@ Full checkpoints give dense differences, LoRA adapters factors; `base+adapter` o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from hfmerge.checkpoint.headers import TensorEntry
-from hfmerge.checkpoint.layout import Origin
+from hfmerge.checkpoint.layout import Convert, Origin
 from hfmerge.checkpoint.lora import AdapterMap, LoraOrigin
 from hfmerge.checkpoint.reader import Reader, Rows
 from hfmerge.checkpoint.source import Source
+from hfmerge.checkpoint.streaming.session import Streaming
 from hfmerge.checkpoint.vocabulary import Vocabulary, aligned_change, extended_factors
 from hfmerge.errors import ShapeError
 from hfmerge.task_vector import Dense, TaskVector
@@ -50,7 +51,7 @@ class Delta:
     def sliceable(self, key: str) -> bool:
         """True when the change can be read some rows at a time."""
         origins = [origins[key] for origins in (self.full, self.beneath) if key in origins]
-        return key not in self.lora and all(origin.convert is None for origin in origins)
+        return key not in self.lora and not any(origin.converted for origin in origins)
 
     def stored_keys(self, key: str) -> tuple[str, ...]:
         """Stored tensors of this model that are read for one of the base."""
@@ -79,13 +80,21 @@ class Delta:
 
 
 class DeltaReader:
-    """Reads the task vectors of one model. Safe to call from several threads."""
+    """Reads the task vectors of one model. Safe to call from several threads.
 
-    def __init__(self, delta: Delta):
-        self.delta = delta
-        self.reader = Reader(delta.source)
+    Args:
+        delta: what to read.
+        streaming: holds the files that the model streams; may be left out where it streams none.
+        converters: base stored key -> what makes its tensor, of all origins that are converted.
+    """
+
+    def __init__(
+        self, delta: Delta, streaming: Streaming | None = None, converters: Mapping[str, Convert] | None = None
+    ):
+        self.delta, self._converters = delta, converters or {}
+        self.reader = Reader(delta.source, streaming)
         under = delta.source.beneath
-        self.under = Reader(under) if under is not None else None
+        self.under = Reader(under, streaming) if under is not None else None
 
     def close(self) -> None:
         """Close the files."""
@@ -114,7 +123,7 @@ class DeltaReader:
     def lies_as(self, key: str, entry: TensorEntry) -> str | None:
         """The stored tensor that is this model's value for one of the base, of its shape and unconverted, or None."""
         origin = self.delta.full.get(key)
-        if origin is None or origin.convert is not None or key in self.delta.lora:
+        if origin is None or origin.converted or key in self.delta.lora:
             return None
         own = self.delta.source.tensors[origin.keys[0]]
         return origin.keys[0] if own.shape == entry.shape and own.floating else None
@@ -122,10 +131,15 @@ class DeltaReader:
     def new_value(self, key: str, rows: Rows | None = None) -> Tensor | None:
         """The model's own float32 value for a stored tensor of the base, or some rows; None if it has no dense one."""
         if key in self.delta.full:
-            return _assemble(self.reader, self.delta.full[key], rows)
+            return self._assembled(self.reader, key, self.delta.full[key], rows)
         if key in self.delta.beneath and self.under is not None:
-            return _assemble(self.under, self.delta.beneath[key], rows)
+            return self._assembled(self.under, key, self.delta.beneath[key], rows)
         return None
+
+    def _assembled(self, reader: Reader, key: str, origin: Origin, rows: Rows | None) -> Tensor:
+        if not origin.converted:
+            return reader.value(origin.keys[0], rows)
+        return self._converters[key]({name: reader.value(name) for name in origin.keys})
 
     def task_vector(
         self,
@@ -171,11 +185,5 @@ def full_delta(source: Source, origins: dict[str, Origin], tied: dict[str, str])
 
 def adapter_delta(source: Source, mapped: AdapterMap, beneath: dict[str, Origin]) -> Delta:
     """Delta of an adapter, on the base itself or on another full model `beneath`."""
-    full = {key: Origin((name,), None) for key, name in mapped.replaced.items()}
+    full = {key: Origin((name,)) for key, name in mapped.replaced.items()}
     return Delta(source, full=full, lora=mapped.lora, beneath=beneath)
-
-
-def _assemble(reader: Reader, origin: Origin, rows: Rows | None) -> Tensor:
-    if origin.convert is None:
-        return reader.value(origin.keys[0], rows)
-    return origin.convert({key: reader.value(key) for key in origin.keys})

@@ -9,7 +9,6 @@ from pathlib import Path
 from hfmerge.checkpoint.headers import FLOATS, OTHERS, TensorEntry, pickle_entries, read_header
 from hfmerge.checkpoint.schema import read_json
 from hfmerge.checkpoint.source import Source
-from hfmerge.checkpoint.streaming.remote_file import RemoteFile
 from hfmerge.checkpoint.streaming.session import Streaming, ranged_file, remote_header
 from hfmerge.errors import CorruptFileError, NotFoundError, OfflineError, SourceError, UnsupportedError
 from hfmerge.hub.download import cached, fetch, pin
@@ -98,7 +97,7 @@ def _describe_pinned(ref: str, pinned: Pinned, allow_pickle: bool, streaming: St
 
 def _headers(
     pinned: Pinned, stem: str, allow_pickle: bool, streaming: Streaming | None
-) -> tuple[dict[str, TensorEntry], bool, dict[str, RemoteFile]]:
+) -> tuple[dict[str, TensorEntry], bool, tuple[str, ...]]:
     """Tensors of a checkpoint from its headers, in stored order, whether it is pickled, and the files streamed."""
     for suffix, pickled in (("safetensors", False), ("bin", True)):
         single, index = f"{stem}.{suffix}", f"{stem}.{suffix}.index.json"
@@ -122,11 +121,11 @@ def _headers(
                 f"{parameter('allow_pickle', True)} if you trust the author."
             )
         tensors: dict[str, TensorEntry] = {}
-        streams: dict[str, RemoteFile] = {}
+        streams: list[str] = []
         for file in files:
-            entries, stream = _entries(pinned, file, pickled, streaming)
-            if stream is not None:
-                streams[file] = stream
+            entries, streamed = _entries(pinned, file, pickled, streaming)
+            if streamed:
+                streams.append(file)
             for key, entry in entries.items():
                 if weight_map is None or weight_map.get(key) == file:
                     tensors[key] = entry
@@ -139,7 +138,7 @@ def _headers(
         for key, entry in tensors.items():
             if entry.dtype not in FLOATS and entry.dtype not in OTHERS:
                 raise UnsupportedError(f"{pinned.label}: {key} is {entry.dtype}: quantised weights are not merged.")
-        return tensors, pickled, streams
+        return tensors, pickled, tuple(streams)
     _check_online(pinned, f"{stem}.safetensors")
     held = [
         name for name in pinned.files if name.endswith((".gguf", ".h5", ".msgpack", ".onnx", ".safetensors", ".bin"))
@@ -167,8 +166,8 @@ def _check_online(pinned: Pinned, file: str) -> None:
 
 def _entries(
     pinned: Pinned, file: str, pickled: bool, streaming: Streaming | None
-) -> tuple[Mapping[str, TensorEntry], RemoteFile | None]:
-    """What one weight file holds, and the file itself if it is to be streamed: one on the Hub, not in the cache."""
+) -> tuple[Mapping[str, TensorEntry], bool]:
+    """What one weight file holds, and whether it is to be streamed: one on the Hub, not in the cache."""
     where = f"{pinned.label}: {file}"
     path = cached(pinned, file)
     if pickled:
@@ -177,11 +176,10 @@ def _entries(
                 f"{where} is pickled, and a pickle cannot be read in pieces; run without {parameter('stream', True)}, "
                 "or convert it to safetensors."
             )
-        return pickle_entries(path or fetch(pinned, file), file, where), None
+        return pickle_entries(path or fetch(pinned, file), file, where), False
     if path is not None:
-        return read_header(path, where).entries, None
+        return read_header(path, where).entries, False
     # only what has a digest of its content on the Hub is streamed; the rest is small
     if streaming is not None and pinned.files[file].sha256 is not None:
-        stream = streaming.open(pinned, file)
-        return stream.header.entries, stream
-    return remote_header(ranged_file(pinned, file, Traffic()), file)[0].entries, None
+        return streaming.open(pinned, file).header.entries, True
+    return remote_header(ranged_file(pinned, file, Traffic()), file)[0].entries, False

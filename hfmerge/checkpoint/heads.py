@@ -18,6 +18,7 @@ from hfmerge.checkpoint.layout.skeleton import bounded_by, find_class, one_line
 from hfmerge.checkpoint.reader import Reader
 from hfmerge.checkpoint.schema import read_json
 from hfmerge.checkpoint.source import Source
+from hfmerge.checkpoint.streaming.session import Streaming
 from hfmerge.checkpoint.writer import SafetensorsWriter, Slot
 from hfmerge.errors import NotFoundError, SourceError
 from hfmerge.hub.download import fetch
@@ -100,17 +101,17 @@ def _task_class(source: Source, model_type: str) -> str:
     return str(name)
 
 
-def write_head(head: Head, source: Source, folder: Path) -> list[str]:
+def write_head(head: Head, source: Source, folder: Path, streaming: Streaming | None = None) -> list[str]:
     """Write one head below `folder`; returns the paths written, relative to `folder`.
 
-    Tensors keep the source's bytes and dtypes.
+    Tensors keep the source's bytes and dtypes. `streaming` holds the files that the source streams.
     """
     target = folder / FOLDER / head.slug
     target.mkdir(parents=True)
     slots = {name: Slot(source.tensors[key].dtype, source.tensors[key].shape) for name, key in head.tensors.items()}
     writer = SafetensorsWriter(target / "model.safetensors", slots)
     try:
-        with Reader(source) as reader:
+        with Reader(source, streaming) as reader:
             for name, key in head.tensors.items():
                 writer.write(name, reader.stored(key))
         writer.close()

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from hfmerge.checkpoint.headers import Header, TensorEntry, load_pickle, read_header
 from hfmerge.checkpoint.source import Source
 from hfmerge.checkpoint.streaming.remote_file import RemoteFile
+from hfmerge.checkpoint.streaming.session import Streaming
 from hfmerge.checkpoint.writer import SIZES, TORCH_NAMES, bytes_of
 from hfmerge.errors import CorruptFileError, NonFiniteError
 from hfmerge.hub.download import fetch
@@ -87,10 +88,14 @@ class Reader:
 
     The files must be on this machine, downloadable, or streamed; a file is opened at its first tensor and kept open
     until `close`.
+
+    Args:
+        source: see above.
+        streaming: holds the files that the source streams; may be left out where it streams none.
     """
 
-    def __init__(self, source: Source):
-        self.source = source
+    def __init__(self, source: Source, streaming: Streaming | None = None):
+        self.source, self._streaming = source, streaming
         self._open: dict[str, _Opened | dict[str, Any]] = {}
         self._lock = threading.Lock()
 
@@ -116,7 +121,7 @@ class Reader:
             if file in files:
                 files[file].append(key)
         for file, names in files.items():
-            self.source.streams[file].expect(names)
+            self._stream(file).expect(names)
 
     def stored(self, key: str, rows: Rows | None = None) -> Tensor:
         """The tensor as it lies in the file, or some rows of it, in memory of its own.
@@ -198,8 +203,8 @@ class Reader:
         with self._lock:
             if file not in self._open:
                 where = f"{self.source.pinned.label}: {file}"
-                stream = self.source.streams.get(file)
-                if stream is not None:
+                if file in self.source.streams:
+                    stream = self._stream(file)
                     self._open[file] = _Opened(stream, stream.header)
                 elif self.source.pickled:
                     self._open[file] = load_pickle(fetch(self.source.pinned, file), where, device="cpu")
@@ -211,6 +216,10 @@ class Reader:
                     except OSError as error:
                         raise CorruptFileError(f"{where} cannot be read: {error.strerror}.") from error
             return self._open[file]
+
+    def _stream(self, file: str) -> RemoteFile:
+        assert self._streaming is not None, f"{self.source.pinned.label}: {file} is streamed, by no session"
+        return self._streaming.open(self.source.pinned, file)
 
 
 def _same(a: TensorEntry, b: TensorEntry) -> bool:

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hfmerge.checkpoint.headers import TensorEntry
 from hfmerge.hub.reference import Pinned
-
-
-if TYPE_CHECKING:
-    from hfmerge.checkpoint.streaming.remote_file import RemoteFile
 
 
 @dataclass(frozen=True)
@@ -27,7 +23,7 @@ class Source:
         tensors: stored key -> header entry.
         pickled: the weights are pickles.
         beneath: for `base+adapter` on another model than the merge's base: that model.
-        streams: weight file -> where it is read from the Hub piece by piece; others are read on this machine.
+        streams: weight files that are read from the Hub piece by piece; others are read on this machine.
     """
 
     ref: str
@@ -38,7 +34,7 @@ class Source:
     tensors: Mapping[str, TensorEntry] = field(repr=False)
     pickled: bool = False
     beneath: Source | None = None
-    streams: Mapping[str, RemoteFile] = field(default_factory=dict, repr=False, compare=False)
+    streams: tuple[str, ...] = field(default=(), repr=False)
 
     @property
     def name(self) -> str:

@@ -75,7 +75,7 @@ def _copies(plan: Plan) -> int:
 
 def stream_memory(plan: Plan) -> int:
     """Bytes that streamed blocks may hold: more where whole parameters of all models are read side by side."""
-    if plan.streaming is None:
+    if not plan.recipe.stream:
         return 0
     models = [plan.base, *(delta.source for delta in plan.deltas)]
     largest = max(entry.nbytes for source in models for entry in source.tensors.values())

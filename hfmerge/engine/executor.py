@@ -19,7 +19,7 @@ from hfmerge.checkpoint.heads import write_head
 from hfmerge.checkpoint.reader import Reader
 from hfmerge.checkpoint.side_files import copy_side_files
 from hfmerge.checkpoint.source import Source, weight_files
-from hfmerge.checkpoint.streaming.session import Streamed, total
+from hfmerge.checkpoint.streaming.session import Streamed, Streaming, take_session, total
 from hfmerge.checkpoint.vocabulary import write_tokenizer
 from hfmerge.checkpoint.write_digests import Trail
 from hfmerge.checkpoint.writer import write_index
@@ -99,14 +99,14 @@ def run(
         SourceError, NonFiniteError, OutputError: with file, tensor and model; the folder is then to be thrown away.
     """
     ranks = ranks or Ranks()
-    if plan.streaming is None:
-        return _run(plan, folder, ranks, digester, journal, options)
-    with contextlib.closing(plan.streaming) as streaming:
+    if not plan.recipe.stream:
+        return _run(plan, folder, ranks, digester, journal, options, None)
+    with contextlib.closing(ranks.each(lambda: take_session(plan.sources))) as streaming:
         unchecked = "several processes read a part of it each" if ranks.world > 1 else ""
         streaming.begin(
             stream_memory(plan), stream_readers(plan), plan.estimate.stream, unchecked=unchecked, show=ranks.main
         )
-        outcome = _run(plan, folder, ranks, digester, journal, options)
+        outcome = _run(plan, folder, ranks, digester, journal, options, streaming)
         ranks.each(streaming.finish)
         return replace(outcome, streamed=total(ranks.together(streaming.report)))
 
@@ -118,12 +118,13 @@ def _run(
     digester: Digester | None,
     journal: Path | None,
     options: RunOptions,
+    streaming: Streaming | None,
 ) -> Outcome:
     start = plan.start
     device = ranks.each(lambda: device_for(options.device, spectral=plan.method.matrixwise, notify=options.notify))
     ranks.each(lambda: _fetch_all(plan) if ranks.leads else None)
     ranks.each(lambda: _fetch_all(plan))
-    ranks.on_main(lambda: _check_ties(plan))
+    ranks.on_main(lambda: _check_ties(plan, streaming))
     with _one_thread_each(), contextlib.ExitStack() as stack:
         hashing = digester or stack.enter_context(Digester())
         # results are asked for at the end; a source that differs from its digest then fails the whole run
@@ -131,7 +132,7 @@ def _run(
         crew = ranks.on_disk(ranks.disk)
         mine = {i: hashing.result(one) for i, one in enumerate(wanted) if crew[i % len(crew)] == ranks.rank}
         noted = stack.enter_context(_journal(journal, ranks)) if journal is not None else None
-        files = stack.enter_context(RunFiles(plan, folder, ranks, noted))
+        files = stack.enter_context(RunFiles(plan, folder, ranks, noted, streaming))
         # what several processes write, none of them can follow
         trail = stack.enter_context(Trail(files.outputs)) if ranks.world == 1 else None
         stack.enter_context(full_float32(device.place))
@@ -143,7 +144,7 @@ def _run(
         found[0] if i == 0 else found.get(i - start) if i > start else None for i in range(len(plan.deltas) + 1)
     )
     made = ranks.together(
-        lambda: finish_folder(plan, folder, hashed) if ranks.main else _weight_digests(plan, folder, ranks)
+        lambda: finish_folder(plan, folder, hashed, streaming) if ranks.main else _weight_digests(plan, folder, ranks)
     )
     products = {name: digest for part in made for name, digest in part.items()}
     return Outcome(**outcome, source_digests=known, products=products)
@@ -191,7 +192,7 @@ def _fetch_all(plan: Plan) -> None:
         fetch(plan.base.pinned, name)
 
 
-def _check_ties(plan: Plan) -> None:
+def _check_ties(plan: Plan, streaming: Streaming | None) -> None:
     """A stored copy of a tied tensor must be a copy: transformers unties those that differ; a merge would lose one.
 
     Raises:
@@ -199,7 +200,7 @@ def _check_ties(plan: Plan) -> None:
     """
     checked = [(plan.base, plan.base_layout.tied), *((d.source, d.tied) for d in plan.read)]
     for source, tied in checked:
-        with Reader(source) as reader:
+        with Reader(source, streaming) as reader:
             for copy, owner in tied.items():
                 if not reader.equal(copy, owner):
                     raise UnsupportedError(
@@ -221,15 +222,18 @@ def _one_thread_each() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def finish_folder(plan: Plan, folder: Path, hashed: Mapping[str, str]) -> dict[str, str]:
+def finish_folder(
+    plan: Plan, folder: Path, hashed: Mapping[str, str], streaming: Streaming | None = None
+) -> dict[str, str]:
     """Write heads, side files and the index; then give every file's digest, carried states left out.
 
     Args:
         plan, folder: of the run.
         hashed: digests of weight files that are known already.
+        streaming: holds the files that the plan streams.
     """
     for model, head in plan.heads:
-        write_head(head, plan.deltas[model].source, folder)
+        write_head(head, plan.deltas[model].source, folder, streaming)
     floats = {p.slot.dtype for p in plan.params if plan.base.tensors[p.key].floating}
     changes: dict[str, Any] = {}
     if len(floats) == 1:

@@ -158,7 +158,7 @@ def _match_full(
 
 def _origin_shape(where: Origin, other: Layout, base: Layout, key: str) -> tuple[int, ...]:
     """Shape an origin will have in the base's layout; a conversion checks its own parts and gives the base's."""
-    return other.shapes[where.keys[0]] if where.convert is None else base.shapes[key]
+    return other.shapes[where.keys[0]] if not where.converted else base.shapes[key]
 
 
 def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:

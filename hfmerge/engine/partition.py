@@ -162,7 +162,7 @@ def ahead(plan: Plan) -> int:
     slow = plan.method.matrixwise and any(
         rank is None and block.matrix for param in plan.params for rank in param.ranks for block in param.blocks
     )
-    return 0 if slow and plan.streaming is None else AHEAD
+    return 0 if slow and not plan.recipe.stream else AHEAD
 
 
 def remembered(plan: Plan, chunk: Chunk) -> bool:

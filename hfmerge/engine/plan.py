@@ -5,14 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 
 from hfmerge.checkpoint.delta import Delta
 from hfmerge.checkpoint.heads import Head
-from hfmerge.checkpoint.layout import Layout
 from hfmerge.checkpoint.source import Source
-from hfmerge.checkpoint.streaming.session import Streaming
 from hfmerge.checkpoint.vocabulary import Vocabulary
 from hfmerge.checkpoint.writer import Slot
 from hfmerge.errors import LedgerError
@@ -28,6 +25,21 @@ from hfmerge.task_vector import Block
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 
 DTYPE_NAMES = {short: long for long, short in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class BaseLayout:
+    """What a run needs to know of the base's layout.
+
+    Attributes:
+        architecture: class that was built, "BertForSequenceClassification"; what config.json says if none could be.
+        tied, missing, unexpected: as of `checkpoint.layout.Layout`.
+    """
+
+    architecture: str
+    tied: Mapping[str, str]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -109,15 +121,16 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Plan:
-    """See the module's docstring; `execute.run` takes it from here.
+    """See the module's docstring; `executor.run` takes it from here, `plan_json` writes and reads it.
 
+    Plain data throughout: what is open, or was built to look at the models, is left with who opened or built it.
     `leaving` are models that the prior state holds and that are subtracted from it, with their weights.
     """
 
     recipe: Recipe
     method: MergeMethod
     base: Source
-    base_layout: Layout = field(repr=False)
+    base_layout: BaseLayout = field(repr=False)
     deltas: tuple[Delta, ...] = field(repr=False)
     params: tuple[Param, ...] = field(repr=False)
     heads: tuple[tuple[int, Head], ...]
@@ -127,20 +140,12 @@ class Plan:
     prior: Prior | None
     estimate: Estimate
     warnings: tuple[str, ...]
-    streaming: Streaming | None = field(default=None, repr=False, compare=False)
     leaving: tuple[Delta, ...] = field(default=(), repr=False)
     leaving_weights: tuple[Weight, ...] = ()
 
     def weights_of(self, param: Param) -> tuple[float, ...]:
         """The models' weights in one merged parameter, in order."""
-        return self._weights[param.key]
-
-    @cached_property
-    def _weights(self) -> Mapping[str, tuple[float, ...]]:
-        """By key; worked out once, since a visit may be a few rows."""
-        weights = [entry.weight for entry in self.recipe.models]
-        keys = [param.key for param in self.params if param.mode == "merge"]
-        return {key: tuple(weight_at(weight, key) for weight in weights) for key in keys}
+        return tuple(weight_at(entry.weight, param.key) for entry in self.recipe.models)
 
     @property
     def subtracted(self) -> tuple[int, ...]:
@@ -164,10 +169,15 @@ class Plan:
         return (*some, *dense)
 
     @property
+    def sources(self) -> tuple[Source, ...]:
+        """The base, all models and those that leave, each followed by the model beneath it, if any."""
+        named = [self.base, *(delta.source for delta in (*self.deltas, *self.leaving))]
+        return tuple(one for source in named for one in (source, source.beneath) if one is not None)
+
+    @property
     def copies(self) -> dict[str, Path]:
-        """`org/name@COMMIT` -> folder read in its place, for who opens the models again (see `fetching.pin`)."""
-        sources = [self.base, *(delta.source for delta in (*self.deltas, *self.leaving))]
-        places = [one.pinned for source in sources for one in (source, source.beneath) if one is not None]
+        """`org/name@COMMIT` -> folder read in its place, for who opens the models again (see `hub.download.pin`)."""
+        places = [source.pinned for source in self.sources]
         return {f"{p.name}@{p.commit}": p.folder for p in places if p.commit is not None and p.folder is not None}
 
     @property

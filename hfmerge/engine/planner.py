@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,12 @@ from hfmerge.checkpoint.heads import Head
 from hfmerge.checkpoint.layout import Layout
 from hfmerge.checkpoint.side_files import side_files
 from hfmerge.checkpoint.source import Source
-from hfmerge.checkpoint.streaming.session import Streaming
+from hfmerge.checkpoint.streaming.session import Streaming, leave_session
 from hfmerge.checkpoint.vocabulary import Vocabulary, align
 from hfmerge.checkpoint.writer import Slot, shard_names
 from hfmerge.engine.estimate import with_estimate
 from hfmerge.engine.model_match import Layouts, match_source, some
-from hfmerge.engine.plan import DTYPES, Estimate, Param, Plan, Prior
+from hfmerge.engine.plan import DTYPES, BaseLayout, Estimate, Param, Plan, Prior
 from hfmerge.errors import HfMergeError, Problem, RecipeError, UnsupportedError
 from hfmerge.methods import FoldMethod, MergeMethod, registry
 from hfmerge.recipe.recipe import ModelEntry, Recipe
@@ -103,12 +103,7 @@ def make_plan(
             problems.append(Problem(place, str(error)))
             sources.append(None)
     if code_was_run and not recipe.trust_remote_code:
-        for place, source in zip(("base", *places), (base, *sources), strict=True):
-            try:
-                if source is not None:
-                    check_allowed(source, whole=source is base)
-            except HfMergeError as error:
-                problems.append(Problem(place, str(error)))
+        problems += _code_problems(("base", *places), (base, *sources), base)
     if base is None or base.kind != "full":
         raise RecipeError(problems, origin)
     if on_source is not None and not problems:
@@ -170,12 +165,26 @@ def make_plan(
     keep = _kept_states(recipe, method, len(whole), prior.count if prior else 0)
     sides = tuple(side_files(base.pinned, remote_code=recipe.trust_remote_code))
     needed = _as_needed(recipe, base, whole)
+    known = BaseLayout(layout.architecture, layout.tied, layout.missing, layout.unexpected)
     plan = Plan(
-        needed, method, base, layout, tuple(whole), params, tuple(heads), vocabulary, sides, keep, prior,
-        Estimate(0, 0, 0, 0, 0, 0, 0, 0.0), tuple(warnings), streaming, tuple(gone),
+        needed, method, base, known, tuple(whole), params, tuple(heads), vocabulary, sides, keep, prior,
+        Estimate(0, 0, 0, 0, 0, 0, 0, 0.0), tuple(warnings), tuple(gone),
         tuple(entry.weight for entry in leaving),
     )  # fmt: skip
-    return with_estimate(replace(plan, warnings=(*plan.warnings, *_weights_that_meet(plan, origin))))
+    plan = with_estimate(replace(plan, warnings=(*plan.warnings, *_weights_that_meet(plan, origin))))
+    if streaming is not None:
+        leave_session(streaming)
+    return plan
+
+
+def _code_problems(places: Sequence[str], sources: Sequence[Source | None], base: Source | None) -> Iterator[Problem]:
+    """Models with code of their own, which is not trusted."""
+    for place, source in zip(places, sources, strict=True):
+        try:
+            if source is not None:
+                check_allowed(source, whole=source is base)
+        except HfMergeError as error:
+            yield Problem(place, str(error))
 
 
 def _as_needed(recipe: Recipe, base: Source, deltas: Sequence[Delta]) -> Recipe:

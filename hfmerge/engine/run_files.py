@@ -7,15 +7,16 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hfmerge.checkpoint.delta import DeltaReader
 from hfmerge.checkpoint.headers import read_header
 from hfmerge.checkpoint.reader import Reader, Rows
 from hfmerge.checkpoint.source import Source
+from hfmerge.checkpoint.streaming.session import Streaming
 from hfmerge.checkpoint.writer import SafetensorsWriter, Slot, bytes_of
 from hfmerge.engine.batched_sum import Memory
 from hfmerge.engine.journal import Finished, Journal, Key, checksum
 from hfmerge.engine.partition import Chunk
 from hfmerge.engine.plan import KeptState, Param, Plan, needs_two_passes
+from hfmerge.engine.plan_readers import open_deltas
 from hfmerge.engine.ranks import Ranks
 from hfmerge.engine.storage import own_params
 from hfmerge.hashing import sha256_file
@@ -46,13 +47,20 @@ class RunFiles:
         journal: where finished chunks are noted, if they are.
     """
 
-    def __init__(self, plan: Plan, folder: Path, ranks: Ranks, journal: Journal | None = None):
+    def __init__(
+        self,
+        plan: Plan,
+        folder: Path,
+        ranks: Ranks,
+        journal: Journal | None = None,
+        streaming: Streaming | None = None,
+    ):
         self.plan, self.folder, self.ranks, self.journal = plan, folder, ranks, journal
         self.start = plan.start
         self.memory = Memory()
-        self.base = Reader(plan.base)
-        self.models = [DeltaReader(delta) for delta in plan.deltas]
-        self.leaving = [DeltaReader(delta) for delta in plan.leaving]
+        self.base = Reader(plan.base, streaming)
+        readers = open_deltas(plan, (*plan.deltas, *plan.leaving), streaming)
+        self.models, self.leaving = readers[: len(plan.deltas)], readers[len(plan.deltas) :]
         self.prior = StateReader(plan.prior.path) if plan.prior else None
         self.outputs: dict[str, SafetensorsWriter] = {}
         self.states: dict[int, SafetensorsWriter] = {}

@@ -127,12 +127,12 @@ class Passes:
         touched = [param for param in plan.params if param.touched]
         untouched = [param for param in plan.params if param.mode != "tied" and not param.touched]
         # streamed files have to pass by in the order that their digests need
-        if plan.method.matrixwise and plan.streaming is None:
+        if plan.method.matrixwise and not plan.recipe.stream:
             touched.sort(key=lambda param: (-param.slot.nbytes, param.key))
         cut = tuple(chunks(plan, touched))
         merging, writing = _Pass("merged", "Merging", cut), _Pass("written", "Writing", cut if two else ())
         copying = _Pass("copied", "Copying", tuple(Chunk(param) for param in untouched))
-        if plan.streaming is not None:
+        if plan.recipe.stream:
             merging, writing, copying = _in_one_walk(plan, merging, writing, copying)
         # before any process adds to the journal
         self.ranks.on_main(lambda: self._announce(merging, writing, copying))
@@ -244,7 +244,7 @@ class Passes:
     def _groups(self, each: _Pass, at: Mapping[str, int]) -> list[Group]:
         """What is visited together: chunks one by one, but on an accelerator matrices of equal shape."""
         # streamed files pass by in their own order
-        if self.device.place == CPU or each.name is None or self.plan.streaming is not None:
+        if self.device.place == CPU or each.name is None or self.plan.recipe.stream:
             return [(chunk,) for chunk in each.chunks]
         return alike(self.plan.method, each.chunks, self.device.room, lambda chunk: at[chunk.param.file])
 

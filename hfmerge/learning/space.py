@@ -18,10 +18,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hfmerge.checkpoint.delta import DeltaReader
 from hfmerge.checkpoint.reader import Reader
+from hfmerge.checkpoint.streaming.session import leave_session, take_session
 from hfmerge.checkpoint.writer import disk_errors
 from hfmerge.engine.plan import Param, Plan
+from hfmerge.engine.plan_readers import open_deltas
 from hfmerge.errors import UnsupportedError
 from hfmerge.methods.base import InParts
 from hfmerge.methods.linear import TaskArithmetic
@@ -64,8 +65,9 @@ class Space:
         names = [group_of(param.key, groups) for param in self.params]
         self.groups = tuple(dict.fromkeys(names))
         self._group = {p.key: self.groups.index(name) for p, name in zip(self.params, names, strict=True)}
-        self._base = Reader(plan.base)
-        self._models = [DeltaReader(delta) for delta in plan.deltas]
+        self._streaming = take_session(plan.sources) if plan.recipe.stream else None
+        self._base = Reader(plan.base, self._streaming)
+        self._models = open_deltas(plan, plan.deltas, self._streaming)
         self._held: dict[str, list[TaskVector | None]] = {}
         for param in self.params:
             ranks: Sequence[int | None] = param.ranks
@@ -81,11 +83,16 @@ class Space:
     def __enter__(self) -> Space:
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         self._scratch.cleanup()
         self._base.close()
         for reader in self._models:
             reader.close()
+        if self._streaming is not None and kind is None:
+            # the run that merges with the weights found goes on with it
+            leave_session(self._streaming)
+        elif self._streaming is not None:
+            self._streaming.close()
 
     def base(self, param: Param) -> Tensor:
         """The base's float32 value, in memory of its own."""

@@ -170,7 +170,7 @@ def pairs_of(delta: Delta, base: Source) -> dict[str, dict[str, str]]:
     for mark, place, origins in (("", delta.source, delta.full), ("+", delta.source.beneath, delta.beneath)):
         if place is None:
             continue
-        found = {origin.keys[0]: key for key, origin in origins.items() if origin.convert is None}
+        found = {origin.keys[0]: key for key, origin in origins.items() if not origin.converted}
         if not mark:
             found |= {copy: found[owner] for copy, owner in delta.tied.items() if owner in found}
         for tensor, key in sorted(found.items()):

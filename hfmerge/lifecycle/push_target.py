@@ -380,7 +380,8 @@ def check_branch(to: Destination) -> tuple[list[str], str | None]:
     if lost and not to.overwrite:
         raise PushError(
             f"{to.repo_id}: its branch {STATE_BRANCH}, where kept states go, holds what is not of a merge; a push "
-            f"would delete {_shown(lost)}; move them to another branch, or pass {parameter('overwrite', True)} to delete them."
+            f"would delete {_shown(lost)}; move them to another branch, or pass {parameter('overwrite', True)} to "
+            "delete them."
         )
     return lost, f"{to.repo_id}: deleted from its branch {STATE_BRANCH}: {_shown(lost)}" if lost else None
 

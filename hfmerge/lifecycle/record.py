@@ -6,13 +6,14 @@ import dataclasses
 import os
 import shutil
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hfmerge.checkpoint.digests import folder_digest
 from hfmerge.checkpoint.side_files import is_asset
 from hfmerge.checkpoint.source import Source
+from hfmerge.checkpoint.streaming.session import streamed_name
 from hfmerge.engine.environment import differences
 from hfmerge.engine.executor import Outcome
 from hfmerge.engine.plan import Plan
@@ -154,6 +155,7 @@ def entry_of(
     planned, kept = change.plan, change.kept
     start, recipe = planned.start, planned.recipe
     heads = {model: head for model, head in planned.heads}
+    doubtful = {file.name for file in outcome.streamed.unverified} if outcome.streamed is not None else set()
     models = []
     for i, delta in enumerate(planned.deltas):
         files = outcome.source_digests[i + 1]
@@ -161,13 +163,14 @@ def entry_of(
             models.append(kept[i])
             continue
         assert files is not None
-        material = _material(delta.source, files, recipe.models[i].weight, outcome.squared_norms[i], notes)
+        weight, norm = recipe.models[i].weight, outcome.squared_norms[i]
+        material = _material(delta.source, files, weight, norm, doubtful, notes)
         head = heads.get(i)
         fields: dict[str, Any] = {"head": f"heads/{head.slug}", "labels": tuple(head.labels)} if head else {}
         if i in planned.subtracted:
             fields["subtracted"] = True
         models.append(Material.from_dict({**material.to_dict(), **fields}))
-    base = _material(planned.base, outcome.source_digests[0] or {}, 1.0, None, notes)
+    base = _material(planned.base, outcome.source_digests[0] or {}, 1.0, None, doubtful, notes)
     method = planned.method
     mixed = other_arithmetic(planned, opened, outcome.environment)
     settings = settings_of(recipe, {**_card_settings(planned.base), "architecture": planned.base_layout.architecture})
@@ -201,8 +204,14 @@ def entry_of(
 
 
 def _material(
-    source: Source, files: Mapping[str, str], weight: Weight, squared_norm: float | None, notes: list[str]
+    source: Source,
+    files: Mapping[str, str],
+    weight: Weight,
+    squared_norm: float | None,
+    doubtful: Collection[str],
+    notes: list[str],
 ) -> Material:
+    """What the ledger says of one source; `doubtful` are streamed files whose digests were not checked."""
     commit = source.pinned.commit
     under = source.beneath
     beneath = None
@@ -210,9 +219,9 @@ def _material(
         own = {name[1:]: value for name, value in files.items() if name.startswith("+")}
         beneath = f"{under.name}@{under.pinned.commit or 'sha256:' + folder_digest(own)}"
     digest = None if commit else folder_digest({k: v for k, v in files.items() if not k.startswith("+")})
-    unchecked = [file for file, stream in source.streams.items() if stream.in_doubt]
+    unchecked = [file for file in source.streams if streamed_name(source.pinned, file) in doubtful]
     if under is not None:
-        unchecked += [f"+{file}" for file, stream in under.streams.items() if stream.in_doubt]
+        unchecked += [f"+{file}" for file in under.streams if streamed_name(under.pinned, file) in doubtful]
     ledger, parts = parts_of(source.pinned, notes)
     if under is not None:
         parts = tuple(dict.fromkeys((*parts, *parts_of(under.pinned, notes)[1])))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from hfmerge.validation.values import Section, factor, show, text
@@ -26,12 +27,18 @@ class PatternWeights:
 
     def place(self, name: str) -> int:
         """Index of the pair that counts for a parameter (stored key of the base)."""
-        return next(i for i, (pattern, _) in enumerate(self.pairs) if fnmatch.fnmatchcase(name, pattern))
+        return _first_fit(tuple(pattern for pattern, _ in self.pairs), name)
 
     def unused(self, names: Iterable[str]) -> list[str]:
         """The patterns, but the last, that count for none of these parameters."""
         used = {self.place(name) for name in names}
         return [pattern for i, (pattern, _) in enumerate(self.pairs[:-1]) if i not in used]
+
+
+@lru_cache(maxsize=4096)
+def _first_fit(patterns: tuple[str, ...], name: str) -> int:
+    """Worked out once for many visits of one parameter, which may be a few rows each."""
+    return next(i for i, pattern in enumerate(patterns) if fnmatch.fnmatchcase(name, pattern))
 
 
 Weight = float | PatternWeights

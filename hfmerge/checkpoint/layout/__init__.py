@@ -9,9 +9,9 @@ and finds real matrices (`blocks`). `correspondence.match` compares two layouts.
 transformers itself about a finished folder. `cache` keeps what transformers said.
 """
 
-from hfmerge.checkpoint.layout.correspondence import Match, Origin, match
+from hfmerge.checkpoint.layout.correspondence import Convert, Match, Origin, match
 from hfmerge.checkpoint.layout.layout import Layout, describe
 from hfmerge.checkpoint.layout.load_check import load_back
 
 
-__all__ = ["Layout", "Match", "Origin", "describe", "load_back", "match"]
+__all__ = ["Convert", "Layout", "Match", "Origin", "describe", "load_back", "match"]

@@ -18,18 +18,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+Convert = Callable[[dict[str, "Tensor"]], "Tensor"]
+"""From tensors by stored key to the tensor in the base's stored layout: same dtype, values moved and none computed."""
+
+
 @dataclass(frozen=True)
 class Origin:
     """Where a tensor in the base's layout comes from in another checkpoint.
 
     Attributes:
         keys: stored keys of the source to read.
-        convert: None if the one stored tensor is used as it is. Else a function from the tensors by stored key to the
-            tensor in the base's stored layout: same dtype, every value moved and none computed.
+        converted: False if the one stored tensor is used as it is, True if it takes a `Convert` (see `Match`).
     """
 
     keys: tuple[str, ...]
-    convert: Callable[[dict[str, Tensor]], Tensor] | None
+    converted: bool = False
 
 
 @dataclass(frozen=True)
@@ -40,11 +43,13 @@ class Match:
         origins: base stored key -> origin; tied copies are not listed, they follow their owner.
         extra: source stored keys that the base has no place for: task heads, second towers, what no class knows.
         absent: base stored keys for which the source's class has no parameter, because it is a smaller model.
+        converters: base stored key -> what makes its tensor, of origins that are converted.
     """
 
     origins: dict[str, Origin]
     extra: tuple[str, ...]
     absent: tuple[str, ...]
+    converters: dict[str, Convert]
 
 
 def match(base: Layout, source: Layout) -> Match:
@@ -65,6 +70,7 @@ def match(base: Layout, source: Layout) -> Match:
     free = {name for key in (*base.heads, *base.vocab_axis) for name in _outputs(ours, base.canonical[key])}
     _same_shapes(ours, theirs, names, free)
     origins: dict[str, Origin] = {}
+    converters: dict[str, Convert] = {}
     absent: set[str] = set()
     lacking: list[str] = []
     for group in ours.groups:
@@ -79,7 +85,7 @@ def match(base: Layout, source: Layout) -> Match:
             lacking.extend(name for name, holder in zip(group.outputs, found, strict=True) if holder is None)
             continue
         holders = [holder for holder in found if holder is not None]
-        origins.update(_origins(group, holders, base, source))
+        origins.update(_origins(group, holders, base, source, converters))
     if lacking:
         raise CorruptFileError(
             f"{theirs.origin}: {len(lacking)} parameters of {source.architecture} are not stored, first {lacking[0]}"
@@ -89,6 +95,7 @@ def match(base: Layout, source: Layout) -> Match:
         origins={key: origins[key] for key in base.shapes if key in origins},
         extra=tuple(key for key in source.shapes if key not in used and key not in source.tied),
         absent=tuple(key for key in base.shapes if key in absent),
+        converters=converters,
     )
 
 
@@ -105,45 +112,52 @@ def _filling(memory: Memory, name: str) -> tuple[Group, int] | None:
     return None
 
 
-def _origins(group: Group, holders: list[tuple[Group, int]], base: Layout, source: Layout) -> Mapping[str, Origin]:
-    """Origins of all stored tensors of one group of the base."""
+def _origins(
+    group: Group,
+    holders: list[tuple[Group, int]],
+    base: Layout,
+    source: Layout,
+    converters: dict[str, Convert],
+) -> Mapping[str, Origin]:
+    """Origins of all stored tensors of one group of the base; `converters` takes what makes those converted."""
     other = holders[0][0]
     whole = all(holder is other and at == i for i, (holder, at) in enumerate(holders))
     if whole and group.layout == other.layout:
         pairs = list(zip(group.keys, other.keys, strict=True))
         if not group.operations or all(base.shapes[mine] == source.shapes[its] for mine, its in pairs):
-            return {mine: Origin((its,), None) for mine, its in pairs}
+            return {mine: Origin((its,)) for mine, its in pairs}
+    names = tuple(dict.fromkeys(name for holder, _ in holders for name in holder.keys))
     origins = {}
     for part, keys in enumerate(group.inputs):
         tried: set[tuple[int, ...]] = set()
         for index, key in enumerate(keys):
-            origins[key] = _converted(group, (part, index), holders, base, source)
+            origins[key] = Origin(names, converted=True)
+            converters[key] = _converter(group, (part, index), holders, base, source)
             if base.shapes[key] not in tried:  # experts are converted alike: one of them shows whether it can be done
-                _try(origins[key], base, source, key)
+                _try(names, converters[key], base, source, key)
                 tried.add(base.shapes[key])
     return origins
 
 
-def _converted(
+def _converter(
     group: Group, at: tuple[int, int], holders: list[tuple[Group, int]], base: Layout, source: Layout
-) -> Origin:
+) -> Convert:
     mine, its = _model(base), _model(source)
 
     def convert(stored: dict[str, Tensor]) -> Tensor:
         memory = [holder.forward(stored, its)[output] for holder, output in holders]
         return group.backward(memory, mine, at).contiguous()
 
-    return Origin(tuple(dict.fromkeys(name for holder, _ in holders for name in holder.keys)), convert)
+    return convert
 
 
-def _try(origin: Origin, base: Layout, source: Layout, key: str) -> None:
+def _try(names: tuple[str, ...], convert: Convert, base: Layout, source: Layout, key: str) -> None:
     """Run a conversion on the meta device, so that what it cannot do shows now and not in the middle of a merge."""
     import torch
 
-    assert origin.convert is not None
-    text = f"{source.memory.origin}: {origin.keys[0]} cannot be brought into the layout of {base.memory.origin}: {key}"
+    text = f"{source.memory.origin}: {names[0]} cannot be brought into the layout of {base.memory.origin}: {key}"
     try:
-        shape = tuple(origin.convert({k: torch.empty(source.shapes[k], device="meta") for k in origin.keys}).shape)
+        shape = tuple(convert({name: torch.empty(source.shapes[name], device="meta") for name in names}).shape)
     except (RuntimeError, ValueError, KeyError, IndexError, NotImplementedError, AttributeError) as error:
         raise UnsupportedError(f"{text} ({one_line(error)})") from error
     if shape != base.shapes[key]:

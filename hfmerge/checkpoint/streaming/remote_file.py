@@ -273,11 +273,6 @@ class RemoteFile:
         return any(self._read)
 
     @property
-    def in_doubt(self) -> bool:
-        """Whether it was read, here or maybe by another process, and not compared with its digest."""
-        return self.unverified is not None and (self.used or bool(self.unchecked))
-
-    @property
     def again(self) -> int:
         """Bytes received more than once."""
         return sum((times - 1) * self._length(block) for block, times in enumerate(self._times) if times > 1)

@@ -1,16 +1,28 @@
-"""The weight files that one run streams from the Hub: opened from the plan on, checked and counted at its end."""
+"""The weight files that one run streams from the Hub: opened while planning, checked and counted at the run's end.
+
+A plan only names them. The session that planning opened them in waits until the run of such a plan takes it over, so
+that no header is fetched twice; a plan that comes from elsewhere gets a session of its own.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from hfmerge.checkpoint.headers import MET_AT_ONCE, Header, header_length, parse_header
+from hfmerge.checkpoint.source import Source
 from hfmerge.checkpoint.streaming.blocks import BlockStore
 from hfmerge.checkpoint.streaming.remote_file import RemoteFile
 from hfmerge.hub.client import Patience
 from hfmerge.hub.ranges import RangedFile, Traffic
 from hfmerge.hub.reference import Pinned
+
+
+WAITING = 8
+"""Sessions that wait for a run at most; the oldest goes first."""
+Name = tuple[str, str | None, str]
+"""Repository, commit and file."""
 
 
 @dataclass(frozen=True)
@@ -57,28 +69,34 @@ def total(parts: Sequence[Streamed]) -> Streamed:
 
 
 class Streaming:
-    """All streamed files of one run."""
+    """All streamed files of one run, each known by its repository, commit and name."""
 
     def __init__(self, patience: Patience | None = None):
         self.store = BlockStore()
         self._traffic, self._patience = Traffic(), patience
-        self._files: list[RemoteFile] = []
-        self._sources: dict[str, None] = {}
+        self._files: dict[Name, RemoteFile] = {}
 
     def open(self, pinned: Pinned, file: str) -> RemoteFile:
-        """A file of a pinned repository, its header read.
+        """A file of a pinned repository, its header read; the one that is open already, if it is.
 
         Raises:
             SourceError: unreachable, refused, or no safetensors file.
         """
+        name = (pinned.name, pinned.commit, file)
+        if name in self._files:
+            return self._files[name]
         sha256 = pinned.files[file].sha256
         assert sha256 is not None
         ranged = ranged_file(pinned, file, self._traffic, self._patience)
         header, head = remote_header(ranged, file)
-        self._files.append(RemoteFile(self.store, ranged, header, head, sha256))
-        self._sources[pinned.label] = None
-        self.store.sources = len(self._sources)
-        return self._files[-1]
+        self._files[name] = RemoteFile(self.store, ranged, header, head, sha256)
+        self.store.sources = len({(repository, commit) for repository, commit, _ in self._files})
+        return self._files[name]
+
+    @property
+    def names(self) -> set[Name]:
+        """The files that are open."""
+        return set(self._files)
 
     def begin(self, memory: int, readers: int, total: int, *, unchecked: str = "", show: bool = True) -> None:
         """Before the first tensor is read.
@@ -91,7 +109,7 @@ class Streaming:
             show: draw a progress bar.
         """
         self.store.memory, self.store.readers = memory, readers
-        for file in self._files:
+        for file in self._files.values():
             file.unchecked = unchecked
         if show and self._files:
             self.store.show(total)
@@ -102,7 +120,7 @@ class Streaming:
         Raises:
             CorruptFileError: a file is not what the Hub lists.
         """
-        for file in self._files:
+        for file in self._files.values():
             file.complete()
 
     def close(self) -> None:
@@ -112,8 +130,9 @@ class Streaming:
 
     def report(self) -> Streamed:
         """What was read so far."""
-        used = [file for file in self._files if file.used]
-        again, taken = sum(file.again for file in self._files), sum(file.taken for file in self._files)
+        files = self._files.values()
+        used = [file for file in files if file.used]
+        again, taken = sum(file.again for file in files), sum(file.taken for file in files)
         return Streamed(
             received=self._traffic.received,
             again=again,
@@ -125,13 +144,49 @@ class Streaming:
         )
 
 
+_waiting: list[Streaming] = []
+_guard = threading.Lock()
+
+
+def leave_session(streaming: Streaming) -> None:
+    """Let a session wait for who works on with the files that it has opened."""
+    with _guard:
+        _waiting.append(streaming)
+        late = _waiting[:-WAITING]
+        del _waiting[:-WAITING]
+    for one in late:
+        one.close()
+
+
+def take_session(sources: Iterable[Source]) -> Streaming:
+    """The latest session left with exactly the files that these sources stream, or a new one; nobody else has it.
+
+    Raises:
+        SourceError: a file has to be opened and cannot be.
+    """
+    files = {(one.pinned.name, one.pinned.commit, file): one.pinned for one in sources for file in one.streams}
+    with _guard:
+        for at in reversed(range(len(_waiting))):
+            if _waiting[at].names == files.keys():
+                return _waiting.pop(at)
+    fresh = Streaming()
+    for (_, _, file), pinned in files.items():
+        fresh.open(pinned, file)
+    return fresh
+
+
+def streamed_name(pinned: Pinned, file: str) -> str:
+    """What messages and `Streamed` call a file: `org/name@0123abcd: model.safetensors`."""
+    return f"{pinned.label}: {file}"
+
+
 def ranged_file(pinned: Pinned, file: str, traffic: Traffic, patience: Patience | None = None) -> RangedFile:
     """A file of a pinned repository, to read ranges of."""
     from huggingface_hub import hf_hub_url
 
     info = pinned.files[file]
     url = hf_hub_url(pinned.name, file, revision=pinned.commit)
-    return RangedFile(f"{pinned.label}: {file}", url, info.size, info.sha256, traffic, patience)
+    return RangedFile(streamed_name(pinned, file), url, info.size, info.sha256, traffic, patience)
 
 
 def remote_header(ranged: RangedFile, file: str) -> tuple[Header, bytes]:

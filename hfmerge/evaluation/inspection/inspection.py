@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hfmerge.checkpoint.source import Source
+from hfmerge.checkpoint.streaming.session import Streaming, take_session
 from hfmerge.engine.estimate import stream_memory, stream_readers
 from hfmerge.engine.options import RunOptions
 from hfmerge.engine.partition import visit_bytes
@@ -148,7 +149,7 @@ def inspect_models(
         own = [param for param, owner in zip(touched, owners, strict=True) if owner == ranks.rank]
         if not own:
             return {}
-        with _streamed(plan), Changes(plan) as changes:
+        with _streamed(plan) as streaming, Changes(plan, streaming) as changes:
 
             def work(param: Param) -> Measured:
                 ranks.check()
@@ -213,16 +214,16 @@ def _over(
 
 
 @contextlib.contextmanager
-def _streamed(plan: Plan) -> Iterator[None]:
-    if plan.streaming is None:
-        yield
+def _streamed(plan: Plan) -> Iterator[Streaming | None]:
+    if not plan.recipe.stream:
+        yield None
         return
-    with contextlib.closing(plan.streaming) as streaming:
+    with contextlib.closing(take_session(plan.sources)) as streaming:
         # files are not read whole: heads, and what no model changes, stay where they are
         streaming.begin(
             stream_memory(plan), stream_readers(plan), plan.estimate.stream, unchecked="it is read in part"
         )
-        yield
+        yield streaming
 
 
 def by_layer(found: Sequence[Measured]) -> Mapping[str, list[Measured]]:

@@ -11,10 +11,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from hfmerge.checkpoint.delta import DeltaReader
 from hfmerge.checkpoint.reader import Reader, Rows
+from hfmerge.checkpoint.streaming.session import Streaming
 from hfmerge.checkpoint.vocabulary import extended_base
 from hfmerge.engine.plan import Param, Plan
+from hfmerge.engine.plan_readers import open_deltas
 from hfmerge.evaluation.inspection.spectra import Asked, Spectrum, take_apart
 from hfmerge.task_vector import LowRank, TaskVector
 
@@ -55,12 +56,17 @@ class Measured:
 
 
 class Changes:
-    """Reads the models' task vectors of a plan; leaving the `with` block closes the files."""
+    """Reads the models' task vectors of a plan; leaving the `with` block closes the files.
 
-    def __init__(self, plan: Plan):
+    Args:
+        plan: whose models they are.
+        streaming: holds the files that the plan streams; None where it streams none.
+    """
+
+    def __init__(self, plan: Plan, streaming: Streaming | None):
         self.plan = plan
-        self.base = Reader(plan.base)
-        self.models = [DeltaReader(delta) for delta in plan.deltas]
+        self.base = Reader(plan.base, streaming)
+        self.models = open_deltas(plan, plan.deltas, streaming)
 
     def __enter__(self) -> Changes:
         return self

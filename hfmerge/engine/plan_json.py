@@ -1,0 +1,96 @@
+"""A plan as a JSON text, and back: equal to the plan that was written, and checked like any file of strangers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+from hfmerge.engine.plan import Plan
+from hfmerge.errors import HfMergeError, Problem
+from hfmerge.hub.reference import is_path, is_segment
+from hfmerge.methods import MergeMethod, registry
+from hfmerge.recipe.values import option_names, read_options
+from hfmerge.validation.dataclass_json import Special, from_json_value, to_json_value
+from hfmerge.validation.limits import PLAN_BYTES, PLAN_VALUES
+from hfmerge.validation.strict_json import read_json
+from hfmerge.validation.values import Section, record, show, text, whole
+
+
+FORMAT = "hfmerge plan"
+SCHEMA_VERSION = 1
+"""Of the JSON form: another one wherever a field of a plan comes, goes or changes."""
+
+
+def plan_to_json(plan: Plan) -> str:
+    """The plan as one JSON text.
+
+    What is not finite is written as Python writes it (`Infinity`): configurations of models hold such numbers.
+    """
+    data = {"format": FORMAT, "version": SCHEMA_VERSION, "plan": to_json_value(plan, _SPECIAL)}
+    return json.dumps(data, separators=(",", ":"))
+
+
+def plan_from_json(data: bytes, origin: str = "plan") -> Plan:
+    """The plan that `plan_to_json` wrote, in UTF-8.
+
+    Nothing is opened, fetched or looked for: what a plan says of files and models is a claim, which a run of it meets
+    or not. It also claims consents (`Recipe.allow_pickle`, `Recipe.trust_remote_code`): of who made it.
+
+    Args:
+        data: see above.
+        origin: names it in errors.
+
+    Raises:
+        HfMergeError: it is no plan, of another version, or has a field that cannot be.
+    """
+    try:
+        found = read_json(data, PLAN_BYTES, values=PLAN_VALUES, finite=False)
+        record({"format": text, "version": whole, "plan": lambda value: value})(found)
+        if (found["format"], found["version"]) != (FORMAT, SCHEMA_VERSION):
+            raise ValueError(f"is {show(found['format'])} {found['version']}, not {FORMAT} {SCHEMA_VERSION}")
+        plan: Plan = from_json_value(found["plan"], Plan, _SPECIAL)
+        _check_consistent(plan)
+    except ValueError as error:
+        raise HfMergeError(f"{origin}: {error}; plan again.") from error
+    return plan
+
+
+def _write_method(method: MergeMethod) -> dict[str, Any]:
+    return {"name": method.name, "version": method.version, "options": dataclasses.asdict(method)}
+
+
+def _read_method(value: Any) -> MergeMethod:
+    """Raises ValueError."""
+    record({"name": text, "version": whole, "options": lambda value: value})(value)
+    kind = registry().get(value["name"])
+    if kind is None or kind.version != value["version"]:
+        raise ValueError(f"{show(value['name'])} of version {value['version']} is not here")
+    if not isinstance(value["options"], dict):
+        raise ValueError(f"options: must be a mapping, not {show(value['options'])}")
+    problems: list[Problem] = []
+    section = Section(value["options"], "options", problems)
+    section.refuse_unknown(option_names(kind), f"option of {kind.name}")
+    options = read_options(section, kind)
+    if problems:
+        raise ValueError(f"{problems[0].path}: {problems[0].text}")
+    return kind(**options)
+
+
+_SPECIAL: Special = {MergeMethod: (_write_method, _read_method)}
+
+
+def _check_consistent(plan: Plan) -> None:
+    """What a run writes stays in its folder, and what refers to models refers to those there. Raises ValueError."""
+    for name in (*(param.file for param in plan.params), *plan.side_files):
+        if not is_path(name):
+            raise ValueError(f"{show(name)} is no path of a file in a folder")
+    count, gone = len(plan.deltas), len(plan.leaving)
+    if len(plan.recipe.models) != count or len(plan.leaving_weights) != gone or plan.start > count:
+        raise ValueError("the models and their weights are not equally many")
+    for model, head in plan.heads:
+        if not is_segment(head.slug) or not 0 <= model < count:
+            raise ValueError(f"a head has the name {show(head.slug)} and the model {model}")
+    for param in plan.params:
+        if param.mode == "merge" and (len(param.ranks), len(param.leaving)) != (count, gone):
+            raise ValueError(f"{show(param.key)} has {len(param.ranks)} and {len(param.leaving)} ranks")
