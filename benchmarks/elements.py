@@ -37,7 +37,7 @@ def steps() -> list[Callable[[], Any]]:
     import torch
 
     from hfmerge.engine.partition import TILE
-    from hfmerge.methods.ties import Ties
+    from hfmerge.methods.ties import ties
     from hfmerge.methods.trimming import KthMagnitude, kth_magnitude, parts, thinned
     from hfmerge.task_vector import Dense
 
@@ -47,7 +47,7 @@ def steps() -> list[Callable[[], Any]]:
     stored = [(base + 1e-2 * torch.randn(TILE, generator=seed)).bfloat16() for _ in range(MODELS)]
     written = [model.view(torch.uint8).numpy() for model in stored]
     changes = [model.float().sub_(base) for model in stored]
-    ties, taus = Ties(), [Dense(change) for change in changes]
+    ties, taus = ties(), [Dense(change) for change in changes]
     limits = [kth_magnitude(change, ties.density) for change in changes]
 
     def summed() -> Any:

@@ -1,7 +1,7 @@
 """Task vectors: the difference of one model to the base in one parameter, dense or as low-rank factors.
 
-Methods see `TaskVector` only and never ask which kind it is. `Block` cuts a stored tensor into the pieces a method
-handles one by one: the real matrices of a fused or stacked tensor, or the whole tensor.
+Methods see `TaskVector` only and never ask which kind it is. What a method handles at once is a block: a real matrix
+of a fused or stacked tensor, or the whole tensor. A `Segment` says where it lies in the stored one.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Block:
-    """One independent piece of a stored tensor.
+class Segment:
+    """Where a block, one independent piece, lies in a stored tensor.
 
     Attributes:
         label: "" for the whole tensor, else what it is ("q", "experts.3.gate").
@@ -68,7 +68,7 @@ class Block:
         return tuple(reversed(shape)) if self.transposed else tuple(shape)
 
 
-WHOLE = Block()
+WHOLE = Segment()
 
 
 def _select(tensor: Tensor, axis: int, ranges: tuple[tuple[int, int], ...]) -> Tensor:
@@ -247,7 +247,7 @@ def from_tensors(tensors: dict[str, Tensor]) -> TaskVector:
     return Dense(tensors[""]) if "" in tensors else LowRank(tensors[".up"], tensors[".down"])
 
 
-def cut(tau: TaskVector, block: Block) -> TaskVector:
+def cut(tau: TaskVector, block: Segment) -> TaskVector:
     """The part of a stored tensor's change that lies in `block`, as methods see it."""
     if block.is_whole and (isinstance(tau, LowRank) or tau.to_dense().is_contiguous()):
         return tau

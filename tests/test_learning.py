@@ -366,7 +366,7 @@ def change(**values: Any) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("edit", "text"),
     [
-        (change(method="opcm"), "is for mdm_oc, mdm_oc_iso, mdm_oc_subspace, gram, task_arithmetic"),
+        (change(method="opcm"), "is for task_arithmetic, gram, mdm_oc, mdm_oc_iso, mdm_oc_subspace"),
         (change(learn={"steps": 0}), "learn.steps"),
         (change(learn={"loss": "labels"}), "learn.suite: is missing"),
         (change(learn={"suite": "glue"}), "learn.suite: has no effect"),

@@ -22,7 +22,8 @@ from torch import Tensor
 from hfmerge import merge
 from hfmerge.checkpoint.writer import TORCH_NAMES
 from hfmerge.errors import GridOverflowError
-from hfmerge.methods import AdditiveFold, Carry, FoldMethod, JointMethod, MergeMethod, registry
+from hfmerge.methods import AdditiveFold, Carry, FoldMethod, JointMethod, MergeMethod, Site, registry
+from hfmerge.methods.base import Law, Needs
 from hfmerge.methods.slerp import PARALLEL
 from hfmerge.methods.trimming import BITS, histogram_threshold, kept, kth_magnitude, magnitude_histogram
 from hfmerge.recipe.recipe import parse_recipe
@@ -67,7 +68,7 @@ def count(method: MergeMethod, wanted: int = 3) -> int:
 
 
 def known(method: MergeMethod, taus: Sequence[TaskVector]) -> list[float] | None:
-    measure = method.measure(len(taus)) if isinstance(method, JointMethod) else None
+    measure = method.measure(len(taus))
     if measure is None:
         return None
     for found in measure.find(taus):
@@ -82,8 +83,23 @@ def apply(
     base: Tensor | None = None,
     *,
     matrix: bool = True,
+    names: Sequence[str] = "abcdefgh",
+    whole: tuple[int, ...] | None = None,
+    first: int = 0,
 ) -> Tensor:
-    """The method's merged task vector of one block, as the executor asks for it."""
+    """The method's merged task vector of one block, as the executor asks for it.
+
+    Args:
+        names: what pins the models.
+        whole, first: shape of the tensor that the block is some rows of, and how many of its elements come before.
+    """
+    shape = taus[0].shape
+
+    def beside(file: str, model: int) -> Tensor:
+        """Tensors beside the weights, as Fisher information is: at least zero, of a file and a model."""
+        values = normal(1000 * len(file) + ord(names[model]), *(whole or shape)).square()
+        return values.reshape(-1)[first : first + math.prod(shape)].reshape(shape)
+
     weights = [1.0] * len(taus) if weights is None else weights
     if isinstance(method, FoldMethod):
         carry: Carry | None = None
@@ -93,7 +109,8 @@ def apply(
         return method.emit(carry, weights, matrix=matrix).to_dense()
     assert isinstance(method, JointMethod)
     origin = normal(999, *taus[0].shape) if base is None else base
-    return method.combine(taus, weights, origin.clone, known(method, taus)).to_dense()
+    site = Site("a.weight", shape, matrix, first, pin=lambda model: names[model], tensor=beside)
+    return method.combine(taus, weights, origin.clone, known(method, taus), site).to_dense()
 
 
 def gap(value: Tensor, expected: Tensor) -> float:
@@ -110,7 +127,7 @@ def test_describes_itself(method: type[MergeMethod]) -> None:
     assert issubclass(method, FoldMethod) != issubclass(method, JointMethod)
     documented = f"{method.__doc__}{sys.modules[method.__module__].__doc__}"
     assert "Source:" in documented
-    assert method.citations
+    assert method.citations and method.needs in get_args(Needs) and set(method.laws) <= set(get_args(Law))
     for citation in method.citations:
         assert citation.title and citation.url.startswith("https://")
         entry = citation.bibtex
@@ -186,40 +203,31 @@ def test_a_model_without_a_change_is_no_fault(method: MergeMethod) -> None:
 
 @each_case
 def test_identical_models_keep_their_direction(method: MergeMethod) -> None:
-    """No method invents a direction out of agreement: the result is a multiple of the change where it is kept."""
+    """No method invents a direction out of agreement, and one that keeps a single model keeps those that agree."""
     tau = Dense(normal(1, 8, 5))
     result = apply(method, [tau] * count(method), matrix=False)
-    agreeing = tau.value[result != 0.0]
-    if isinstance(method, FoldMethod) or not hasattr(method, "density"):
-        assert agreeing.numel() == tau.value.numel()
-    share = torch.dot(result[result != 0.0].double(), agreeing.double()) / torch.dot(
-        agreeing.double(), agreeing.double()
-    )
-    assert float(share) > 0.0
-    assert gap(result[result != 0.0], float(share) * agreeing) < 1e-5
+    assert bool((result * tau.value >= 0.0).all()) and bool((result != 0.0).any())
+    if method.holds("identity_for_one"):
+        share = torch.dot(result.reshape(-1).double(), tau.value.reshape(-1).double()) / tau.squared_norm()
+        assert gap(result, float(share) * tau.value) < 1e-5
 
 
 @each_case
-def test_one_model_is_itself(method: MergeMethod) -> None:
+def test_one_model_is_itself_only_where_it_is_said_to_be(method: MergeMethod) -> None:
     if method.arity[0] > 1:
         with pytest.raises(Exception, match="model"):
             parse_recipe({"base": "org/a", "models": ["org/b"], "method": method.name}, "test")
         return
+    same = []
     for shape, matrix in [*((shape, True) for shape in SHAPES), *((shape, False) for shape in OTHERS)]:
         tau = normal(3, *shape)
         result = apply(method, [Dense(tau)], matrix=matrix)
-        if hasattr(method, "density"):
-            assert bool(((result == 0.0) | ((result - tau).abs() <= 1e-6 * tau.abs())).all())
-            assert result.numel() == 0 or int((result != 0.0).sum()) >= kept(tau.numel(), method.density)
-        elif method.name in ("iso_c", "mdm_oc_iso") and matrix:
-            expected = torch.linalg.svdvals(tau.double())
-            spectrum = torch.linalg.svdvals(result.double())
-            torch.testing.assert_close(spectrum, expected.mean().expand_as(spectrum))
-        elif isinstance(method, AdditiveFold):
-            slack = 0.5 * method.step_size if not matrix or method.elementwise else 1e-9
-            assert not result.numel() or float((result.double() - tau.double()).abs().max()) <= slack
-        else:
-            assert torch.equal(result, tau)
+        # what is rounded to a grid is off by half a step of it
+        step = method.scalars().get("grid", 0.0)
+        slack = 0.5 * step if not matrix or method.needs == "elements" else 1e-9 * (step > 0.0)
+        off = float((result.double() - tau.double()).abs().max()) if tau.numel() else 0.0
+        same.append(off <= max(slack, 2e-6 * float(tau.abs().max()) * (not method.is_fold)))
+    assert all(same) == method.holds("identity_for_one")
 
 
 @each_case
@@ -261,34 +269,37 @@ def test_twice_the_weights_give_twice_the_model(method: MergeMethod) -> None:
         assert gap(result, factor * apply(method, [Dense(tau) for tau in taus], base=base)) < 1e-5
 
 
-ABOUT_THE_BASE = ("slerp",)
-"""Methods of the models' own directions, whose result does not scale with the task vectors alone."""
-
-
 @each_case
-def test_twice_the_changes_give_twice_the_change(method: MergeMethod) -> None:
+def test_twice_the_changes_give_twice_the_change_only_where_it_is_said_to(method: MergeMethod) -> None:
     taus, base = [normal(i, 8, 6) for i in range(count(method))], normal(9, 8, 6)
     result = apply(method, [Dense(4.0 * tau) for tau in taus], base=base)
     single = 4.0 * apply(method, [Dense(tau) for tau in taus], base=base)
-    assert (gap(result, single) < 1e-5) == (method.name not in ABOUT_THE_BASE)
-
-
-ORDER_FREE = ("ties",)
-"""Joint methods of symmetric formulas. OPCM is not, and slerp's order says which end is t = 0."""
+    assert (gap(result, single) < 1e-5) == method.holds("scale_equivariant")
 
 
 @each_case
 def test_order_matters_only_where_it_is_said_to(method: MergeMethod) -> None:
     models = count(method, 4)
     taus, weights, base = [normal(i, 8, 6) for i in range(models)], [0.5, 1.0, 2.0, 0.25][:models], normal(9, 8, 6)
-    plain = apply(method, [Dense(tau) for tau in taus], weights, base)
-    turned = apply(method, [Dense(tau) for tau in taus[::-1]], weights[::-1], base)
-    if isinstance(method, AdditiveFold):
+    names = "abcd"[:models]
+    plain = apply(method, [Dense(tau) for tau in taus], weights, base, names=names)
+    turned = apply(method, [Dense(tau) for tau in taus[::-1]], weights[::-1], base, names=names[::-1])
+    if method.additive:
         assert torch.equal(turned, plain)
-    elif method.name in ORDER_FREE or (method.name == "slerp" and method.t is None):
-        assert gap(turned, plain) < 1e-5
-    else:
-        assert gap(turned, plain) > 1e-3
+    assert (gap(turned, plain) < 1e-5) == method.holds("order_free")
+    assert method.holds("order_free") or gap(turned, plain) > 1e-3
+
+
+@each_case
+def test_weights_add_up_only_where_it_is_said_that_they_do(method: MergeMethod) -> None:
+    models = count(method)
+    taus, base = [Dense(normal(i, 8, 6)) for i in range(models)], normal(9, 8, 6)
+    some, more = [1.0, 0.5, 2.0][:models], [0.25, 0.75, -0.5][:models]
+    for matrix in (True, False):
+        both = apply(method, taus, [one + other for one, other in zip(some, more, strict=True)], base, matrix=matrix)
+        apart = apply(method, taus, some, base, matrix=matrix) + apply(method, taus, more, base, matrix=matrix)
+        if method.holds("linear_in_weights") or matrix:
+            assert (gap(both, apart) < 1e-5) == method.holds("linear_in_weights")
 
 
 @each_case
@@ -362,10 +373,13 @@ def test_elementwise_methods_may_be_visited_in_slices(method: MergeMethod) -> No
     )
     whole = apply(method, [Dense(tau) for tau in taus], weights, base, matrix=False)
     parts = [
-        apply(method, [Dense(tau[at : at + 16]) for tau in taus], weights, base[at : at + 16], matrix=False)
+        apply(
+            method, [Dense(tau[at : at + 16]) for tau in taus], weights, base[at : at + 16],
+            matrix=False, whole=(40, 6), first=6 * at,
+        )
         for at in range(0, 40, 16)
-    ]
-    if method.elementwise:
+    ]  # fmt: skip
+    if method.needs == "elements":
         assert torch.equal(torch.cat(parts), whole)
         assert torch.equal(apply(method, [Dense(tau) for tau in taus], weights, base, matrix=True), whole)
 
@@ -383,6 +397,42 @@ def test_any_finite_input_gives_a_finite_result(method: MergeMethod, m: int, n: 
         # sums as large as these tasks' are in range on a grid that is wide enough
         method = dataclasses.replace(method, grid=8)
     assert bool(apply(method, taus, matrix=matrix).isfinite().all())
+
+
+# What holds for single methods beyond the contract
+
+
+@pytest.mark.parametrize("name", ["opcm", "mdm_oc", "mdm_oc_subspace"])
+def test_one_model_is_itself_to_the_bit(name: str) -> None:
+    for shape, matrix in [*((shape, True) for shape in SHAPES), *((shape, False) for shape in OTHERS)]:
+        tau = normal(3, *shape)
+        assert torch.equal(apply(registry()[name](), [Dense(tau)], matrix=matrix), tau)
+
+
+@pytest.mark.parametrize("name", ["iso_c", "mdm_oc_iso"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_one_matrix_becomes_isotropic(name: str, shape: tuple[int, int]) -> None:
+    tau = normal(3, *shape)
+    spectrum = torch.linalg.svdvals(apply(registry()[name](), [Dense(tau)]).double())
+    torch.testing.assert_close(spectrum, torch.linalg.svdvals(tau.double()).mean().expand_as(spectrum))
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, *OTHERS], ids=str)
+def test_ties_of_one_model_is_its_largest_changes(shape: tuple[int, ...]) -> None:
+    tau = normal(3, *shape)
+    result = apply(registry()["ties"](), [Dense(tau)])
+    assert bool(((result == 0.0) | ((result - tau).abs() <= 1e-6 * tau.abs())).all())
+    assert result.numel() == 0 or int((result != 0.0).sum()) >= kept(tau.numel(), 0.2)
+
+
+@pytest.mark.parametrize("name", ["ties", "iso_c", "mdm_oc_iso"])
+def test_what_is_kept_of_identical_models_is_a_multiple_of_their_change(name: str) -> None:
+    tau = normal(1, 8, 5)
+    result = apply(registry()[name](), [Dense(tau)] * 3, matrix=False)
+    agreeing = tau[result != 0.0]
+    assert agreeing.numel() == tau.numel() or name == "ties"
+    share = torch.dot(result[result != 0.0].double(), agreeing.double()) / agreeing.double().square().sum()
+    assert float(share) > 0.0 and gap(result[result != 0.0], float(share) * agreeing) < 1e-5
 
 
 # Golden numbers

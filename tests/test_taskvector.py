@@ -13,10 +13,10 @@ from torch import Tensor
 
 from hfmerge.task_vector import (
     WHOLE,
-    Block,
     Core,
     Dense,
     LowRank,
+    Segment,
     TaskVector,
     cut,
     from_tensors,
@@ -141,17 +141,21 @@ def test_zero_is_neutral(shape: tuple[int, ...]) -> None:
 
 BLOCKS = {
     "whole": (WHOLE, (6, 4), lambda x: x),
-    "matrix": (Block(matrix=True), (6, 4), lambda x: x),
+    "matrix": (Segment(matrix=True), (6, 4), lambda x: x),
     "vector": (WHOLE, (5,), lambda x: x),
-    "transposed": (Block(matrix=True, transposed=True), (6, 4), lambda x: x.T),
-    "rows": (Block("k", True, axis=0, ranges=((2, 4),)), (6, 4), lambda x: x[2:4]),
-    "interleaved rows": (Block("k", True, axis=0, ranges=((0, 1), (3, 4))), (6, 4), lambda x: x[[0, 3]]),
-    "columns, transposed": (Block("v", True, True, axis=1, ranges=((2, 4),)), (6, 4), lambda x: x[:, 2:4].T),
-    "interleaved columns": (Block("v", True, True, axis=1, ranges=((0, 1), (2, 3))), (6, 4), lambda x: x[:, [0, 2]].T),
-    "expert": (Block("experts.1", True, expert=1), (3, 6, 4), lambda x: x[1]),
-    "part of an expert": (Block("e", True, expert=2, axis=0, ranges=((0, 3),)), (3, 6, 4), lambda x: x[2, :3]),
+    "transposed": (Segment(matrix=True, transposed=True), (6, 4), lambda x: x.T),
+    "rows": (Segment("k", True, axis=0, ranges=((2, 4),)), (6, 4), lambda x: x[2:4]),
+    "interleaved rows": (Segment("k", True, axis=0, ranges=((0, 1), (3, 4))), (6, 4), lambda x: x[[0, 3]]),
+    "columns, transposed": (Segment("v", True, True, axis=1, ranges=((2, 4),)), (6, 4), lambda x: x[:, 2:4].T),
+    "interleaved columns": (
+        Segment("v", True, True, axis=1, ranges=((0, 1), (2, 3))),
+        (6, 4),
+        lambda x: x[:, [0, 2]].T,
+    ),
+    "expert": (Segment("experts.1", True, expert=1), (3, 6, 4), lambda x: x[1]),
+    "part of an expert": (Segment("e", True, expert=2, axis=0, ranges=((0, 3),)), (3, 6, 4), lambda x: x[2, :3]),
     "part of a transposed expert": (
-        Block("e", True, True, 0, 1, ((1, 2), (3, 4))),
+        Segment("e", True, True, 0, 1, ((1, 2), (3, 4))),
         (3, 6, 4),
         lambda x: x[0][:, [1, 3]].T,
     ),
@@ -187,7 +191,7 @@ def test_cut_keeps_factors(name: str) -> None:
 
 def test_cut_refuses_factors_of_a_stack() -> None:
     with pytest.raises(ValueError, match="expert"):
-        cut(low_rank(0, 3, 4, 1), Block("experts.0", True, expert=0))
+        cut(low_rank(0, 3, 4, 1), Segment("experts.0", True, expert=0))
 
 
 @quick
@@ -205,7 +209,7 @@ def test_blocks_that_share_out_an_axis_rebuild_the_tensor(
         ranges = tuple((i, i + 1) for i in range(size) if owners[i] == owner)
         if not ranges:
             continue
-        block = Block(str(owner), True, transposed, axis=axis, ranges=ranges)
+        block = Segment(str(owner), True, transposed, axis=axis, ranges=ranges)
         piece = block.take(stored)
         assert tuple(piece.shape) == block.shape((m, n))
         block.put(rebuilt, piece)

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from hfmerge import merge
 from hfmerge.methods import JointMethod, registry
-from hfmerge.methods.slerp import Slerp
-from hfmerge.methods.ties import Ties
+from hfmerge.methods.slerp import slerp
+from hfmerge.methods.ties import ties
 from hfmerge.methods.trimming import PART, KthMagnitude, kept, kth_magnitude, parts, thinned, trim
 from hfmerge.recipe.recipe import parse_recipe
 from hfmerge.task_vector import Dense
@@ -105,7 +105,7 @@ def test_trim_keeps_what_reaches_the_limit(limit: float) -> None:
 # In pieces
 
 
-@pytest.mark.parametrize("method", [Ties(), Ties(density=0.6, scale=0.5), Slerp(t=0.3)], ids=repr)
+@pytest.mark.parametrize("method", [ties(), ties(density=0.6, scale=0.5), slerp(t=0.3)], ids=repr)
 @pytest.mark.parametrize("rows", [1, 7, 40])
 def test_a_survey_makes_slices_equal_the_whole(method: JointMethod, rows: int) -> None:
     models = 2 if method.name == "slerp" else 5
@@ -134,7 +134,7 @@ def test_ties_in_one_piece_and_in_many(shape: tuple[int, ...]) -> None:
     """Blocks beyond what a visit keeps are asked for again, and their signs kept in bytes: the same sums."""
     taus = [normal(20 + i, *shape) for i in range(4)]
     weights = [1.0, 0.5, -1.0, 2.0]
-    result = Ties(density=0.3).combine([Dense(tau) for tau in taus], weights, normal(0, *shape).clone, None).to_dense()
+    result = ties(density=0.3).combine([Dense(tau) for tau in taus], weights, normal(0, *shape).clone, None).to_dense()
     limits = [by_sorting(tau, 0.3) for tau in taus]
     votes = [
         weight * torch.where(tau.abs() >= limit, tau, 0.0)

@@ -9,7 +9,7 @@ import tiny
 
 import hfmerge
 from hfmerge.cli.flags import Flags
-from hfmerge.cli.main import _parser
+from hfmerge.cli.main import build_parser
 from hfmerge.errors import HfMergeError, OutputError
 from hfmerge.validation.wording import call, parameter, spelled
 
@@ -55,7 +55,7 @@ def named_in_messages(function: str) -> dict[str, str]:
 )  # fmt: skip
 def test_one_parameter_for_both_readers(name: str, value: object, python: str, flag: str) -> None:
     assert parameter(name, value) == python
-    with spelled(Flags(_parser())):
+    with spelled(Flags(build_parser())):
         assert parameter(name, value) == flag
     assert parameter(name, value) == python
 
@@ -75,7 +75,7 @@ def test_one_call_for_both_readers() -> None:
         "`hfmerge.verify('out', accept_rewritten=True, log='w.log')`",
         "`hfmerge.purge_history('org/merged')`",
     ]
-    with spelled(Flags(_parser())):
+    with spelled(Flags(build_parser())):
         assert both() == [
             "`hfmerge unmerge org/merged --remove 'a b; `c`'`",
             "`hfmerge add org/merged MODEL`",
@@ -85,7 +85,7 @@ def test_one_call_for_both_readers() -> None:
 
 
 def test_two_commands_at_once_leave_nothing_behind() -> None:
-    first, second = spelled(Flags(_parser())), spelled(Flags(_parser()))
+    first, second = spelled(Flags(build_parser())), spelled(Flags(build_parser()))
     first.__enter__()
     second.__enter__()
     first.__exit__(None, None, None)
@@ -95,13 +95,13 @@ def test_two_commands_at_once_leave_nothing_behind() -> None:
 
 
 def test_the_command_line_has_a_flag_for_every_parameter_that_a_message_names() -> None:
-    flags, names = Flags(_parser()).known, named_in_messages("parameter")
+    flags, names = Flags(build_parser()).known, named_in_messages("parameter")
     assert len(names) > 20
     assert {name: where for name, where in names.items() if name not in flags} == {}
 
 
 def test_every_call_that_a_message_names_is_a_public_function_and_a_command() -> None:
-    commands = _parser().format_help()
+    commands = build_parser().format_help()
     for verb, where in named_in_messages("call").items():
         assert inspect.isfunction(getattr(hfmerge, verb)), where
         assert f"\n    {verb.replace('_', '-')} " in commands, where

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +26,7 @@ def describe(
     base: Source | None = None,
     streaming: Streaming | None = None,
     copies: Mapping[str, Path] | None = None,
+    beside: Sequence[str] = (),
 ) -> Source:
     """Pin a reference and read its small files and headers; weights stay where they are.
 
@@ -36,6 +37,7 @@ def describe(
         base: the merge's base: in `base+adapter` it needs no separate reading.
         streaming: read weights that are not in the cache from the Hub, piece by piece, through this.
         copies: see `pin`.
+        beside: safetensors files of the model that are read beside its weights.
 
     Raises:
         SourceError: with the file and the remedy.
@@ -48,6 +50,7 @@ def describe(
         except ValueError as error:
             raise SourceError(f"{ref}: {error}; rename the folder.") from error
     source = _describe_pinned(ref, pinned, allow_pickle, streaming)
+    source = replace(source, beside={file: _beside(pinned, file) for file in beside})
     if len(places) == 1:
         return source
     if source.kind != "adapter":
@@ -145,6 +148,14 @@ def _headers(
     ]
     what = f"only {', '.join(held[:3])}" if held else "no weights"
     raise UnsupportedError(f"{pinned.label}: {what}; a {stem}.safetensors or its index is needed.")
+
+
+def _beside(pinned: Pinned, file: str) -> Mapping[str, TensorEntry]:
+    """What a safetensors file holds that the method reads beside the weights."""
+    if file not in pinned.files:
+        _check_online(pinned, file)
+        raise NotFoundError(f"{pinned.label}: has no {file}, which the method reads beside the weights; put it there.")
+    return _entries(pinned, file, False, None)[0]
 
 
 def _check_online(pinned: Pinned, file: str) -> None:

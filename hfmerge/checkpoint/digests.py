@@ -7,8 +7,9 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from subprocess import DEVNULL, PIPE
@@ -60,6 +61,12 @@ def digests(source: Source, hasher: Callable[[Path], str] = sha256_file) -> dict
                 f"{os.path.realpath(path)} and run again."
             )
     return result
+
+
+def with_beside(source: Source, recorded: Iterable[str]) -> Source:
+    """A source with those of a material's recorded files that a method read beside the weights."""
+    known = {*weight_files(source)}
+    return replace(source, beside={name: {} for name in recorded if name in source.pinned.files and name not in known})
 
 
 class Digester:

@@ -24,6 +24,7 @@ class Source:
         pickled: the weights are pickles.
         beneath: for `base+adapter` on another model than the merge's base: that model.
         streams: weight files that are read from the Hub piece by piece; others are read on this machine.
+        beside: further file that the method reads -> what each tensor in it is.
     """
 
     ref: str
@@ -35,6 +36,7 @@ class Source:
     pickled: bool = False
     beneath: Source | None = None
     streams: tuple[str, ...] = field(default=(), repr=False)
+    beside: Mapping[str, Mapping[str, TensorEntry]] = field(default_factory=dict, repr=False)
 
     @property
     def name(self) -> str:
@@ -58,7 +60,8 @@ class Source:
 
 
 def weight_files(source: Source) -> list[str]:
-    """Every file of a source that a merge depends on, in order: configuration first, then weights."""
+    """Every file of a source that a merge depends on, in order: configuration first, then weights, then others."""
     small = ["config.json", "adapter_config.json"]
     files = [name for name in small if name in source.pinned.files]
-    return files + sorted({entry.file for entry in source.tensors.values()})
+    files += sorted({entry.file for entry in source.tensors.values()})
+    return list(dict.fromkeys([*files, *source.beside]))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from hfmerge.checkpoint.delta import DeltaReader
 from hfmerge.checkpoint.writer import TORCH_NAMES, bytes_of
-from hfmerge.methods import AdditiveFold
+from hfmerge.methods.base import PlainSum
 from hfmerge.task_vector import Dense
 
 
@@ -91,7 +91,7 @@ class Merged:
 
 
 def merged(
-    method: AdditiveFold,
+    method: PlainSum,
     models: Sequence[DeltaReader],
     names: Sequence[str],
     base: Tensor,
@@ -105,7 +105,7 @@ def merged(
     """Sum and read-out of all models in some rows of a tensor, bit for bit as by `step` and `emit`, model by model.
 
     Args:
-        method: a plain one.
+        method: see `MergeMethod.plain_sum`.
         models, names, weights: their readers, stored tensors of the base's shape, and weights.
         base: float32 values of the rows.
         first: how many elements of the tensor come before them.

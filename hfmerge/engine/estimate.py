@@ -10,7 +10,6 @@ from hfmerge.engine.partition import ahead, chunks, held
 from hfmerge.engine.plan import Estimate, Plan, needs_two_passes
 from hfmerge.engine.threads import AHEAD, core_count
 from hfmerge.hub.download import cached
-from hfmerge.methods import JointMethod
 
 
 IMPORT_BYTES = 450_000_000
@@ -26,6 +25,10 @@ def with_estimate(plan: Plan) -> Plan:
                 assert place is not None
                 if entry.file not in place.streams and cached(place.pinned, entry.file) is None:
                     wanted[place.name, place.pinned.commit, entry.file] = place.pinned.files[entry.file].size
+    for source in (delta.source for delta in plan.read):
+        for file in source.beside:
+            if cached(source.pinned, file) is None:
+                wanted[source.name, source.pinned.commit, file] = source.pinned.files[file].size
     output = sum(param.slot.nbytes for param in plan.params)
     state = sum(slot.nbytes for count in plan.keep for slot in plan.state_slots(count).values())
     read = sum(e.nbytes for e in plan.base.tensors.values())
@@ -36,7 +39,7 @@ def with_estimate(plan: Plan) -> Plan:
         else sum(slot.nbytes for slot in plan.state_slots(len(plan.deltas)).values())
     )
     spectral = 0.0
-    if plan.method.matrixwise:
+    if plan.method.needs == "matrix":
         for param in plan.params:
             steps = sum(rank is None for rank in param.ranks[done:]) if param.mode == "merge" else 0
             for block in param.blocks:
@@ -89,13 +92,13 @@ def stream_readers(plan: Plan) -> int:
 
 
 def _sliced(plan: Plan) -> bool:
-    return plan.method.elementwise
+    return plan.method.needs == "elements"
 
 
 def _streamed(plan: Plan) -> int:
     """Bytes that a run reads from the Hub without keeping them."""
     base, count = plan.base, plan.start
-    measured = isinstance(plan.method, JointMethod) and plan.method.measure(1) is not None
+    measured = plan.method.measure(1) is not None
     total = sum(plan.deltas[model].source.streamed_bytes(head.tensors.values()) for model, head in plan.heads)
     ties = [(base, plan.base_layout.tied), *((delta.source, delta.tied) for delta in plan.read)]
     total += sum(source.streamed_bytes(pair) for source, tied in ties for pair in tied.items())

@@ -11,10 +11,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hfmerge.checkpoint.digests import Digester
+from hfmerge.checkpoint.digests import Digester, folder_digest
 from hfmerge.checkpoint.heads import write_head
 from hfmerge.checkpoint.reader import Reader
 from hfmerge.checkpoint.side_files import copy_side_files
@@ -121,7 +122,9 @@ def _run(
     streaming: Streaming | None,
 ) -> Outcome:
     start = plan.start
-    device = ranks.each(lambda: device_for(options.device, spectral=plan.method.matrixwise, notify=options.notify))
+    device = ranks.each(
+        lambda: device_for(options.device, spectral=plan.method.needs == "matrix", notify=options.notify)
+    )
     ranks.each(lambda: _fetch_all(plan) if ranks.leads else None)
     ranks.each(lambda: _fetch_all(plan))
     ranks.on_main(lambda: _check_ties(plan, streaming))
@@ -132,7 +135,8 @@ def _run(
         crew = ranks.on_disk(ranks.disk)
         mine = {i: hashing.result(one) for i, one in enumerate(wanted) if crew[i % len(crew)] == ranks.rank}
         noted = stack.enter_context(_journal(journal, ranks)) if journal is not None else None
-        files = stack.enter_context(RunFiles(plan, folder, ranks, noted, streaming))
+        pin = partial(_pin, plan, hashing)
+        files = stack.enter_context(RunFiles(plan, folder, ranks, noted, streaming, pin))
         # what several processes write, none of them can follow
         trail = stack.enter_context(Trail(files.outputs)) if ranks.world == 1 else None
         stack.enter_context(full_float32(device.place))
@@ -148,6 +152,15 @@ def _run(
     )
     products = {name: digest for part in made for name, digest in part.items()}
     return Outcome(**outcome, source_digests=known, products=products)
+
+
+def _pin(plan: Plan, hashing: Digester, model: int) -> str:
+    """What pins a model: its commit, or the digest of its folder, as the ledger will have it."""
+    source = plan.deltas[model].source
+    if source.pinned.commit is not None:
+        return source.pinned.commit
+    files = hashing.result(source).result()
+    return folder_digest({name: digest for name, digest in files.items() if not name.startswith("+")})
 
 
 def _journal(folder: Path, ranks: Ranks) -> contextlib.closing[Journal]:

@@ -23,9 +23,9 @@ from hfmerge.engine.run_files import carried
 from hfmerge.engine.tile_io import ChunkData, part_of
 from hfmerge.errors import GridOverflowError
 from hfmerge.methods import Carry, FoldMethod
-from hfmerge.methods.exact_sum import AdditiveFold, staying
+from hfmerge.methods.exact_sum import staying
 from hfmerge.recipe.weights import weight_at
-from hfmerge.task_vector import Block, Dense, LowRank, TaskVector, cut, zero
+from hfmerge.task_vector import Dense, LowRank, Segment, TaskVector, cut, zero
 
 
 Result = TypeVar("Result")
@@ -130,9 +130,10 @@ class Folding:
 
         method = self.method
         param, files, count = self.chunk.param, self.files, len(self.files.models)
-        plain = isinstance(method, AdditiveFold) and method.plain and files.prior is None and not self.plan.subtracted
-        plain = plain and all(kept == count for kept in files.states)
-        if not plain or len(param.blocks) != 1 or not param.blocks[0].is_whole:
+        plain = method.plain_sum
+        if plain is None or files.prior is not None or self.plan.subtracted:
+            return None
+        if any(kept != count for kept in files.states) or len(param.blocks) != 1 or not param.blocks[0].is_whole:
             return None
         if self.plan.vocabulary is not None and param.vocab_axis is not None:
             return None
@@ -140,13 +141,12 @@ class Folding:
         names = [name for model in files.models if (name := model.lies_as(param.key, entry)) is not None]
         if len(names) < count:
             return None
-        assert isinstance(method, AdditiveFold)
         first = 0 if self.chunk.rows is None else self.chunk.rows[0] * math.prod(entry.shape[1:])
         writers = [writer for writer in (files.states.get(count), files.scratch) if writer is not None]
         dtype = torch.float32 if SIZES[param.slot.dtype] < 4 else torch.float64
         weights = self.plan.weights_of(param)
         found = merged(
-            method,
+            plain,
             files.models,
             names,
             self.data.base(),
@@ -164,7 +164,7 @@ class Folding:
                 self._store(writer, carries, count)
         return Folded([(square,) for square in found.squares], [Dense(found.change)])
 
-    def _prior_carry(self, block: Block) -> Carry | None:
+    def _prior_carry(self, block: Segment) -> Carry | None:
         """What the prior state holds of a block, without the models that leave; None where there is none."""
         method, prior, state = self.method, self.plan.prior, self.files.prior
         if prior is None or state is None or not (prior.count or prior.held):
@@ -189,7 +189,7 @@ class Folding:
     def _carry_in(
         self,
         read: Callable[[str, Rows | None], TaskVector],
-        block: Block,
+        block: Segment,
         ranks: Sequence[int | None],
     ) -> Carry:
         """A block's carry from a state of models whose changes have these ranks."""
@@ -236,7 +236,7 @@ class Folding:
                     self.data.put(writer, f"{state_name(param, block, name)}{suffix}", tensor)
 
 
-def _settled(method: FoldMethod, param: Param, block: Block, count: int, carry: Carry) -> Carry:
+def _settled(method: FoldMethod, param: Param, block: Segment, count: int, carry: Carry) -> Carry:
     """A carry in exactly the form its state file would give back: dtype, contiguous, factored or dense as planned."""
     import torch
 

@@ -10,7 +10,7 @@ from typing import Any
 from hfmerge.checkpoint.reader import Rows
 from hfmerge.engine.plan import Param, Plan
 from hfmerge.engine.threads import AHEAD
-from hfmerge.methods import AdditiveFold, FoldMethod, JointMethod, MergeMethod
+from hfmerge.methods import MergeMethod
 
 
 CHUNK = 1 << 20
@@ -93,13 +93,13 @@ def _cut(plan: Plan, param: Param) -> list[Chunk]:
     size = math.prod(shape)
     if len(shape) < 2 or size <= TILE:
         return []
-    surveyed = isinstance(method, JointMethod) and method.survey(1, 1) is not None and _is_one(param)
+    surveyed = method.survey(1, 1) is not None and _is_one(param)
     # what is no matrix to a spectral method is summed
-    summed = isinstance(method, FoldMethod) and _is_one(param) and not param.blocks[0].matrix
-    if not (method.elementwise or surveyed or summed):
+    summed = method.is_fold and _is_one(param) and not param.blocks[0].matrix
+    if not (method.needs == "elements" or surveyed or summed):
         return []
     # plain sums take pieces of their own size
-    tile = CHUNK if isinstance(method, AdditiveFold) and method.plain else TILE
+    tile = TILE if method.plain_sum is None else CHUNK
     # a survey needs all rows
     step = shape[0] if surveyed else max(1, CHUNK // (size // shape[0]))
     return [Chunk(param, (at, min(at + step, shape[0])), tile) for at in range(0, shape[0], step)]
@@ -140,7 +140,7 @@ def alike(
 
 def cost(plan: Plan, chunk: Chunk) -> float:
     """Relative time of a visit: of matrices m n min(m, n), or another side, for spectral methods, bytes otherwise."""
-    if not plan.method.matrixwise:
+    if plan.method.needs != "matrix":
         return float(chunk.nbytes)
     shapes = [block.shape(chunk.shape) for block in chunk.param.blocks if block.matrix]
     sides = _sides(chunk.param, chunk.shape, plan.method)
@@ -159,7 +159,7 @@ def held(plan: Plan, chunk: Chunk) -> int:
 
 def ahead(plan: Plan) -> int:
     """Visits under way beyond the cores: none where dense matrices are taken apart, much longer work than reading."""
-    slow = plan.method.matrixwise and any(
+    slow = plan.method.needs == "matrix" and any(
         rank is None and block.matrix for param in plan.params for rank in param.ranks for block in param.blocks
     )
     return 0 if slow and not plan.recipe.stream else AHEAD
@@ -168,7 +168,7 @@ def ahead(plan: Plan) -> int:
 def remembered(plan: Plan, chunk: Chunk) -> bool:
     """What is read of a chunk when its rows are surveyed stays in memory until they are merged."""
     method, models = plan.method, len(plan.deltas)
-    if not isinstance(method, JointMethod) or chunk.rows is None or method.measure(models) is not None:
+    if method.survey(1, 1) is None or chunk.rows is None or method.measure(models) is not None:
         return False
     return models * math.prod(chunk.shape) <= REMEMBERED
 
@@ -184,14 +184,14 @@ def visit_bytes(param: Param, shape: tuple[int, ...], method: MergeMethod | None
         method: None for what stays in the CPU's memory where an accelerator takes matrices apart.
     """
     size = math.prod(shape)
-    if method is None or not method.matrixwise or not any(block.matrix for block in param.blocks):
+    if method is None or method.needs != "matrix" or not any(block.matrix for block in param.blocks):
         return 24 * size
     side = max(_sides(param, shape, method))
     return method.element_bytes * size + method.square_bytes * side * side
 
 
 def _sides(param: Param, shape: tuple[int, ...], method: MergeMethod) -> list[int]:
-    """Sides of the square matrices that a matrixwise method makes of a parameter's matrices."""
+    """Sides of the square matrices that a method of matrices makes of a parameter's matrices."""
     low = all(rank is not None for rank in param.ranks)
     return [method.square_side(block.shape(shape), low=low) for block in param.blocks if block.matrix]
 

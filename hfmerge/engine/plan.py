@@ -15,11 +15,10 @@ from hfmerge.checkpoint.writer import Slot
 from hfmerge.errors import LedgerError
 from hfmerge.hashing import is_digest
 from hfmerge.methods import FoldMethod, MergeMethod
-from hfmerge.methods.base import InParts
 from hfmerge.recipe.learning import HELD
 from hfmerge.recipe.recipe import Recipe
 from hfmerge.recipe.weights import Weight, weight_at
-from hfmerge.task_vector import Block
+from hfmerge.task_vector import Segment
 
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
@@ -64,7 +63,7 @@ class Param:
     slot: Slot
     mode: str
     owner: str | None = None
-    blocks: tuple[Block, ...] = ()
+    blocks: tuple[Segment, ...] = ()
     ranks: tuple[int | None, ...] = ()
     vocab_axis: int | None = None
     leaving: tuple[int | None, ...] = ()
@@ -207,7 +206,7 @@ class Plan:
         parts = size * len(self.deltas)
         # the base under all heads, the merged values, their gradient; with consolidation also values and information
         memory = min(HELD, parts) + size * (5 if asked.ewc else 3)
-        return memory, max(0, parts - HELD) if isinstance(self.method, InParts) else 0
+        return memory, max(0, parts - HELD) if self.method.in_parts else 0
 
     def _learning(self) -> list[str]:
         """What learning the weights needs, if they are learned."""
@@ -231,17 +230,18 @@ class Plan:
     def state_slots(self, count: int) -> dict[str, Slot]:
         """Tensors of the carried state after the first `count` models."""
         slots: dict[str, Slot] = {}
-        if not isinstance(self.method, FoldMethod):
+        fold = self.method.fold
+        if fold is None:
             return slots
         for param in self.params:
             if param.mode != "merge" or all(rank == 0 for rank in param.ranks[:count]):
                 continue
             for block in param.blocks:
-                slots |= carry_slots(self.method, param, block, count)
+                slots |= carry_slots(fold, param, block, count)
         return slots
 
 
-def carry_slots(method: FoldMethod, param: Param, block: Block, count: int) -> dict[str, Slot]:
+def carry_slots(method: FoldMethod, param: Param, block: Segment, count: int) -> dict[str, Slot]:
     """State tensors of one block after `count` models, by their name in the state file."""
     slots = {}
     forms = method.carry_form(block.shape(param.slot.shape), param.ranks[:count], matrix=block.matrix)
@@ -255,7 +255,7 @@ def carry_slots(method: FoldMethod, param: Param, block: Block, count: int) -> d
     return slots
 
 
-def state_name(param: Param, block: Block, name: str) -> str:
+def state_name(param: Param, block: Segment, name: str) -> str:
     """Name of one carried task vector in a state file."""
     return f"{param.key}#{block.label}:{name}" if block.label else f"{param.key}:{name}"
 

@@ -27,7 +27,7 @@ from hfmerge.engine.estimate import with_estimate
 from hfmerge.engine.model_match import Layouts, match_source, some
 from hfmerge.engine.plan import DTYPES, BaseLayout, Estimate, Param, Plan, Prior
 from hfmerge.errors import HfMergeError, Problem, RecipeError, UnsupportedError
-from hfmerge.methods import FoldMethod, MergeMethod, registry
+from hfmerge.methods import MergeMethod, registry
 from hfmerge.recipe.recipe import ModelEntry, Recipe
 from hfmerge.recipe.values import count_problem, option_names, sum_problem, weights_problem
 from hfmerge.recipe.weights import PatternWeights, read_weight, written
@@ -84,8 +84,9 @@ def make_plan(
     sources: list[Source | None] = []
     base: Source | None = None
     streaming = Streaming() if recipe.stream else None
+    shared: dict[str, Any] = {"allow_pickle": recipe.allow_pickle, "streaming": streaming, "copies": copies}
     try:
-        base = describe(recipe.base, allow_pickle=recipe.allow_pickle, streaming=streaming, copies=copies)
+        base = describe(recipe.base, **shared)
         if base.kind != "full":
             problems.append(
                 Problem("base", f"{base.pinned.label} is an adapter; name the full model it was trained on.")
@@ -93,12 +94,10 @@ def make_plan(
     except HfMergeError as error:
         problems.append(Problem("base", str(error)))
     places = [*(f"models[{i}]" for i in range(len(recipe.models))), *(f"leaving[{j}]" for j in range(len(leaving)))]
+    files = () if problems else build_method(recipe).files()
     for place, entry in zip(places, (*recipe.models, *leaving), strict=True):
         try:
-            allow_pickle = recipe.allow_pickle
-            sources.append(
-                describe(entry.model, allow_pickle=allow_pickle, base=base, streaming=streaming, copies=copies)
-            )
+            sources.append(describe(entry.model, base=base, beside=files, **shared))
         except HfMergeError as error:
             problems.append(Problem(place, str(error)))
             sources.append(None)
@@ -162,6 +161,7 @@ def make_plan(
     params = _params(recipe, base, layout, whole, gone, vocabulary, warnings)
     if not any(param.touched for param in params):
         raise RecipeError([Problem("models", "no model changes any parameter that is merged")], origin)
+    _check_beside(params, whole, origin)
     keep = _kept_states(recipe, method, len(whole), prior.count if prior else 0)
     sides = tuple(side_files(base.pinned, remote_code=recipe.trust_remote_code))
     needed = _as_needed(recipe, base, whole)
@@ -269,7 +269,7 @@ def _params(
                 inside = False
         return inside
 
-    elementwise = build_method(recipe).elementwise
+    elementwise = build_method(recipe).needs == "elements"
     params = []
     for key, entry in base.tensors.items():
         dtype, shape = entry.dtype, entry.shape
@@ -292,6 +292,27 @@ def _params(
             params.append(Param(key, file, slot, "merge", None, blocks, ranks, axis, gone))
     warnings.extend(f"pattern {pattern!r} matches no parameter." for pattern, hit in used.items() if not hit)
     return tuple(params)
+
+
+def _check_beside(params: Sequence[Param], deltas: Sequence[Delta], origin: str) -> None:
+    """Files beside the models' weights hold a tensor for every parameter that changes.
+
+    Raises:
+        RecipeError: names the first tensor of each file that is missing, or of another shape or no floating one.
+    """
+    problems = []
+    for i, delta in enumerate(deltas):
+        for file, entries in delta.source.beside.items():
+            for param in params:
+                entry, shape = entries.get(param.key), param.slot.shape
+                if not param.touched or (entry is not None and entry.shape == shape and entry.floating):
+                    continue
+                what = "is missing" if entry is None else f"is {entry.dtype} of shape {list(entry.shape)}"
+                text = f"{delta.source.pinned.label}: {file}: {param.key} of shape {list(shape)} {what}"
+                problems.append(Problem(f"models[{i}]", text))
+                break
+    if problems:
+        raise RecipeError(problems, origin)
 
 
 def _weights_that_meet(plan: Plan, origin: str) -> list[str]:
@@ -323,7 +344,7 @@ def _kept_states(recipe: Recipe, method: MergeMethod, count: int, start: int) ->
     Of an additive fold the last one is as good as all: any model leaves it. Where weights are learned every change of
     the models changes all weights, so no state would serve.
     """
-    if recipe.state == "none" or recipe.learn is not None or not isinstance(method, FoldMethod):
+    if recipe.state == "none" or recipe.learn is not None or not method.is_fold:
         return ()
     if recipe.state == "last" or method.additive:
         return (count,)

@@ -21,7 +21,6 @@ from hfmerge.engine.ranks import Ranks
 from hfmerge.engine.storage import own_params
 from hfmerge.hashing import sha256_file
 from hfmerge.hub.reference import Pinned, Place
-from hfmerge.methods import FoldMethod
 from hfmerge.task_vector import TaskVector, from_tensors
 
 
@@ -45,6 +44,7 @@ class RunFiles:
         start: models that the prior state stands for.
         memory: buffers of the threads that visit.
         journal: where finished chunks are noted, if they are.
+        pin: model -> its commit, or the digest of its folder, which may have to be waited for.
     """
 
     def __init__(
@@ -54,13 +54,22 @@ class RunFiles:
         ranks: Ranks,
         journal: Journal | None = None,
         streaming: Streaming | None = None,
+        pin: Callable[[int], str] | None = None,
     ):
-        self.plan, self.folder, self.ranks, self.journal = plan, folder, ranks, journal
+        self.plan, self.folder, self.ranks, self.journal, self.pin = plan, folder, ranks, journal, pin
         self.start = plan.start
         self.memory = Memory()
         self.base = Reader(plan.base, streaming)
         readers = open_deltas(plan, (*plan.deltas, *plan.leaving), streaming)
         self.models, self.leaving = readers[: len(plan.deltas)], readers[len(plan.deltas) :]
+        sources = [delta.source for delta in plan.deltas]
+        self._beside = [
+            {
+                file: Reader(dataclasses.replace(s, tensors=held, pickled=False, streams=()))
+                for file, held in s.beside.items()
+            }
+            for s in sources
+        ]
         self.prior = StateReader(plan.prior.path) if plan.prior else None
         self.outputs: dict[str, SafetensorsWriter] = {}
         self.states: dict[int, SafetensorsWriter] = {}
@@ -98,7 +107,7 @@ class RunFiles:
         for count in plan.keep:
             self.states[count] = SafetensorsWriter(self._state(count), plan.state_slots(count), create=create)
         if needs_two_passes(plan) and len(plan.deltas) not in self.states:
-            if isinstance(plan.method, FoldMethod):
+            if plan.method.is_fold:
                 slots = plan.state_slots(len(plan.deltas))
             else:
                 slots = {p.key: Slot("F32", p.slot.shape) for p in plan.params if p.touched}
@@ -128,14 +137,18 @@ class RunFiles:
         self.base.close()
         for reader in (*self.models, *self.leaving):
             reader.close()
-        if self.prior is not None:
-            self.prior.close()
+        for reader in (*([self.prior] if self.prior else ()), *(one for own in self._beside for one in own.values())):
+            reader.close()
         for writer in (*self.outputs.values(), *self.states.values()):
             writer.close(complete=False)
         if self.scratch is not None:
             self.scratch.close(complete=False)
             if self.ranks.leads and self.journal is None:
                 self.scratch.path.unlink(missing_ok=True)
+
+    def beside(self, model: int, file: str, key: str, rows: Rows | None) -> Tensor:
+        """A float32 tensor, or some rows of it, from a file that a model has beside its weights."""
+        return self._beside[model][file].value(key, rows)
 
     def places(self, param: Param) -> list[Param]:
         """Where a parameter's value goes: its own tensor, then those tied to it."""

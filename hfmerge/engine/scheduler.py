@@ -28,7 +28,6 @@ from hfmerge.engine.run_files import RunFiles
 from hfmerge.engine.storage import disk_of_files
 from hfmerge.engine.tasks import Norms, Visit
 from hfmerge.engine.threads import AHEAD, core_count, overlapped, resident_memory
-from hfmerge.methods import JointMethod
 from hfmerge.methods.base import Measure
 from hfmerge.validation.wording import parameter
 
@@ -127,7 +126,7 @@ class Passes:
         touched = [param for param in plan.params if param.touched]
         untouched = [param for param in plan.params if param.mode != "tied" and not param.touched]
         # streamed files have to pass by in the order that their digests need
-        if plan.method.matrixwise and not plan.recipe.stream:
+        if plan.method.needs == "matrix" and not plan.recipe.stream:
             touched.sort(key=lambda param: (-param.slot.nbytes, param.key))
         cut = tuple(chunks(plan, touched))
         merging, writing = _Pass("merged", "Merging", cut), _Pass("written", "Writing", cut if two else ())
@@ -193,7 +192,7 @@ class Passes:
     def _known(self) -> list[float] | None:
         """What a joint method that measures needs to know before the first pass."""
         method, journal = self.plan.method, self.files.journal
-        measure = method.measure(len(self.files.models)) if isinstance(method, JointMethod) else None
+        measure = method.measure(len(self.files.models))
         if measure is None:
             return None
         if MEASURED in self.past:

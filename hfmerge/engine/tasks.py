@@ -9,14 +9,14 @@ from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from hfmerge.engine.device import Device
+from hfmerge.engine.device import CPU, Device
 from hfmerge.engine.fold import Folding
-from hfmerge.engine.partition import Chunk, remembered
+from hfmerge.engine.partition import Chunk, remembered, visit_bytes
 from hfmerge.engine.run_files import RunFiles
 from hfmerge.engine.tile_io import ChunkData
-from hfmerge.methods import FoldMethod, JointMethod
+from hfmerge.methods import JointMethod
 from hfmerge.methods.base import SAMPLED, Measure
-from hfmerge.task_vector import WHOLE, Block, Dense, TaskVector
+from hfmerge.task_vector import WHOLE, Dense, Segment, TaskVector
 
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Visit:
     """The work on one chunk, on one thread; its methods are the passes, of which one is called, once.
 
     Attributes:
-        device: where fold methods take matrices apart.
+        device: where matrices are taken apart.
         wrote: file and tensor -> checksum of what was written to it, for the journal; empty without one.
     """
 
@@ -74,12 +74,12 @@ class Visit:
             known: what a joint method that measures found out about all parameters.
             write: write the result now; otherwise keep what `rescale` needs.
         """
-        method, tiles = self.plan.method, self.chunk.tiles()
+        tiles, joint = self.chunk.tiles(), self.plan.method.joint
         if len(tiles) == 1:
             return self._merge(known, write)
         visits = [Visit(self.files, tile, self.device, self.wrote) for tile in reversed(tiles)]
-        if isinstance(method, JointMethod) and known is None:
-            known = self._surveyed(method, visits)
+        if joint is not None and known is None:
+            known = self._surveyed(joint, visits)
         found = []
         while visits:
             # what it remembers goes with it
@@ -90,9 +90,9 @@ class Visit:
 
     def rescale(self, scale: float) -> None:
         """The second pass: read what the first one kept, and write `base + scale * change`."""
-        method, param = self.plan.method, self.chunk.param
-        if isinstance(method, FoldMethod):
-            changes = Folding(self.data, method, self.device).reread()
+        fold, param = self.plan.method.fold, self.chunk.param
+        if fold is not None:
+            changes = Folding(self.data, fold, self.device).reread()
         else:
             assert self.files.scratch is not None
             whole = self.files.scratch.read(param.key, self.chunk.rows)
@@ -114,27 +114,27 @@ class Visit:
     def _merge(self, known: Sequence[float] | None, write: bool) -> Norms:
         import torch
 
-        method = self.plan.method
+        fold, joint = self.plan.method.fold, self.plan.method.joint
         deviation: float | None = None
         dependent: tuple[int, ...] = ()
-        if isinstance(method, FoldMethod):
-            folded = Folding(self.data, method, self.device).fold()
+        if fold is not None:
+            folded = Folding(self.data, fold, self.device).fold()
             squares, changes, deviation = folded.squares, folded.changes, folded.deviation
         else:
-            assert isinstance(method, JointMethod)
-            squares, changes, dependent = self._combine(method, known)
+            assert joint is not None
+            squares, changes, dependent = self._combine(joint, known)
         read_out = tuple(chain(*map(self.data.norms_of, changes)))
         norms = Norms(tuple(squares), read_out, deviation, dependent)
         if write:
             self.data.write(changes, 1.0)
-        elif self.files.scratch is not None and isinstance(method, JointMethod):
+        elif self.files.scratch is not None and joint is not None:
             whole = torch.empty(self.chunk.shape)
             for block, change in zip(self.chunk.param.blocks, changes, strict=True):
                 block.put(whole, change.to_dense())
             self.data.put(self.files.scratch, self.chunk.param.key, whole)
         return norms
 
-    def _surveyed(self, method: JointMethod, visits: Sequence[Visit]) -> list[float]:
+    def _surveyed(self, method: JointMethod, visits: Sequence[Visit]) -> list[float] | None:
         """What a method that is given its rows tile by tile, the last visit's first, has to know about all of them."""
         import torch
 
@@ -144,7 +144,8 @@ class Visit:
                 yield torch.zeros(data.chunk.shape) if tau is None else tau.to_dense()
 
         survey = method.survey(len(self.files.models), math.prod(self.chunk.shape))
-        assert survey is not None
+        if survey is None:
+            return None
         if survey.samples:
             for visit in reversed(visits):
                 survey.sample(dense(ChunkData(self.files, visit.chunk.start(SAMPLED))))
@@ -162,22 +163,36 @@ class Visit:
     def _combine(
         self, method: JointMethod, known: Sequence[float] | None
     ) -> tuple[list[tuple[float, ...]], list[TaskVector], tuple[int, ...]]:
-        models = len(self.files.models)
+        models, param = len(self.files.models), self.chunk.param
+        self.data.remember |= models * math.prod(self.chunk.shape) <= HELD
+        squares = [self.data.squared_norms(i, self.data.task_vector(i)) for i in range(models)]
+        work = partial(self._combined, method, known)
+        if method.needs == "matrix" and any(block.matrix for block in param.blocks):
+            need = visit_bytes(param, self.chunk.shape, method)
+            changes, dependent = self.device.run(work, need, param.key)
+        else:
+            changes, dependent = work(CPU)
+        return squares, changes, tuple(sorted(model for model in dependent if any(squares[model])))
+
+    def _combined(
+        self, method: JointMethod, known: Sequence[float] | None, place: str
+    ) -> tuple[list[TaskVector], set[int]]:
+        """The merged change of every block, computed on a device, in the CPU's memory; and who was left out of one."""
         weights = list(self.plan.weights_of(self.chunk.param))
         for i in self.plan.subtracted:
             weights[i] = 0.0
-        self.data.remember |= models * math.prod(self.chunk.shape) <= HELD
         dependent: set[int] = set()
-        squares = [self.data.squared_norms(i, self.data.task_vector(i)) for i in range(models)]
         changes = []
         for block in self.chunk.param.blocks:
-            taus = self.data.taus(block)
+            taus = self.data.taus(block, place)
             found = method.examine(taus) if known is None else known
-            changes.append(method.combine(taus, weights, partial(_taken, block, self.data.base), found))
+            base = partial(_taken, block, self.data.base, place)
+            change = method.combine(taus, weights, base, found, self.data.site(block, place))
+            changes.append(change if place == CPU else change.to(CPU))
             dependent.update(() if found is None else method.dependent(found))
-        return squares, changes, tuple(sorted(model for model in dependent if any(squares[model])))
+        return changes, dependent
 
 
-def _taken(block: Block, base: Callable[[], Tensor]) -> Tensor:
-    """The base's values in one block."""
-    return block.take(base())
+def _taken(block: Segment, base: Callable[[], Tensor], place: str) -> Tensor:
+    """The base's values in one block, on a device."""
+    return block.take(base()).to(place)

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from hfmerge.checkpoint.vocabulary import extended_base
 from hfmerge.checkpoint.writer import TORCH_NAMES, SafetensorsWriter
+from hfmerge.engine.device import CPU
 from hfmerge.engine.journal import checksum
 from hfmerge.engine.partition import Chunk, pieces
 from hfmerge.engine.plan import DTYPE_NAMES
 from hfmerge.engine.run_files import RunFiles
 from hfmerge.errors import NonFiniteError
-from hfmerge.task_vector import Block, Dense, TaskVector, cut, squared_norm, zero
+from hfmerge.methods import Site
+from hfmerge.task_vector import Dense, Segment, TaskVector, cut, squared_norm, zero
 
 
 if TYPE_CHECKING:
@@ -61,9 +63,24 @@ class ChunkData:
             self._changes[model] = change
         return change
 
-    def taus(self, block: Block) -> Sequence[TaskVector]:
-        """The task vectors of one block, each read when indexed, so that memory need not grow with the models."""
-        return _LazyTaus(self, block)
+    def taus(self, block: Segment, device: str = CPU) -> Sequence[TaskVector]:
+        """The task vectors of one block on a device, each read when indexed, so that few need be held."""
+        return _LazyTaus(self, block, device)
+
+    def site(self, block: Segment, device: str) -> Site:
+        """Where one block lies, for a method."""
+        param, chunk, files = self.chunk.param, self.chunk, self.files
+        first = 0 if chunk.rows is None else chunk.rows[0] * math.prod(chunk.shape[1:])
+
+        def pin(model: int) -> str:
+            assert files.pin is not None
+            return files.pin(model)
+
+        def beside(file: str, model: int) -> Tensor:
+            return block.take(files.beside(model, file, param.key, chunk.rows)).contiguous().to(device)
+
+        name = f"{param.key}#{block.label}" if block.label else param.key
+        return Site(name, block.shape(chunk.shape), block.matrix, first, device, pin, beside)
 
     def squared_norms(self, model: int, tau: TaskVector | None) -> tuple[float, ...]:
         """Of one model's change, see `norms_of`; not a number means that model or base is not: refused by name.
@@ -80,7 +97,7 @@ class ChunkData:
         if not self.plan.recipe.allow_nonfinite:
             self.files.models[model].check_finite(param.key)
             self.files.base.check_finite(param.key)
-        elif method.matrixwise and any(block.matrix for block in param.blocks):
+        elif method.needs == "matrix" and any(block.matrix for block in param.blocks):
             raise NonFiniteError(
                 f"{self.files.models[model].delta.source.pinned.label}: {param.key} holds NaN or Inf, and "
                 f"{method.name} cannot take such a matrix apart; repair the source, or leave the tensor out with "
@@ -150,8 +167,8 @@ class ChunkData:
 
 
 class _LazyTaus(Sequence[TaskVector]):
-    def __init__(self, data: ChunkData, block: Block):
-        self.data, self.block = data, block
+    def __init__(self, data: ChunkData, block: Segment, device: str):
+        self.data, self.block, self.device = data, block, device
 
     def __len__(self) -> int:
         return len(self.data.files.models)
@@ -159,10 +176,11 @@ class _LazyTaus(Sequence[TaskVector]):
     def __getitem__(self, index: Any) -> Any:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        return part_of(self.data.task_vector(index), self.block, self.data.chunk)
+        tau = part_of(self.data.task_vector(index), self.block, self.data.chunk)
+        return tau if self.device == CPU else tau.to(self.device)
 
 
-def part_of(tau: TaskVector | None, block: Block, chunk: Chunk) -> TaskVector:
+def part_of(tau: TaskVector | None, block: Segment, chunk: Chunk) -> TaskVector:
     """One block of a model's change, zero where it has none."""
     return zero(block.shape(chunk.shape)) if tau is None else cut(tau, block)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,8 +27,6 @@ from hfmerge.learning.replay.generate import generate
 from hfmerge.learning.space import Space
 from hfmerge.learning.student import Student, check_tokens, reference, references, students
 from hfmerge.ledger.repository import Merged, state_path
-from hfmerge.methods.gram import Gram
-from hfmerge.methods.isotropic import MdmOcIso
 from hfmerge.recipe.learning import HELD, Learning
 from hfmerge.validation.wording import parameter
 
@@ -110,8 +107,7 @@ def learn(
     """
     asked = plan.recipe.learn
     assert asked is not None
-    if isinstance(plan.method, Gram):
-        # a model of no weight at all says nothing of its inputs either, so the merge would leap
+    if plan.method.leaps_at_zero:
         asked = dataclasses.replace(asked, low=max(asked.low, 10.0**-DIGITS))
     warnings: list[str] = []
     # rows of an adapter are those of the base it lies on
@@ -196,8 +192,7 @@ def _of_devices(opened: Merged | None, asked: str | None, place: str) -> list[st
 def _start(space: Space, plan: Plan, asked: Learning, count: int) -> Tensor:
     """Where the weights start: the first `count` where they are; a new model's at the one given for it, if any."""
     weights = [entry.weight for entry in plan.recipe.models]
-    usual = 1.0 if isinstance(plan.method, Gram | MdmOcIso) else 1.0 / math.sqrt(len(weights))
-    level = usual if asked.start is None else asked.start
+    level = plan.method.usual_weight(len(weights)) if asked.start is None else asked.start
     return space.start([w if i < count or (count and w != 1.0) else level for i, w in enumerate(weights)])
 
 

@@ -2,7 +2,7 @@
 
 `theta_p = theta_0,p + sum_t c_t d_t,p` with `c = M_p a`, where `a` are the weights that hold for parameter p, and M_p
 and the parts d follow from the method: the changes themselves and the identity for task arithmetic, or `L^-T` of
-Gram-Schmidt for MDM-OC; of other methods (`methods.base.InParts`) what each change adds, and the identity. So the
+Gram-Schmidt for MDM-OC; of other methods (`MergeMethod.parts`) what each change adds, and the identity. So the
 gradient of a loss in the weights is `M_p^T <grad_p, d_t,p>`, summed over the parameters of a group: it needs the
 gradient in the merged model alone, and each part once more. What does not fit the memory that is given is read again
 for every step: changes from their files, parts that had to be computed from a scratch file. Factors stay factors, and
@@ -16,7 +16,7 @@ import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from hfmerge.checkpoint.reader import Reader
 from hfmerge.checkpoint.streaming.session import leave_session, take_session
@@ -24,17 +24,17 @@ from hfmerge.checkpoint.writer import disk_errors
 from hfmerge.engine.plan import Param, Plan
 from hfmerge.engine.plan_readers import open_deltas
 from hfmerge.errors import UnsupportedError
-from hfmerge.methods.base import InParts
-from hfmerge.methods.linear import TaskArithmetic
-from hfmerge.methods.mdm_oc import MdmOc, gram, shares
+from hfmerge.methods import MergeMethod
 from hfmerge.recipe.learning import Groups
 from hfmerge.recipe.weights import PatternWeights, Weight, weight_at
-from hfmerge.task_vector import Block, Dense, LowRank, TaskVector, cut, from_tensors, zero
+from hfmerge.task_vector import Dense, LowRank, Segment, TaskVector, cut, from_tensors, zero
 
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+
+T = TypeVar("T")
 
 TILE = 1 << 16
 """Elements that are multiplied and summed up at a time, in a core's cache."""
@@ -70,15 +70,12 @@ class Space:
         self._models = open_deltas(plan, plan.deltas, self._streaming)
         self._held: dict[str, list[TaskVector | None]] = {}
         for param in self.params:
-            ranks: Sequence[int | None] = param.ranks
-            if isinstance(plan.method, InParts):
-                ranks = plan.method.part_ranks(param.slot.shape, ranks)
-            need = sum(_bytes(param, rank) for rank in ranks)
+            need = sum(_bytes(param, rank) for rank in plan.method.part_ranks(param.slot.shape, param.ranks))
             if need <= budget:
                 budget -= need
                 self._held[param.key] = []
         self._scratch = tempfile.TemporaryDirectory(prefix="hfmerge-learning-", dir=scratch)
-        self._mixing: dict[tuple[str, Block], Tensor] = self._mixings()
+        self._mixing: dict[tuple[str, Segment], Tensor] = self._mixings()
 
     def __enter__(self) -> Space:
         return self
@@ -162,7 +159,7 @@ class Space:
         held = self._held.get(param.key)
         if held:
             return held
-        if not isinstance(self.plan.method, InParts):
+        if not self.plan.method.in_parts:
             parts = self._taus(param)
         elif held is None and (place := self._place(param)).exists():
             return _loaded(place, len(self._models))
@@ -177,7 +174,7 @@ class Space:
     def _place(self, param: Param) -> Path:
         return Path(self._scratch.name) / f"{self.params.index(param)}.safetensors"
 
-    def _solved(self, param: Param, method: InParts) -> list[TaskVector | None]:
+    def _solved(self, param: Param, method: MergeMethod) -> list[TaskVector | None]:
         """What each model adds by a method that has to compute it."""
         import torch
 
@@ -206,26 +203,33 @@ class Space:
 
         return [reader.task_vector(param.key, value) for reader in self._models]
 
-    def _mixings(self) -> dict[tuple[str, Block], Tensor]:
+    def _mixings(self) -> dict[tuple[str, Segment], Tensor]:
         """M of every block."""
         import torch
 
         method, count = self.plan.method, len(self._models)
-        if isinstance(method, TaskArithmetic | InParts):
-            scale = method.scale if isinstance(method, TaskArithmetic) else 1.0
-            same = torch.eye(count, dtype=torch.float64) * scale
-            return {(param.key, block): same for param in self.params for block in param.blocks}
-        if not isinstance(method, MdmOc):
+        if not method.learnable:
             raise UnsupportedError(f"learn: {method.name} is not linear in the models' weights; take mdm_oc or gram.")
-        found = {(param.key, block): self._gram(param, block) for param in self.params for block in param.blocks}
-        if method.scope == "model":
-            whole = torch.tensor(list(found.values()), dtype=torch.float64).sum(0).tolist()
-            return dict.fromkeys(found, _mixing(whole, count))
-        return {place: _mixing(values, count) for place, values in found.items()}
 
-    def _gram(self, param: Param, block: Block) -> list[float]:
+        def mixing(found: Sequence[float] | None) -> Tensor | None:
+            rows = method.mixing(count, found)
+            return None if rows is None else torch.tensor(rows, dtype=torch.float64)
+
+        places = [(param, block) for param in self.params for block in param.blocks]
+        same = mixing(None)
+        examined: dict[tuple[str, Segment], list[float]] = {}
+        if same is None:
+            examined = {(param.key, block): self._examined(param, block) for param, block in places}
+            if method.measure(count) is None:
+                return {place: _some(mixing(values)) for place, values in examined.items()}
+            same = _some(mixing(torch.tensor(list(examined.values()), dtype=torch.float64).sum(0).tolist()))
+        return {(param.key, block): same for param, block in places}
+
+    def _examined(self, param: Param, block: Segment) -> list[float]:
         shape = block.shape(param.slot.shape)
-        return gram([zero(shape) if tau is None else cut(tau, block) for tau in self._parts(param)])
+        return _some(
+            self.plan.method.examine([zero(shape) if tau is None else cut(tau, block) for tau in self._parts(param)])
+        )
 
 
 def group_of(name: str, groups: Groups) -> str:
@@ -236,12 +240,9 @@ def group_of(name: str, groups: Groups) -> str:
     return numbered[0] if numbered else name.partition(".")[0]
 
 
-def _mixing(found: Sequence[float], count: int) -> Tensor:
-    """M with `c = M a`, whose columns are the shares of unit weights."""
-    import torch
-
-    columns = [shares(found, [float(i == t) for i in range(count)]) for t in range(count)]
-    return torch.tensor(columns, dtype=torch.float64).T.contiguous()
+def _some(value: T | None) -> T:
+    assert value is not None
+    return value
 
 
 def _inner(part: TaskVector, gradient: Dense) -> float:

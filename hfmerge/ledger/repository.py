@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hfmerge.checkpoint.describe import describe
-from hfmerge.checkpoint.digests import digests, folder_digest
+from hfmerge.checkpoint.digests import digests, folder_digest, with_beside
 from hfmerge.digest_cache import remembered_digest
 from hfmerge.engine.options import NO_CONSENT, Consent
 from hfmerge.engine.plan import KeptState
@@ -230,7 +230,9 @@ def check_folders(refs: Mapping[str, str], material: Material, *, allow_pickle: 
                 f"{name}: was merged from the folder {path}, which is gone; say where it is now with "
                 f"{parameter('sources', {name: 'FOLDER'})}."
             )
-        found = digests(describe(path, allow_pickle=allow_pickle), remembered_digest)
+        source = describe(path, allow_pickle=allow_pickle)
+        source = with_beside(source, material.files if identity == material.identity else ())
+        found = digests(source, remembered_digest)
         if folder_digest(found) != digest:
             raise LedgerError(
                 f"{name}@{digest[:8]}: the files in {path} are not those that were merged; restore them, or name a "

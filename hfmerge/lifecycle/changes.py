@@ -21,7 +21,7 @@ from hfmerge.ledger.repository import Merged
 from hfmerge.lifecycle.archive_restore import planned_from
 from hfmerge.lifecycle.missing_sources import check_unchanged
 from hfmerge.lifecycle.start_state import Start, starts
-from hfmerge.methods import FoldMethod, JointMethod, MergeMethod, registry
+from hfmerge.methods import MergeMethod, registry
 from hfmerge.recipe.recipe import ModelEntry
 from hfmerge.recipe.weights import Weight, shown
 from hfmerge.validation.wording import parameter
@@ -108,10 +108,10 @@ def plan_subtract(merged: Merged, names: Sequence[str], *, measure: bool = False
     name = last.method["name"]
     method = registry().get(name, MergeMethod)
     exactly = f"leave out {parameter('mode')}"
-    if not issubclass(method, FoldMethod) and not (issubclass(method, JointMethod) and method.subtractable):
-        raise LedgerError(f"{name} merges all models at once, so none can be subtracted; {exactly}.")
-    if issubclass(method, FoldMethod) and method.additive:
+    if method.additive:
         raise LedgerError(f"{name} keeps exact sums, which models leave by exact subtraction; {exactly}.")
+    if not method.subtractable:
+        raise LedgerError(f"{name} merges all models at once, so none can be subtracted; {exactly}.")
     gone = [last.find(given) for given in dict.fromkeys(names)]
     if again := [last.models[i].label for i in gone if last.models[i].subtracted]:
         raise LedgerError(f"{again[0]} was subtracted before; to take it out for good, {exactly}.")
@@ -259,7 +259,7 @@ def _how(last: Entry, start: Start | None, plan: Plan, method: type[MergeMethod]
         where = f"the kept state after model {start.prior.count}" if start else f"the merge of all {total} models"
         return f"approximately without {names}, subtracted from {where}; this removes nothing for good"
     if start is None:
-        why = "no kept state fits" if issubclass(method, FoldMethod) else f"{name} needs all models at once"
+        why = "no kept state fits" if method.is_fold else f"{name} needs all models at once"
         return f"merged again from all {total} pinned sources ({why})"
     count, held = start.prior.count, len(start.prior.held) or start.prior.count
     later, gone = total - count, [model.label for model in start.leaving]

@@ -210,7 +210,7 @@ def _carry_out(job: Job, merged: Merged | None, here: Session, started: float) -
     here = dataclasses.replace(here, ranks=with_disks(here.ranks, target, options.storage))
     change = here.each(partial(_plan, job, merged, here))
     check_readers()
-    device = here.each(lambda: device_for(options.device, spectral=change.plan.method.matrixwise))
+    device = here.each(lambda: device_for(options.device, spectral=change.plan.method.needs == "matrix"))
     change = dataclasses.replace(change, plan=for_machines(change.plan, here.ranks, device))
     _announce(change, merged, device, here)
     stays = False

@@ -27,7 +27,6 @@ from hfmerge.ledger.card_sections import PREFIX, with_part, without_scores
 from hfmerge.ledger.entry import Entry, Material, same_prefix, settings_of
 from hfmerge.ledger.repository import Merged, ledger_in, parts_of, state_path
 from hfmerge.lifecycle.changes import Change
-from hfmerge.methods import AdditiveFold
 from hfmerge.recipe.weights import Weight
 from hfmerge.validation.folders import SPECIAL, TOOLS
 from hfmerge.validation.limits import CARD_BYTES
@@ -66,7 +65,7 @@ def record(
     _check_loads(change.plan, folder)
     notes: list[str] = []
     entry = entry_of(change, outcome, opened, notes, gap or {})
-    entry = _carry_states_over(entry, opened, folder, notes, only_last=_is_additive(change.plan))
+    entry = _carry_states_over(entry, opened, folder, notes, only_last=change.plan.method.additive)
     if copies:
         base, *models = (
             dataclasses.replace(one, kept=kept) for one, kept in zip((entry.base, *entry.models), copies, strict=True)
@@ -134,7 +133,7 @@ def other_arithmetic(planned: Plan, opened: Merged | None, here: Mapping[str, An
         here: environment of the run.
     """
     # other methods' sums have the same bits everywhere
-    if planned.prior is None or opened is None or not planned.method.matrixwise:
+    if planned.prior is None or opened is None or planned.method.needs != "matrix":
         return []
     state = planned.prior.path.name
     made = next((e for e in opened.entries if any(Path(kept.file).name == state for kept in e.states)), opened.last)
@@ -194,7 +193,7 @@ def entry_of(
             "scale": outcome.scale,
             "merged_norm": outcome.merged_norm,
             **({} if outcome.deviation is None else {"deviation": outcome.deviation}),
-            **({"grid": method.step_size} if isinstance(method, AdditiveFold) else {}),
+            **method.scalars(),
             **gap,
         },
         states=outcome.states,
@@ -286,10 +285,6 @@ def _carry_states_over(
         else:
             notes.append(f"{state.file} (after model {state.count}) is missing or corrupt, and is no longer kept.")
     return dataclasses.replace(entry, states=tuple(sorted(states, key=lambda s: s.count)))
-
-
-def _is_additive(planned: Plan) -> bool:
-    return isinstance(planned.method, AdditiveFold)
 
 
 def local_sources(planned: Plan, entry: Entry, opened: Merged | None) -> dict[str, str]:

@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from hfmerge.checkpoint.describe import describe
-from hfmerge.checkpoint.digests import digests, folder_digest
+from hfmerge.checkpoint.digests import digests, folder_digest, with_beside
 from hfmerge.engine.options import DEFAULT
 from hfmerge.engine.ranks import Ranks
 from hfmerge.engine.run_files import STATE_FOLDER
@@ -77,17 +77,18 @@ def _is(opened: Merged, held: Material, ref: str) -> bool:
     """Whether a reference means a model that the merge holds, as it is now."""
     try:
         places = parse_ref(ref)
-        names = [_identity(place) for place in places]
+        names = [_identity(place, held if place is places[-1] else None) for place in places]
     except HfMergeError:
         return False  # the change itself says what is wrong with it
     return names == [*([held.beneath] if held.beneath else []), held.identity]
 
 
-def _identity(place: Place) -> str:
+def _identity(place: Place, held: Material | None) -> str:
     pinned = pin(place)
     if pinned.commit is not None:
         return f"{pinned.name}@{pinned.commit}"
-    return f"{pinned.name}@sha256:{folder_digest(digests(describe(place.text)))}"
+    source = with_beside(describe(place.text), () if held is None else held.files)
+    return f"{pinned.name}@sha256:{folder_digest(digests(source))}"
 
 
 def finish(opened: Merged, to: Destination | None, ranks: Ranks) -> MergeResult:

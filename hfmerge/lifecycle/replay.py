@@ -26,7 +26,6 @@ from hfmerge.ledger.repository import Merged
 from hfmerge.lifecycle.changes import first_merge, plan_replay
 from hfmerge.lifecycle.gap import gap_of
 from hfmerge.lifecycle.record import entry_of
-from hfmerge.methods import FoldMethod
 
 
 Verdict = Literal["ok", "approximate", "failed"]
@@ -119,7 +118,7 @@ def replay(merged: Merged, device: str | None = None) -> tuple[Verdict, list[str
 def _plan(merged: Merged) -> Plan:
     """The plan of a replay, which also makes the states that the ledger lists."""
     plan, last = plan_replay(merged), merged.last
-    if not isinstance(plan.method, FoldMethod) or plan.recipe.learn is not None:
+    if not plan.method.is_fold or plan.recipe.learn is not None:
         return plan
     listed = {state.count for state in last.states} & {*range(1, len(last.models) + 1)}
     return replace(plan, keep=tuple(sorted(listed | {*plan.keep})) if listed else plan.keep)

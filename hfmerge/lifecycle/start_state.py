@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from hfmerge.engine.plan import KeptState, Prior
 from hfmerge.ledger.entry import Entry, Material, same_model
 from hfmerge.ledger.repository import Merged, state_path
-from hfmerge.methods import AdditiveFold, FoldMethod, MergeMethod
+from hfmerge.methods import MergeMethod
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def starts(
         warnings: takes what was passed over.
     """
     last = merged.last
-    if not issubclass(method, FoldMethod) or last.method["version"] != method.version:
+    if not method.is_fold or last.method["version"] != method.version:
         return
     if last.settings["vocabulary"] == "union" or "learn" in last.settings:
         # the output's rows, or all weights, depend on all models, so no earlier state fits
@@ -42,7 +42,7 @@ def starts(
     found: list[tuple[int, int, Entry, KeptState, int, list[int | None]]] = []
     for entry, state in _kept(merged):
         models = entry.models[: state.count]
-        if issubclass(method, AdditiveFold):
+        if method.additive:
             places = [_place(model, common) for model in models]
             covered = next((i for i in range(len(common)) if i not in places), len(common))
             held: list[int | None] = [i if i is not None and i < covered else None for i in places]

@@ -40,13 +40,10 @@ class AdditiveFold(FoldMethod):
 
     The carried state of a block holds one dense sum for each of `terms`, over the models whose change is dense, if
     there are any, and the scaled factors of each other model, called `T1`, `T2`, ... in order of arrival.
-
-    Class attributes:
-        plain: the only term is the model's change itself, so that changes may be summed up many at a time.
     """
 
     additive: ClassVar[bool] = True
-    plain: ClassVar[bool] = False
+    subtractable: ClassVar[bool] = False
 
     sums: Sums = field(
         default="float64", metadata={"help": "type of the exact sums; float32 halves the state and is coarser"}
@@ -59,6 +56,15 @@ class AdditiveFold(FoldMethod):
             "help": "terms are rounded to multiples of 2^-grid (default: 40, or 20 with float32 sums)",
         },
     )
+
+    @property
+    def plain_sum(self) -> AdditiveFold | None:
+        own = (type(self).taken, type(self).terms, type(self).sum_shapes, type(self).fitted)
+        plain = (AdditiveFold.taken, AdditiveFold.terms, AdditiveFold.sum_shapes, AdditiveFold.fitted)
+        return self if self.needs == "elements" and own == plain else None
+
+    def scalars(self) -> dict[str, float]:
+        return {"grid": self.step_size}
 
     @property
     def step_size(self) -> float:
@@ -156,8 +162,8 @@ class AdditiveFold(FoldMethod):
     def _summed(self, sums: Mapping[str, TaskVector], tau: TaskVector, sign: float, *, matrix: bool) -> Carry:
         found: Carry = {}
         for name, term in self.terms(tau, matrix=matrix).items():
-            # an elementwise term is the change itself, whose norm is known by now
-            largest = math.sqrt((tau if self.elementwise else Dense(term)).squared_norm())
+            # a plain sum's term is the change itself, whose norm is known by now
+            largest = math.sqrt((tau if self.plain_sum is not None else Dense(term)).squared_norm())
             total = sums[name].to_dense() if name in sums else None
             found[name] = Dense(self._added(total, term, sign, largest))
         return found

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from hfmerge.methods.base import Citation
 from hfmerge.methods.batched_linalg import apart
+from hfmerge.methods.declare import method
 from hfmerge.methods.exact_sum import AdditiveFold
 from hfmerge.task_vector import Dense, LowRank, TaskVector
 
@@ -25,6 +25,12 @@ FULL_BETA, LOW_BETA = 0.1, 100.0
 """Priors for fine-tunes and for adapters, where `beta` is not given."""
 
 
+@method(
+    "gram",
+    source="cheng2025whoever",
+    needs="matrix",
+    laws=("order_free", "identity_for_one", "scale_equivariant", "linear_in_weights"),
+)
 @dataclass(frozen=True)
 class Gram(AdditiveFold):
     """The change closest to every model's own on the inputs that its task vector speaks of, in closed form.
@@ -45,18 +51,10 @@ class Gram(AdditiveFold):
     covariance. The prior is ours.
     """
 
-    name: ClassVar[str] = "gram"
-    matrixwise: ClassVar[bool] = True
+    learnable: ClassVar[bool] = True
+    in_parts: ClassVar[bool] = True
+    leaps_at_zero: ClassVar[bool] = True
     square_bytes: ClassVar[int] = 30
-    citations: ClassVar[tuple[Citation, ...]] = (
-        Citation(
-            "Whoever Started the Interference Should End It: Guiding Data-Free Model Merging via Task Vectors",
-            "https://arxiv.org/abs/2503.08099",
-            "@inproceedings{cheng2025whoever,\n  title     = {Whoever Started the Interference Should End It: Guiding "
-            "Data-Free Model Merging via Task Vectors},\n  author    = {Runxi Cheng and others},\n"
-            "  booktitle = {ICML},\n  year      = {2025}\n}",
-        ),
-    )
 
     beta: float | None = field(
         default=None,
@@ -102,7 +100,7 @@ class Gram(AdditiveFold):
         """`d_t` with which the merged change is `sum w_t d_t` for weights `w_t` that are not zero.
 
         `C_t` does not depend on the weight of its model, so the result is linear in the weights:
-        `d_t = tau_t C_t G^-1`. See `InParts`.
+        `d_t = tau_t C_t G^-1`. See `MergeMethod.parts`.
         """
         import torch
 
@@ -128,8 +126,9 @@ class Gram(AdditiveFold):
                 found.append(LowRank(result, tau.down) if left else LowRank(tau.up, result))
         return found
 
-    def part_ranks(self, shape: tuple[int, ...], ranks: Sequence[int | None]) -> list[int | None]:
-        return list(ranks)
+    def usual_weight(self, models: int) -> float:
+        """The weight that it has without learning."""
+        return 1.0
 
     def sum_shapes(self, shape: tuple[int, ...], *, matrix: bool) -> dict[str, tuple[int, ...]]:
         if not matrix:

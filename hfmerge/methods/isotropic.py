@@ -10,9 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
-from hfmerge.methods.base import Citation
+from hfmerge.methods.declare import method
 from hfmerge.methods.exact_sum import AdditiveFold
-from hfmerge.methods.mdm_oc import MdmOc
 from hfmerge.methods.spectral import directions, polar
 from hfmerge.task_vector import Dense, LowRank, TaskVector
 
@@ -21,6 +20,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+@method(
+    "iso_c",
+    source="marczak2025no",
+    needs="matrix",
+    laws=("order_free", "scale_equivariant"),
+    normalises_weights=True,
+)
 @dataclass(frozen=True)
 class IsoC(AdditiveFold):
     """The sum of task vectors with all its singular values replaced by their mean.
@@ -34,19 +40,6 @@ class IsoC(AdditiveFold):
     full.
     """
 
-    name: ClassVar[str] = "iso_c"
-    matrixwise: ClassVar[bool] = True
-    normalises_weights: ClassVar[bool] = True
-    citations: ClassVar[tuple[Citation, ...]] = (
-        Citation(
-            "No Task Left Behind: Isotropic Model Merging with Common and Task-Specific Subspaces",
-            "https://arxiv.org/abs/2502.04959",
-            "@inproceedings{marczak2025no,\n  title     = {No Task Left Behind: Isotropic Model Merging with Common "
-            "and Task-Specific Subspaces},\n  author    = {Daniel Marczak and others},\n  booktitle = {ICML},\n"
-            "  year      = {2025}\n}",
-        ),
-    )
-
     scale: float = field(default=1.0, metadata={"help": "factor of the merged task vector"})
 
     def read_out(self, sums: Mapping[str, Tensor], weights: Sequence[float], *, matrix: bool) -> Tensor:
@@ -58,6 +51,12 @@ class IsoC(AdditiveFold):
         return isotropic * (self.scale * _mean(singular))
 
 
+@method(
+    "mdm_oc_iso",
+    source=("mdmoc2025", "marczak2025no"),
+    needs="matrix",
+    laws=("order_free", "scale_equivariant", "linear_in_weights"),
+)
 @dataclass(frozen=True)
 class MdmOcIso(AdditiveFold):
     """MDM-OC-style: `sum_t a_t d_t` with `d_t = mean(s) tau_t (S^T S)^(-1/2)`, each model's share of `iso_c`.
@@ -74,9 +73,8 @@ class MdmOcIso(AdditiveFold):
     factors of an adapter kept.
     """
 
-    name: ClassVar[str] = "mdm_oc_iso"
-    matrixwise: ClassVar[bool] = True
-    citations: ClassVar[tuple[Citation, ...]] = (*MdmOc.citations, *IsoC.citations)
+    learnable: ClassVar[bool] = True
+    in_parts: ClassVar[bool] = True
 
     def taken(self, tau: TaskVector, weight: float, *, matrix: bool) -> TaskVector:
         """The weighted change above the change itself: (2 out, in) for a matrix."""
@@ -100,7 +98,7 @@ class MdmOcIso(AdditiveFold):
         return self._turned(weighted, *directions(plain))
 
     def parts(self, taus: Sequence[TaskVector], *, matrix: bool) -> list[TaskVector]:
-        """See `InParts`; float32."""
+        """See `MergeMethod.parts`; float32."""
         import torch
 
         if not matrix:
@@ -116,8 +114,9 @@ class MdmOcIso(AdditiveFold):
             for tau in taus
         ]
 
-    def part_ranks(self, shape: tuple[int, ...], ranks: Sequence[int | None]) -> list[int | None]:
-        return list(ranks)
+    def usual_weight(self, models: int) -> float:
+        """With which it is `iso_c`."""
+        return 1.0
 
     def _turned(self, rows: Tensor, v: Tensor, singular: Tensor) -> Tensor:
         """`mean(s) rows V diag(1/s) V^T`: any rows (k, in), float64."""

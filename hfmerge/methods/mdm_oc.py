@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from hfmerge.methods.base import Citation, JointMethod, Measure, Survey
+from hfmerge.methods.base import NOWHERE, JointMethod, Measure, Site, Survey
+from hfmerge.methods.declare import method
 from hfmerge.task_vector import Dense, LowRank, TaskVector, zero
 
 
@@ -32,6 +33,12 @@ HELD = 1 << 22
 """Elements of all models' task vectors of one block that are kept while it is examined; more are read again."""
 
 
+@method(
+    "mdm_oc",
+    source="mdmoc2025",
+    needs="tensor",
+    laws=("identity_for_one", "scale_equivariant", "linear_in_weights"),
+)
 @dataclass(frozen=True)
 class MdmOc(JointMethod):
     """MDM-OC-style: orthogonal parts of the changes in order of arrival, times the weights, summed.
@@ -46,19 +53,8 @@ class MdmOc(JointMethod):
     never saw it, except for the last model.
     """
 
-    name: ClassVar[str] = "mdm_oc"
     subtractable: ClassVar[bool] = True
-    citations: ClassVar[tuple[Citation, ...]] = (
-        Citation(
-            "Modular Delta Merging with Orthogonal Constraints: A Scalable Framework for Continual and Reversible "
-            "Model Composition",
-            "https://arxiv.org/abs/2507.20997",
-            "@article{mdmoc2025,\n"
-            "  title   = {Modular Delta Merging with Orthogonal Constraints: A Scalable Framework for Continual and "
-            "Reversible Model Composition},\n"
-            "  journal = {arXiv preprint arXiv:2507.20997},\n  year    = {2025}\n}",
-        ),
-    )
+    learnable: ClassVar[bool] = True
 
     scope: Literal["layer", "model"] = field(
         default="layer", metadata={"help": "make changes orthogonal matrix by matrix, or over the whole model"}
@@ -74,6 +70,13 @@ class MdmOc(JointMethod):
         """The Gram matrix of a block's task vectors, row by row."""
         return gram(taus)
 
+    def mixing(self, models: int, found: Sequence[float] | None) -> list[list[float]] | None:
+        """M with `c = M a`, whose columns are the shares of unit weights; from the Gram matrix."""
+        if found is None:
+            return None
+        columns = [shares(found, [float(i == t) for i in range(models)]) for t in range(models)]
+        return [list(row) for row in zip(*columns, strict=True)]
+
     def dependent(self, found: Sequence[float]) -> tuple[int, ...]:
         return tuple(t for t, one in enumerate(_orthogonal(found)[1]) if not one)
 
@@ -83,6 +86,7 @@ class MdmOc(JointMethod):
         weights: Sequence[float],
         base: Callable[[], Tensor],
         found: Sequence[float] | None,
+        site: Site = NOWHERE,
     ) -> TaskVector:
         """`sum_t c_t tau_t`, summed in float64, since large coefficients of nearly dependent changes cancel."""
         import torch

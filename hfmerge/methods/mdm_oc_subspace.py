@@ -8,12 +8,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from hfmerge.methods.base import Carry, Citation, Form
-from hfmerge.methods.mdm_oc import MdmOc
+from hfmerge.methods.base import Carry, Form
+from hfmerge.methods.declare import method
 from hfmerge.methods.opcm import OPCM
 from hfmerge.task_vector import Core, Dense, TaskVector, summed_rank
 
 
+@method(
+    "mdm_oc_subspace",
+    source=("mdmoc2025", "tang2025opcm"),
+    needs="matrix",
+    laws=("identity_for_one", "scale_equivariant", "linear_in_weights"),
+)
 @dataclass(frozen=True)
 class MdmOcSubspace(OPCM):
     """MDM-OC-style: `sum_t a_t d_t` with `d_t = P_{t-1}(tau_t)`, where OPCM's P is made of `d_1 + ... + d_{t-1}`.
@@ -29,10 +35,9 @@ class MdmOcSubspace(OPCM):
     The sum for the projections and the weighted sum are both carried, in float64, the latter always dense.
     """
 
-    name: ClassVar[str] = "mdm_oc_subspace"
-    default_norm: ClassVar[str] = "none"
+    learnable: ClassVar[bool] = True
+    in_parts: ClassVar[bool] = True
     element_bytes: ClassVar[int] = 76
-    citations: ClassVar[tuple[Citation, ...]] = (*MdmOc.citations, *OPCM.citations)
 
     def step(self, carry: Carry | None, tau: TaskVector, weight: float, *, matrix: bool) -> Carry:
         """The sums with `P(tau)`; the first model and non-matrices as they are."""
@@ -65,7 +70,7 @@ class MdmOcSubspace(OPCM):
         return {"S": Form(shape, summed_rank(shape, ranks), "F64"), **weighed} if matrix else weighed
 
     def parts(self, taus: Sequence[TaskVector], *, matrix: bool) -> list[TaskVector]:
-        """See `InParts`; float32."""
+        """See `MergeMethod.parts`; float32."""
         import torch
 
         if not matrix:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
-from hfmerge.methods.base import Carry, Citation, FoldMethod
+from hfmerge.methods.base import Carry, FoldMethod
+from hfmerge.methods.declare import method
 from hfmerge.methods.spectral import Variant, cleared, cleared_by_sketch
 from hfmerge.task_vector import Core, TaskVector
 
@@ -23,6 +24,13 @@ if TYPE_CHECKING:
 Spectral = Literal["exact", "randomized"]
 
 
+@method(
+    "opcm",
+    source="tang2025opcm",
+    needs="matrix",
+    laws=("identity_for_one", "scale_equivariant"),
+    default_norm="mean",
+)
 @dataclass(frozen=True)
 class OPCM(FoldMethod):
     """Orthogonal projection-based continual merging.
@@ -48,21 +56,6 @@ class OPCM(FoldMethod):
     checkpoint's dtype, because clearing the diagonal multiplies rounding errors about threefold with every model.
     """
 
-    name: ClassVar[str] = "opcm"
-    default_norm: ClassVar[str] = "mean"
-    matrixwise: ClassVar[bool] = True
-    citations: ClassVar[tuple[Citation, ...]] = (
-        Citation(
-            "Merging Models on the Fly Without Retraining: A Sequential Approach to Scalable Continual Model Merging",
-            "https://arxiv.org/abs/2501.09522",
-            "@article{tang2025opcm,\n"
-            "  title   = {Merging Models on the Fly Without Retraining: A Sequential Approach to Scalable Continual "
-            "Model Merging},\n"
-            "  author  = {Anke Tang and Enneng Yang and Li Shen and Yong Luo and Han Hu and Bo Du and Dacheng Tao},\n"
-            "  journal = {arXiv preprint arXiv:2501.09522},\n  year    = {2025}\n}",
-        ),
-    )
-
     alpha: float = field(
         default=0.5,
         metadata={"minimum": 0.0, "maximum": 1.0, "help": "share of the singular values whose block is cleared"},
@@ -72,6 +65,10 @@ class OPCM(FoldMethod):
         default="exact",
         metadata={"help": "randomized: faster for matrices of a thousand rows, and approximate"},
     )
+
+    @property
+    def projection(self) -> tuple[float, Variant]:
+        return self.alpha, self.variant
 
     def step(self, carry: Carry | None, tau: TaskVector, weight: float, *, matrix: bool) -> Carry:
         """`S + P(weight * tau)`; the first model and non-matrices are added as they are."""

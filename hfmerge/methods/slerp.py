@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
-from hfmerge.methods.base import Citation, JointMethod, Survey
+from hfmerge.methods.base import Survey
+from hfmerge.methods.declare import Block, method, option
 from hfmerge.methods.trimming import parts
-from hfmerge.task_vector import Dense, TaskVector
 
 
 if TYPE_CHECKING:
@@ -19,61 +18,47 @@ PARALLEL = 1.0 - 5e-4
 """|cosine| above which the great circle is undetermined to float32 precision and straight interpolation is used."""
 
 
-@dataclass(frozen=True)
-class Slerp(JointMethod):
+@method(
+    "slerp",
+    source="shoemake1985slerp",
+    needs="tensor",
+    laws=lambda self: ("order_free",) if self.t is None else (),
+    arity=(2, 2),
+    normalises_weights=True,
+    of_weights=True,
+    survey=lambda self, models, count: Angle(),
+)
+def slerp(
+    block: Block,
+    *,
+    t: float | None = option(
+        None, 0.0, 1.0, "0 is the first model, 1 the second; unset: the second model's share of the weights"
+    ),
+) -> Tensor:
     """Interpolation of two models' weights along the great circle of each tensor's direction.
 
     With the angle `w` between the flattened tensors: `sin((1-t) w)/sin(w) * theta_1 + sin(t w)/sin(w) * theta_2`;
     straight interpolation where the tensors are nearly parallel or one of them is zero.
     Source: Shoemake, "Animating rotation with quaternion curves", SIGGRAPH 1985, equation for slerp.
     Departure from common practice: the angle is taken in float64 from the weights as they are.
+
+    Computed piece by piece, so that one tensor is held.
     """
+    import torch
 
-    name: ClassVar[str] = "slerp"
-    arity: ClassVar[tuple[int, int | None]] = (2, 2)
-    normalises_weights: ClassVar[bool] = True
-    citations: ClassVar[tuple[Citation, ...]] = (
-        Citation(
-            "Animating rotation with quaternion curves",
-            "https://doi.org/10.1145/325334.325242",
-            "@inproceedings{shoemake1985slerp,\n  title     = {Animating rotation with quaternion curves},\n"
-            "  author    = {Ken Shoemake},\n  booktitle = {SIGGRAPH},\n  year      = {1985}\n}",
-        ),
-    )
-
-    t: float | None = field(
-        default=None,
-        metadata={
-            "minimum": 0.0,
-            "maximum": 1.0,
-            "help": "0 is the first model, 1 the second; unset: the second model's share of the weights",
-        },
-    )
-
-    def survey(self, models: int, count: int) -> Survey:
-        return Angle()
-
-    def combine(
-        self,
-        taus: Sequence[TaskVector],
-        weights: Sequence[float],
-        base: Callable[[], Tensor],
-        found: Sequence[float] | None,
-    ) -> TaskVector:
-        """Piece by piece, so that one tensor is held."""
-        import torch
-
-        first, second = (tau.to_dense() for tau in taus)
-        if found is None:
-            angle = Angle()
-            angle.add((first, second), base)
-            found = angle.settle()
-        t = weights[1] / (weights[0] + weights[1]) if self.t is None else self.t
-        near, far = _shares(t, *found)
-        merged = torch.empty_like(first, memory_format=torch.contiguous_format)
-        for into, origin, one, other in zip(parts(merged), parts(base()), parts(first), parts(second), strict=True):
-            torch.add(origin, one, out=into).mul_(near).add_(origin + other, alpha=far).sub_(origin)
-        return Dense(merged)
+    first, second = (model.tau for model in block.models)
+    found = block.found
+    if found is None:
+        angle = Angle()
+        angle.add((first, second), block.base)
+        found = angle.settle()
+    if t is None:
+        t = block.weights[1] / (block.weights[0] + block.weights[1])
+    near, far = _shares(t, *found)
+    merged = torch.empty_like(first, memory_format=torch.contiguous_format)
+    for into, origin, one, other in zip(parts(merged), parts(block.base()), parts(first), parts(second), strict=True):
+        torch.add(origin, one, out=into).mul_(near).add_(origin + other, alpha=far).sub_(origin)
+    return merged
 
 
 class Angle(Survey):

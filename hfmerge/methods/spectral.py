@@ -65,7 +65,7 @@ def split(singular: Tensor, shape: tuple[int, int], alpha: float) -> tuple[int, 
     """
     import torch
 
-    rank = int((singular > singular[0] * EPS * max(shape)).sum())
+    rank = int((singular > singular[:1] * EPS * max(shape)).sum())
     s = singular[:rank]
     share = torch.cumsum(s, 0) > alpha * s.sum()
     if alpha < 1.0 and rank and bool(share.any()):

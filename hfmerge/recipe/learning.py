@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -16,8 +16,6 @@ from hfmerge.validation.values import Section, show
 Loss = Literal["distill", "labels", "mixed"]
 Groups = Literal["parameter", "layer", "model"]
 
-LEARNABLE = ("mdm_oc", "mdm_oc_iso", "mdm_oc_subspace", "gram", "task_arithmetic")
-"""Methods whose merged change is linear in the models' weights, matrix by matrix."""
 HELD = 1 << 30
 """Bytes of changes that stay in memory between steps; more are read again for every step."""
 
@@ -99,8 +97,13 @@ class Learning:
         return cls(**{**data, "replay": ReplayAsked(**data["replay"])})
 
 
-def read_learning(value: Any, section: Section, method: str) -> Learning | None:
-    """The `learn` key of a recipe; None where it is absent or faulty, and then the section's problems say why."""
+def read_learning(value: Any, section: Section, method: str, learnable: Sequence[str]) -> Learning | None:
+    """The `learn` key of a recipe; None where it is absent or faulty, and then the section's problems say why.
+
+    Args:
+        method: the recipe's.
+        learnable: the methods whose weights can be learned.
+    """
     if value is None:
         return None
     if value is True:
@@ -109,8 +112,8 @@ def read_learning(value: Any, section: Section, method: str) -> Learning | None:
         section.report("learn", f"must be a mapping, not {show(value)}; write `learn: {{}}` for its defaults")
         return None
     before = len(section.problems)
-    if method not in LEARNABLE:
-        section.report("learn", f"is for {', '.join(LEARNABLE)}, not {show(method)}")
+    if method not in learnable:
+        section.report("learn", f"is for {', '.join(learnable)}, not {show(method)}")
     inner = Section(value, section.at("learn"), section.problems)
     inner.refuse_unknown([key.name for key in keys_of(Learning)], "key")
     found = _read(inner)

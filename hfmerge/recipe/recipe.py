@@ -24,9 +24,6 @@ from hfmerge.validation.values import Section, show, suggestion, text
 if TYPE_CHECKING:
     from hfmerge.methods import MergeMethod
 
-BASE_MAY_BE_MERGED = ("linear", "slerp")
-"""Methods of the weights themselves, in which the base takes part as a model whose task vector is zero."""
-
 
 @dataclass(frozen=True)
 class ModelEntry:
@@ -253,7 +250,9 @@ def _recipe(top: Section, methods: Mapping[str, type[MergeMethod]]) -> Recipe:
     base = read_key(top, keys["base"]) or ""
     method = _method(top, chosen, methods)
     models = _models(top, base, chosen)
-    learn = read_learning(top.data.get("learn"), top, method.name)
+    learn = read_learning(
+        top.data.get("learn"), top, method.name, [one for one, kind in methods.items() if kind.learnable]
+    )
     if learn is not None and any(entry.weight != 1.0 for entry in models):
         top.report("learn", "finds the models' weights; remove those given (`start` says where learning begins)")
     if learn is not None and method.norm != "none":
@@ -310,7 +309,7 @@ def _models(top: Section, base: str, chosen: type[MergeMethod] | None) -> tuple[
         first = first_seen.setdefault(_identity(model), i)
         if first != i:
             top.report(f"models[{i}]", f"{show(model)} is models[{first}] again; remove one or change its revision")
-        if base and _identity(model) == _identity(base) and chosen and chosen.name not in BASE_MAY_BE_MERGED:
+        if base and _identity(model) == _identity(base) and chosen and not chosen.of_weights:
             top.report(f"models[{i}]", f"{show(model)} is the base, whose task vector is zero; remove it")
     if chosen is not None and (problem := values.count_problem(len(given), chosen)):
         top.report("models", problem)

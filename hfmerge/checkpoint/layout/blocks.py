@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from hfmerge.task_vector import WHOLE, Block
+from hfmerge.task_vector import WHOLE, Segment
 
 
 if TYPE_CHECKING:
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
     from hfmerge.checkpoint.layout.conversion import Group
 
-Blocks = tuple[Block, ...]
+Blocks = tuple[Segment, ...]
 Cut = tuple[int, tuple[tuple[str, int], ...]]
 """How rows are shared out: the number of repetitions, and (label, rows) of each part within one repetition."""
 
-MATRIX: Blocks = (Block(matrix=True),)
-TRANSPOSED: Blocks = (Block(matrix=True, transposed=True),)
+MATRIX: Blocks = (Segment(matrix=True),)
+TRANSPOSED: Blocks = (Segment(matrix=True, transposed=True),)
 UNSPLIT: Blocks = (WHOLE,)
 
 
@@ -74,7 +74,7 @@ def _cut(cut: Cut | None, axis: int, transposed: bool = False, expert: int | Non
     start = 0
     for label, size in parts:
         ranges = tuple((i * stride + start, i * stride + start + size) for i in range(repetitions))
-        blocks.append(Block(prefix + label, True, transposed, expert, axis, ranges))
+        blocks.append(Segment(prefix + label, True, transposed, expert, axis, ranges))
         start += size
     return tuple(blocks)
 
@@ -92,7 +92,7 @@ def _experts(module: nn.Module, name: str, shape: tuple[int, ...]) -> Blocks:
         concatenated = getattr(module, "is_concatenated", True)
         cut = (1, _equal(("gate", "up"), out)) if concatenated else (out // 2, (("gate", 1), ("up", 1)))
     if cut is None:
-        return tuple(Block(f"experts.{i}", True, transposed, i) for i in range(shape[0]))
+        return tuple(Segment(f"experts.{i}", True, transposed, i) for i in range(shape[0]))
     first = _cut(cut, 1 if transposed else 0, transposed, 0)  # the ranges are long where they alternate: share them
     return tuple(
         replace(block, expert=i, label=f"experts.{i}.{block.label}") for i in range(shape[0]) for block in first
@@ -230,7 +230,7 @@ def stored_blocks(group: Group, shape: tuple[int, ...], sizes: tuple[int, ...], 
     if len(shape) == 2:
         return TRANSPOSED if transposed else MATRIX
     if len(shape) == 3:
-        return tuple(Block(f"experts.{i}", True, transposed, i) for i in range(shape[0]))
+        return tuple(Segment(f"experts.{i}", True, transposed, i) for i in range(shape[0]))
     return UNSPLIT
 
 

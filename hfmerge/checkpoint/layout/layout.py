@@ -11,7 +11,7 @@ from hfmerge.checkpoint.layout.blocks import guessed_blocks, memory_blocks, stor
 from hfmerge.checkpoint.layout.cache import recall, relevant
 from hfmerge.checkpoint.layout.conversion import Group, Renamer, complete, missing, trace
 from hfmerge.checkpoint.layout.skeleton import Shape, Skeleton, build
-from hfmerge.task_vector import WHOLE, Block
+from hfmerge.task_vector import WHOLE, Segment
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Layout:
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
     vocab_axis: dict[str, int]
-    blocks: dict[str, tuple[Block, ...]]
+    blocks: dict[str, tuple[Segment, ...]]
     memory: Memory = field(repr=False, compare=False)
 
     def parameter_of_module(self, path: str) -> str | None:
@@ -246,7 +246,8 @@ def _plain(layout: Layout) -> dict[str, Any] | None:
 def _layout(plain: Mapping[str, Any], origin: str, build: Callable[[], Skeleton]) -> Layout:
     """The layout that `_plain` wrote down."""
     kinds = [
-        tuple(Block(**{**block, "ranges": _tuples(block["ranges"])}) for block in blocks) for blocks in plain["kinds"]
+        tuple(Segment(**{**block, "ranges": _tuples(block["ranges"])}) for block in blocks)
+        for blocks in plain["kinds"]
     ]
     said = plain["memory"]
     memory = Memory(
@@ -369,9 +370,9 @@ def _submodels(skeleton: Skeleton) -> tuple[tuple[str, str], ...]:
     )
 
 
-def _blocks(skeleton: Skeleton, groups: list[Group], shapes: Mapping[str, Shape]) -> dict[str, tuple[Block, ...]]:
+def _blocks(skeleton: Skeleton, groups: list[Group], shapes: Mapping[str, Shape]) -> dict[str, tuple[Segment, ...]]:
     memory = memory_blocks(skeleton.model)
-    blocks: dict[str, tuple[Block, ...]] = {}
+    blocks: dict[str, tuple[Segment, ...]] = {}
     for group in groups:
         shared = [skeleton.ties.get(name, name) for name in group.outputs]
         parts = tuple(memory.get(name, (WHOLE,)) for name in shared)

@@ -22,7 +22,7 @@ from hfmerge.engine.estimate import stream_memory, stream_readers
 from hfmerge.engine.options import RunOptions
 from hfmerge.engine.partition import visit_bytes
 from hfmerge.engine.plan import Param, Plan
-from hfmerge.engine.planner import make_plan
+from hfmerge.engine.planner import build_method, make_plan
 from hfmerge.engine.ranks import Ranks, shares
 from hfmerge.engine.threads import AHEAD, core_count, overlapped, resident_memory
 from hfmerge.errors import Problem, RecipeError
@@ -114,7 +114,7 @@ def inspect_models(
     """Compare a recipe's models; see `Inspection`, which is the same on every process, whatever their number.
 
     Args:
-        recipe: its `method` matters for alpha and variant if it is OPCM (else 0.5 and `code`), and not otherwise.
+        recipe: its `method` gives alpha and variant if it projects as OPCM does (else 0.5 and `code`), and no more.
         origin: names the recipe in errors.
         matrices: fnmatch patterns of tensors to take apart; None: all. Spectra and interference are about these.
         spectral: take matrices apart at all; without it only sums over elements are made.
@@ -127,20 +127,17 @@ def inspect_models(
     """
     start = time.monotonic()
     ranks = ranks or Ranks()
-    alpha, variant = 0.5, "code"
-    if recipe.method.name == OPCM.name:
-        alpha, variant = float(str(recipe.method.options["alpha"])), str(recipe.method.options["variant"])
+    alpha, variant = build_method(recipe).projection or OPCM().projection
     choice = MethodChoice(OPCM.name, {"alpha": alpha, "variant": variant}, "none")
     wanted = dataclasses.replace(recipe, method=choice, state="none", dtype=None, keep_sources=False)
     plan = ranks.each(lambda: make_plan(wanted, origin=origin, code_was_run=code_was_run))
-    assert isinstance(plan.method, OPCM)
     touched = [param for param in plan.params if param.touched]
     chosen = {p.key for p in touched if matrices is None or any(fnmatch.fnmatchcase(p.key, m) for m in matrices)}
     if not any(block.matrix for param in touched if param.key in chosen for block in param.blocks) and matrices:
         raise RecipeError(
             [Problem(parameter("matrices"), f"{', '.join(matrices)} match no matrix that a model changes")], origin
         )
-    asked = Asked(True, TOPS, plan.method.alpha, plan.method.variant)
+    asked = Asked(True, TOPS, alpha, variant)
     plain = dataclasses.replace(asked, spectral=False)
     apart = chosen if spectral else set[str]()
     owners = shares([_cost(param, param.key in apart) for param in touched], ranks.world)
@@ -167,8 +164,8 @@ def inspect_models(
         base=public_name(plan.base),
         models=tuple(public_name(delta.source) for delta in plan.deltas),
         names=names,
-        alpha=plan.method.alpha,
-        variant=plan.method.variant,
+        alpha=alpha,
+        variant=variant,
         whole=_part("model", found),
         layers=tuple(_part(name, parts) for name, parts in by_layer(found).items()),
         spectra=tuple(spectrum for one in found for spectrum in one.spectra),

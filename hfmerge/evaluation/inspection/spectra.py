@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from hfmerge.methods.opcm import project
 from hfmerge.methods.spectral import Variant
-from hfmerge.task_vector import Block, Core, LowRank, TaskVector, cut
+from hfmerge.task_vector import Core, LowRank, Segment, TaskVector, cut
 
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class Asked:
 
 
 def take_apart(
-    key: str, block: Block, taus: Iterable[TaskVector | None], weights: Sequence[float], asked: Asked
+    key: str, block: Segment, taus: Iterable[TaskVector | None], weights: Sequence[float], asked: Asked
 ) -> tuple[list[tuple[float, float]], list[Spectrum]]:
     """Spectra of one matrix, and per model what it holds and what OPCM would clear, both squared norms.
 

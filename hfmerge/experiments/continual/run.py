@@ -23,6 +23,7 @@ from hfmerge import api
 from hfmerge.engine.environment import environment
 from hfmerge.engine.options import RunOptions
 from hfmerge.engine.plan import Plan
+from hfmerge.engine.planner import build_method
 from hfmerge.errors import HeadError
 from hfmerge.evaluation.data import pin_data
 from hfmerge.evaluation.evaluator import Evaluator, Settings
@@ -37,7 +38,6 @@ from hfmerge.experiments.continual.measures import PeakMemory, identity, summed_
 from hfmerge.hashing import canonical_json, sha256_bytes
 from hfmerge.ledger.repository import open_merged
 from hfmerge.methods import registry
-from hfmerge.methods.opcm import OPCM
 from hfmerge.recipe.recipe import Recipe
 from hfmerge.recipe.weights import stored
 from hfmerge.version import __version__
@@ -257,16 +257,16 @@ class _Run:
 
     def inspection(self, variant: Variant, order: Sequence[int]) -> dict[str, Any]:
         """Cosine of task vectors, and what OPCM clears of each model in this order; listed as in the recipe."""
-        opcm = variant.recipe.method.name == OPCM.name
+        projects = build_method(variant.recipe).projection is not None
 
         def work() -> dict[str, Any]:
-            whole = api.inspect(arranged(variant.recipe, order), spectral=opcm).to_dict()["whole"]
+            whole = api.inspect(arranged(variant.recipe, order), spectral=projects).to_dict()["whole"]
             places = [list(order).index(i) for i in range(len(order))]
             return {
                 "order": list(order),
                 "cosine": [[whole["cosine"][i][j] for j in places] for i in places],
                 "norms": [whole["norms"][i] for i in places],
-                "interference": [whole["interference"][i] for i in places] if opcm else None,
+                "interference": [whole["interference"][i] for i in places] if projects else None,
             }
 
         return self._cell(
