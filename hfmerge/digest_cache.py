@@ -22,7 +22,7 @@ from hfmerge.user_files import home, keep_note
 
 SETTLED = 2_000_000_000
 """Nanoseconds that a change must lie back: the coarsest times that file systems keep are two seconds apart."""
-KEPT = 4096
+_KEPT = 4096
 """How many files are remembered; the oldest go first."""
 
 
@@ -41,7 +41,7 @@ def remembered_digest(path: str | Path, hasher: Callable[[str], str] = sha256_fi
         return known[1]
     found = hasher(real)
     if _stamp(real) == stamp and now - max(stamp[-2:]) > SETTLED:
-        keep_note(note, [stamp, found], KEPT)
+        keep_note(note, [stamp, found], _KEPT)
     return found
 
 

@@ -157,20 +157,20 @@ def test_hf_jobs_script_is_what_the_client_takes(tmp_path: Path, nodes: int) -> 
 
 WATCHER = """
 import os, signal, sys, time
-from hfmerge import watch
+from hfmerge.engine import watchdog
 rank, world, port, token = int(os.environ["RANK"]), 3, int(sys.argv[1]), b"secret"
-watch.GRACE = 0.5
+watchdog.GRACE = 0.5
 if rank == 0:
     import socket
-    links = watch.accept(socket.create_server(("127.0.0.1", port)), token, world)
+    links = watchdog.accept(socket.create_server(("127.0.0.1", port)), token, world)
 else:
     for attempt in range(800):
         try:
-            links = watch.connect("127.0.0.1", port, token, rank)
+            links = watchdog.connect("127.0.0.1", port, token, rank)
             break
-        except watch.HfMergeError:
+        except watchdog.HfMergeError:
             time.sleep(0.05)
-seen = watch.Watch(rank, ["a", "b", "c"], links)
+seen = watchdog.Watch(rank, ["a", "b", "c"], links)
 victim = int(sys.argv[2])
 if victim < 0:
     time.sleep(0.1 * rank)
@@ -261,9 +261,9 @@ def test_a_killed_process_is_named_and_the_other_stops_between_two_parameters(ro
 LATE = """
 import sys
 from datetime import timedelta
-from hfmerge import runtime
+from hfmerge.engine import ranks
 from hfmerge.cli.main import main
-runtime.ARRIVAL = timedelta(seconds=2)
+ranks.ARRIVAL = timedelta(seconds=2)
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -25,14 +25,14 @@ NAMES = ("base", "m1", "m2", "m3")
 WORKER = """
 import json, os, sys
 from pathlib import Path
-from hfmerge import publishing
+from hfmerge.lifecycle import publish
 from hfmerge.cli.main import main
-upload = publishing.upload_weights
+upload = publish.upload_weights
 def told(folder, names, repo_id, **options):
     held = sorted(path.name for path in Path(folder).glob("*.safetensors"))
     print("UPLOAD", json.dumps([os.environ["GROUP_RANK"], int(os.environ["RANK"]), names, held]), flush=True)
     return upload(folder, names, repo_id, **options)
-publishing.upload_weights = told
+publish.upload_weights = told
 for arguments in json.loads(sys.argv[1]):
     code = main(arguments)
     if int(os.environ["RANK"]) == 0:

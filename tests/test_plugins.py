@@ -22,7 +22,8 @@ from pretended import ON, beside
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hfmerge.engine import partition as chunks
+from hfmerge import methods
+from hfmerge.engine import partition
 from hfmerge.methods import AdditiveFold, Block, Site, method, option, registry
 from hfmerge.methods.declare import cited
 from hfmerge.task_vector import Dense, LowRank
@@ -36,9 +37,9 @@ MODELS = ("m1", "m2", "a0")
 
 WORKER = """
 import json, sys
-from hfmerge import chunks
 from hfmerge.cli.main import main
-chunks.TILE = chunks.CHUNK = int(sys.argv[1])
+from hfmerge.engine import partition
+partition.TILE = partition._CHUNK = int(sys.argv[1])
 for arguments in json.loads(sys.argv[2]):
     code = main(arguments)
     if code:
@@ -63,10 +64,12 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def installed(site: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The plug-ins, in this process and in those that it starts."""
+    """The plug-ins, in this process, which looks for methods once, and in those that it starts."""
+    methods._installed.cache_clear()
     monkeypatch.syspath_prepend(site)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(site)]))
     yield site
+    methods._installed.cache_clear()
     for name in NAMES:
         sys.modules.pop(name, None)
 
@@ -149,14 +152,14 @@ def test_tiles_and_processes_do_not_show_in_the_bytes(
 
 def test_small_tiles_are_really_cut(root: Path, installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from hfmerge.engine.planner import make_plan
-    from hfmerge.recipe.overrides import recipe_from_flags
+    from hfmerge.recipe.overrides import apply_overrides
 
     models = [str(root / name) for name in ("m1", "m2")]
-    plan = make_plan(recipe_from_flags(models=models, base=str(root / "base"), method="dare_linear"))
-    assert all(chunk.rows is None for chunk in chunks.chunks(plan, plan.params))
-    monkeypatch.setattr(chunks, "TILE", 16)
-    monkeypatch.setattr(chunks, "CHUNK", 16)
-    assert sum(chunk.rows is not None for chunk in chunks.chunks(plan, plan.params)) > 20
+    plan = make_plan(apply_overrides(None, models=models, base=str(root / "base"), method="dare_linear"))
+    assert all(chunk.rows is None for chunk in partition.chunks(plan, plan.params))
+    monkeypatch.setattr(partition, "TILE", 16)
+    monkeypatch.setattr(partition, "_CHUNK", 16)
+    assert sum(chunk.rows is not None for chunk in partition.chunks(plan, plan.params)) > 20
 
 
 def changes(root: Path, name: str) -> dict[str, Tensor]:

@@ -38,9 +38,9 @@ from hfmerge.validation.values import amount, line, nullable, one_of, plain_text
 if TYPE_CHECKING:
     import numpy as np
 
-SCHEMA = "hfmerge/kept/1"
+_SCHEMA = "hfmerge/kept/1"
 MANIFEST = "manifest.json"
-PIECE = 1 << 20
+_PIECE = 1 << 20
 """Bytes that are cut into planes at a time; of a tensor with longer rows, one row."""
 TEXTS = ("README.md", "LICENSE*", "NOTICE*", "merge_history/*.json", "*.index.json")
 """What is kept beside weights and side files: what it is, what it may be used for, and what is in it."""
@@ -64,7 +64,7 @@ class Manifest:
     def to_bytes(self) -> bytes:
         """As it stands in the archive."""
         files = {name: {"size": size, "sha256": digest} for name, (size, digest) in self.files.items()}
-        return canonical_json({"schema": SCHEMA, "base": self.base, "files": files, "against": self.against})
+        return canonical_json({"schema": _SCHEMA, "base": self.base, "files": files, "against": self.against})
 
 
 def kept_files(source: Source, *, remote_code: bool) -> list[str]:
@@ -165,7 +165,7 @@ def _pieces(entry: TensorEntry) -> Iterator[tuple[Rows | None, int]]:
         yield None, entry.nbytes
         return
     each = entry.nbytes // entry.shape[0]
-    step = max(1, PIECE // each)
+    step = max(1, _PIECE // each)
     for at in range(0, entry.shape[0], step):
         stop = min(at + step, entry.shape[0])
         yield (at, stop), (stop - at) * each
@@ -199,7 +199,7 @@ def _elements(planes: bytes, entry: TensorEntry) -> bytes:
 
 _KIND = record(
     {
-        "schema": one_of((SCHEMA,)),
+        "schema": one_of((_SCHEMA,)),
         "base": nullable(line),
         "files": table(
             lambda name: safe_path(line(name).removeprefix("+")), record({"size": amount, "sha256": sha256})

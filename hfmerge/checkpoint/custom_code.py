@@ -15,7 +15,7 @@ from hfmerge.validation.values import show
 from hfmerge.validation.wording import parameter
 
 
-SHOWN = 3
+_SHOWN = 3
 """Names in a message."""
 
 
@@ -51,8 +51,8 @@ def check_allowed(source: Source, *, whole: bool) -> None:
 
 def listed_names(names: Sequence[str]) -> str:
     """The first names, which a stranger has chosen, as a message shows them, and how many more there are."""
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(map(show, names[:SHOWN])) + more
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(map(show, names[:_SHOWN])) + more
 
 
 def _named(config: Mapping[str, Any]) -> Iterator[str]:

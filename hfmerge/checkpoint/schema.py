@@ -107,7 +107,7 @@ COUNTED = re.compile(r"(layers?|blocks|depths?|stages|experts|heads?|types|repea
 """How keys of config.json end under which whole numbers, listed too, say how many modules a class makes."""
 
 
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 """Where weights are looked for; `transformers_weights` in config.json makes transformers read another file."""
 
 
@@ -119,8 +119,8 @@ def _check_values(value: Any) -> None:
             rest += [(str(key), bool(COUNTED.search(str(key).lower())), item) for key, item in one.items()]
         elif isinstance(one, list):
             rest += [(name, counted, item) for item in one]
-        elif name == "transformers_weights" and one is not None and one not in WEIGHTS:
-            raise ValueError(f"{name}: names {show(one)}; rename the file to {WEIGHTS[0]} and remove this key")
+        elif name == "transformers_weights" and one is not None and one not in _WEIGHTS:
+            raise ValueError(f"{name}: names {show(one)}; rename the file to {_WEIGHTS[0]} and remove this key")
         elif isinstance(one, int) and counted | name.endswith("labels"):
             try:
                 (LAYERS if counted else LABELS).check(abs(one))
@@ -148,15 +148,15 @@ ADAPTER = record(
     },
     strict=False,
 )
-INDEX = record({"weight_map": table(tensor_name, safe_path, TENSORS)}, strict=False)
+_INDEX = record({"weight_map": table(tensor_name, safe_path, TENSORS)}, strict=False)
 MODULES = items(record({}, {"path": nullable(plain_text), "type": nullable(plain_text)}, strict=False))
-KINDS: Mapping[str, Kind] = {"config.json": config, "adapter_config.json": ADAPTER, "modules.json": MODULES}
+_KINDS: Mapping[str, Kind] = {"config.json": config, "adapter_config.json": ADAPTER, "modules.json": MODULES}
 """Name of a file -> what it may say; an index is known by its ending."""
 
 
 def kind_of_file(file: str) -> Kind:
     """What a JSON file of a model may say."""
-    return INDEX if file.endswith(".index.json") else KINDS.get(file.rpartition("/")[2], record({}, strict=False))
+    return _INDEX if file.endswith(".index.json") else _KINDS.get(file.rpartition("/")[2], record({}, strict=False))
 
 
 def read_json(pinned: Pinned, file: str) -> Any:

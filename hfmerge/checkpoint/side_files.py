@@ -18,7 +18,7 @@ from hfmerge.hub.download import fetch
 from hfmerge.hub.reference import Pinned
 
 
-PATTERNS = (
+_PATTERNS = (
     "config.json",
     "generation_config.json",
     "decision.json",
@@ -37,7 +37,7 @@ CODE = ("*.py", "[0-9]_*/*.py", "custom_generate/*")
 """What is copied, with the caller's consent alone: code, and what lies beside it."""
 NO_SIDES = (".py", ".pyc", ".so", ".pkl", ".pickle", ".bin", ".pt", ".pth")
 """How names end that are never a side file, whatever they begin with: code, and pickles."""
-ASSETS = (".md", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp")
+_ASSETS = (".md", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp")
 """How names of files end that people may add to a merge: text and pictures for its card, which nothing loads."""
 GIT = (".gitattributes", ".gitignore")
 KEPT_BY_TOOLS = (".git/", ".cache/huggingface/")
@@ -51,7 +51,7 @@ def side_files(base: Pinned, *, remote_code: bool) -> list[str]:
 
 def is_side_file(name: str) -> bool:
     """Whether a file of that name takes part in loading a model, though it holds no weights and no code."""
-    return _fits(name, PATTERNS) and not name.endswith(NO_SIDES)
+    return _fits(name, _PATTERNS) and not name.endswith(NO_SIDES)
 
 
 def is_code(name: str) -> bool:
@@ -61,7 +61,7 @@ def is_code(name: str) -> bool:
 
 def is_asset(name: str) -> bool:
     """Whether people may add a file of that name to a merge: it is for the card or for git, and nothing loads it."""
-    return name.lower().endswith(ASSETS) or name in GIT or name.startswith(KEPT_BY_TOOLS)
+    return name.lower().endswith(_ASSETS) or name in GIT or name.startswith(KEPT_BY_TOOLS)
 
 
 def without_code(value: Any) -> Any:

@@ -14,10 +14,10 @@ from hfmerge.checkpoint.writer import SafetensorsWriter, disk_errors
 from hfmerge.errors import OutputError
 
 
-CHUNK = 1 << 22
+_CHUNK = 1 << 22
 FLUSH = 1 << 26
 """Bytes that are flushed at a time."""
-PATIENCE = 0.2
+_PATIENCE = 0.2
 """Seconds between looks at whether the run has failed."""
 
 
@@ -52,11 +52,11 @@ class Trail:
         with disk_errors(writer.path), open(writer.path, "rb", buffering=0) as file:
             at = flushed = 0
             for name, end in writer.order():
-                while not writer.wait_for(name, PATIENCE):
+                while not writer.wait_for(name, _PATIENCE):
                     if self._stopped:
                         raise CancelledError
                 while at < end:
-                    data = file.read(min(CHUNK, end - at))
+                    data = file.read(min(_CHUNK, end - at))
                     if not data or self._stopped:
                         raise CancelledError if self._stopped else OutputError(f"{writer.path}: cannot be read back.")
                     digest.update(data)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from hfmerge.ledger.log import Step
 
 
-LABELS = {"ok": "ok  ", "approximate": "NEAR", "failed": "FAIL"}
+_LABELS = {"ok": "ok  ", "approximate": "NEAR", "failed": "FAIL"}
 """How a line of a report begins, by verdict."""
 CODES = {"ok": 0, "failed": 1, "approximate": 3}
 """Exit codes of `verify`, by verdict."""
@@ -198,7 +198,7 @@ def _verify(args: argparse.Namespace) -> int:
         )
     else:
         for check in report.checks:
-            say(f"{LABELS[check.verdict]} {check.what}: {check.detail}")
+            say(f"{_LABELS[check.verdict]} {check.what}: {check.detail}")
         if report.commit is not None:
             say(f"checked commit {report.commit}")
         broken = "NOT what its ledger says" if args.certificate is None else "NOT verified"

@@ -21,7 +21,7 @@ from hfmerge.methods.batched_linalg import Company, leave
 from hfmerge.validation.wording import parameter
 
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 CPU = "cpu"
 TURNS = 2
@@ -53,7 +53,7 @@ class Device:
         default_factory=lambda: threading.BoundedSemaphore(TURNS), repr=False, compare=False
     )
 
-    def run(self, work: Callable[[str], T], need: int, what: str) -> T:
+    def run(self, work: Callable[[str], _T], need: int, what: str) -> _T:
         """Result of `work`, called with the place where it computes.
 
         What is too large for the device goes to the CPU, always, so that its bytes do not depend on the moment. What
@@ -82,7 +82,7 @@ class Device:
             self.moved()
         return work(CPU)
 
-    def together(self, works: Sequence[Callable[[Device], T]]) -> list[T]:
+    def together(self, works: Sequence[Callable[[Device], _T]]) -> list[_T]:
         """Results of works on matrices of equal shape, which this device takes apart in common calls.
 
         Args:

@@ -28,7 +28,7 @@ from hfmerge.recipe.weights import weight_at
 from hfmerge.task_vector import Dense, LowRank, Segment, TaskVector, cut, zero
 
 
-Result = TypeVar("Result")
+_Result = TypeVar("_Result")
 
 WATCHED = 8
 """Of one in so many parameters, the last step of an approximating method is compared with the exact one."""
@@ -68,13 +68,13 @@ class Folding:
         """The merged change of every block, from what `fold` kept."""
         return self._placed(self._reread)
 
-    def _placed(self, work: Callable[[], Result]) -> Result:
+    def _placed(self, work: Callable[[], _Result]) -> _Result:
         """`work`, on the device if there are matrices."""
         param = self.chunk.param
         if not any(block.matrix for block in param.blocks):
             return work()
 
-        def at(place: str) -> Result:
+        def at(place: str) -> _Result:
             self._place = place
             # an earlier try may have written some of it before it found no more room
             self.data.take_back()

@@ -13,7 +13,7 @@ from hfmerge.engine.threads import AHEAD
 from hfmerge.methods import MergeMethod
 
 
-CHUNK = 1 << 20
+_CHUNK = 1 << 20
 """Elements of a chunk that is some rows of a larger parameter: enough that handing it out costs nothing beside it."""
 TILE = 1 << 18
 """Elements of a tile: all that is computed of it stays near a core, and calls cost little beside the work on it."""
@@ -99,9 +99,9 @@ def _cut(plan: Plan, param: Param) -> list[Chunk]:
     if not (method.needs == "elements" or surveyed or summed):
         return []
     # plain sums take pieces of their own size
-    tile = TILE if method.plain_sum is None else CHUNK
+    tile = TILE if method.plain_sum is None else _CHUNK
     # a survey needs all rows
-    step = shape[0] if surveyed else max(1, CHUNK // (size // shape[0]))
+    step = shape[0] if surveyed else max(1, _CHUNK // (size // shape[0]))
     return [Chunk(param, (at, min(at + step, shape[0])), tile) for at in range(0, shape[0], step)]
 
 

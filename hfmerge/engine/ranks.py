@@ -24,8 +24,8 @@ from hfmerge.errors import HfMergeError
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-T = TypeVar("T")
-PATIENCE = timedelta(hours=24)
+_T = TypeVar("_T")
+_PATIENCE = timedelta(hours=24)
 """How long a process waits for another: as long as the largest spectral decompositions may take."""
 ARRIVAL = timedelta(minutes=10)
 """How long the processes that came wait for the others when a run begins; torchrun's own rendezvous waits as long."""
@@ -80,7 +80,7 @@ class Ranks:
         if self._watch is not None:
             self._watch.check()
 
-    def gather(self, value: T) -> list[T]:
+    def gather(self, value: _T) -> list[_T]:
         """Every rank's value, in rank order, on every rank.
 
         Raises:
@@ -98,14 +98,14 @@ class Ranks:
                 raise self._watch.explain(error) from error
             raise lost_contact(self.rank, self.world, error) from error
 
-    def each(self, work: Callable[[], T]) -> T:
+    def each(self, work: Callable[[], _T]) -> _T:
         """Run `work` on every rank and give this rank's result; if it fails on one, all ranks raise that error.
 
         Call sequence on each rank: run, exchange errors, raise the own one or else the lowest rank's.
         """
         if self.world == 1:
             return work()
-        result: T | None = None
+        result: _T | None = None
         failed: BaseException | None = None
         told: HfMergeError | None = None
         try:
@@ -122,11 +122,11 @@ class Ranks:
                 raise problem
         return result  # type: ignore[return-value]  # None only if T is None: a failure was raised above
 
-    def together(self, work: Callable[[], T]) -> list[T]:
+    def together(self, work: Callable[[], _T]) -> list[_T]:
         """As `each`, with all results, which must be small, in rank order on every rank."""
         return self.gather(self.each(work))
 
-    def on_main(self, work: Callable[[], T]) -> T:
+    def on_main(self, work: Callable[[], _T]) -> _T:
         """Run `work` on rank 0 alone; its result, or its error, on every rank."""
         return self.together(work if self.main else lambda: None)[0]  # type: ignore[return-value]  # rank 0's, never the None
 
@@ -191,7 +191,7 @@ def current_ranks() -> Ranks:
     begun = torch.distributed.is_initialized()
     met = {} if begun else {"store": _meet(wanted)}
     # on the CPU backend even beside accelerators: what crosses processes are small Python objects
-    state = PartialState(cpu=True, timeout=PATIENCE, **met)
+    state = PartialState(cpu=True, timeout=_PATIENCE, **met)
     if not begun:
         # a thread of the group that lets go of its last tensor once the interpreter is gone would abort the process
         atexit.register(state.destroy_process_group)
@@ -218,7 +218,7 @@ def _meet(wanted: int) -> Store:
             f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} within {ARRIVAL.total_seconds():.0f} seconds "
             f"({str(error).splitlines()[0]}); see what the others printed, and run the same command again."
         ) from error
-    store.set_timeout(PATIENCE)
+    store.set_timeout(_PATIENCE)
     return distributed.PrefixStore("hfmerge", store)
 
 

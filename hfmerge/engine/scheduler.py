@@ -39,7 +39,7 @@ MOVED: Key = ("moved", "", None)
 CHECKING = 0.1
 """Time of comparing a finished chunk with its checksum, as a share of merging it element by element."""
 
-Group = tuple[Chunk, ...]
+_Group = tuple[Chunk, ...]
 Visited = tuple[Norms | None, bool]
 """What a visit found out, and whether an earlier attempt did."""
 
@@ -240,19 +240,19 @@ class Passes:
         results = [zip(group, next(cursors[owner]), strict=True) for group, owner in zip(groups, owners, strict=True)]
         return [(chunk, norms) for result in results for chunk, (norms, _) in result]
 
-    def _groups(self, each: _Pass, at: Mapping[str, int]) -> list[Group]:
+    def _groups(self, each: _Pass, at: Mapping[str, int]) -> list[_Group]:
         """What is visited together: chunks one by one, but on an accelerator matrices of equal shape."""
         # streamed files pass by in their own order
         if self.device.place == CPU or each.name is None or self.plan.recipe.stream:
             return [(chunk,) for chunk in each.chunks]
         return alike(self.plan.method, each.chunks, self.device.room, lambda chunk: at[chunk.param.file])
 
-    def _noted(self, each: _Pass, group: Group) -> list[tuple[Chunk, Finished]] | None:
+    def _noted(self, each: _Pass, group: _Group) -> list[tuple[Chunk, Finished]] | None:
         """What earlier attempts noted of a group that they finished."""
         found = [(chunk, self.past[key]) for chunk in group if (key := each.key(chunk)) in self.past]
         return found if len(found) == len(group) else None
 
-    def _visits(self, each: _Pass, work: Callable[[Visit], Norms | None], group: Group) -> list[Visited]:
+    def _visits(self, each: _Pass, work: Callable[[Visit], Norms | None], group: _Group) -> list[Visited]:
         """Do the work on a group, unless an earlier attempt did all of it: bytes may tell what goes into one call."""
         done = self._noted(each, group)
         if done is not None and self.files.intact(done):
@@ -269,7 +269,7 @@ class Passes:
         return norms, False
 
     def _on_pool(
-        self, visited: Sequence[Group], work: Callable[[Group], list[Visited]], title: str
+        self, visited: Sequence[_Group], work: Callable[[_Group], list[Visited]], title: str
     ) -> list[list[Visited]]:
         from huggingface_hub.utils import tqdm
 
@@ -296,7 +296,7 @@ class Passes:
                 self.ranks.check()
         return results
 
-    def _held(self, group: Group) -> int:
+    def _held(self, group: _Group) -> int:
         """About the bytes that a group's visits hold in the CPU's memory at their peak."""
         if len(group) == 1:
             return held(self.plan, group[0])

@@ -22,7 +22,7 @@ from hfmerge.task_vector import WHOLE, Dense, Segment, TaskVector
 if TYPE_CHECKING:
     from torch import Tensor
 
-HELD = 1 << 20
+_HELD = 1 << 20
 """Elements of all models' task vectors that one visit of a joint method may hold at a time; more are read again."""
 
 
@@ -164,7 +164,7 @@ class Visit:
         self, method: JointMethod, known: Sequence[float] | None
     ) -> tuple[list[tuple[float, ...]], list[TaskVector], tuple[int, ...]]:
         models, param = len(self.files.models), self.chunk.param
-        self.data.remember |= models * math.prod(self.chunk.shape) <= HELD
+        self.data.remember |= models * math.prod(self.chunk.shape) <= _HELD
         squares = [self.data.squared_norms(i, self.data.task_vector(i)) for i in range(models)]
         work = partial(self._combined, method, known)
         if method.needs == "matrix" and any(block.matrix for block in param.blocks):

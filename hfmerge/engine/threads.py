@@ -10,7 +10,7 @@ from typing import TypeVar
 
 
 Work = TypeVar("Work")
-Result = TypeVar("Result")
+_Result = TypeVar("_Result")
 
 AHEAD = 1
 """Visits beyond the cores, which wait for the disk, or for a core, while the others compute."""
@@ -32,13 +32,13 @@ def resident_memory() -> int:
 
 
 def overlapped(
-    work: Callable[[Work], Result],
+    work: Callable[[Work], _Result],
     visits: Sequence[Work],
     needs: Sequence[int],
     *,
     threads: int,
     memory: int | None,
-) -> Generator[Result, None, None]:
+) -> Generator[_Result, None, None]:
     """Results of `work` over the visits, in their order; the first failure ends all, once the running ones are done.
 
     Args:
@@ -52,8 +52,8 @@ def overlapped(
 
     # the number of threads is a property of each thread: what the main thread set does not reach those of the pool
     pool = ThreadPoolExecutor(threads, "hfmerge", torch.set_num_threads, (1,))
-    ordered: deque[Future[Result]] = deque()
-    held: dict[Future[Result], int] = {}
+    ordered: deque[Future[_Result]] = deque()
+    held: dict[Future[_Result], int] = {}
     try:
         for visit, need in zip(visits, needs, strict=True):
             while held and (len(held) >= threads + 1 or (memory is not None and sum(held.values()) + need > memory)):

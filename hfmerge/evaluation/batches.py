@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from hfmerge.engine.ranks import Ranks, shares
 
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Runner:
     tick: Callable[[int], object]
 
     def run(
-        self, lengths: Sequence[int], work: Callable[[Sequence[int]], Sequence[T]], *, budget: int | None = None
-    ) -> list[T]:
+        self, lengths: Sequence[int], work: Callable[[Sequence[int]], Sequence[_T]], *, budget: int | None = None
+    ) -> list[_T]:
         """Results of all rows, in their order, on every process; the same whatever the number of processes.
 
         Args:
@@ -44,8 +44,8 @@ class Runner:
         costs = [float(len(batch) * lengths[batch[0]]) for batch in batches]
         owners = shares(costs, self.ranks.world)
 
-        def mine() -> dict[int, T]:
-            found: dict[int, T] = {}
+        def mine() -> dict[int, _T]:
+            found: dict[int, _T] = {}
             with torch.inference_mode():
                 for batch, owner in zip(batches, owners, strict=True):
                     if owner == self.ranks.rank:
@@ -54,7 +54,7 @@ class Runner:
                         self.tick(len(batch) * self.ranks.world)
             return found
 
-        everyone: dict[int, T] = {}
+        everyone: dict[int, _T] = {}
         for found in self.ranks.together(mine):
             everyone.update(found)
         return [everyone[i] for i in range(len(lengths))]

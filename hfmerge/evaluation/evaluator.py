@@ -25,10 +25,10 @@ from hfmerge.validation.wording import parameter
 
 VERSION = 1
 """Of how scores are computed; raised when the same question would get another answer."""
-DTYPES = ("float32", "bfloat16", "float16", "float64")
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
 EXTRA = {"datasets": "datasets", "sklearn": "scikit-learn"}
 """Modules that evaluation needs and merging does not, and the packages they are in."""
-KEPT = 4096
+_KEPT = 4096
 """Scores kept on this machine."""
 
 
@@ -86,8 +86,8 @@ class Evaluator:
         _check_installed()
         self.device = place_for(self.settings.device or "auto")
         self.dtype = self.settings.dtype or ("float32" if self.device == "cpu" else None)
-        if self.dtype is not None and self.dtype not in DTYPES:
-            raise HfMergeError(f"dtype {self.dtype}: one of {', '.join(DTYPES)} is needed.")
+        if self.dtype is not None and self.dtype not in _DTYPES:
+            raise HfMergeError(f"dtype {self.dtype}: one of {', '.join(_DTYPES)} is needed.")
         self._heads = dict(heads or {})
         self._pins: dict[str, DataPin] = {}
         self._others: dict[str, Subject] = {}
@@ -193,7 +193,7 @@ class Evaluator:
         score = replace(score, seconds=round(time.monotonic() - start, 3))
         question = self._question(subject, task, head)
         if question is not None:
-            self.ranks.on_main(lambda: recall("evaluation", question, score.to_dict, most=KEPT))
+            self.ranks.on_main(lambda: recall("evaluation", question, score.to_dict, most=_KEPT))
         return score
 
     def _advice(self) -> str:

@@ -16,7 +16,7 @@ from hfmerge.validation.quoting import Markdown, markdown
 from hfmerge.validation.strict_json import read_json_file
 
 
-SCHEMA = 1
+_SCHEMA = 1
 """Version of the JSON form; raised when a reader of the old form would misunderstand the new one."""
 LOWER_IS_BETTER = ("perplexity",)
 
@@ -142,7 +142,7 @@ class Matrix:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able, with the schema's version."""
         return {
-            "schema": SCHEMA,
+            "schema": _SCHEMA,
             "suite": {"name": self.suite, "digest": self.suite_digest},
             "settings": dict(self.settings),
             "models": [vars(model) for model in self.models],
@@ -158,8 +158,8 @@ class Matrix:
         Raises:
             HfMergeError: another version of the schema.
         """
-        if data.get("schema") != SCHEMA:
-            raise HfMergeError(f"results of schema {data.get('schema')}; this hfmerge reads schema {SCHEMA}.")
+        if data.get("schema") != _SCHEMA:
+            raise HfMergeError(f"results of schema {data.get('schema')}; this hfmerge reads schema {_SCHEMA}.")
         return cls(
             data["suite"]["name"],
             data["suite"]["digest"],
@@ -262,4 +262,4 @@ def _null(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-__all__ = ["SCHEMA", "Matrix", "ModelInfo", "Score", "TaskInfo", "cell", "load_results", "save_results", "table"]
+__all__ = ["Matrix", "ModelInfo", "Score", "TaskInfo", "cell", "load_results", "save_results", "table"]

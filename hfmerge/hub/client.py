@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from hfmerge.errors import AccessError, HfMergeError, NotFoundError, OfflineError, SourceError
 
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 PASSING = (408, 425, 429, 500, 502, 503, 504)
 """HTTP statuses after which the same request may succeed."""
 
@@ -63,7 +63,7 @@ def asked_wait(headers: Mapping[str, str]) -> float | None:
     return max(0.0, moment.timestamp() - time.time()) if moment is not None else None
 
 
-def patiently(work: Callable[[], T], patience: Patience | None = None) -> T:
+def patiently(work: Callable[[], _T], patience: Patience | None = None) -> _T:
     """Call `work`, again after faults that pass: 429, 5xx, timeouts, cut connections.
 
     Without any connection there is no second try: the caller has a cache to fall back on, or nothing at all.

@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
-TILE = 1 << 16
+_TILE = 1 << 16
 """Elements that are multiplied and summed up at a time, in a core's cache."""
 
 
@@ -240,7 +240,7 @@ def group_of(name: str, groups: Groups) -> str:
     return numbered[0] if numbered else name.partition(".")[0]
 
 
-def _some(value: T | None) -> T:
+def _some(value: _T | None) -> _T:
     assert value is not None
     return value
 
@@ -251,7 +251,7 @@ def _inner(part: TaskVector, gradient: Dense) -> float:
 
     if isinstance(part, LowRank):
         return part.inner(gradient)
-    pieces = zip(part.to_dense().view(-1).split(TILE), gradient.value.view(-1).split(TILE), strict=True)
+    pieces = zip(part.to_dense().view(-1).split(_TILE), gradient.value.view(-1).split(_TILE), strict=True)
     return math.fsum(float(torch.dot(one, other)) for one, other in pieces)
 
 

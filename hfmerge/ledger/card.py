@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 BEGIN, END = "<!-- hfmerge:begin -->", "<!-- hfmerge:end -->"
 FILE = "README.md"
-KEYS = (
+_KEYS = (
     *("base_model", "base_model_relation", "library_name", "pipeline_tag"),
     *("license", "license_name", "license_link", "tags", "hfmerge"),
 )
@@ -245,7 +245,7 @@ def combine_cards(existing: str | None, rendered: str) -> str:
         return rendered
     front, old_block, (before, after) = parse_card(existing)
     new_front, new_block, _ = parse_card(rendered)
-    merged = {**new_front, **{key: value for key, value in front.items() if key not in KEYS}}
+    merged = {**new_front, **{key: value for key, value in front.items() if key not in _KEYS}}
     theirs = front.get("tags")
     tags = [
         *new_front["tags"],
@@ -292,7 +292,7 @@ def card_differs(text: str, entries: Sequence[Entry]) -> str | None:
         return f"{FILE} has no hfmerge block"
     if found != block(entries, facts):
         return f"{FILE}: the marked block is not what {entries[-1].file} gives"
-    for key in KEYS:
+    for key in _KEYS:
         given, wanted = front.get(key), expected.get(key)
         if key == "tags":
             given = [tag for tag in given if tag in expected["tags"]] if isinstance(given, list) else given

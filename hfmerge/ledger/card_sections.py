@@ -59,7 +59,7 @@ TOOL = "hfmerge"
 PREFIX = ".eval_results/hfmerge-"
 """The Hub reads results on registered benchmarks there; files of ours begin so."""
 FRONT = re.compile(r"\A---\r?\n(.*?)\r?\n?---\r?\n?", re.DOTALL)
-INDEX = re.compile(r"^model-index:.*\n(?:[ \t-].*\n|\n(?=[ \t-]))*", re.MULTILINE)
+_INDEX = re.compile(r"^model-index:.*\n(?:[ \t-].*\n|\n(?=[ \t-]))*", re.MULTILINE)
 
 
 def with_scores(text: str, body: str | None, entries: Sequence[Mapping[str, Any]], name: str) -> str:
@@ -83,7 +83,7 @@ def with_scores(text: str, body: str | None, entries: Sequence[Mapping[str, Any]
     wanted |= {"model-index": index} if index else {}
     if wanted != front:
         entry = dump_yaml({"model-index": index}) if index else ""
-        edited = INDEX.sub(lambda _: entry, head, count=1) if INDEX.search(head) else head + entry
+        edited = _INDEX.sub(lambda _: entry, head, count=1) if _INDEX.search(head) else head + entry
         # where the key is written in an unusual way, what the text says is kept and how it was written is not
         head = edited if _parse(edited) == wanted else dump_yaml(wanted)
     return (f"---\n{head}---\n" if head.strip() else "") + with_part(rest, RESULTS, body)

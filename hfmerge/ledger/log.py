@@ -31,7 +31,7 @@ from hfmerge.recipe.weights import shown
 
 
 @dataclass(frozen=True)
-class Commit:
+class _Commit:
     """The commit on the Hub that brought a ledger entry: its id, its authors, and when it was made."""
 
     oid: str
@@ -51,7 +51,7 @@ class Step:
 
     entry: Entry
     digest: str
-    commit: Commit | None
+    commit: _Commit | None
 
     @property
     def norms(self) -> dict[str, float]:
@@ -89,7 +89,7 @@ def steps_of(merged: Merged) -> tuple[tuple[Step, ...], tuple[str, ...]]:
         SourceError: the Hub refuses to list the repository's commits.
     """
     notes: list[str] = []
-    commits: Mapping[str, Commit] = {}
+    commits: Mapping[str, _Commit] = {}
     if merged.pinned.folder is None:
         try:
             if merged.pinned.offline or merged.pinned.gone:
@@ -102,7 +102,7 @@ def steps_of(merged: Merged) -> tuple[tuple[Step, ...], tuple[str, ...]]:
     return steps, tuple(notes)
 
 
-def _commits(merged: Merged) -> dict[str, Commit]:
+def _commits(merged: Merged) -> dict[str, _Commit]:
     """Ledger file -> the commit that brought it: the only one that ever touched it, since no entry is ever changed."""
     api, name, revision = hub_api(), merged.pinned.name, merged.pinned.commit
     with hub_errors(merged.pinned.label):
@@ -114,7 +114,7 @@ def _commits(merged: Merged) -> dict[str, Commit]:
         oid = str(item.last_commit.oid) if getattr(item, "last_commit", None) else None
         if oid in known:
             commit = known[oid]
-            found[str(item.path)] = Commit(oid, tuple(str(author) for author in commit.authors), commit.created_at)
+            found[str(item.path)] = _Commit(oid, tuple(str(author) for author in commit.authors), commit.created_at)
     return found
 
 

@@ -193,7 +193,7 @@ LEARNED = record(
     },
     {"device": line},
 )
-SETTINGS = record(
+_SETTINGS = record(
     {
         **{key.name: key.stored for key in keys_of(Recipe) if key.declared.get("recorded") == "always"},
         "card": table(line, nullable(plain_text)),
@@ -214,7 +214,7 @@ ENTRY = record(
         ),
         "materials": record({"base": material, "models": items(material, MODELS)}),
         "method": method,
-        "settings": SETTINGS,
+        "settings": _SETTINGS,
         "byproducts": record(
             {
                 "scalars": SCALARS,

@@ -33,7 +33,7 @@ from hfmerge.validation.folders import file_in
 
 
 @dataclasses.dataclass
-class Found:
+class _Found:
     """Where sources of a merge are read from, as it is found out.
 
     Attributes:
@@ -62,7 +62,7 @@ def planned_from(
         LedgerError: a folder has moved or changed. NotFoundError: a model is gone from the Hub. In both cases no kept
             copy can take its place. Else what `make` raises.
     """
-    found, useless = Found(dict(merged.refs)), dict[str, str]()
+    found, useless = _Found(dict(merged.refs)), dict[str, str]()
     for material in materials:
         _folders_back(merged, material, found)
     plan: Plan | None = None
@@ -121,7 +121,7 @@ def _downloaded(repository: str, file: str) -> Path:
         )
 
 
-def _folders_back(merged: Merged, material: Material, found: Found) -> None:
+def _folders_back(merged: Merged, material: Material, found: _Found) -> None:
     """Make sure of the folders of a material, with kept copies in the place of those that are not as they were."""
     try:
         reference(material, found.refs)
@@ -135,7 +135,7 @@ def _folders_back(merged: Merged, material: Material, found: Found) -> None:
             raise LedgerError(f"{error} The copy that was kept cannot take its place: {other}") from error
 
 
-def _hub_back(merged: Merged, material: Material, found: Found) -> None:
+def _hub_back(merged: Merged, material: Material, found: _Found) -> None:
     """Bring back what the Hub no longer has of a material."""
     if material.kept is not None:
         gone = [identity for identity, _, _ in lost_places(material) if identity not in found.copies]
@@ -143,7 +143,7 @@ def _hub_back(merged: Merged, material: Material, found: Found) -> None:
             _bring_back(merged, material, gone, found)
 
 
-def _bring_back(merged: Merged, material: Material, identities: Sequence[str], found: Found) -> None:
+def _bring_back(merged: Merged, material: Material, identities: Sequence[str], found: _Found) -> None:
     """Unpack the kept copy of a material, or of the model beneath it.
 
     Args:
@@ -183,7 +183,7 @@ def _bring_back(merged: Merged, material: Material, identities: Sequence[str], f
 class _Base:
     """Opens the base that tensors were packed with, at the first one."""
 
-    def __init__(self, merged: Merged, manifest: Manifest, found: Found, stack: contextlib.ExitStack):
+    def __init__(self, merged: Merged, manifest: Manifest, found: _Found, stack: contextlib.ExitStack):
         self._merged, self._manifest, self._found, self._stack = merged, manifest, found, stack
         self._reader: Reader | None = None
 

@@ -17,7 +17,7 @@ from hfmerge.ledger.repository import Merged
 from hfmerge.validation.wording import call
 
 
-SMALL = 1 << 20
+_SMALL = 1 << 20
 """Bytes up to which a file that the Hub lists without a digest is read for it before any work."""
 
 
@@ -86,7 +86,7 @@ def _listed_digest(pinned: Pinned, name: str) -> str | None:
     info = pinned.files.get(name)
     if info is None:
         return None
-    if info.sha256 is None and (pinned.gone or (info.size <= SMALL and not pinned.offline)):
+    if info.sha256 is None and (pinned.gone or (info.size <= _SMALL and not pinned.offline)):
         return sha256_file(fetch(pinned, name))
     return info.sha256
 

@@ -26,7 +26,7 @@ from hfmerge.validation.wording import call, parameter
 
 CONFIGS = ("config.json", "adapter_config.json", "model_index.json", "params.json", "config.yaml")
 """Names of files, at any depth, that describe a model."""
-ASSETS = (".md", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".gitattributes", ".gitignore")
+_ASSETS = (".md", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".gitattributes", ".gitignore")
 """How names of files end that people put beside a model, and that no push deletes."""
 MAY_WRITE = ("admin", "write", "contributor")
 """Roles in an organisation that may create repositories there."""
@@ -447,4 +447,4 @@ def _of_a_model(name: str) -> bool:
 
 
 def _is_asset(name: str) -> bool:
-    return name.endswith(ASSETS) and name != LICENCES
+    return name.endswith(_ASSETS) and name != LICENCES

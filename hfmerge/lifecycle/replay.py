@@ -55,7 +55,7 @@ ABSENT = object()
 """In the place of a value that an entry does not have."""
 SHARES = ("deviation", "gap", "gap_bound")
 """Scalars that are relative to a change already, and may be zero."""
-SHOWN = 60
+_SHOWN = 60
 """Letters of a value in a message."""
 
 
@@ -239,4 +239,4 @@ def _why_different(merged: Merged, folder: Path, name: str, bounds: Mapping[str,
 def _shown(value: Any) -> str:
     """A value on one line, in plain letters, shortened."""
     text = "nothing" if value is ABSENT else json.dumps(value, sort_keys=True)
-    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."

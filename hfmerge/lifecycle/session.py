@@ -27,7 +27,7 @@ from hfmerge.lifecycle.record import adopt_card
 from hfmerge.recipe.recipe import ModelEntry, Recipe, load_recipe
 
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -71,11 +71,11 @@ class Session:
     options: RunOptions = DEFAULT
     digester: Digester | None = None
 
-    def on_main(self, work: Callable[[], T]) -> T:
+    def on_main(self, work: Callable[[], _T]) -> _T:
         """What `work` gives on rank 0, on all ranks; an error there is raised on all."""
         return self.ranks.on_main(work)
 
-    def each(self, work: Callable[[], T]) -> T:
+    def each(self, work: Callable[[], _T]) -> _T:
         """What `work` gives on every rank; an error on one is raised on all."""
         return self.ranks.each(work)
 

@@ -40,7 +40,7 @@ from hfmerge.validation.limits import LOG_BYTES, LOG_LINE
 from hfmerge.validation.strict_json import read_json, read_limited_stream
 
 
-SCHEMA = "hfmerge/log/1"
+_SCHEMA = "hfmerge/log/1"
 DID = ("verified", "certified", "accepted")
 _SHA256 = re.compile("[0-9a-f]{64}")
 
@@ -59,7 +59,7 @@ class Record:
 
     def to_line(self) -> bytes:
         """The record as its line, without the end."""
-        value = {"schema": SCHEMA, **asdict(self)}
+        value = {"schema": _SCHEMA, **asdict(self)}
         return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
 
     @classmethod
@@ -70,8 +70,8 @@ class Record:
             ValueError, KeyError, TypeError: not a record as hfmerge writes one.
         """
         raw = read_json(line, LOG_LINE)
-        if raw.pop("schema") != SCHEMA:
-            raise ValueError(f"is not of the schema {SCHEMA}")
+        if raw.pop("schema") != _SCHEMA:
+            raise ValueError(f"is not of the schema {_SCHEMA}")
         record = cls(**raw)
         merge, ledger = record.merge, record.ledger
         step = ledger["step"]

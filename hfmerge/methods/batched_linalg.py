@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 if TYPE_CHECKING:
     from torch import Tensor
 
-Found = TypeVar("Found")
+_Found = TypeVar("_Found")
 
 _MINE: ContextVar[tuple[Company, int] | None] = ContextVar("company", default=None)
 """Of which company a thread is a member, and which."""
 
 
-def apart(function: Callable[[Tensor], Found], matrix: Tensor) -> Found:
+def apart(function: Callable[[Tensor], _Found], matrix: Tensor) -> _Found:
     """`function(matrix)`, in one call with what the other members of this thread's company ask for; alone without one.
 
     Args:
@@ -38,7 +38,7 @@ def apart(function: Callable[[Tensor], Found], matrix: Tensor) -> Found:
     if mine is None or matrix.device.type == "cpu":
         return function(matrix)
     company, member = mine
-    found: Found = company.ask(member, function, matrix)
+    found: _Found = company.ask(member, function, matrix)
     return found
 
 
@@ -63,7 +63,7 @@ class Company:
         self._asked: dict[int, tuple[Callable[[Tensor], Any], Tensor, Future[Any]]] = {}
         self._lock = threading.Lock()
 
-    def run(self, member: int, work: Callable[[], Found]) -> Found:
+    def run(self, member: int, work: Callable[[], _Found]) -> _Found:
         """Do a member's work on this thread; it leaves when that ends, or fails."""
         _MINE.set((self, member))
         try:

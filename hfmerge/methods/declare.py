@@ -165,7 +165,7 @@ class Block:
         return torch.from_numpy(values).view(self.shape).to(self.device)
 
 
-class Declared(JointMethod):
+class _Declared(JointMethod):
     """A method made of a function over blocks; its fields are the function's keyword parameters."""
 
     function: ClassVar[Callable[..., Any]]
@@ -266,7 +266,7 @@ class method:  # noqa: N801
 
     # a class can be called as well, and is one of methods then
     @overload
-    def __call__(self, target: Callable[..., Any]) -> type[Declared]: ...  # type: ignore[overload-cannot-match,unused-ignore]
+    def __call__(self, target: Callable[..., Any]) -> type[_Declared]: ...  # type: ignore[overload-cannot-match,unused-ignore]
 
     def __call__(self, target: Any) -> Any:
         if not isinstance(target, type):
@@ -277,7 +277,7 @@ class method:  # noqa: N801
             setattr(target, attribute, value)
         return target
 
-    def _made(self, function: Callable[..., Any]) -> type[Declared]:
+    def _made(self, function: Callable[..., Any]) -> type[_Declared]:
         first, *others = inspect.signature(function).parameters.values()
         if any(other.kind is not other.KEYWORD_ONLY or other.default is other.empty for other in others):
             raise TypeError(f"{self._attributes['name']}: options are keyword parameters with defaults, after a `*`")
@@ -293,7 +293,7 @@ class method:  # noqa: N801
         sources = "; ".join(f"{one.title}, {one.url}" for one in self._attributes["citations"])
         text = f"{inspect.cleandoc(function.__doc__ or function.__name__)}\n\nSource: {sources}."
         space = {**self._attributes, "function": staticmethod(function), "__doc__": text}
-        found = dataclasses.make_dataclass(function.__name__, fields, bases=(Declared,), namespace=space, frozen=True)
+        found = dataclasses.make_dataclass(function.__name__, fields, bases=(_Declared,), namespace=space, frozen=True)
         found.__module__ = function.__module__
         return found
 

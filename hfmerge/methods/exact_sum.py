@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 Sums = Literal["float64", "float32"]
 
-BITS = {"float64": 53, "float32": 24}
+_BITS = {"float64": 53, "float32": 24}
 GRIDS = {"float64": 40, "float32": 20}
 
 
@@ -74,7 +74,7 @@ class AdditiveFold(FoldMethod):
     @property
     def limit(self) -> float:
         """What sums may reach."""
-        return 2.0 ** (BITS[self.sums] - 1) * self.step_size
+        return 2.0 ** (_BITS[self.sums] - 1) * self.step_size
 
     def multiples(self, changes: Tensor, weights: Sequence[float]) -> Tensor:
         """The terms of several changes, float32 (models, ...), as multiples of the step; takes the place of them."""
@@ -197,7 +197,7 @@ class AdditiveFold(FoldMethod):
             finite = term if large else result.nan_to_num(0.0, 0.0, 0.0)
             low, high = float(finite.min()), float(finite.max())
         if max(-low, high) > limit:
-            wide = BITS[self.sums] - math.ceil(math.log2(max(-low, high))) - 5
+            wide = _BITS[self.sums] - math.ceil(math.log2(max(-low, high))) - 5
             raise GridOverflowError(
                 f"a sum of {self.name} reaches {max(-low, high):.3g}, and is exact up to {limit:.3g} only; set the "
                 f"option `grid` to {wide}, which rounds terms to multiples of {2.0**-wide:.1g}."

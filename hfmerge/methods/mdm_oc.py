@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 DEPENDENT = 2.0**-40
 """||d||^2 / ||tau||^2 up to which a task vector counts as a combination of those before it: 2^-20 of its norm, eight
 times the last place of float32, to which task vectors are rounded; the float64 Gram matrix is rounded far below it."""
-PIECE = 1 << 14
+_PIECE = 1 << 14
 """Elements computed with at a time, such that those of all models stay in a core's cache in float64."""
-HELD = 1 << 22
+_HELD = 1 << 22
 """Elements of all models' task vectors of one block that are kept while it is examined; more are read again."""
 
 
@@ -157,7 +157,7 @@ class ModelProducts(Measure):
 
 def gram(taus: Sequence[TaskVector]) -> list[float]:
     """`<tau_s, tau_t>` of a block's task vectors, T x T row by row, in float64; each is that of its pair alone."""
-    if len(taus) * math.prod(taus[0].shape) <= HELD:
+    if len(taus) * math.prod(taus[0].shape) <= _HELD:
         taus = list(taus)
     triangle = []
     for i in range(len(taus)):
@@ -245,4 +245,4 @@ def _narrowed(total: Tensor) -> Tensor:
 
 
 def _pieces(values: Tensor) -> tuple[Tensor, ...]:
-    return values.reshape(-1).split(PIECE)
+    return values.reshape(-1).split(_PIECE)

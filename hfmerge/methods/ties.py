@@ -13,7 +13,7 @@ from hfmerge.methods.trimming import Histograms, KthMagnitudes, kth_magnitude, p
 if TYPE_CHECKING:
     from torch import Tensor
 
-HELD = 1 << 20
+_HELD = 1 << 20
 """Elements of trimmed task vectors that one visit keeps, all models together."""
 
 
@@ -58,7 +58,7 @@ def ties(
         if model.index in held:
             return held[model.index]
         pieces = (_weighted(trim(part, limits[model.index]), model.weight) for part in parts(model.tau))
-        if (len(held) + 1) * size > HELD:
+        if (len(held) + 1) * size > _HELD:
             return pieces
         held[model.index] = list(pieces)
         return held[model.index]
@@ -68,7 +68,7 @@ def ties(
         for votes, value in zip(parts(sums), trimmed(model), strict=True):
             votes += value
     # Inf against -Inf elects nothing; a large block's signs take a byte each
-    elected = sums.sign().nan_to_num_(0.0) if size * len(models) <= HELD else _signs(sums)
+    elected = sums.sign().nan_to_num_(0.0) if size * len(models) <= _HELD else _signs(sums)
     sums.zero_()
     shares = torch.zeros_like(sums)
     for model in models:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 Shape = tuple[int, ...]
-SMALL = 10_000
+_SMALL = 10_000
 """Modules that any class may have, whatever is stored: they are made in a second."""
 SMALL_PARAMETER = 1 << 25
 """Elements that any parameter may have."""
@@ -147,7 +147,7 @@ def bounded_by(shapes: Mapping[str, Shape]) -> Iterator[None]:
         nonlocal made
         if threading.get_ident() == me:
             made += 1
-            if made > SMALL:
+            if made > _SMALL:
                 PARTS.check(made // max(1, len(shapes)))
 
     def measure(_module: Any, _name: str, parameter: Any) -> None:

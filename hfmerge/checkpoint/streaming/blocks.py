@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
 
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 SMALL, LARGE = 1 << 20, 8 << 20
 """Bytes: tensors below the first share a block, no block or request is longer than the second."""
 MEMORY = 256 << 20
@@ -85,7 +85,7 @@ class BlockStore:
 
         self._bar = tqdm(total=total, desc="Streaming", unit="B", unit_scale=True, name="hfmerge", disable=None)
 
-    def submit(self, work: Callable[[], T]) -> Future[T]:
+    def submit(self, work: Callable[[], _T]) -> Future[_T]:
         """Run on a thread of the pool. `lock` is held."""
         if self._pool is None:
             self._pool = ThreadPoolExecutor(REQUESTS, "hfmerge-stream")

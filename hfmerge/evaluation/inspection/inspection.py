@@ -33,7 +33,7 @@ from hfmerge.recipe.recipe import MethodChoice, Recipe
 from hfmerge.validation.wording import parameter
 
 
-SCHEMA = 1
+_SCHEMA = 1
 """Version of the JSON form."""
 TOPS = (1, 4, 16, 64)
 """Numbers of leading directions whose share of a change's energy is reported."""
@@ -97,7 +97,7 @@ class Inspection:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able, numbers to six digits; what `evaluation.plots` draws."""
         data = dataclasses.asdict(self)
-        rounded: dict[str, Any] = {"kind": "inspection", "schema": SCHEMA, **_rounded(data)}
+        rounded: dict[str, Any] = {"kind": "inspection", "schema": _SCHEMA, **_rounded(data)}
         return rounded
 
 

@@ -33,7 +33,7 @@ COLOURS = (
 )
 """Told apart by people with any kind of colour vision: Okabe and Ito's, without yellow, and some more."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
-SETTINGS: dict[str, Any] = {
+_SETTINGS: dict[str, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9.0,
     "axes.titlesize": 10.0,
@@ -78,7 +78,7 @@ def styled() -> Iterator[None]:
         raise HfMergeError("pictures need matplotlib: pip install hfmerge[plots].") from error
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update(SETTINGS)
+        matplotlib.rcParams.update(_SETTINGS)
         yield
 
 

@@ -43,7 +43,7 @@ from hfmerge.recipe.weights import stored
 from hfmerge.version import __version__
 
 
-SCHEMA = 1
+_SCHEMA = 1
 """Version of the JSON form, and of what a cell holds."""
 
 
@@ -100,7 +100,7 @@ def run_continual(asked: Experiment, folder: Path, *, notify: Callable[[str], ob
     arrivals = drawn_orders(len(refs), asked.orders, asked.seed)
     return {
         "kind": "continual",
-        "schema": SCHEMA,
+        "schema": _SCHEMA,
         "suite": {"name": asked.suite.name, "digest": asked.suite.digest},
         "settings": {
             "orders": len(arrivals), "seed": asked.seed, "limit": asked.settings.limit,
@@ -289,7 +289,7 @@ class _Run:
         """A cell from its file, or measured and put there in one rename."""
         settings = self.asked.settings
         rows = [self.evaluator.pin(task).digest for task in self.evaluator.suite.tasks]
-        about = [SCHEMA, __version__, self.asked.suite.digest, rows, settings.limit, settings.seed, *key]
+        about = [_SCHEMA, __version__, self.asked.suite.digest, rows, settings.limit, settings.seed, *key]
         path = self.cells / f"{key[0]}-{sha256_bytes(canonical_json(about))[:24]}.json"
         if path.is_file():
             found: dict[str, Any] = json.loads(path.read_bytes())

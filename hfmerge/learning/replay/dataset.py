@@ -17,7 +17,7 @@ from hfmerge.validation.values import amount, line, nullable, one_of, record
 if TYPE_CHECKING:
     from torch import Tensor
 
-SCHEMA = 1
+_SCHEMA = 1
 """Of the file; raised when an older reader would misunderstand it."""
 HEADER = "hfmerge.replay"
 """The only key of the file's metadata: several would come in no fixed order."""
@@ -101,7 +101,7 @@ class Replay:
         from safetensors.torch import save
 
         about = {
-            "schema": SCHEMA, "source": self.source, "kind": self.kind, "generator": self.generator,
+            "schema": _SCHEMA, "source": self.source, "kind": self.kind, "generator": self.generator,
             "seed": self.seed, "scores": self.scores, "pad": self.pad, "held_out": self.held_out,
             "passes": self.passes, "notice": NOTICE,
         }  # fmt: skip
@@ -167,9 +167,9 @@ def load_replay(path: str | Path) -> Replay:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, ValueError) as error:
         raise CorruptFileError(f"{place}: not a readable file of replay rows ({error}); make them again.") from error
-    if not isinstance(about, dict) or about.get("schema") != SCHEMA:
+    if not isinstance(about, dict) or about.get("schema") != _SCHEMA:
         what = f"is of schema {about.get('schema')}" if isinstance(about, dict) else "holds no replay rows"
-        raise CorruptFileError(f"{place}: {what}; this hfmerge reads schema {SCHEMA}; make the rows again.")
+        raise CorruptFileError(f"{place}: {what}; this hfmerge reads schema {_SCHEMA}; make the rows again.")
     inputs, targets = (
         {name.removeprefix(part): value for name, value in tensors.items() if name.startswith(part)}
         for part in ("inputs.", "targets.")
