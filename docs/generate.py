@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import inspect
 import io
 import os
-import re
 import sys
 from collections.abc import Iterator, Mapping
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 from latex2mathml.converter import convert
 from mkdocs.exceptions import PluginError
@@ -25,7 +22,9 @@ from mkdocs.structure.files import File
 import hfmerge
 from hfmerge.cli.main import build_parser, main
 from hfmerge.methods import registry
+from hfmerge.recipe.keys import keys_of
 from hfmerge.recipe.recipe import parse_recipe
+from hfmerge.recipe.reference import default_of_key, recipe_reference, values_of_key
 
 
 VERBS = (
@@ -83,10 +82,9 @@ def overview() -> Iterator[str]:
 def facts(method: Any) -> Iterator[str]:
     """Options, properties, source and citation of one method."""
     yield from ("", "## Options", "", "| option | values | default | meaning |", "|---|---|---|---|")
-    hints = get_type_hints(method)
-    for field in dataclasses.fields(method):
-        meaning = field.metadata.get("help", "")
-        yield f"| `{field.name}` | {_values(hints[field.name], field.metadata)} | {_default(field)} | {meaning} |"
+    for key in keys_of(method):
+        meaning = key.declared.get("help", "")
+        yield f"| `{key.name}` | {values_of_key(key)} | {default_of_key(key)} | {meaning} |"
     yield f"| `norm` | none, mean or a number | `{method.default_norm}` | norm of the merged change |"
     low, high = method.arity
     count = f"exactly {low}" if low == high else f"{low} or more" if high is None else f"{low} to {high}"
@@ -129,56 +127,23 @@ def _quoted(item: Any) -> str:
     return "\n".join(["```text", str(inspect.getdoc(item)), "```"])
 
 
-def _values(hint: Any, limits: Mapping[str, Any]) -> str:
-    """The values that a type and its limits allow, in words."""
-    if get_origin(hint) is Literal:
-        return ", ".join(f"`{value}`" for value in get_args(hint))
-    if get_origin(hint) in (Union, UnionType):
-        return " or ".join(_values(part, limits) for part in get_args(hint))
-    if get_origin(hint) is tuple:
-        return "list"
-    words = {float: "number", int: "whole number", str: "text", bool: "true or false", type(None): "unset"}
-    word = words.get(hint, "mapping")
-    low, high = (None, None) if hint is type(None) else (limits.get("minimum"), limits.get("maximum"))
-    bounds = [] if low is None else [f"at least {low:g}"]
-    bounds += [] if high is None or high > 2**62 else [f"at most {high:g}"]
-    return " ".join([word, ", ".join(bounds)]).strip()
-
-
-def _default(field: Any) -> str:
-    value = field.default
-    if value is dataclasses.MISSING:
-        return "required"
-    if dataclasses.is_dataclass(value):
-        return "its defaults"
-    words = {None: "unset", True: "`true`", False: "`false`", (): "none"}
-    return words[value] if value is None or value in (True, False, ()) and not _number(value) else f"`{value}`"
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def recipe() -> str:
     """The page of all keys of a recipe, from the classes that declare them."""
     learning = hfmerge.Learning
     sections = (
-        ("Keys", hfmerge.Recipe, "The top of the file."),
-        ("A model", hfmerge.ModelEntry, "An item of `models`: a text is the model, a mapping has these keys."),
-        ("learn", learning, "How weights are learned; `learn: {}` takes all defaults."),
-        ("learn.replay", type(learning().replay), "How rows are made to learn from."),
+        ("Keys", "", "The top of the file."),
+        ("A model", "models", "An item of `models`: a text is the model, a mapping has these keys."),
+        ("learn", "learn", "How weights are learned; `learn: {}` takes all defaults."),
+        ("learn.replay", "learn.replay", "How rows are made to learn from."),
     )
     lines = ["# Recipe", "", INTRODUCTION]
-    for title, declared, text in sections:
-        meanings, hints = attributes(declared), get_type_hints(declared)
+    keys = list(recipe_reference())
+    for title, section, text in sections:
         lines += ["", f"## {title}", "", text, "", "| key | values | default | meaning |", "|---|---|---|---|"]
-        for field in dataclasses.fields(declared):
-            if field.name in ("notes", "subtracted"):  # no file says these
-                continue
-            values = _values(hints[field.name], field.metadata)
-            meaning = field.metadata.get("help") or meanings[field.name]
-            meaning = meaning.replace("|", "\\|").replace("None:", "unset:")
-            lines.append(f"| `{field.name}` | {values} | {_default(field)} | {meaning} |")
+        for key in keys:
+            if key.section == section:
+                meaning = key.meaning.replace("|", "\\|")
+                lines.append(f"| `{key.name}` | {key.values} | {key.default} | {meaning} |")
     lines += ["", "Generators, and the passes over the rows that each makes if `steps` is unset:", ""]
     lines += ["| kind of model | generators |", "|---|---|"]
     for kind, generators in sys.modules[type(learning().replay).__module__].GENERATORS.items():
@@ -193,21 +158,6 @@ anything is downloaded. An unknown key is a fault.
 A `method` is a name, or a mapping with `name`, the method's options and `norm`: see [Methods](../methods/index.md).
 A weight is a number, or a mapping from patterns on the names of parameters to numbers: the first pattern that fits
 counts, and the last pattern is `*`."""
-
-
-def attributes(declared: Any) -> dict[str, str]:
-    """Field -> its text in the docstring of a class."""
-    _, _, section = str(inspect.getdoc(declared)).partition("Attributes:\n")
-    found: dict[str, str] = {}
-    names: list[str] = []
-    for line in section.partition("\n\n")[0].splitlines():
-        entry = re.fullmatch(r" {4}(\w[\w, ]*): (.*)", line)
-        if entry:
-            names = entry[1].split(", ")
-            found |= dict.fromkeys(names, entry[2])
-        else:
-            found |= {name: f"{found[name]} {line.strip()}" for name in names}
-    return found
 
 
 def python() -> str:

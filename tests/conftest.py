@@ -1,7 +1,8 @@
 """What holds for all tests: the Hub that they share, and the order in which workers take files."""
 
 import pytest
-from fixtures.hub import hub
+
+from tests.fixtures.hub import hub
 
 
 __all__ = ["hub"]

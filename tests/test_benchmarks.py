@@ -9,10 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
-import tiny
 
 from hfmerge import merge
 from hfmerge.recipe.recipe import parse_recipe
+from tests.fixtures import tiny
 
 
 pytestmark = pytest.mark.slow

@@ -10,13 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import evaluating
-import pages
 import pytest
-import tiny
-from shell import upload
 
 from hfmerge.hubserver.serve import HubServer
+from tests.fixtures import evaluating, pages, tiny
+from tests.fixtures.shell import upload
 
 
 HOW_TO = sorted(path for folder in ("how-to", "concepts") for path in (pages.ROOT / "docs" / folder).glob("*.md"))

@@ -13,13 +13,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import evaluating
 import pytest
-import tiny
 import torch
 import transformers
 import yaml
-from test_replay import wordpieces
+
+from tests.fixtures import evaluating, tiny
+from tests.learning.test_replay import wordpieces
 
 
 ROOT = Path(__file__).resolve().parents[1]

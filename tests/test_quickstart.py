@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pages
 import pytest
 
 from hfmerge.hubserver.serve import HubServer
+from tests.fixtures import pages
 
 
 def test_quickstart(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

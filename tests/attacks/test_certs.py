@@ -14,10 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
-from faultproxy import Fault, FaultProxy
 from huggingface_hub import CommitOperationAdd, HfApi, constants, hf_hub_download
-from test_certificate import KEY, private_bytes, public_line
 
 import hfmerge
 from hfmerge.errors import LedgerError
@@ -28,6 +25,9 @@ from hfmerge.ledger.repository import open_merged
 from hfmerge.lifecycle import verify
 from hfmerge.lifecycle.certificate import check_statement
 from hfmerge.lifecycle.dsse import Envelope, Signature
+from tests.fixtures import tiny
+from tests.fixtures.faultproxy import Fault, FaultProxy
+from tests.lifecycle.test_certificate import KEY, private_bytes, public_line
 
 
 REPO = "certs/merge"

@@ -10,18 +10,18 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from safetensors.torch import load_file
-from shell import upload
 
 import hfmerge
 from hfmerge.engine.options import RunOptions
 from hfmerge.errors import HfMergeError
 from hfmerge.hashing import canonical_json, sha256_bytes
 from hfmerge.hubserver.serve import HubServer
+from tests.fixtures import tiny
+from tests.fixtures.shell import upload
 
 
 MODELS = ("m0", "m1", "m2", "m3")

@@ -21,11 +21,11 @@ import pytest
 from dulwich.object_format import SHA1
 from dulwich.objects import Blob, Commit, Tree
 from dulwich.pack import write_pack_objects
-from hubserver.browser import browser
-from hubserver.harness import USERS, Answer, Hub, commit
-from hubserver.hostile import MARKDOWN, TEXTS, Checker, filled
 
 from hfmerge.cli.main import main
+from tests.hubserver.browser import browser
+from tests.hubserver.harness import USERS, Answer, Hub, commit
+from tests.hubserver.hostile import MARKDOWN, TEXTS, Checker, filled
 
 
 pytestmark = pytest.mark.slow

@@ -20,12 +20,12 @@ from urllib.parse import urlsplit
 
 import lz4.frame
 import pytest
-from hubserver.harness import USERS, Answer, Client, Hub, commit
 
 from hfmerge.cli.main import main
 from hfmerge.hubserver.database import Database
 from hfmerge.hubserver.serve import HubServer
 from hfmerge.hubserver.xorb import chunk_hash, hash_text, tree_hash
+from tests.hubserver.harness import USERS, Answer, Client, Hub, commit
 
 
 pytestmark = pytest.mark.slow

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 
 from hfmerge.checkpoint.archive import read_manifest, unpack
+from tests.fixtures import tiny
 
 
 MB = 1 << 20

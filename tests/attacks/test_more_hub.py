@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
+
+from tests.fixtures import tiny
 
 
 pytestmark = pytest.mark.slow

@@ -12,12 +12,12 @@ from pathlib import Path
 from urllib.request import Request, urlopen
 
 import pytest
-import tiny
-from fixtures.hub import USERS
 from huggingface_hub import HfApi
 
 from hfmerge.hubserver.serve import HubServer
 from hfmerge.ledger.card import BEGIN
+from tests.fixtures import tiny
+from tests.fixtures.hub import USERS
 
 
 pytestmark = pytest.mark.slow

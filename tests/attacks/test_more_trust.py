@@ -10,10 +10,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file, save_file
-from shell import upload
 
 import hfmerge
 from hfmerge.errors import HfMergeError, SourceError
@@ -22,6 +20,8 @@ from hfmerge.evaluation.models import open_subject
 from hfmerge.evaluation.suite import Task
 from hfmerge.hashing import canonical_json, sha256_bytes, sha256_file
 from hfmerge.hubserver.serve import HubServer
+from tests.fixtures import tiny
+from tests.fixtures.shell import upload
 
 
 SMALL = {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 8, "vocab_size": 12}

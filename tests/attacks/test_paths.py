@@ -14,9 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
-from evaluating import TOKENS, labelled, suite
-from fixtures.hub import HOME, USERS
 from huggingface_hub import HfApi
 
 import hfmerge
@@ -25,6 +22,9 @@ from hfmerge.errors import HfMergeError
 from hfmerge.hashing import canonical_json, sha256_file
 from hfmerge.hubserver.importer import import_folder
 from hfmerge.hubserver.serve import HubServer
+from tests.fixtures import tiny
+from tests.fixtures.evaluating import TOKENS, labelled, suite
+from tests.fixtures.hub import HOME, USERS
 
 
 SECRET = "the victim's private key"

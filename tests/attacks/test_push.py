@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
-from faultproxy import Fault, FaultProxy, Gate
-from fixtures.hub import USERS
 from huggingface_hub import CommitOperationAdd, HfApi
 
 from hfmerge.hubserver.importer import import_folder
 from hfmerge.hubserver.serve import HubServer
+from tests.fixtures import tiny
+from tests.fixtures.faultproxy import Fault, FaultProxy, Gate
+from tests.fixtures.hub import USERS
 
 
 pytestmark = pytest.mark.slow

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 
 from hfmerge.hashing import canonical_json, sha256_bytes
 from hfmerge.ledger.card import BEGIN, END, render_card
 from hfmerge.ledger.entry import Entry
+from tests.fixtures import tiny
 
 
 IMAGE = "<img src=x onerror=alert(1)>"

@@ -9,21 +9,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import launching
 import pytest
-import tiny
 import torch
 from cryptography.hazmat.primitives.asymmetric import ed25519
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from safetensors import safe_open
 from safetensors.torch import save_file
-from shell import upload
 
 import hfmerge
 from hfmerge.hashing import canonical_json, sha256_bytes, sha256_file
 from hfmerge.hubserver.serve import HubServer
 from hfmerge.ledger.card import card_facts, licence_note, render_card
 from hfmerge.ledger.entry import check_chain
+from tests.fixtures import launching, tiny
+from tests.fixtures.shell import upload
 
 
 pytestmark = pytest.mark.slow

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from hubserver.harness import Client, Hub
+from tests.hubserver.harness import Client, Hub
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hubserver.harness import Client, Hub
+from tests.hubserver.harness import Client, Hub
 
 
 def test_private(client: Client, hub: Hub) -> None:

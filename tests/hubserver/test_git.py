@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from hubserver.harness import USERS, Client, Hub, commit
+from tests.hubserver.harness import USERS, Client, Hub, commit
 
 
 pytestmark = pytest.mark.slow

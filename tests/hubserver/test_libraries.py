@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hubserver.harness import Client, Hub
+from tests.hubserver.harness import Client, Hub
 
 
 pytestmark = pytest.mark.slow

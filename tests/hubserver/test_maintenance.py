@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from hfmerge.cli.main import main
-from hubserver.harness import Client, Hub, commit
+from tests.hubserver.harness import Client, Hub, commit
 
 
 pytestmark = pytest.mark.slow

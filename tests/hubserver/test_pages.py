@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from hfmerge.hubserver.serve import main_serve
-from hubserver.browser import browser
-from hubserver.harness import Client, Hub, commit
-from hubserver.hostile import Checker
+from tests.hubserver.browser import browser
+from tests.hubserver.harness import Client, Hub, commit
+from tests.hubserver.hostile import Checker
 
 
 pytestmark = pytest.mark.slow

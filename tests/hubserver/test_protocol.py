@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 import pytest
 
-from hubserver.harness import Answer, Hub, commit
+from tests.hubserver.harness import Answer, Hub, commit
 
 
 DATA = bytes(range(256)) * 40

@@ -18,7 +18,7 @@ import pytest
 from hfmerge.errors import HfMergeError, OutputError, PushError
 from hfmerge.hubserver.importer import import_folder
 from hfmerge.hubserver.serve import HubServer, main_run, main_serve
-from hubserver.harness import USERS, Hub, commit
+from tests.hubserver.harness import USERS, Hub, commit
 
 
 pytestmark = pytest.mark.slow

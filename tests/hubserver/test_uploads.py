@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from hfmerge.hubserver.xorb import chunk_hash, hash_text
-from hubserver.harness import Client, Hub
+from tests.hubserver.harness import Client, Hub
 
 
 pytestmark = pytest.mark.slow
