@@ -79,28 +79,9 @@ def make_plan(
     Raises:
         RecipeError: all problems of all models at once. SourceError: the base itself cannot be read.
     """
-    problems = _form(recipe)
     warnings: list[str] = list(recipe.notes)
-    sources: list[Source | None] = []
-    base: Source | None = None
     streaming = Streaming() if recipe.stream else None
-    shared: dict[str, Any] = {"allow_pickle": recipe.allow_pickle, "streaming": streaming, "copies": copies}
-    try:
-        base = describe(recipe.base, **shared)
-        if base.kind != "full":
-            problems.append(
-                Problem("base", f"{base.pinned.label} is an adapter; name the full model it was trained on.")
-            )
-    except HfMergeError as error:
-        problems.append(Problem("base", str(error)))
-    places = [*(f"models[{i}]" for i in range(len(recipe.models))), *(f"leaving[{j}]" for j in range(len(leaving)))]
-    files = () if problems else build_method(recipe).files()
-    for place, entry in zip(places, (*recipe.models, *leaving), strict=True):
-        try:
-            sources.append(describe(entry.model, base=base, beside=files, **shared))
-        except HfMergeError as error:
-            problems.append(Problem(place, str(error)))
-            sources.append(None)
+    places, base, sources, problems = _described(recipe, leaving, streaming, copies)
     if code_was_run and not recipe.trust_remote_code:
         problems += _code_problems(("base", *places), (base, *sources), base)
     if base is None or base.kind != "full":
@@ -110,53 +91,15 @@ def make_plan(
             if source is not None:
                 on_source(source)
     layouts = Layouts(recipe.trust_remote_code)
-    layout = None
-    try:
-        layout = layouts.of(base)
-        if layout.missing:
-            text = f"{base.pinned.label} lacks {some(layout.missing)} of its own class {layout.architecture}."
-            problems.append(Problem("base", text))
-    except HfMergeError as error:
-        problems.append(Problem("base", str(error)))
-    if layout is None:
-        raise RecipeError(problems, origin)
+    layout = _base_layout(base, layouts, problems, origin)
     _check_duplicates(sources[: len(recipe.models)], problems)
-    deltas: list[Delta | None] = []
-    heads: list[tuple[int, Head]] = []
-    sizes: list[int | None] = []
-    for i, source in enumerate(sources):
-        deltas.append(None)
-        sizes.append(None)
-        if source is None:
-            continue
-        try:
-            delta, head, size = match_source(recipe, base, layouts, layout, source, warnings)
-            deltas[i], sizes[i] = delta, size
-            if head is not None and i < len(recipe.models) and not recipe.models[i].subtracted:
-                heads.append((i, head))
-        except HfMergeError as error:
-            problems.append(Problem(places[i], str(error)))
-    for source in (base, *sources):
-        if source is not None and source.pickled:
-            warnings.append(
-                f"{source.pinned.label}: pickled weights have no header, so the file was fetched to read it."
-            )
+    deltas, heads, sizes = _matched(recipe, (base, layout), layouts, sources, places, problems, warnings)
     if not problems:
         _check_slugs(sources[: len(recipe.models)], problems)
     if problems:
         raise RecipeError(problems, origin)
-    everyone = [delta for delta in deltas if delta is not None]
-    whole, gone = everyone[: len(recipe.models)], everyone[len(recipe.models) :]
-    vocabulary = None
-    if gone and any(size is not None for size in sizes):
-        # rows are found by the tokens of the models that are in the merge
-        raise RecipeError([Problem("leaving", "models of differing vocabularies are merged again instead")], origin)
-    if recipe.vocabulary is not None and any(size is not None for size in sizes):
-        rows = {layout.shapes[key][axis] for key, axis in layout.vocab_axis.items()}
-        try:
-            vocabulary = align(recipe.vocabulary, base, min(rows), [d.source for d in whole], sizes)
-        except HfMergeError as error:
-            raise RecipeError([Problem("vocabulary", str(error))], origin) from error
+    whole, gone = deltas[: len(recipe.models)], deltas[len(recipe.models) :]
+    vocabulary = _vocabulary(recipe, base, layout, whole, sizes, leaving=bool(gone), origin=origin)
     method = build_method(recipe)
     params = _params(recipe, base, layout, whole, gone, vocabulary, warnings)
     if not any(param.touched for param in params):
@@ -175,6 +118,110 @@ def make_plan(
     if streaming is not None:
         leave_session(streaming)
     return plan
+
+
+def _described(
+    recipe: Recipe, leaving: Sequence[ModelEntry], streaming: Streaming | None, copies: Mapping[str, Path] | None
+) -> tuple[list[str], Source | None, list[Source | None], list[Problem]]:
+    """Keys of the models in errors; the base; all models, and then those that leave; and what is wrong with them."""
+    problems = _form(recipe)
+    base: Source | None = None
+    shared: dict[str, Any] = {"allow_pickle": recipe.allow_pickle, "streaming": streaming, "copies": copies}
+    try:
+        base = describe(recipe.base, **shared)
+        if base.kind != "full":
+            problems.append(
+                Problem("base", f"{base.pinned.label} is an adapter; name the full model it was trained on.")
+            )
+    except HfMergeError as error:
+        problems.append(Problem("base", str(error)))
+    places = [*(f"models[{i}]" for i in range(len(recipe.models))), *(f"leaving[{j}]" for j in range(len(leaving)))]
+    files = () if problems else build_method(recipe).files()
+    sources: list[Source | None] = []
+    for place, entry in zip(places, (*recipe.models, *leaving), strict=True):
+        try:
+            sources.append(describe(entry.model, base=base, beside=files, **shared))
+        except HfMergeError as error:
+            problems.append(Problem(place, str(error)))
+            sources.append(None)
+    return places, base, sources, problems
+
+
+def _base_layout(base: Source, layouts: Layouts, problems: list[Problem], origin: str) -> Layout:
+    """What the base's stored tensors mean.
+
+    Raises:
+        RecipeError: nobody knows, and what else is wrong.
+    """
+    try:
+        layout = layouts.of(base)
+    except HfMergeError as error:
+        raise RecipeError([*problems, Problem("base", str(error))], origin) from error
+    if layout.missing:
+        text = f"{base.pinned.label} lacks {some(layout.missing)} of its own class {layout.architecture}."
+        problems.append(Problem("base", text))
+    return layout
+
+
+def _matched(
+    recipe: Recipe,
+    base: tuple[Source, Layout],
+    layouts: Layouts,
+    sources: Sequence[Source | None],
+    places: Sequence[str],
+    problems: list[Problem],
+    warnings: list[str],
+) -> tuple[list[Delta], list[tuple[int, Head]], list[int | None]]:
+    """Changes of all models; index and head of those that have one; and sizes of vocabularies that differ."""
+    deltas: list[Delta] = []
+    heads: list[tuple[int, Head]] = []
+    sizes: list[int | None] = []
+    for i, source in enumerate(sources):
+        sizes.append(None)
+        if source is None:
+            continue
+        try:
+            delta, head, size = match_source(recipe, base[0], layouts, base[1], source, warnings)
+        except HfMergeError as error:
+            problems.append(Problem(places[i], str(error)))
+            continue
+        sizes[i] = size
+        deltas.append(delta)
+        if head is not None and i < len(recipe.models) and not recipe.models[i].subtracted:
+            heads.append((i, head))
+    for one in (base[0], *sources):
+        if one is not None and one.pickled:
+            warnings.append(f"{one.pinned.label}: pickled weights have no header, so the file was fetched to read it.")
+    return deltas, heads, sizes
+
+
+def _vocabulary(
+    recipe: Recipe,
+    base: Source,
+    layout: Layout,
+    models: Sequence[Delta],
+    sizes: Sequence[int | None],
+    *,
+    leaving: bool,
+    origin: str,
+) -> Vocabulary | None:
+    """How rows of differing vocabularies meet; None where all have the base's.
+
+    Raises:
+        RecipeError: they cannot be aligned.
+    """
+    if all(size is None for size in sizes):
+        return None
+    if leaving:
+        # rows are found by the tokens of the models that are in the merge
+        raise RecipeError([Problem("leaving", "models of differing vocabularies are merged again instead")], origin)
+    if recipe.vocabulary is None:
+        return None
+    rows = {layout.shapes[key][axis] for key, axis in layout.vocab_axis.items()}
+    try:
+        return align(recipe.vocabulary, base, min(rows), [delta.source for delta in models], sizes)
+    except HfMergeError as error:
+        raise RecipeError([Problem("vocabulary", str(error))], origin) from error
 
 
 def _code_problems(places: Sequence[str], sources: Sequence[Source | None], base: Source | None) -> Iterator[Problem]:

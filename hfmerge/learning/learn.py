@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -145,18 +145,19 @@ def learn(
     how = f"weights learned by {asked.loss}, {found.steps} steps"
     how += f", from those of the first {count} models" if count else ""
     how += f", on {name_of(place)}" if place != CPU else ""
-    if found.fault is not None:
-        how += ", stopped early"
-        warnings.append(
-            f"{found.fault} No further steps were made: the weights are the best of the {found.steps} before."
-        )
-    if found.idle:
-        warnings.append(
-            f"learn: no loss depends on {some([space.groups[i] for i in found.idle])}; the weights there stay where "
-            "they started."
-        )
+    how += ", stopped early" if found.fault is not None else ""
+    warnings += _faults(found, space)
     plan = dataclasses.replace(plan, recipe=dataclasses.replace(plan.recipe, models=entries))
     return _warned(plan, warnings), Learned(replays, information, found, how, space.groups, name_of(place))
+
+
+def _faults(found: Found, space: Space) -> Iterator[str]:
+    """What the user should know of how learning ended."""
+    if found.fault is not None:
+        yield f"{found.fault} No further steps were made: the weights are the best of the {found.steps} before."
+    if found.idle:
+        names = some([space.groups[i] for i in found.idle])
+        yield f"learn: no loss depends on {names}; the weights there stay where they started."
 
 
 def _warned(plan: Plan, warnings: Sequence[str]) -> Plan:

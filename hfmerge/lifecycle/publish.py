@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -192,25 +192,41 @@ def push_folder(
         )  # fmt: skip
     tag = None
     if not create_pr:
-        if any(name.startswith(f"{FOLDER}/") for name in opened.lost):
-            notes.extend(_untagged(api, repo_id))
-        again = f"push the folder to {repo_id} again to make up for it"
-        try:
-            with hub_errors(repo_id):
-                tag = _tag(api, repo_id, made.oid, last, notes)
-        except HfMergeError as error:
-            notes.append(f"published, but without the tag {_tag_name(last)}; {again} ({error})")
-        try:
-            with hub_errors(repo_id):
-                if kept:
-                    # once more, since somebody else's clean-up may have read the ledger before this commit
-                    publish_states()
-                _tidy(api, repo_id, made.oid, last, opened.strange)
-        except HfMergeError as error:
-            notes.append(f"published, but obsolete states are still on the branch {STATE_BRANCH}; {again} ({error})")
-        seen = remember_steps(repository_place(repo_id), {e.step: sha256_bytes(history[e.file]) for e in entries})
-        notes.extend(() if seen is None else (seen,))
+        tag = _after_commit(api, repo_id, made.oid, opened, publish_states if kept else None, notes)
     return Pushed(repo_id, made.oid, made.url, made.pull_request, tag, tuple(notes))
+
+
+def _after_commit(
+    api: Any, repo_id: str, oid: str, opened: Opened, again: Callable[[], None] | None, notes: list[str]
+) -> str | None:
+    """Tag the commit, clear the branch of states and remember the history. What fails is said in a note.
+
+    Args:
+        again: publishes the states once more.
+
+    Returns:
+        The tag, or None.
+    """
+    entries, history, last, tag = opened.entries, opened.history, opened.entries[-1], None
+    if any(name.startswith(f"{FOLDER}/") for name in opened.lost):
+        notes.extend(_untagged(api, repo_id))
+    advice = f"push the folder to {repo_id} again to make up for it"
+    try:
+        with hub_errors(repo_id):
+            tag = _tag(api, repo_id, oid, last, notes)
+    except HfMergeError as error:
+        notes.append(f"published, but without the tag {_tag_name(last)}; {advice} ({error})")
+    try:
+        with hub_errors(repo_id):
+            if again is not None:
+                # once more, since somebody else's clean-up may have read the ledger before this commit
+                again()
+            _tidy(api, repo_id, oid, last, opened.strange)
+    except HfMergeError as error:
+        notes.append(f"published, but obsolete states are still on the branch {STATE_BRANCH}; {advice} ({error})")
+    seen = remember_steps(repository_place(repo_id), {e.step: sha256_bytes(history[e.file]) for e in entries})
+    notes.extend(() if seen is None else (seen,))
+    return tag
 
 
 def _untagged(api: Any, repo_id: str) -> list[str]:

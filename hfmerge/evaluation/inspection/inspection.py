@@ -159,11 +159,10 @@ def inspect_models(
     for part in ranks.together(mine):
         everyone |= part
     found = [everyone[param.key] for param in touched]
-    names = tuple(delta.source.slug for delta in plan.deltas)
     return Inspection(
         base=public_name(plan.base),
         models=tuple(public_name(delta.source) for delta in plan.deltas),
-        names=names,
+        names=tuple(delta.source.slug for delta in plan.deltas),
         alpha=alpha,
         variant=variant,
         whole=_part("model", found),
