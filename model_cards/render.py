@@ -22,7 +22,7 @@ from hfmerge.hashing import sha256_bytes
 from hfmerge.hub.reference import parse_ref
 from hfmerge.ledger.card import card_facts, render_card
 from hfmerge.ledger.card_sections import with_part
-from hfmerge.ledger.entry import Entry, Material, settings_of
+from hfmerge.ledger.entry import Entry, Material, MethodUsed, RunScalars, settings_of
 from hfmerge.recipe.recipe import Recipe, load_recipe
 from hfmerge.recipe.weights import Weight
 
@@ -63,16 +63,11 @@ def golden_card(recipe: Recipe, repo_id: str) -> str:
         how=f"merged {len(models)} models in order of arrival",
         base=base,
         models=models,
-        method={
-            "name": recipe.method.name,
-            "version": 1,
-            "options": recipe.method.options,
-            "norm": recipe.method.norm,
-        },
+        method=MethodUsed(recipe.method.name, 1, recipe.method.options, recipe.method.norm),
         settings=settings_of(
             recipe, {"library_name": "transformers", "pipeline_tag": None, "architecture": "AutoModel"}
         ),
-        scalars={"scale": 1.0, "merged_norm": 2.0},
+        scalars=RunScalars(1.0, 2.0),
         states=() if recipe.learn else (KeptState(len(models), sha256_bytes(b"state"), 1000),),
         products={"model.safetensors": sha256_bytes(b"weights")},
         environment={"hfmerge": "0.1.0"},

@@ -186,11 +186,11 @@ def print_result(args: argparse.Namespace, result: Any, more: Mapping[str, Any] 
                 "models": [model.identity for model in entry.models],
                 "how": entry.how,
                 "products": dict(entry.products),
-                "scale": entry.scalars["scale"],
-                "merged_norm": entry.scalars["merged_norm"],
-                "deviation": entry.scalars.get("deviation"),
-                "gap": entry.scalars.get("gap"),
-                "gap_bound": entry.scalars.get("gap_bound"),
+                "scale": entry.scalars.scale,
+                "merged_norm": entry.scalars.merged_norm,
+                "deviation": entry.scalars.deviation,
+                "gap": entry.scalars.gap,
+                "gap_bound": entry.scalars.gap_bound,
                 "norms": [(model.squared_norm or 0.0) ** 0.5 for model in entry.models],
                 "seconds": dict(result.seconds),
                 "processes": result.processes,
@@ -212,12 +212,12 @@ def print_result(args: argparse.Namespace, result: Any, more: Mapping[str, Any] 
     say(f"{entry.action} (step {entry.step}): {entry.how}, {result.seconds['total']:.1f} s{crew}")
     for model in entry.models:
         say(f"  {model.label:<48} weight {shown(model.weight):<6} norm {(model.squared_norm or 0.0) ** 0.5:.4g}")
-    say(f"  norm of the merged change: {entry.scalars['merged_norm']:.4g}")
-    if "deviation" in entry.scalars:
-        say(f"  off the exact last step by up to {entry.scalars['deviation']:.1e} of a change, by sample")
+    say(f"  norm of the merged change: {entry.scalars.merged_norm:.4g}")
+    if entry.scalars.deviation is not None:
+        say(f"  off the exact last step by up to {entry.scalars.deviation:.1e} of a change, by sample")
     if entry.action == "subtract":
-        bound = f"up to {entry.scalars['gap_bound']:.3g}" if "gap_bound" in entry.scalars else "an unknown part"
-        measured = f"measured {entry.scalars['gap']:.3g}" if "gap" in entry.scalars else "not measured"
+        bound = f"up to {entry.scalars.gap_bound:.3g}" if entry.scalars.gap_bound is not None else "an unknown part"
+        measured = f"measured {entry.scalars.gap:.3g}" if entry.scalars.gap is not None else "not measured"
         say(f"  NOT a removal: off the merge that never saw them by {bound} of the merged change ({measured})")
     if (streamed := result.streamed) is not None:
         checked, files = len(streamed.verified), len(streamed.verified) + len(streamed.unverified)

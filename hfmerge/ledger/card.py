@@ -56,7 +56,7 @@ def metadata(entries: Sequence[Entry], facts: Mapping[str, Any]) -> dict[str, An
     if facts.get("pipeline_tag"):
         data["pipeline_tag"] = facts["pipeline_tag"]
     data |= licence([last.base, *last.models])
-    data["tags"] = ["merge", "hfmerge", last.method["name"]]
+    data["tags"] = ["merge", "hfmerge", last.method.name]
     pointer = {"ledger": last.file, "sha256": last.digest, "steps": last.step}
     data["hfmerge"] = pointer | ({"repo": facts["repo_id"]} if facts.get("repo_id") else {})
     return data
@@ -117,7 +117,7 @@ def block(entries: Sequence[Entry], facts: Mapping[str, Any]) -> str:
     last = entries[-1]
     me = facts.get("repo_id") or "path/to/this/folder"
     any_head = any(m.head for m in last.models)
-    method = registry().get(last.method["name"])
+    method = registry().get(last.method.name)
     architecture = str(facts["architecture"])
     text = _template().render(
         title=me.rpartition("/")[2] if facts.get("repo_id") else "Merged model",
@@ -125,10 +125,10 @@ def block(entries: Sequence[Entry], facts: Mapping[str, Any]) -> str:
         library=facts["library_name"],
         architecture=Markdown(architecture if architecture.isidentifier() else "AutoModel"),
         method=last.method,
-        norm=last.method["norm"],
+        norm=last.method.norm,
         base_link=_link(last.base),
         base_pin=_pin(last.base),
-        merged_norm=f"{last.scalars['merged_norm']:.4g}",
+        merged_norm=f"{last.scalars.merged_norm:.4g}",
         models=[
             {
                 "link": _link(m),
@@ -169,11 +169,11 @@ def public_recipe(entry: Entry) -> dict[str, Any]:
     for m in entry.models:
         ref = _recipe_ref(m)
         models.append(ref if m.weight == 1.0 else {"model": ref, "weight": written(m.weight)})
-    norm = entry.method["norm"]
+    norm = entry.method.norm
     data: dict[str, Any] = {
         "base": _recipe_ref(entry.base),
         "models": models,
-        "method": {"name": entry.method["name"], **entry.method["options"], "norm": norm},
+        "method": {"name": entry.method.name, **entry.method.options, "norm": norm},
     }
     for key in keys_of(Recipe):
         value = entry.settings.get(key.name)

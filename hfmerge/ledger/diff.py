@@ -81,7 +81,7 @@ def compare(before: Entry, after: Entry) -> Difference:
     seconds = tuple(places[id(b)] for b in after.models if id(b) in places)
     norms = {b.label: (_norm(a), _norm(b)) for a, b in same if _norm(a) != _norm(b)}
     for name, key in (("merged", "merged_norm"), ("scale", "scale")):
-        values = float(before.scalars[key]), float(after.scalars[key])
+        values = float(getattr(before.scalars, key)), float(getattr(after.scalars, key))
         if values[0] != values[1]:
             norms[name] = values
     return Difference(
@@ -111,7 +111,8 @@ def _norm(material: Material) -> float:
 
 
 def _method(entry: Entry) -> dict[str, Any]:
-    return {key: entry.method[key] for key in ("name", "version", "norm")} | dict(entry.method["options"])
+    method = entry.method
+    return {"name": method.name, "version": method.version, "norm": method.norm, **method.options}
 
 
 def _pairs(before: Sequence[Material], after: Sequence[Material]) -> list[tuple[Material, Material]]:

@@ -113,6 +113,45 @@ class Material:
 
 
 @dataclass(frozen=True)
+class MethodUsed:
+    """The method of a step: its name, its version, its options in the order of their names, and `norm` (`Recipe`)."""
+
+    name: str
+    version: int
+    options: Mapping[str, Any]
+    norm: float | str
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {"name": self.name, "version": self.version, "options": dict(self.options), "norm": self.norm}
+
+
+@dataclass(frozen=True)
+class RunScalars:
+    """Numbers of a step.
+
+    Attributes:
+        scale: what the read-out was multiplied with.
+        merged_norm: Frobenius norm of the merged change.
+        deviation: of a randomized run its greatest measured deviation.
+        grid: the step of exact sums.
+        gap_bound: of a subtraction a bound of its gap to the exact removal, relative to the merged change.
+        gap: that gap, where it was measured.
+    """
+
+    scale: float
+    merged_norm: float
+    deviation: float | None = None
+    grid: float | None = None
+    gap_bound: float | None = None
+    gap: float | None = None
+
+    def to_dict(self) -> dict[str, float]:
+        """JSON-able; without those that do not apply."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
 class Entry:
     """One action.
 
@@ -124,12 +163,10 @@ class Entry:
             "rebase" the new base.
         how: one line on how the result was computed.
         base, models: materials, the models in order of arrival.
-        method: name, version, options, norm.
+        method: that made the weights.
         settings: the keys of the recipe that are declared to be recorded, and what the card says of the base (`card`).
             Consents are true where the merge needed them, which allows nobody anything.
-        scalars: scale, merged_norm; of a randomized run its greatest measured deviation; the step of exact sums
-            (`grid`); of a subtraction its gap to the exact removal, relative to the merged change (`gap_bound`, and
-            `gap` where it was measured).
+        scalars: numbers of the run.
         states: kept states.
         products: path -> SHA-256 of every file of the output but card, ledger and states.
         environment: versions, device and arithmetic the bytes depend on; its `fingerprint` (see `environment`) is None
@@ -147,9 +184,9 @@ class Entry:
     how: str
     base: Material
     models: tuple[Material, ...]
-    method: Mapping[str, Any]
+    method: MethodUsed
     settings: Mapping[str, Any]
-    scalars: Mapping[str, float]
+    scalars: RunScalars
     states: tuple[KeptState, ...]
     products: Mapping[str, str]
     environment: Mapping[str, Any]
@@ -207,10 +244,10 @@ class Entry:
                 "parent": self.parent,
                 "action": action,
                 "materials": {"base": self.base.to_dict(), "models": [model.to_dict() for model in self.models]},
-                "method": dict(self.method),
+                "method": self.method.to_dict(),
                 "settings": dict(self.settings),
                 "byproducts": {
-                    "scalars": dict(self.scalars),
+                    "scalars": self.scalars.to_dict(),
                     "states": [{"count": s.count, "sha256": s.sha256, "nbytes": s.nbytes} for s in self.states],
                     **({} if self.learned is None else {"learned": dict(self.learned)}),
                 },
@@ -241,9 +278,9 @@ class Entry:
             how=raw["action"]["how"],
             base=Material.from_dict(raw["materials"]["base"]),
             models=tuple(Material.from_dict(model) for model in raw["materials"]["models"]),
-            method=raw["method"],
+            method=MethodUsed(**raw["method"]),
             settings=raw["settings"],
-            scalars=raw["byproducts"]["scalars"],
+            scalars=RunScalars(**raw["byproducts"]["scalars"]),
             states=tuple(KeptState(**state) for state in raw["byproducts"]["states"]),
             products=raw["products"],
             environment=raw["environment"],
@@ -401,7 +438,7 @@ def recipe_of(entry: Entry, refs: Mapping[str, str], consent: Consent, *, base: 
     recipe = Recipe(
         base=reference(entry.base, refs) if base is None else base,
         models=tuple(ModelEntry(reference(model, refs), model.weight, model.subtracted) for model in entry.models),
-        method=MethodChoice(entry.method["name"], dict(entry.method["options"]), entry.method["norm"]),
+        method=MethodChoice(entry.method.name, dict(entry.method.options), entry.method.norm),
         **settings,
     )
     ran_code = consent.trust_remote_code and entry.ran_code

@@ -61,7 +61,7 @@ class Step:
     @property
     def merged_norm(self) -> float:
         """Frobenius norm of the merged task vector."""
-        return float(self.entry.scalars["merged_norm"])
+        return float(self.entry.scalars.merged_norm)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able summary; the entry itself is the ledger's file."""
@@ -72,7 +72,7 @@ class Step:
             "models": list(entry.subjects),
             "how": entry.how,
             "restored": entry.restored,
-            "method": {"name": entry.method["name"], **entry.method["options"], "norm": entry.method["norm"]},
+            "method": {"name": entry.method.name, **entry.method.options, "norm": entry.method.norm},
             "norms": self.norms,
             "merged_norm": self.merged_norm,
             "digest": self.digest,
@@ -159,9 +159,9 @@ def title(step: Step) -> str:
 
 def method(entry: Entry) -> str:
     """A method with its options, in one line."""
-    options = " ".join(f"{name}={value}" for name, value in entry.method["options"].items())
-    rescaled = "" if entry.method["norm"] == "none" else f"norm={entry.method['norm']}"
-    return " ".join(part for part in (entry.method["name"], options, rescaled) if part)
+    options = " ".join(f"{name}={value}" for name, value in entry.method.options.items())
+    rescaled = "" if entry.method.norm == "none" else f"norm={entry.method.norm}"
+    return " ".join(part for part in (entry.method.name, options, rescaled) if part)
 
 
 def _changes(before: Entry | None, after: Entry) -> Iterator[str]:

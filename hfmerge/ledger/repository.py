@@ -182,7 +182,7 @@ def note_places(entry: Entry, folder: Path | None, places: Mapping[str, str]) ->
 def _note(entry: Entry) -> Path:
     models = [[one.identity, one.beneath, stored(one.weight), one.subtracted] for one in entry.models]
     settings = {key: entry.settings.get(key) for key in ("dtype", "include", "exclude", "vocabulary", "learn")}
-    merge = [entry.base.identity, models, dict(entry.method), settings]
+    merge = [entry.base.identity, models, entry.method.to_dict(), settings]
     return home("places", f"{sha256_bytes(canonical_json(merge))}.json")
 
 

@@ -50,8 +50,8 @@ def _admit_merge(asked: Recipe, to: Destination, options: RunOptions) -> None:
     def again(entry: Entry) -> bool:
         """Whether an entry is this very merge, as far as the recipe says."""
         method, weights = entry.method, [model.weight for model in entry.models]
-        alike = entry.action == "merge" and method["name"] == asked.method.name and method["norm"] == asked.method.norm
-        alike = alike and all(method["options"].get(k) == v for k, v in asked.method.options.items())
+        alike = entry.action == "merge" and (method.name, method.norm) == (asked.method.name, asked.method.norm)
+        alike = alike and all(method.options.get(k) == v for k, v in asked.method.options.items())
         alike = alike and (asked.learn is not None or weights == [model.weight for model in asked.models])
         return alike and {p.name for p in parts(entry)} == {p.name for p in inputs if p.role != SNAPSHOT}
 

@@ -105,7 +105,7 @@ def plan_subtract(merged: Merged, names: Sequence[str], *, measure: bool = False
             models exactly at the same price, or knows no subtraction.
     """
     last = merged.last
-    name = last.method["name"]
+    name = last.method.name
     method = registry().get(name, MergeMethod)
     exactly = f"leave out {parameter('mode')}"
     if method.additive:
@@ -177,7 +177,7 @@ def plan_models(
     last = merged.last
     common = leading(wanted) if base is None else ()
     warnings: list[str] = []
-    method = registry().get(last.method["name"], MergeMethod)
+    method = registry().get(last.method.name, MergeMethod)
     for start in starts(merged, method, common, len(wanted), warnings):
         try:
             plan = _plan_from(merged, start, wanted, base, stream)
@@ -253,7 +253,7 @@ def _unchanged(
 
 
 def _how(last: Entry, start: Start | None, plan: Plan, method: type[MergeMethod]) -> str:
-    name, total = last.method["name"], len(plan.deltas)
+    name, total = last.method.name, len(plan.deltas)
     if plan.subtracted:
         names = ", ".join(plan.deltas[i].source.name for i in plan.subtracted)
         where = f"the kept state after model {start.prior.count}" if start else f"the merge of all {total} models"

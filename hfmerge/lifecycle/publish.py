@@ -378,7 +378,7 @@ def _message(entry: Entry) -> str:
         "rebase": f"Rebase onto {names}",
         "restore": f"Restore step {entry.restored}",
     }[entry.action]
-    return f"{done} with hfmerge ({entry.method['name']}, step {entry.step})"
+    return f"{done} with hfmerge ({entry.method.name}, step {entry.step})"
 
 
 def _stale(remote: Mapping[str, Any], entries: Sequence[Entry], pictures: Sequence[str]) -> list[str]:

@@ -24,7 +24,7 @@ from hfmerge.hub.download import fetch, pin
 from hfmerge.hub.reference import Place
 from hfmerge.ledger.card import FILE, card_facts, card_pointer, combine_cards, licence_note, parse_card, render_card
 from hfmerge.ledger.card_sections import PREFIX, with_part, without_scores
-from hfmerge.ledger.entry import Entry, Material, same_prefix, settings_of
+from hfmerge.ledger.entry import Entry, Material, MethodUsed, RunScalars, same_prefix, settings_of
 from hfmerge.ledger.repository import Merged, ledger_in, parts_of, state_path
 from hfmerge.lifecycle.changes import Change
 from hfmerge.recipe.weights import Weight
@@ -181,21 +181,10 @@ def entry_of(
         how=change.how,
         base=base,
         models=tuple(models),
-        method={
-            "name": method.name,
-            "version": method.version,
-            # in the order in which the ledger's file gives them back
-            "options": dict(sorted(recipe.method.options.items())),
-            "norm": planned.norm,
-        },
+        # options in the order in which the ledger's file gives them back
+        method=MethodUsed(method.name, method.version, dict(sorted(recipe.method.options.items())), planned.norm),
         settings=settings,
-        scalars={
-            "scale": outcome.scale,
-            "merged_norm": outcome.merged_norm,
-            **({} if outcome.deviation is None else {"deviation": outcome.deviation}),
-            **method.scalars(),
-            **gap,
-        },
+        scalars=RunScalars(outcome.scale, outcome.merged_norm, outcome.deviation, **method.scalars(), **gap),
         states=outcome.states,
         products=outcome.products,
         environment={**outcome.environment, **({"fingerprint": None} if mixed else {})},

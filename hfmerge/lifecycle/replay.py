@@ -128,7 +128,7 @@ def _gap(merged: Merged, plan: Plan, outcome: Outcome, folder: Path) -> dict[str
     """The gap of a subtraction, measured if the ledger says that it was."""
     if not plan.subtracted:
         return {}
-    exact = plan_replay(merged, never=True) if "gap" in merged.last.scalars else None
+    exact = plan_replay(merged, never=True) if merged.last.scalars.gap is not None else None
     return gap_of(plan, outcome, folder, exact)
 
 

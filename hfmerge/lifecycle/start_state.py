@@ -34,7 +34,7 @@ def starts(
         warnings: takes what was passed over.
     """
     last = merged.last
-    if not method.is_fold or last.method["version"] != method.version:
+    if not method.is_fold or last.method.version != method.version:
         return
     if last.settings["vocabulary"] == "union" or "learn" in last.settings:
         # the output's rows, or all weights, depend on all models, so no earlier state fits

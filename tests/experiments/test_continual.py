@@ -177,7 +177,7 @@ def test_an_experiment_says_what_merging_by_hand_says(world: Path, tmp_path: Pat
             assert step["accuracy"] == pytest.approx(
                 sum(wanted[tasks[i]].value for i in order["order"][: t + 1]) / (t + 1)  # type: ignore[union-attr]
             )
-            assert step["norm"] == pytest.approx(float(merged.entry.scalars["merged_norm"]))
+            assert step["norm"] == pytest.approx(float(merged.entry.scalars.merged_norm))
             assert step["drift"] == pytest.approx(1.0)  # the norm that OPCM keeps
             assert ("continued from the kept state" in step["how"]) == (t > 0)
         assert order["metrics"]["accuracy"] == order["steps"][-1]["accuracy"]

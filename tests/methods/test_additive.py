@@ -227,7 +227,7 @@ def test_the_step_of_the_sums_is_in_the_ledger(tmp_path: Path) -> None:
     for option, step in (({}, 2.0**-40), ({"sums": "float32"}, 2.0**-20), ({"grid": 30}, 2.0**-30)):
         recipe = parse_recipe({**data, "method": {"name": "linear", **option}}, "test")
         result = merge(recipe, output=tmp_path / f"out-{step}")
-        assert result.entry.scalars["grid"] == step
+        assert result.entry.scalars.grid == step
     large = parse_recipe({**data, "method": {"name": "linear", "grid": 52}}, "test")
     with pytest.raises(GridOverflowError, match=r"model\.|lm_head"):
         tiny.edit(tmp_path / "a", lambda tensors: tensors["model.norm.weight"].add_(100.0))

@@ -224,7 +224,7 @@ def test_whole_models_match_the_published_recursion(vision: list[Path], tmp_path
         )
     norms = [reference.model_norm(reference.difference(model, base)) for model in models]
     assert reference.model_norm(reference.difference(out, base)) == pytest.approx(sum(norms) / 3, rel=1e-5)
-    assert result.entry.scalars["merged_norm"] == pytest.approx(sum(norms) / 3, rel=1e-6)
+    assert result.entry.scalars.merged_norm == pytest.approx(sum(norms) / 3, rel=1e-6)
     for material, norm in zip(result.entry.models, norms, strict=True):
         assert math.sqrt(material.squared_norm or 0.0) == pytest.approx(norm, rel=1e-6)
 
@@ -242,7 +242,7 @@ def test_parameters_outside_leaf_modules_are_merged(vision: list[Path], tmp_path
 def test_one_model_is_itself(vision: list[Path], tmp_path: Path) -> None:
     for variant in VARIANTS:
         result = merged(tmp_path / variant, vision[0], vision[2:3], variant=variant)
-        assert result.entry.scalars["scale"] == pytest.approx(1.0, abs=1e-7)
+        assert result.entry.scalars.scale == pytest.approx(1.0, abs=1e-7)
         out, model = tiny.tensors(tmp_path / variant), tiny.tensors(vision[2])
         for name in model:
             torch.testing.assert_close(out[name], model[name], rtol=0.0, atol=2e-7)

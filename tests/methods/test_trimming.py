@@ -209,7 +209,7 @@ def test_large_tensors_come_out_as_if_held_whole(language: list[Path], tmp_path:
     method = registry()[name]()
     assert isinstance(method, JointMethod)
     out = tiny.tensors(tmp_path / "out")
-    scale = result.entry.scalars["scale"]
+    scale = result.entry.scalars.scale
     for key, origin in base.items():
         taus = [Dense(model[key] - origin) for model in models]
         change = method.combine(taus, [1.0] * len(taus), origin.clone, None).to_dense()

@@ -218,7 +218,7 @@ class _Run:
             scores = self._evaluate(str(self.place), [*seen, *upcoming])
             return {
                 "scores": {str(i): score.to_dict() for i, score in scores.items()},
-                "norm": float(result.entry.scalars["merged_norm"]),
+                "norm": float(result.entry.scalars.merged_norm),
                 "mean_norm": math.fsum(norms) / len(norms),
                 "how": result.entry.how,
                 "seconds": result.seconds["total"],
@@ -243,7 +243,7 @@ class _Run:
                 identical = same_weights(result.entry.products, other.entry.products)
                 first = self._evaluate(str(out), order)
                 second = first if identical else self._evaluate(str(never), order)
-                norm = float(other.entry.scalars["merged_norm"])
+                norm = float(other.entry.scalars.merged_norm)
                 apart = 0.0 if identical else relative(distance(out, never), norm)
             found = metrics.fidelity(
                 name, gone, values(first), values(second),
