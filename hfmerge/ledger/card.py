@@ -31,6 +31,7 @@ _KEYS = (
     *("license", "license_name", "license_link", "tags", "hfmerge"),
 )
 """Front-matter keys that hfmerge writes; all others are the user's."""
+_FRONT = re.compile(r"\A---\r?\n(.*?)^---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)
 
 
 def render_card(entries: Sequence[Entry], facts: Mapping[str, Any]) -> str:
@@ -223,20 +224,33 @@ def parse_card(text: str) -> tuple[dict[str, Any], str | None, tuple[str, str]]:
     Raises:
         LedgerError: front matter that is not YAML.
     """
-    front: dict[str, Any] = {}
-    found = re.match(r"\A---\r?\n(.*?)\r?\n---\r?\n?", text, re.DOTALL)
-    if found:
-        try:
-            front = parse_front(found.group(1)) or {}
-        except ValueError as error:
-            raise LedgerError(f"{FILE}: its front matter is not YAML that can be used ({error}).") from error
-        if not isinstance(front, dict):
-            raise LedgerError(f"{FILE}: its front matter is not a mapping of keys to values.")
-        text = text[found.end() :]
+    head, text = split_front(text)
+    front = read_front(head)
     start, stop = text.find(BEGIN), text.find(END)
     if start < 0 or stop < start:
         return front, None, (text, "")
     return front, text[start : stop + len(END)] + "\n", (text[:start], text[stop + len(END) :])
+
+
+def split_front(text: str) -> tuple[str, str]:
+    """The lines of a card's front matter, "" if there is none, and what follows it; as the Hub divides a card."""
+    found = _FRONT.match(text)
+    return (found.group(1), text[found.end() :]) if found else ("", text)
+
+
+def read_front(head: str) -> dict[str, Any]:
+    """The data of front matter.
+
+    Raises:
+        LedgerError: not YAML, or no mapping.
+    """
+    try:
+        front = parse_front(head) or {}
+    except ValueError as error:
+        raise LedgerError(f"{FILE}: its front matter is not YAML that can be used ({error}).") from error
+    if not isinstance(front, dict):
+        raise LedgerError(f"{FILE}: its front matter is not a mapping of keys to values.")
+    return front
 
 
 def combine_cards(existing: str | None, rendered: str) -> str:

@@ -11,8 +11,8 @@ from typing import Any
 
 from hfmerge.errors import HfMergeError
 from hfmerge.hub.reference import is_path
-from hfmerge.ledger.card import END
-from hfmerge.validation.strict_yaml import dump_yaml, parse_front
+from hfmerge.ledger.card import END, read_front, split_front
+from hfmerge.validation.strict_yaml import dump_yaml
 
 
 def part(text: str, name: str) -> str | None:
@@ -58,7 +58,6 @@ TOOL = "hfmerge"
 """What `metrics[].args.tool` of our entries begins with."""
 PREFIX = ".eval_results/hfmerge-"
 """The Hub reads results on registered benchmarks there; files of ours begin so."""
-FRONT = re.compile(r"\A---\r?\n(.*?)\r?\n?---\r?\n?", re.DOTALL)
 _INDEX = re.compile(r"^model-index:.*\n(?:[ \t-].*\n|\n(?=[ \t-]))*", re.MULTILINE)
 
 
@@ -74,10 +73,8 @@ def with_scores(text: str, body: str | None, entries: Sequence[Mapping[str, Any]
     Raises:
         HfMergeError: front matter that is not YAML, or a `model-index` that is no list.
     """
-    found = FRONT.match(text)
-    head = found.group(1).rstrip("\r\n") + "\n" if found else ""
-    rest = text[found.end() :] if found else text
-    front = _parse(head)
+    head, rest = split_front(text)
+    front = read_front(head)
     index = _merged(front.get("model-index"), name, entries)
     wanted = {key: value for key, value in front.items() if key != "model-index"}
     wanted |= {"model-index": index} if index else {}
@@ -85,7 +82,7 @@ def with_scores(text: str, body: str | None, entries: Sequence[Mapping[str, Any]
         entry = dump_yaml({"model-index": index}) if index else ""
         edited = _INDEX.sub(lambda _: entry, head, count=1) if _INDEX.search(head) else head + entry
         # where the key is written in an unusual way, what the text says is kept and how it was written is not
-        head = edited if _parse(edited) == wanted else dump_yaml(wanted)
+        head = edited if read_front(edited) == wanted else dump_yaml(wanted)
     return (f"---\n{head}---\n" if head.strip() else "") + with_part(rest, RESULTS, body)
 
 
@@ -100,7 +97,7 @@ def carried_scores(source: str, text: str) -> str:
     if body is None:
         return without_scores(text)
     entries, name = [], ""
-    for model in _models(_parse(_head(source)).get("model-index")):
+    for model in _models(read_front(split_front(source)[0]).get("model-index")):
         ours = [result for result in model["results"] if _ours(result)]
         entries += ours
         name = str(model.get("name", "")) if ours else name
@@ -139,18 +136,3 @@ def _ours(result: Any) -> bool:
     metrics = result.get("metrics") if isinstance(result, Mapping) else None
     args = [metric.get("args") for metric in metrics or () if isinstance(metric, Mapping)]
     return any(isinstance(a, Mapping) and str(a.get("tool", "")).startswith(TOOL) for a in args)
-
-
-def _head(text: str) -> str:
-    found = FRONT.match(text)
-    return found.group(1) if found else ""
-
-
-def _parse(head: str) -> dict[str, Any]:
-    try:
-        front = parse_front(head) or {}
-    except ValueError as error:
-        raise HfMergeError(f"the card's front matter is not YAML that can be used ({error}).") from error
-    if not isinstance(front, dict):
-        raise HfMergeError("the card's front matter is not a mapping of keys to values.")
-    return front

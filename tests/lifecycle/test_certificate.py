@@ -125,6 +125,14 @@ def test_the_encoding_that_is_signed_is_that_of_the_specification() -> None:
     assert signed == b"DSSEv1 29 http://example.com/HelloWorld 11 hello world"
 
 
+def test_signatures_that_name_no_key_count_all_the_same(made: Path) -> None:
+    """DSSE lets signers leave out `keyid`, and gives several of them no order."""
+    good = envelope(made)
+    signatures = (Signature("", bytes(64)), Signature("", good.signatures[0].sig))
+    read = Envelope.from_bytes(dataclasses.replace(good, signatures=signatures).to_bytes(), "here")
+    assert read.signatures == signatures and check_signature(read, public_keys(made / "key.pub")).ok
+
+
 def test_the_fingerprint_is_that_of_openssh() -> None:
     line = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIB6CzM6RrJ6OszdSQEyFKcCY/CBZIg1wQ2iwQ4YdnUzl"
     key = serialized(line)
