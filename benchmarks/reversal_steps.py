@@ -52,7 +52,6 @@ def step(asked: dict[str, Any]) -> dict[str, Any]:
     seconds, read = time.perf_counter() - start, bytes_read() - before - own
     states = sum(path.stat().st_size for path in (output / "merge_state").glob("*.safetensors"))
     weights = {name: digest for name, digest in result.entry.products.items() if name.endswith(".safetensors")}
-    scalars = result.entry.scalars
     return {
         "seconds": seconds,
         "read": read,
@@ -60,7 +59,7 @@ def step(asked: dict[str, Any]) -> dict[str, Any]:
         "states": states,
         "weights": weights,
         "how": result.entry.how,
-        "gap": scalars.get("gap_bound"),
+        "gap": result.entry.scalars.gap_bound,
     }
 
 

@@ -286,13 +286,13 @@ def test_a_randomized_run_reports_its_deviation_and_replays_to_the_same_bytes(tm
         method = {"name": "opcm", "alpha": 0.3, "spectral": name}
         recipe = parse_recipe({"base": folders[0], "models": folders[1:], "method": method}, "test")
         scalars[name] = merge(recipe, output=tmp_path / name).entry.scalars
-    assert set(scalars["exact"]) == {"scale", "merged_norm"}
-    assert 0.0 < scalars["randomized"]["deviation"] < 0.2
+    assert set(scalars["exact"].to_dict()) == {"scale", "merged_norm"}
+    assert 0.0 < scalars["randomized"].deviation < 0.2
     exact, randomized = (tiny.tensors(tmp_path / name) for name in ("exact", "randomized"))
     differing = [name for name in exact if not torch.equal(exact[name], randomized[name])]
     assert len(differing) >= 12
     assert tiny.done("verify", tmp_path / "randomized", "--replay").code == 0
     options = ("--method", "opcm", "--option", "alpha=0.3", "--option", "spectral=randomized")
     told = tiny.done("merge", *folders[1:], "--base", folders[0], *options, "--output", tmp_path / "told")
-    assert f"off the exact last step by up to {scalars['randomized']['deviation']:.1e}" in told.out
+    assert f"off the exact last step by up to {scalars["randomized"].deviation:.1e}" in told.out
     assert tiny.tensors(tmp_path / "told").keys() == randomized.keys()
