@@ -409,7 +409,7 @@ def push(
         check: verify the folder first, so that nothing is published that its ledger does not describe.
 
     Raises:
-        VerificationError: the folder is not what its ledger says. PushError: see `hub.push_folder`.
+        VerificationError: the folder is not what its ledger says. PushError: see `lifecycle.publish.push_folder`.
     """
     to = Destination(repo_id, private, create_pr, None, overwrite, tuple(publish_private))
     recover(folder)

@@ -90,7 +90,7 @@ class Reader:
     until `close`.
 
     Args:
-        source: see above.
+        source: the model whose tensors are read.
         streaming: holds the files that the source streams; may be left out where it streams none.
     """
 

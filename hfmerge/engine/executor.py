@@ -91,7 +91,10 @@ def run(
     rank that fails makes all fail with its error.
 
     Args:
-        plan, folder, ranks, digester: see above.
+        plan: what is computed.
+        folder: the folder that gets the output.
+        ranks: the processes of the run.
+        digester: hashes source files beside the computation.
         journal: folder of the journal of exactly this work (see `journal` and `fingerprint`); what it lists as
             finished is compared with the files and not done again. None: nothing is noted, and the folder is empty.
         options: how the run uses the machine.

@@ -31,7 +31,8 @@ class Chunk:
     """What one visit computes: a parameter, or some of its rows, then tile by tile.
 
     Attributes:
-        param, rows: see above.
+        param: the output parameter.
+        rows: half-open range along its first axis; None for the whole parameter.
         tile: elements of a tile, about.
     """
 

@@ -32,7 +32,7 @@ class BaseLayout:
 
     Attributes:
         architecture: class that was built, "BertForSequenceClassification"; what config.json says if none could be.
-        tied, missing, unexpected: as of `checkpoint.layout.Layout`.
+        tied, missing, unexpected: as of `checkpoint.layout.layout.Layout`.
     """
 
     architecture: str
@@ -158,7 +158,7 @@ class Plan:
 
     @property
     def read(self) -> tuple[Delta, ...]:
-        """Models whose weights are read, in order, those that leave last; of adapters that leave nothing is read."""
+        """Models whose weights are read, in order; models that leave come last. A leaving adapter is not read."""
         some = [delta for i, delta in enumerate(self.deltas) if i >= self.start or i in self.subtracted]
         dense = [
             delta
@@ -175,7 +175,8 @@ class Plan:
 
     @property
     def copies(self) -> dict[str, Path]:
-        """`org/name@COMMIT` -> folder read in its place, for who opens the models again (see `hub.download.pin`)."""
+        """`org/name@COMMIT` -> folder that is read in its place when models are opened again (see
+        `hub.download.pin`)."""
         places = [source.pinned for source in self.sources]
         return {f"{p.name}@{p.commit}": p.folder for p in places if p.commit is not None and p.folder is not None}
 

@@ -38,7 +38,7 @@ def plan_from_json(data: bytes, origin: str = "plan") -> Plan:
     or not. It also claims consents (`Recipe.allow_pickle`, `Recipe.trust_remote_code`): of who made it.
 
     Args:
-        data: see above.
+        data: UTF-8 text of `plan_to_json`.
         origin: names it in errors.
 
     Raises:

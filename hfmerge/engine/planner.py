@@ -1,7 +1,7 @@
-"""The plan: everything a merge will do, worked out from configuration files and headers alone, before any download.
+"""Makes the plan of a merge from configuration files and headers alone, before weights are downloaded.
 
-`make_plan` is pure in the weights: it reads no tensor. Reading order of the whole system: this file, `execute.py`,
-`methods/opcm.py`.
+`make_plan` is pure in the weights: it reads no tensor. Read this file first, then `engine/executor.py`,
+then `methods/opcm.py`.
 """
 
 from __future__ import annotations

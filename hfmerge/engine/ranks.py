@@ -199,7 +199,7 @@ def current_ranks() -> Ranks:
 
 
 def _meet(wanted: int) -> Store:
-    """Where the processes find one another, once all have come; left to itself, torch waits for that with `PATIENCE`.
+    """The address at which the processes find one another, once all have come. torch alone would wait `_PATIENCE`.
 
     Raises:
         HfMergeError: not all come; the launcher has not said where.

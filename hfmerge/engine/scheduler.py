@@ -91,7 +91,7 @@ def _or_copy(work: Callable[[Visit], Norms | None]) -> Callable[[Visit], Norms |
 
 
 def _changes(plan: Plan, found: Sequence[tuple[Chunk, Norms | None]], scale: float) -> dict[str, float]:
-    """`execute.Outcome.changes`, from what the first pass found out about all chunks."""
+    """`executor.Outcome.changes`, from what the first pass found out about all chunks."""
     params = {param.key: param for param in plan.params if param.touched}
     squares: dict[str, list[list[float]]] = {key: [] for key in params}
     for chunk, norms in found:

@@ -31,7 +31,7 @@ class Norms:
     """What the first pass found out about one chunk.
 
     Attributes:
-        models: squared Frobenius norms of the pieces of each new model's task vector (see `chunks.pieces`).
+        models: squared Frobenius norms of the pieces of each new model's task vector (see `partition.pieces`).
         read_out: those of the merged task vector before any scaling.
         deviation: of an approximating method's last step, see `FoldMethod.deviation`; None where it was not measured.
         dependent: models whose change was left out, see `JointMethod.dependent`.

@@ -47,7 +47,7 @@ def workspace(
         output: final folder.
         needed: bytes that will be written; compared with the free space first.
         replace: `output` may exist and is then replaced whole; otherwise it must not exist or be empty.
-        work: what will be done, part by part (see `identity.work_of`).
+        work: what will be done, part by part (see `fingerprint.work_of`).
         resume: go on from a killed run. None: if there is one of the same work; True: there has to be one; False: no.
 
     Raises:

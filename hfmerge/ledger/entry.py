@@ -30,7 +30,7 @@ from hfmerge.validation.wording import parameter
 
 FOLDER = "merge_history"
 ARCHIVES = "merge_state/sources"
-"""Where copies of sources are kept (see `archives`)."""
+"""Folder of the kept copies of sources (see `checkpoint.archive`)."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Material:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Material:
-        """Inverse of `to_dict`; see `ledger_schema.material` for what is checked before."""
+        """Inverse of `to_dict`; see `ledger.schema.material` for what is checked before."""
         lists = {key: tuple(data.get(key, ())) for key in ("unverified", "contains")}
         material = cls(**{**data, **lists, "labels": tuple(data["labels"]), "weight": restored(data["weight"])})
         return material

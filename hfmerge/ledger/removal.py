@@ -56,7 +56,7 @@ class Removal:
     """A model that was in a merge and is no longer.
 
     Attributes:
-        part: it, as it was in the merge last.
+        part: the model, as the last step that held it records it.
         first, last: the steps that held it first and last.
         removed: the step that took it out.
     """
@@ -68,7 +68,7 @@ class Removal:
 
 
 def parts(entry: Entry) -> tuple[Part, ...]:
-    """Every model that is in the weights of a step, through all that it is made of; see `ledger.contained`."""
+    """Every model that is in the weights of a step, models inside merged merges included; see `entry.contained`."""
     found = []
     for role, material in (("base", entry.base), *(("model", model) for model in entry.models)):
         own = {name: digest for name, digest in material.files.items() if not name.startswith("+")}

@@ -71,7 +71,7 @@ def admit_change(
     base: str | None = None,
     entry: Entry | None = None,
 ) -> Callable[[], None]:
-    """Whether the result of a change may go where it is to be published (see `targets.admit`).
+    """Whether the result of a change may go where it is to be published (see `push_target.admit`).
 
     Args:
         new: references of models that join.

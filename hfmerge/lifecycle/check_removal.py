@@ -37,8 +37,8 @@ class Behaviour:
     Never merged, `theta_never`, is the merge of the others from their sources, with the same settings and in the same
     order. Where weights are learned they are learned for it as well, so that a removal that keeps those found beside
     the models that left (`relearn: false`, or a subtraction) is compared with a merge that they had no part in.
-    `a_i(theta)` is the score on task `i` with the head of its model. The same three numbers as those of a continual
-    experiment (`continual_metrics.Fidelity`).
+    `a_i(theta)` is the score on task `i` with the head of its model. `identical`, `distance` and `residual` mean the
+    same as in a continual experiment (`experiments.continual.metrics.Fidelity`).
 
     Attributes:
         matrix: rows `ROWS`, the tasks of the suite as columns.

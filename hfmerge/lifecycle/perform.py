@@ -244,7 +244,7 @@ def _carry_out(job: Job, merged: Merged | None, here: Session, started: float) -
 
 
 def _announce(change: Change, merged: Merged | None, device: Device, here: Session) -> None:
-    """Say what a removal reads, and that a change goes on from a state of other arithmetic."""
+    """Tell the user what a removal reads, and warn if the kept state was computed with other arithmetic."""
     if change.action in ("unmerge", "subtract"):
         need = change.plan.estimate
         here.tell(f"{change.action}: {change.how}; reads {need.read / 1e9:.2f} GB, {need.download / 1e9:.2f} to load")

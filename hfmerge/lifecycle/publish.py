@@ -399,7 +399,7 @@ def publish(planned: Plan, folder: Path, ranks: Ranks, to: Destination) -> Pushe
         folder: of this process's disk; that of rank 0 has everything but the weights made on other disks.
 
     Raises:
-        PushError, SourceError: see `hub.push_folder`.
+        PushError, SourceError: see `push_folder`.
     """
     if ranks.disk_count == 1:
         return ranks.on_main(lambda: push_folder(folder, to))

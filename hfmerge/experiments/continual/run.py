@@ -73,7 +73,7 @@ class Experiment:
 
 
 def run_continual(asked: Experiment, folder: Path, *, notify: Callable[[str], object] | None = None) -> dict[str, Any]:
-    """Measure everything that is not measured yet; JSON-able, see `continual_report` for tables.
+    """Measure everything that is not measured yet; the result is JSON-able. `report` makes tables of it.
 
     Args:
         folder: for the cells, and for merges while they are needed.

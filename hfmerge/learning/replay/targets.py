@@ -47,7 +47,7 @@ def divergence(scores: str, targets: Mapping[str, Tensor], logits: Tensor) -> Te
     regression give half their squared distance, which is the divergence of normal distributions of variance 1.
 
     Args:
-        scores: see `rows.Replay`.
+        scores: see `dataset.Replay`.
         targets: of some rows.
         logits: of the model on the inputs of the same rows, (rows, classes) or (rows, length, vocabulary).
 
