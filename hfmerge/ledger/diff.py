@@ -1,4 +1,4 @@
-"""What differs between two steps of a merge, or between two merges: by their ledgers alone."""
+"""Compares two steps of a merge, or two merges, by their ledgers alone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hfmerge.recipe.weights import Weight, stored
 
 @dataclass(frozen=True)
 class Difference:
-    """From one step (A) to another (B); what is equal is absent.
+    """Differences between two steps, A and B. Fields that are equal are empty or None.
 
     Attributes:
         before, after: the steps.
@@ -70,7 +70,7 @@ class Difference:
 
 
 def compare(before: Entry, after: Entry) -> Difference:
-    """What has to be done to a merge as it was at `before` to make it what it is at `after`."""
+    """The differences that lead from the merge at `before` to the merge at `after`."""
     pairs = _pairs(before.models, after.models)
     same = [(a, b) for a, b in pairs if _key(a) == _key(b)]
     replaced = tuple((a, b) for a, b in pairs if _key(a) != _key(b))

@@ -1,4 +1,4 @@
-"""How every verb runs: a job is planned, run, recorded and published. All verbs that make a merge go through here."""
+"""Carries out jobs. For every verb that makes a merge, the job is planned, run, recorded and published here."""
 
 from __future__ import annotations
 
@@ -95,8 +95,8 @@ def perform(job: Job, options: RunOptions = DEFAULT) -> MergeResult:
     """Carry out a job.
 
     Call sequence, on all ranks: open the merge that is changed; pin all references; stop if its last step is this very
-    job; make inner merges anew; then `_carry_out`: check that the result may go where it shall; plan; run; record;
-    publish. To go back to an earlier step nothing is planned or run, so `restore_step` does the rest by itself.
+    job; make inner merges again; then `_carry_out`: check that the result may be written to its target; plan; run;
+    record; publish. A job "restore" needs no plan and no run: after the pins, `restore_step` does the rest.
 
     Raises:
         HfMergeError: see `hfmerge.errors`; the merge stays as it was, and nothing half-written remains.
