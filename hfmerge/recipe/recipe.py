@@ -93,35 +93,35 @@ class Recipe:
     """
 
     base: str = field(
-        metadata=Declared(help="the model all others were tuned from", metavar="MODEL", foreign=("base_model",))
+        metadata=Declared(help="the model that all others were tuned from", metavar="MODEL", foreign=("base_model",))
     )
     models: tuple[ModelEntry, ...]
-    method: MethodChoice = field(metadata=Declared(help="see `hfmerge methods`", metavar="NAME"))
+    method: MethodChoice = field(metadata=Declared(help="name of the method, see `hfmerge methods`", metavar="NAME"))
     dtype: str | None = field(
         default=None,
         metadata=Declared(
-            help="of the output: float32, bfloat16, float16, float64",
+            help="dtype of the output: float32, bfloat16, float16, float64",
             choices=values.DTYPES, aliases=values.DTYPE_ALIASES, recorded="always", result=True,
         ),
     )  # fmt: skip
     include: tuple[str, ...] = field(
         default=(),
         metadata=Declared(
-            help="merge only parameters of these names", metavar="PATTERN",
+            help="merge only parameters with these names", metavar="PATTERN",
             recorded="always", stored=values.patterns, result=True,
         ),
     )  # fmt: skip
     exclude: tuple[str, ...] = field(
         default=(),
         metadata=Declared(
-            help="keep the base's value of these", metavar="PATTERN",
+            help="keep the base's value of parameters with these names", metavar="PATTERN",
             recorded="always", stored=values.patterns, result=True,
         ),
     )  # fmt: skip
     vocabulary: str | None = field(
         default=None,
         metadata=Declared(
-            help="how differing vocabularies are aligned, by token", metavar="base|union",
+            help="how different vocabularies are aligned, by token", metavar="base|union",
             choices=values.VOCABULARIES, foreign=("tokenizer_source",), recorded="always", result=True,
         ),
     )  # fmt: skip
@@ -140,24 +140,24 @@ class Recipe:
     private: bool | None = field(default=None, metadata=Declared(help="make a new repository private"))
     allow_nonfinite: bool = field(
         default=False,
-        metadata=Declared(help="go on with NaN or Inf in a source", recorded="always", result=True),
+        metadata=Declared(help="accept NaN or Inf in a source", recorded="always", result=True),
     )
     allow_pickle: bool = field(
         default=False,
         metadata=Declared(
-            help="read pickled .bin weights in this run; a ledger that says so allows nothing", recorded="always"
+            help="read pickled .bin weights in this run; a ledger cannot give this consent", recorded="always"
         ),
     )
     trust_remote_code: bool = field(
         default=False,
         metadata=Declared(
-            help="run code from the models' repositories in this run; a ledger that says so allows nothing",
+            help="run code from the models' repositories in this run; a ledger cannot give this consent",
             recorded="always",
         ),
     )
     stream: bool = field(
         default=False,
-        metadata=Declared(help="read weights from the Hub as they are needed; nothing is stored but the result"),
+        metadata=Declared(help="read weights from the Hub as they are needed, and store only the result"),
     )
     keep_sources: bool = field(
         default=False,
