@@ -1,4 +1,4 @@
-"""Kept copies of sources: one zip file a model, from which its files come back byte for byte.
+"""Kept copies of sources: one zip file per model, from which its files are restored byte for byte.
 
 `weights/NAME` is a safetensors file: its header, then each tensor in pieces of whole rows. A piece is XORed with the
 same rows of the base's tensor where the model changes one of the same dtype and shape, cut into planes (all first
@@ -49,7 +49,7 @@ EPOCH = (1980, 1, 1, 0, 0, 0)
 
 @dataclass(frozen=True)
 class Manifest:
-    """What an archive holds.
+    """The manifest of an archive: the files that it holds.
 
     Attributes:
         base: identity of the model without whose tensors it cannot be unpacked; None if it needs none.
@@ -264,14 +264,15 @@ def check_total(manifest: Manifest, path: Path, merge: int) -> None:
 
 
 def unpack(path: Path, manifest: Manifest, targets: Mapping[str, Path], base: Callable[[], Reader]) -> None:
-    """Bring files of an archive back, each whole or not at all.
+    """Restore files of an archive, each whole or not at all.
 
     Args:
         targets: name in the manifest -> where the file goes.
         base: gives a reader of the manifest's base; asked for only if it is needed.
 
     Raises:
-        CorruptFileError: what comes out is not what went in, or more; names the file. OutputError: the disk refused.
+        CorruptFileError: a restored file is longer than, or differs from, the packed file; names it. OutputError: the
+            disk refused.
     """
     with zipfile.ZipFile(path) as archive:
         for name, place in targets.items():

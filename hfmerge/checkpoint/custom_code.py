@@ -1,4 +1,4 @@
-"""Code that a model's repository brings along: what of it a loader would run if it were trusted, for plans and errors.
+"""Lists the code of a model's repository that a trusting loader would run, for plans and errors.
 
 Nothing here runs or reads any of it.
 """

@@ -64,7 +64,7 @@ class _Pass:
 
 
 def _in_one_walk(plan: Plan, merging: _Pass, writing: _Pass, copying: _Pass) -> tuple[_Pass, _Pass, _Pass]:
-    """The passes with what is copied taken along in the last one that reads the base, all in the base's order.
+    """The passes, with copied parameters added to the last pass that reads the base, all in the base's order.
 
     So each of the base's files passes by once, from its beginning to its end, as its digest needs it.
     """

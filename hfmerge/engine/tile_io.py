@@ -1,4 +1,4 @@
-"""What one chunk reads and writes: the base, the change of every model, the merged values."""
+"""Reads and writes the data of one chunk: the base, the change of every model, the merged values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The memory and the threads that all streamed files of a run share: blocks come in, are read, and make room."""
+"""The memory and the threads that all streamed files of a run share, and the rules for loading and dropping blocks."""
 
 from __future__ import annotations
 
