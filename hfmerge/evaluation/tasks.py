@@ -1,4 +1,4 @@
-"""What each kind of task does with a model: make rows ready once, run the model, compare with the answers."""
+"""Runs each kind of task on a model: prepares the rows once, runs the model, compares its outputs with the answers."""
 
 from __future__ import annotations
 

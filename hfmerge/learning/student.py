@@ -1,4 +1,4 @@
-"""The merged model as its sources see it: one encoder that all share, under each source's own head, with its rows."""
+"""The merged model under each source's own head: one shared encoder, the heads, and the rows of each source."""
 
 from __future__ import annotations
 

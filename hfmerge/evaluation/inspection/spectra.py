@@ -1,4 +1,4 @@
-"""Changes of one matrix taken apart: singular values of each, and what OPCM would clear of them one after another."""
+"""Decomposes the changes of one matrix: singular values of each, and the part that OPCM would clear of each."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Asked:
     """What to measure beyond inner products and signs.
 
     Attributes:
-        spectral: take matrices apart at all.
+        spectral: decompose matrices.
         tops: numbers of leading directions whose energy is reported.
         alpha, variant: of OPCM, see `methods.opcm`.
     """

@@ -1,7 +1,7 @@
-"""What `inspect` measures of one parameter: inner products, signs, and what `spectra` finds in its matrices.
+"""Statistics of one parameter for `inspect`: inner products, signs, and the spectra of its matrices.
 
-Every task vector is read when it is needed, and factors of an adapter stay factors: only signs need elements, which
-are made some rows at a time.
+A task vector is read when it is needed. Factors of an adapter stay factors. Only signs need single elements, which are
+computed some rows at a time.
 """
 
 from __future__ import annotations

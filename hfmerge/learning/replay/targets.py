@@ -1,4 +1,4 @@
-"""Soft outputs of a model on replay rows: what is kept of them, and how far another model is from them."""
+"""Soft outputs of a model on replay rows: their stored form, and the divergence of another model from them."""
 
 from __future__ import annotations
 
