@@ -1,7 +1,7 @@
 """Remembers digests of files on this machine, as git's index does: while the stamp of a file stays the same.
 
 A file counts as unchanged while its device, inode, size, and both times, of its content (mtime) and of its inode
-(ctime), are what they were when it was hashed. Whoever writes to a file changes them, and nobody can set the ctime
+(ctime), are what they were when it was hashed. Every write to a file changes the times, and nobody can set the ctime
 back. A file that was changed a moment before it was hashed is not remembered: a further change could leave the same
 times. A stamp cannot show that a disk returns other bytes than were written. `verify` finds this, because it hashes
 the files itself.

@@ -43,7 +43,7 @@ MANIFEST = "manifest.json"
 _PIECE = 1 << 20
 """Bytes that are cut into planes at a time; of a tensor with longer rows, one row."""
 TEXTS = ("README.md", "LICENSE*", "NOTICE*", "merge_history/*.json", "*.index.json")
-"""What is kept beside weights and side files: what it is, what it may be used for, and what is in it."""
+"""Text files kept beside weights and side files: they describe the model, its licence and its content."""
 EPOCH = (1980, 1, 1, 0, 0, 0)
 
 
@@ -62,7 +62,7 @@ class Manifest:
     against: Mapping[str, Mapping[str, str]]
 
     def to_bytes(self) -> bytes:
-        """As it stands in the archive."""
+        """The manifest as the archive holds it, in bytes."""
         files = {name: {"size": size, "sha256": digest} for name, (size, digest) in self.files.items()}
         return canonical_json({"schema": _SCHEMA, "base": self.base, "files": files, "against": self.against})
 

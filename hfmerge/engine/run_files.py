@@ -41,7 +41,7 @@ class RunFiles:
         outputs: weight file -> its writer.
         states: number of models -> writer of the state kept after them.
         scratch: what the first pass leaves for the second where no kept state does.
-        start: models that the prior state stands for.
+        start: number of models that the prior state replaces.
         memory: buffers of the threads that visit.
         journal: where finished chunks are noted, if they are.
         pin: model -> its commit, or the digest of its folder, which may have to be waited for.

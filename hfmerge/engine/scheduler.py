@@ -49,7 +49,7 @@ class _Pass:
     """One pass over some chunks.
 
     Attributes:
-        name: what it is called in the journal; None: it is not noted.
+        name: name of the pass in the journal; None: the pass is not noted.
         title: of its progress bar.
         chunks: what it visits.
     """

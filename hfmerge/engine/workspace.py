@@ -1,8 +1,8 @@
 """The output folder: built beside its final place, published by one rename, never seen half-written.
 
 While a merge runs, `.NAME.hfmerge-lock` is held by `flock` (the kernel drops it with the process, even after SIGKILL),
-the files grow in `.NAME.hfmerge-partial`, and `.NAME.hfmerge-journal` notes what is finished. The next run on the same
-folder goes on from what a killed one left if it is the same work, and otherwise removes it.
+the files grow in `.NAME.hfmerge-partial`, and `.NAME.hfmerge-journal` notes what is finished. If a killed
+run did the same work, the next run on the same folder continues it; otherwise the next run deletes its files.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ class Tasks:
         """Run a task on a model.
 
         Raises:
-            HeadError: the model has no head for it. HfMergeError: whatever else does not fit.
+            HeadError: the model has no head for the task. HfMergeError: something else does not fit.
         """
         run = {
             "text-classification": self._texts,

@@ -99,7 +99,7 @@ def references(plan: Plan) -> tuple[str, ...]:
 
 
 def reference(pinned: Pinned) -> str:
-    """How a source is named where it is opened."""
+    """The reference by which a source is opened."""
     return f"{pinned.name}@{pinned.commit}" if pinned.commit else str(pinned.folder)
 
 

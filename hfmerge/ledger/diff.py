@@ -17,7 +17,7 @@ class Difference:
     Attributes:
         before, after: the steps.
         added, removed: models of B alone, and of A alone.
-        replaced: pairs of another revision of one repository or folder, or of what stands in the same place.
+        replaced: pairs of models: two revisions of one repository or folder, or two models at the same place.
         subtracted: models of B that were approximately subtracted since A, and so are still part of its state.
         order: names of the models that both hold, as A and as B orders them; None if alike.
         weights: models of B with another weight, and that of A.

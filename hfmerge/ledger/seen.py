@@ -163,7 +163,7 @@ def remember_steps(place: str, steps: Mapping[int, str]) -> str | None:
 
 
 def follow(folder: Path) -> None:
-    """After this program wrote a merge into a folder: if the folder was seen before, what it holds now is known."""
+    """After a verb wrote a merge into a folder: if the folder was seen before, remember its new history."""
     place = folder_place(folder)
     if not _file(place).exists():
         return

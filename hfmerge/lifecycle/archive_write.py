@@ -59,7 +59,8 @@ def keep_sources(
 
     Args:
         folder: the output, on this process's disk.
-        change, opened: what was run, and the merge it goes on from; None for a first merge.
+        change: the change that was run.
+        opened: the merge that was changed; None for a first merge.
         stays: the result goes only to the repository of `opened`. Its branch of states already holds earlier copies.
 
     Returns:

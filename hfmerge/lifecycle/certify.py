@@ -67,7 +67,7 @@ def make_certificate(
 
     Args:
         ref: `org/name[@revision]` or a folder.
-        model: what was taken out (see `find_removed`).
+        model: name of the removed model (see `find_removed`).
         key: file of an ed25519 private key; None: unsigned, with a warning.
         days: validity from now on; None: for ever.
         replay: also merge the materials again first, and state that.

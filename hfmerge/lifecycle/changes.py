@@ -169,7 +169,7 @@ def plan_models(
         stream: see `Recipe.stream`.
 
     Returns:
-        The plan, and one line on what it reads and why.
+        The plan, and one line that says which sources it reads and why.
 
     Raises:
         LedgerError: a source has vanished or changed. RecipeError: faults of the new models.

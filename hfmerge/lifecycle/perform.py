@@ -299,7 +299,7 @@ def _with_weights(
 ) -> tuple[Change, Learned | None]:
     """A change whose plan has learned weights, if its recipe asks for them, and what is kept of learning.
 
-    How far it came is noted in the journal of `place`, for who goes on from a killed run.
+    The progress of learning is noted in the journal of `place`, so that a killed run can be continued.
     """
     if change.plan.recipe.learn is None:
         return change, None
