@@ -83,10 +83,8 @@ class Recipe:
         private: visibility of a new repository; None: the Hub's default for the namespace.
         allow_nonfinite: accept NaN and Inf in the models.
         allow_pickle: read pickled checkpoints.
-        trust_remote_code: run code from model repositories, and copy that of the base. This key
-            and `allow_pickle` are consents for this run, by the person who gives the recipe. Changes and replays of
-            the
-            merge need them again.
+        trust_remote_code: run code from model repositories, and copy that of the base. This key and `allow_pickle`
+            are consents for this run, by the person who gives the recipe. Changes and replays need them again.
         stream: read weights from the Hub as they are needed instead of downloading them; the result is the same.
         keep_sources: keep a compressed copy of base and models beside the states, and publish it with them, so that
             the merge can be changed after they have vanished.
