@@ -230,7 +230,7 @@ def read_manifest(path: Path) -> Manifest:
 
 
 _BROKEN = (zipfile.BadZipFile, zlib.error, LookupError, ValueError, RuntimeError, EOFError)
-"""What zipfile, and a reader of what it gives, say to a file that is none, or an encrypted one."""
+"""Errors that zipfile and readers of its members raise for a file that is no zip file, or an encrypted one."""
 
 
 def _check_directory(path: Path) -> None:

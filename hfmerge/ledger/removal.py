@@ -57,8 +57,8 @@ class Removal:
 
     Attributes:
         part: the model, as the last step that held it records it.
-        first, last: the steps that held it first and last.
-        removed: the step that took it out.
+        first, last: numbers of the first and the last step that held the model.
+        removed: number of the step that took it out.
     """
 
     part: Part

@@ -28,7 +28,7 @@ def naming_vanished(
     """If planning fails because materials are gone from the Hub, raise one line that says so and names the remedies.
 
     Args:
-        useless: identity of a material -> why the copy that was kept of it cannot take its place.
+        useless: identity of a material -> reason why its kept copy cannot be used.
 
     Raises:
         NotFoundError: one or more materials are gone. Other errors of planning are raised unchanged.

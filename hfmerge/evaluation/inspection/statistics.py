@@ -77,7 +77,7 @@ class Changes:
             model.close()
 
     def expect(self, params: Sequence[Param]) -> None:
-        """Announce which parameters are read next, in their order, so that what is streamed comes in time."""
+        """Announce the parameters that are read next, in order, so that streamed tensors are fetched in time."""
         keys = [param.key for param in params]
         self.base.expect(keys)
         for model in self.models:

@@ -51,8 +51,7 @@ def generate(
     read its file.
 
     Rows of text are single texts for every model: a model does not tell whether it was tuned on pairs. A model of
-        pairs
-    reads such a row as a first text without a second. Labelled rows have both texts (see `labelled_rows`).
+    pairs reads such a row as a first text without a second. Labelled rows have both texts (see `labelled_rows`).
 
     Args:
         subject: the fine-tuned model, with its tokenizer or image processor. Its weights are kept as it was opened.
