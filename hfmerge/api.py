@@ -1,6 +1,6 @@
 """The public verbs: each opens what it needs, calls one part after another and returns a small result; none prints.
 
-Merging does not load what only evaluation and inspection need.
+Merging does not import the libraries that only evaluation and inspection need.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 
 def plan(recipe: Recipe | str | Path) -> Plan:
-    """What a merge would do, from headers alone; downloads no weights.
+    """Plan a merge from headers alone; downloads no weights.
 
     Raises:
         RecipeError: every problem of the recipe and its models at once.
@@ -117,21 +117,23 @@ def unmerge(
 ) -> MergeResult:
     """Take models out: the result has the bytes of the merge that never saw them.
 
-    Repeated when it is done, it succeeds, computes nothing, and finishes what a killed run left: states of the models
-    on the branch of states, folders beside the merge's own, the tag. So do `add`, `replace` and `restore`.
+    You may repeat a removal that is done. The repetition succeeds and computes nothing. It finishes the clean-up of a
+    killed run: it deletes states of the models from the branch of states, deletes folders beside the merge's own, and
+    sets the tag. `add`, `replace` and `restore` may be repeated in the same way.
 
     Args:
         merged, options: as for `add`.
-        remove: names as the ledger lists them; also of models within a merge that was merged, which is then merged
-            again without them and replaced.
-        inner_to: `org/name` or `./folder` for such an inner merge; None: a folder beside the result.
-        mode: "subtract" is for methods whose result depends on the order: opcm and mdm_oc_subspace, of which nothing
-            but the models that leave is read, and mdm_oc. It is approximate and no removal: what later models were
-            projected off stays, and so do the models in the state and in the ledger, which records the gap.
-        measure: of a subtraction, also merge again without the models, to measure the gap.
+        remove: names as the ledger lists them. A name may also be that of a model inside an inner merge, a merge that
+            is a model of this one. The inner merge is then merged again without the model, and replaced.
+        inner_to: `org/name` or `./folder` for the new inner merge; None: a folder beside the result.
+        mode: "exact" or "subtract". "subtract" is for opcm, mdm_oc_subspace and mdm_oc, whose result depends on the
+            order. For opcm and mdm_oc_subspace it reads only the models that leave. It is approximate and not a
+            removal: later models stay as they were projected, and the models stay in the state and in the ledger. The
+            ledger records the gap.
+        measure: for "subtract": also merge again without the models, to measure the gap.
 
     Raises:
-        LedgerError: not in the merge, or nothing would be left. HfMergeError: see `hfmerge.errors`.
+        LedgerError: a name is not in the merge, or no model would be left. HfMergeError: see `hfmerge.errors`.
     """
     if measure and mode == "exact":
         raise LedgerError("unmerge: there is no gap to measure unless models are subtracted (mode: subtract).")
@@ -144,16 +146,19 @@ def unmerge(
 def replace(
     merged: str | Path, old: str, new: str, *, weight: float | None = None, **options: Unpack[ChangeOptions]
 ) -> MergeResult:
-    """Put another model, or another revision, in the place of one: the bytes are those of the merge with it.
+    """Replace a model by another model or another revision of it.
+
+    The result has the bytes of a merge that had the new model in that place from the start.
 
     Args:
         merged, options: as for `add`.
         old: name as the ledger lists it.
         new: reference.
-        weight: of the new model; None: that of the old one.
+        weight: weight of the new model; None: the weight of the old one.
 
     Raises:
-        LedgerError: not in the merge, or there already. HfMergeError: see `hfmerge.errors`; the merge stays as it was.
+        LedgerError: `old` is not in the merge, or `new` is there already. HfMergeError: see `hfmerge.errors`; the
+            merge stays as it was.
     """
     job = change_job("replace", merged, **options)
     job = dataclasses.replace(job, names=(old,), models=(ModelEntry(new),), weight=weight)
@@ -182,7 +187,7 @@ def rebase(merged: str | Path, base: str, **options: Unpack[ChangeOptions]) -> M
         base: reference.
 
     Raises:
-        LedgerError: it is the base already. RecipeError: a model does not fit it.
+        LedgerError: `base` is the base already. RecipeError: a model does not fit the new base.
     """
     job = change_job("rebase", merged, **options)
     return perform(dataclasses.replace(job, base=base), run_options(options))
@@ -204,7 +209,7 @@ def restore(merged: str | Path, step: int, **options: Unpack[ChangeOptions]) -> 
 
 
 def history(merged: str | Path) -> tuple[Step, ...]:
-    """The steps of a merge, oldest first; on the Hub with who brought them and when.
+    """The steps of a merge, oldest first. For a merge on the Hub each step has the authors and the date of its commit.
 
     Raises:
         LedgerError: no ledger or a broken one. SourceError: the merge cannot be reached.
@@ -214,10 +219,10 @@ def history(merged: str | Path) -> tuple[Step, ...]:
 
 
 def diff(merged: str | Path, before: int | str | Path | None = None, after: int | None = None) -> Difference:
-    """What differs between two steps of a merge, or between the last steps of two merges.
+    """Compare two steps of a merge, or the last steps of two merges.
 
     Args:
-        before: number of a step, negative ones count from the end, or another merge; None: the last step but one.
+        before: number of a step, or another merge. A negative number counts from the end. None: the last step but one.
         after: number of the later step; None: the last.
 
     Raises:
@@ -260,11 +265,11 @@ def unmerge_checked(
 
     Args:
         merged, remove, mode, measure, options: as for `unmerge`.
-        suite: one of whose tasks says that its head is that of a removed model.
-        settings: of the evaluation.
+        suite: at least one of its tasks uses the head of a removed model.
+        settings: settings of the evaluation.
 
     Raises:
-        HfMergeError: as `unmerge` and `evaluate`; or no task of the suite belongs to a removed model.
+        HfMergeError: as for `unmerge` and `evaluate`; or no task of the suite belongs to a removed model.
     """
     from hfmerge.lifecycle.check_removal import check_removal
 
@@ -297,17 +302,18 @@ def verify(
 ) -> Report:
     """Check ledger, files and card of a merge; with `replay`, merge again and compare. See `Report.verdict`.
 
-    A history that was seen before must go on from what was seen.
+    If this user saw the history of the merge before, the history must continue what was seen.
 
     Args:
-        device: where a replay computes, as `RunOptions.device`.
+        device: device of a replay, as `RunOptions.device`.
         certificate: also check this certificate of removal, signed by one of the keys in `public_key` or
             `allowed_signers`, unless `allow_unsigned`.
-        trust_remote_code, allow_pickle: what a replay may do with the sources, as of `RunOptions`; without a replay
-            nothing is run or unpickled.
-        download: hash what the Hub serves, instead of believing the digests that it lists.
-        log: an append-only log (`lifecycle.witness`) to check the history against; if all holds, a record is added.
-        accept_rewritten: take a history that is not the one seen before as the true one from now on.
+        trust_remote_code, allow_pickle: as in `RunOptions`, for a replay. Without a replay no code is run and no
+            pickle is read.
+        download: download and hash the files, instead of believing the digests that the Hub lists.
+        log: append-only log (see `lifecycle.witness`). The history is checked against it. If all checks pass, a
+            record is added.
+        accept_rewritten: accept a history that differs from the one seen before, and remember it from now on.
 
     Raises:
         SourceError: the merge cannot be reached. CertificateError: certificate or keys cannot be read.
@@ -353,10 +359,10 @@ def certify(
         removed: the model, as the ledger names it.
         key: ed25519 private key (OpenSSH or PEM); its passphrase is in `HFMERGE_KEY_PASSPHRASE`, or asked for.
         output: file for the certificate.
-        days: validity; None: for ever.
-        replay: merge the materials again first, and state that.
-        accept_approximate: certify also what comes out equal only within the tolerance of other arithmetic.
-        device: where a replay computes, as `RunOptions.device`.
+        days: number of days for which the certificate is valid; None: for ever.
+        replay: merge the materials again first; the certificate states that.
+        accept_approximate: also certify if the replay is equal only within the tolerance of other arithmetic.
+        device: device of a replay, as `RunOptions.device`.
         sources: as for `add`.
         trust_remote_code, allow_pickle: as for `verify`.
         log: as for `verify`.
@@ -380,11 +386,13 @@ def certify(
 def purge_history(
     repo_id: str, *, delete_files: bool = False, confirm: Callable[[PurgePlan], bool] | None = None
 ) -> Purged | None:
-    """Squash a published merge's history, which still holds earlier weights, for good; None if `confirm` refuses.
+    """Squash the history of a published merge for good, since it still holds earlier weights.
+
+    Gives None if `confirm` refuses.
 
     Args:
         delete_files: also delete the weights of earlier steps from the Hub's storage.
-        confirm: shown what would be done, and what would be left, before anything changes.
+        confirm: called with the plan of the purge before anything changes. False ends the purge.
 
     Raises:
         VerificationError: the merge is not what its ledger says. HfMergeError: see `hfmerge.errors`.
@@ -406,10 +414,10 @@ def push(
 
     Args:
         private, create_pr, overwrite, publish_private: as for `merge`.
-        check: verify the folder first, so that nothing is published that its ledger does not describe.
+        check: verify the folder first, so that only a folder that its ledger describes is published.
 
     Raises:
-        VerificationError: the folder is not what its ledger says. PushError: see `hub.push_folder`.
+        VerificationError: the folder is not what its ledger says. PushError: see `lifecycle.publish.push_folder`.
     """
     to = Destination(repo_id, private, create_pr, None, overwrite, tuple(publish_private))
     recover(folder)
@@ -438,10 +446,10 @@ def inspect(
 
     Args:
         models: a `Recipe`, the path of a YAML file, or a merge by ID or folder, whose sources are then compared.
-        matrices: fnmatch patterns of tensors to take apart; None: all.
-        spectral: take matrices apart at all; without it only one pass over the elements is made.
+        matrices: fnmatch patterns of tensors whose matrices are decomposed; None: all.
+        spectral: decompose matrices. False: only one pass over the elements is made.
         sources: as for `add`.
-        options: `max_memory`, `notify` and what it allows count.
+        options: only `max_memory`, `notify`, `trust_remote_code` and `allow_pickle` are used.
 
     Raises:
         RecipeError: as for `plan`. HfMergeError: see `hfmerge.errors`.
@@ -478,7 +486,7 @@ def evaluate(
         models: full models, adapters and merges, by ID or folder.
         suite: a `Suite`, the path of a YAML file, or the name of a ready suite.
         tasks: names; None: all of the suite.
-        heads: task -> whose head is used, before what the suite says; "*" stands for all tasks.
+        heads: task -> model whose head is used, instead of the one that the suite names; "*" stands for all tasks.
         settings: limit, seed, batch size, device, cache (see `Settings`).
         progress: show a bar with the time left.
 

@@ -1,10 +1,10 @@
-"""Digests of files on this machine, remembered as git's index does it: for as long as a file's stamp stays.
+"""Remembers digests of files on this machine, as git's index does: while the stamp of a file stays the same.
 
 A file counts as unchanged while its device, inode, size, and both times, of its content (mtime) and of its inode
-(ctime), are what they were when it was hashed. Whoever writes to a file changes them, and nobody can set the ctime
+(ctime), are what they were when it was hashed. Every write to a file changes the times, and nobody can set the ctime
 back. A file that was changed a moment before it was hashed is not remembered: a further change could leave the same
-times. What no stamp can show, such as a disk that gives back other bytes than were written, is found by those who hash
-for themselves, as `verify` does.
+times. A stamp cannot show that a disk returns other bytes than were written. `verify` finds this, because it hashes
+the files itself.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """SHA-256 of bytes, files and JSON values: the only identity hfmerge trusts.
 
-As a program it hashes one file for another process, and is ready for that at once: it imports next to nothing.
+Run as a program, this module hashes one file for another process. It imports very little, so that it starts quickly.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ class Segment:
         return self.expert is None and self.axis is None and not self.transposed
 
     def take(self, stored: Tensor) -> Tensor:
-        """The block of `stored`, as methods see it: (out, in) for a matrix, else the stored shape."""
+        """The block of `stored` in the form that methods get: (out, in) for a matrix, else the stored shape."""
         piece = stored if self.expert is None else stored[self.expert]
         if self.axis is not None:
             piece = _select(piece, self.axis, self.ranges)

@@ -11,7 +11,7 @@ from typing import Any
 
 
 def home(*names: str) -> Path:
-    """A place in the folder of the user's home that hfmerge keeps things in, `HF_HOME/hfmerge`."""
+    """A path in the folder `HF_HOME/hfmerge` of the user's home."""
     from huggingface_hub import constants
 
     return Path(constants.HF_HOME, "hfmerge", *names)

@@ -1,4 +1,4 @@
-"""Kept copies of sources: one zip file a model, from which its files come back byte for byte.
+"""Kept copies of sources: one zip file per model, from which its files are restored byte for byte.
 
 `weights/NAME` is a safetensors file: its header, then each tensor in pieces of whole rows. A piece is XORed with the
 same rows of the base's tensor where the model changes one of the same dtype and shape, cut into planes (all first
@@ -43,13 +43,13 @@ MANIFEST = "manifest.json"
 _PIECE = 1 << 20
 """Bytes that are cut into planes at a time; of a tensor with longer rows, one row."""
 TEXTS = ("README.md", "LICENSE*", "NOTICE*", "merge_history/*.json", "*.index.json")
-"""What is kept beside weights and side files: what it is, what it may be used for, and what is in it."""
+"""Text files kept beside weights and side files: they describe the model, its licence and its content."""
 EPOCH = (1980, 1, 1, 0, 0, 0)
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What an archive holds.
+    """The manifest of an archive: the files that it holds.
 
     Attributes:
         base: identity of the model without whose tensors it cannot be unpacked; None if it needs none.
@@ -62,7 +62,7 @@ class Manifest:
     against: Mapping[str, Mapping[str, str]]
 
     def to_bytes(self) -> bytes:
-        """As it stands in the archive."""
+        """The manifest as the archive holds it, in bytes."""
         files = {name: {"size": size, "sha256": digest} for name, (size, digest) in self.files.items()}
         return canonical_json({"schema": _SCHEMA, "base": self.base, "files": files, "against": self.against})
 
@@ -230,7 +230,7 @@ def read_manifest(path: Path) -> Manifest:
 
 
 _BROKEN = (zipfile.BadZipFile, zlib.error, LookupError, ValueError, RuntimeError, EOFError)
-"""What zipfile, and a reader of what it gives, say to a file that is none, or an encrypted one."""
+"""Errors that zipfile and readers of its members raise for a file that is no zip file, or an encrypted one."""
 
 
 def _check_directory(path: Path) -> None:
@@ -264,14 +264,15 @@ def check_total(manifest: Manifest, path: Path, merge: int) -> None:
 
 
 def unpack(path: Path, manifest: Manifest, targets: Mapping[str, Path], base: Callable[[], Reader]) -> None:
-    """Bring files of an archive back, each whole or not at all.
+    """Restore files of an archive, each whole or not at all.
 
     Args:
         targets: name in the manifest -> where the file goes.
         base: gives a reader of the manifest's base; asked for only if it is needed.
 
     Raises:
-        CorruptFileError: what comes out is not what went in, or more; names the file. OutputError: the disk refused.
+        CorruptFileError: a restored file is longer than, or differs from, the packed file; names it. OutputError: the
+            disk refused.
     """
     with zipfile.ZipFile(path) as archive:
         for name, place in targets.items():

@@ -1,4 +1,4 @@
-"""Code that a model's repository brings along: what of it a loader would run if it were trusted, for plans and errors.
+"""Lists the code of a model's repository that a trusting loader would run, for plans and errors.
 
 Nothing here runs or reads any of it.
 """
@@ -23,14 +23,14 @@ def own_code(source: Source, *, whole: bool) -> list[str]:
     """The classes and files of code that a source brings along, each once; an adapter has none of its own.
 
     Args:
-        whole: its files of code go beside the merge, so that they count as well: it is the base.
+        whole: the source is the base. Its files of code are copied beside the merge, so they count as well.
     """
     found = list(dict.fromkeys(_named(source.config))) if source.kind == "full" else []
     return found + ([name for name in sorted(source.pinned.files) if is_code(name)] if whole else [])
 
 
 def check_allowed(source: Source, *, whole: bool) -> None:
-    """Refuse a source that brings code along, in a merge that was made with its code.
+    """Refuse a source that has code of its own, in a merge that was made with this code.
 
     Args:
         whole: see `own_code`.

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Delta:
-    """What one model changes, in the base's stored layout.
+    """The change of one model, in the base's stored layout.
 
     Attributes:
         source: the model.

@@ -1,4 +1,4 @@
-"""A reference becomes a source: pinned, its small files and the headers of its weights read, weights left alone."""
+"""Makes a source from a reference: pins it, reads its small files and the headers of its weights, but no weights."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def describe(
         ref: as in a recipe.
         allow_pickle: accept `.bin` checkpoints (fetched whole, since a pickle has no header; unpickled
             `weights_only`).
-        base: the merge's base: in `base+adapter` it needs no separate reading.
-        streaming: read weights that are not in the cache from the Hub, piece by piece, through this.
+        base: the merge's base. If a `base+adapter` names the same base, it is not read again.
+        streaming: session that streams weights that are not in the cache; None: weights are downloaded.
         copies: see `pin`.
         beside: safetensors files of the model that are read beside its weights.
 

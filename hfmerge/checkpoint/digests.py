@@ -27,7 +27,7 @@ LARGE = 1 << 27
 
 
 def folder_digest(files: Mapping[str, str]) -> str:
-    """One SHA-256 that stands for a folder: of the canonical JSON of its files' digests."""
+    """Digest of a folder: SHA-256 of the canonical JSON of its files' digests."""
     return sha256_bytes(canonical_json(dict(files)))
 
 

@@ -43,7 +43,7 @@ class Header:
 
     Attributes:
         end: first byte after it, where the data begin.
-        entries: tensor -> what it is, in the header's order.
+        entries: tensor -> its header entry, in the header's order.
         offsets: tensor -> its first byte in the file.
     """
 

@@ -1,6 +1,6 @@
-"""Task heads: parameters a source has and the base has no place for. Kept per source, never averaged.
+"""Task heads: parameters that a source has and the base has no place for. They are kept per source, never averaged.
 
-Each goes to `heads/<org--name>/` as a small checkpoint of its own: `config.json` (architecture, label names) and
+Each head goes to `heads/<org--name>/` as a small checkpoint of its own: `config.json` (architecture, label names) and
 `model.safetensors`. `load_with_head` puts one back on a merged backbone.
 """
 

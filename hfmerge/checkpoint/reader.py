@@ -90,7 +90,7 @@ class Reader:
     until `close`.
 
     Args:
-        source: see above.
+        source: the model whose tensors are read.
         streaming: holds the files that the source streams; may be left out where it streams none.
     """
 
@@ -114,7 +114,7 @@ class Reader:
             self._open.clear()
 
     def expect(self, keys: Iterable[str]) -> None:
-        """Announce the stored tensors that are read next, in their order, so that streamed ones come in time."""
+        """Announce the stored tensors that are read next, in order, so that streamed tensors are fetched in time."""
         files: dict[str, list[str]] = {file: [] for file in self.source.streams}
         for key in keys:
             file = self.source.tensors[key].file

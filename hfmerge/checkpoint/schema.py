@@ -1,6 +1,6 @@
-"""What the small files of a model may say, as far as hfmerge reads them: configurations, adapters, indexes, modules.
+"""Checks the small files of a model as far as hfmerge reads them: configurations, adapters, indexes, modules.
 
-Other tools write these files, so keys that are not read here may hold anything.
+Other tools write these files, so keys that hfmerge does not read may hold anything.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ _KINDS: Mapping[str, Kind] = {"config.json": config, "adapter_config.json": ADAP
 
 
 def kind_of_file(file: str) -> Kind:
-    """What a JSON file of a model may say."""
+    """The kind (see `validation.values`) of a model's JSON file, by its name."""
     return _INDEX if file.endswith(".index.json") else _KINDS.get(file.rpartition("/")[2], record({}, strict=False))
 
 

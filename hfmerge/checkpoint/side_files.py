@@ -60,7 +60,7 @@ def is_code(name: str) -> bool:
 
 
 def is_asset(name: str) -> bool:
-    """Whether people may add a file of that name to a merge: it is for the card or for git, and nothing loads it."""
+    """Whether people may add a file of that name to a merge: it is for the card or for git, and no loader reads it."""
     return name.lower().endswith(_ASSETS) or name in GIT or name.startswith(KEPT_BY_TOOLS)
 
 

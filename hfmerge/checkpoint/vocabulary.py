@@ -41,7 +41,7 @@ TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """How the rows of one merge's vocabulary come about.
+    """The rows of one merge's vocabulary.
 
     Attributes:
         size: rows of the output.

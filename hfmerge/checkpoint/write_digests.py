@@ -1,6 +1,6 @@
 """Digests of files while they are filled: a thread follows the tensors in the order they lie, and flushes them.
 
-At the end of a run what is left to hash and to flush is little, where both would take as long as a part of the merge.
+So little is left to hash and to flush at the end of a run, where both would take noticeable time.
 """
 
 from __future__ import annotations

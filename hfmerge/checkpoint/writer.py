@@ -50,7 +50,7 @@ SIZES = {name: {"BOOL": 1, "BF16": 2}.get(name) or int(name.lstrip("UIF")) // 8 
 
 @dataclass(frozen=True)
 class Slot:
-    """What one tensor of a file will be: safetensors dtype and shape."""
+    """The safetensors dtype and shape of one tensor of a file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -135,7 +135,7 @@ class SafetensorsWriter:
         return data
 
     def claim(self, name: str, nbytes: int) -> None:
-        """Count some bytes of a tensor as written; for those that an earlier process wrote, and that are intact.
+        """Count bytes of a tensor as written, because an earlier process wrote them and they are intact.
 
         A negative number takes back what will be written again.
         """

@@ -19,25 +19,37 @@ def register(command: Command) -> None:
     sub = command("add", "Merge further models into an existing merge.", _add)
     sub.add_argument("merged", metavar="MERGED", help="org/name or folder of a merge")
     sub.add_argument("models", nargs="+", metavar="MODEL")
-    sub.add_argument("--weight", action="append", type=float, metavar="W", help="one per model, in order")
+    sub.add_argument(
+        "--weight", action="append", type=float, metavar="W", help="weight of a new model; one per model, in order"
+    )
     change_flags(sub)
-    sub = command("unmerge", "Take models out: the bytes become those of the merge that never saw them.", _unmerge)
+    sub = command("unmerge", "Take models out. The result has the bytes of the merge that never saw them.", _unmerge)
     sub.add_argument("merged", metavar="MERGED")
-    sub.add_argument("--remove", action="append", required=True, metavar="MODEL", help="may be given several times")
+    sub.add_argument(
+        "--remove",
+        action="append",
+        required=True,
+        metavar="MODEL",
+        help="name of the model to take out; may be given several times",
+    )
     sub.add_argument(
         "--inner-to",
         metavar="PLACE",
-        help="org/name or ./folder for a merge within the merge, made again without MODEL (default: beside MERGED)",
+        help="org/name or ./folder for an inner merge that is made again without MODEL (default: beside MERGED)",
     )
     sub.add_argument(
         "--mode",
         choices=("exact", "subtract"),
         default="exact",
-        help="subtract: only what MODEL brought itself goes; approximate, and not a removal (default: exact)",
+        help="subtract: subtract MODEL approximately; this is not a removal (default: exact)",
     )
-    sub.add_argument("--measure", action="store_true", help="of a subtraction: measure how far off it is")
     sub.add_argument(
-        "--check", metavar="SUITE", help="score this suite before and after, beside base and never merged"
+        "--measure", action="store_true", help="with --mode subtract: measure the gap to an exact removal"
+    )
+    sub.add_argument(
+        "--check",
+        metavar="SUITE",
+        help="score this suite before, after, for the base, and for a merge that never saw MODEL",
     )
     change_flags(sub)
 

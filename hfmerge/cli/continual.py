@@ -15,32 +15,43 @@ def register(command: Command) -> None:
     """Add the command of this file."""
     sub = command(
         "continual",
-        "Merge models one after another in several orders, score the tasks seen so far, take every model out again; "
-        "a killed run goes on when its command is repeated.",
+        "Merge models one after another in several orders, score the tasks seen so far, and take every model out. "
+        "To continue a killed run, repeat its command.",
         _continual,
     )
-    sub.add_argument("recipes", nargs="+", metavar="RECIPE.yaml", help="several are compared; same base and models")
-    sub.add_argument("--suite", required=True, metavar="SUITE", help="a ready suite or a YAML file, a task a model")
-    sub.add_argument("--orders", type=int, default=10, metavar="N", help="of arrival (default: 10)")
-    sub.add_argument("--seed", type=int, default=42, metavar="N", help="of the orders (default: 42)")
     sub.add_argument(
-        "--sweep", action="append", default=[], metavar="PATH=V1,V2", help="such as method.options.alpha=0.1,0.5"
+        "recipes", nargs="+", metavar="RECIPE.yaml", help="recipes to compare; all have the same base and models"
     )
-    sub.add_argument("--task", action="append", default=[], metavar="TASK=MODEL", help="whose task it is")
+    sub.add_argument(
+        "--suite", required=True, metavar="SUITE", help="a ready suite or a YAML file with one task per model"
+    )
+    sub.add_argument("--orders", type=int, default=10, metavar="N", help="number of orders of arrival (default: 10)")
+    sub.add_argument("--seed", type=int, default=42, metavar="N", help="seed of the orders (default: 42)")
+    sub.add_argument(
+        "--sweep",
+        action="append",
+        default=[],
+        metavar="PATH=V1,V2",
+        help="compare these values of a key, such as method.options.alpha=0.1,0.5",
+    )
+    sub.add_argument("--task", action="append", default=[], metavar="TASK=MODEL", help="model that a task belongs to")
     sub.add_argument("--limit", type=int, metavar="ROWS", help="rows of each task, a seeded sample (default: all)")
-    sub.add_argument("--batch-size", type=int, default=32, metavar="ROWS", help="default: 32")
+    sub.add_argument("--batch-size", type=int, default=32, metavar="ROWS", help="rows in a batch (default: 32)")
     sub.add_argument(
         "--removals", choices=("first", "all", "none"), default="first",
         help="orders after which every model is taken out again (default: the first)",
     )  # fmt: skip
     sub.add_argument(
         "--mode", choices=("exact", "subtract"), default="exact",
-        help="how it is taken out, as of unmerge (default: exact)",
+        help="how a model is taken out, as in unmerge (default: exact)",
     )  # fmt: skip
     sub.add_argument(
-        "--output", required=True, metavar="FOLDER", help="for results, and for what a repeat goes on from"
+        "--output",
+        required=True,
+        metavar="FOLDER",
+        help="folder for the results, and for the work that a repeated command continues",
     )
-    sub.add_argument("--no-plots", action="store_true", help="no pictures")
+    sub.add_argument("--no-plots", action="store_true", help="draw no pictures")
 
 
 def _continual(args: argparse.Namespace) -> int:

@@ -21,27 +21,41 @@ if TYPE_CHECKING:
 def register(command: Command) -> None:
     """Add the commands of this file."""
     sub = command("evaluate", "Score models, adapters and merges on the tasks of a suite.", _evaluate)
-    sub.add_argument("models", nargs="+", metavar="MODEL", help="one row each")
-    sub.add_argument("--suite", required=True, metavar="NAME | FILE.yaml", help="see `hfmerge suites`")
+    sub.add_argument("models", nargs="+", metavar="MODEL", help="models to score; one row per model")
+    sub.add_argument(
+        "--suite", required=True, metavar="NAME | FILE.yaml", help="a suite that `hfmerge suites` lists, or a file"
+    )
     sub.add_argument("--task", action="append", metavar="NAME", help="only this task; may be given several times")
     sub.add_argument(
-        "--head", action="append", default=[], metavar="TASK=MODEL", help="whose head a task uses; `*=MODEL` for all"
+        "--head",
+        action="append",
+        default=[],
+        metavar="TASK=MODEL",
+        help="model whose head a task uses; `*=MODEL` for all tasks",
     )
-    sub.add_argument("--limit", type=int, metavar="N", help="rows of each task at most, a seeded sample")
-    sub.add_argument("--seed", type=int, default=0, help="of samples and intervals (default: 0)")
+    sub.add_argument("--limit", type=int, metavar="N", help="use at most this many rows of each task, a seeded sample")
+    sub.add_argument("--seed", type=int, default=0, help="seed of samples and intervals (default: 0)")
     sub.add_argument("--batch-size", type=int, default=32, metavar="N", help="rows in a batch (default: 32)")
-    sub.add_argument("--device", help="cpu, auto, cuda, cuda:1 (default: auto, an accelerator if there is one)")
-    sub.add_argument("--dtype", help="of the weights (default: float32 on the CPU, as stored elsewhere)")
-    sub.add_argument("--no-cache", action="store_true", help="compute every score anew and keep none")
-    sub.add_argument("--skip-missing", action="store_true", help="leave a cell empty where a model has no head for it")
-    sub.add_argument("--by-task", action="store_true", help="print one row a task")
+    sub.add_argument(
+        "--device", help="device: cpu, auto, cuda, cuda:1 (default: auto, an accelerator if there is one)"
+    )
+    sub.add_argument(
+        "--dtype", help="dtype of the weights (default: float32 on the CPU, the stored dtype on other devices)"
+    )
+    sub.add_argument("--no-cache", action="store_true", help="compute every score again, and remember none")
+    sub.add_argument(
+        "--skip-missing", action="store_true", help="leave a cell empty if the model has no head for the task"
+    )
+    sub.add_argument("--by-task", action="store_true", help="print one row per task")
     sub.add_argument("--output", metavar="STEM", help="write STEM.json, STEM.md and STEM.csv")
     sub.add_argument("--write-card", action="store_true", help="put the results into the cards of MODEL folders")
-    sub.add_argument("--push", metavar="REPO_ID", help="put the results into the card of this one of the models")
+    sub.add_argument("--push", metavar="REPO_ID", help="put the results into the card of this model on the Hub")
     sub.add_argument("--create-pr", action="store_true", help="push as a pull request")
-    sub = command("suites", "List the suites that come with hfmerge, or fix one to the commits of today.", _suites)
-    sub.add_argument("--pin", metavar="NAME | FILE.yaml", help="the suite whose data sets and heads are looked up")
-    sub.add_argument("--output", metavar="FILE.yaml", help="where it goes with their commits (default: printed)")
+    sub = command("suites", "List the suites that come with hfmerge, or pin one to the present commits.", _suites)
+    sub.add_argument(
+        "--pin", metavar="NAME | FILE.yaml", help="pin the data sets and heads of this suite to their present commits"
+    )
+    sub.add_argument("--output", metavar="FILE.yaml", help="file for the pinned suite (default: print it)")
 
 
 def _evaluate(args: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""How the command line spells the parameters and calls that messages name: as its own flags and commands."""
+"""Spells the parameters and calls that messages name as flags and commands of the command line."""
 
 from __future__ import annotations
 

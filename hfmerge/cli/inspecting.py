@@ -41,25 +41,35 @@ def register(command: Command) -> None:
         "items", nargs="+", metavar="RECIPE.yaml | MERGED | MODEL", help="a recipe, a merge, or models with --base"
     )
     key_flags(sub, named_keys("base"))
-    sub.add_argument("--matrices", action="append", metavar="PATTERN", help="take only these apart (default: all)")
-    sub.add_argument("--no-spectra", action="store_true", help="no spectra and no interference: sums alone, fast")
-    sub.add_argument("--alpha", metavar="SHARE", help="of OPCM, for the interference (default: the recipe's, or 0.5)")
     sub.add_argument(
-        "--variant", metavar="NAME", help="of OPCM, for the interference (default: the recipe's, or code)"
+        "--matrices", action="append", metavar="PATTERN", help="decompose only these matrices (default: all)"
+    )
+    sub.add_argument(
+        "--no-spectra", action="store_true", help="compute no spectra and no interference, which is faster"
+    )
+    sub.add_argument(
+        "--alpha", metavar="SHARE", help="alpha of OPCM, for the interference (default: the recipe's, or 0.5)"
+    )
+    sub.add_argument(
+        "--variant", metavar="NAME", help="variant of OPCM, for the interference (default: the recipe's, or code)"
     )
     sub.add_argument("--save", metavar="FILE", help="write the result as JSON, for `hfmerge plot`")
     sub.add_argument("--plot", metavar="FOLDER", help="draw PNG and SVG pictures into this folder")
     sub.add_argument("--card", metavar="FOLDER", help="draw them into this merge's figures/ and its card")
-    sub.add_argument("--include", action="append", metavar="PATTERN", help="only parameters of these names")
-    sub.add_argument("--exclude", action="append", metavar="PATTERN", help="not these")
+    sub.add_argument("--include", action="append", metavar="PATTERN", help="only parameters with these names")
+    sub.add_argument("--exclude", action="append", metavar="PATTERN", help="no parameters with these names")
     key_flags(sub, named_keys("vocabulary"))
     consent_flags(sub)
-    sub.add_argument("--max-memory", metavar="SIZE", help="what the process should stay below (default: no bound)")
+    sub.add_argument(
+        "--max-memory", metavar="SIZE", help="memory that the process should stay below (default: no bound)"
+    )
     key_flags(sub, named_keys("stream"))
     source_flag(sub)
     sub = command("plot", "Draw the result of inspect, evaluate or continual, saved as JSON.", _plot)
     sub.add_argument("results", nargs="+", metavar="RESULT.json")
-    sub.add_argument("--output", metavar="FOLDER", help="for PNG and SVG files (default: beside the first result)")
+    sub.add_argument(
+        "--output", metavar="FOLDER", help="folder for PNG and SVG files (default: beside the first result)"
+    )
     sub.add_argument("--card", metavar="FOLDER", help="draw them into this merge's figures/ and its card")
 
 

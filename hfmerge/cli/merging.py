@@ -30,7 +30,7 @@ def register(command: Command) -> None:
     """Add the commands of this file."""
     for name, text, run in (
         ("merge", "Merge models into a new folder, a Hub repository, or both.", _merge),
-        ("plan", "Print what a merge would do, from headers alone; downloads no weights.", _plan),
+        ("plan", "Print what a merge would do, from headers alone. No weights are downloaded.", _plan),
     ):
         sub = command(name, text, run)
         sub.add_argument(
@@ -48,17 +48,17 @@ def register(command: Command) -> None:
 def _recipe_flags(sub: argparse.ArgumentParser) -> None:
     group = sub.add_argument_group("recipe (a flag overrides the key of the same name)")
     key_flags(group, [key for key in keys_of(Recipe) if key.required])
-    group.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of the method")
+    group.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="option of the method")
     group.add_argument(
         "--learn",
         action="append",
         nargs="?",
         const="",
         metavar="NAME=VALUE",
-        help="learn the weights (of mdm_oc, mdm_oc_iso, mdm_oc_subspace, gram, task_arithmetic) from what models say "
-        "of rows that they made, or, with loss=labels suite=SUITE, of labelled rows; see How to: Learn the weights",
+        help="learn the weights (for mdm_oc, mdm_oc_iso, mdm_oc_subspace, gram, task_arithmetic) from rows that the "
+        "models make, or with loss=labels suite=SUITE from labelled rows; see How to: Learn the weights",
     )
-    group.add_argument("--weight", action="append", metavar="W", help="one per model, in order")
+    group.add_argument("--weight", action="append", metavar="W", help="weight of a model; one per model, in order")
     group.add_argument("--norm", metavar="none|mean|NUMBER", help="norm of the merged change")
     key_flags(group, [key for key in keys_of(Recipe) if not key.required])
 

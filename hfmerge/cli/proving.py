@@ -1,4 +1,4 @@
-"""Commands about removal that can be proved: certify, purge-history."""
+"""Commands that prove a removal and clear the history: certify, purge-history."""
 
 from __future__ import annotations
 
@@ -27,29 +27,40 @@ if TYPE_CHECKING:
 
 def register(command: Command) -> None:
     """Add the commands of this file."""
-    sub = command("certify", "Certify that a merge no longer holds a model, for others to check.", _certify)
+    sub = command("certify", "Certify that a merge no longer holds a model, so that others can check it.", _certify)
     sub.add_argument("merged", metavar="MERGED")
-    sub.add_argument("--removed", required=True, metavar="MODEL", help="as the ledger names it; `@COMMIT` if need be")
-    sub.add_argument("--key", metavar="FILE", help="ed25519 private key, OpenSSH or PEM; without it nobody vouches")
-    sub.add_argument("--output", metavar="FILE", help="where the certificate goes; default: standard output")
-    sub.add_argument("--expires", metavar="DAYS", type=float, help="how long it is valid; default: for ever")
-    sub.add_argument("--replay", action="store_true", help="merge the materials again first, and state that")
+    sub.add_argument(
+        "--removed",
+        required=True,
+        metavar="MODEL",
+        help="name of the model in the ledger, with `@COMMIT` if the name is not unique",
+    )
+    sub.add_argument(
+        "--key", metavar="FILE", help="ed25519 private key, OpenSSH or PEM (default: the certificate is unsigned)"
+    )
+    sub.add_argument("--output", metavar="FILE", help="file for the certificate (default: standard output)")
+    sub.add_argument(
+        "--expires", metavar="DAYS", type=float, help="days for which the certificate is valid (default: for ever)"
+    )
+    sub.add_argument("--replay", action="store_true", help="merge the materials again first; the certificate says so")
     consent_flags(sub)
     log_flag(sub)
     sub.add_argument(
         "--accept-approximate",
         action="store_true",
-        help="certify a replay that is equal only within the tolerance of other arithmetic, and state that",
+        help="certify a replay that is equal only within the tolerance of other arithmetic; the certificate says so",
     )
     device_flag(sub)
     source_flag(sub)
-    sub = command("purge-history", "Squash a published merge's history, which still holds earlier weights.", _purge)
+    sub = command(
+        "purge-history", "Squash the history of a published merge, since it still holds earlier weights.", _purge
+    )
     sub.add_argument("repo_id", metavar="REPO_ID")
-    sub.add_argument("--yes", action="store_true", help="do not ask")
+    sub.add_argument("--yes", action="store_true", help="do not ask for confirmation")
     sub.add_argument(
         "--delete-files",
         action="store_true",
-        help="also delete the weights of earlier steps from the Hub's storage, whatever still refers to them",
+        help="also delete the weights of earlier steps from the Hub's storage, for all references",
     )
 
 

@@ -28,46 +28,54 @@ if TYPE_CHECKING:
 
 
 _LABELS = {"ok": "ok  ", "approximate": "NEAR", "failed": "FAIL"}
-"""How a line of a report begins, by verdict."""
+"""Verdict -> first word of a line of the report."""
 CODES = {"ok": 0, "failed": 1, "approximate": 3}
 """Exit codes of `verify`, by verdict."""
 
 
 def register(command: Command) -> None:
     """Add the commands of this file."""
-    sub = command("history", "Print a merge's steps as a table, or as a tree; on the Hub with who and when.", _history)
+    sub = command(
+        "history", "Print the steps of a merge as a table or a tree; on the Hub with authors and dates.", _history
+    )
     sub.add_argument("merged", metavar="MERGED")
-    sub.add_argument("--graph", action="store_true", help="draw a tree: what joined and left at each step, and why")
+    sub.add_argument(
+        "--graph", action="store_true", help="draw a tree of the models that joined and left at each step"
+    )
     sub = command("diff", "Print what differs between two steps of a merge, or between two merges.", _diff)
     sub.add_argument("merged", metavar="MERGED")
     sub.add_argument(
         "steps", nargs="*", metavar="A B | OTHER",
-        help="numbers of two steps, negative ones from the end (default: the last two), or another merge",
+        help="numbers of two steps (negative ones count from the end; default: the last two), or another merge",
     )  # fmt: skip
     sub = command(
         "verify",
-        "Check a merge against its ledger; exit code 1 and the culprit's name if anything differs, 3 if a replay is "
-        "equal only within the tolerance of other arithmetic.",
+        "Check a merge against its ledger. Exit code 1: something differs, and its name is printed. Exit code 3: a "
+        "replay is equal only within the tolerance of other arithmetic.",
         _verify,
     )
     sub.add_argument("merged", metavar="MERGED")
     sub.add_argument(
-        "--download", action="store_true", help="hash what the Hub serves, instead of believing what it lists"
+        "--download",
+        action="store_true",
+        help="download and hash the files, instead of believing the digests that the Hub lists",
     )
-    sub.add_argument(
-        "--replay", action="store_true", help="merge again from the sources; compare all bytes and fields"
-    )
+    sub.add_argument("--replay", action="store_true", help="merge the sources again, and compare all bytes and fields")
     device_flag(sub)
     sub.add_argument("--certificate", metavar="FILE", help="also check a certificate of removal")
-    sub.add_argument("--public-key", metavar="FILE", help="the key, or keys, whose signature counts")
-    sub.add_argument("--allowed-signers", metavar="FILE", help="the same as a file of OpenSSH")
-    sub.add_argument("--allow-unsigned", action="store_true", help="check the certificate's content alone")
+    sub.add_argument("--public-key", metavar="FILE", help="file of the trusted public key, or keys")
+    sub.add_argument(
+        "--allowed-signers", metavar="FILE", help="file of trusted keys in OpenSSH's format of allowed signers"
+    )
+    sub.add_argument(
+        "--allow-unsigned", action="store_true", help="check only the content of the certificate, and no signature"
+    )
     consent_flags(sub)
     log_flag(sub)
     sub.add_argument(
         "--accept-rewritten",
         action="store_true",
-        help="the history is not the one seen before, and that is expected: take it as the true one from now on",
+        help="accept a history that differs from the one seen before, from now on",
     )
     source_flag(sub)
 
@@ -102,7 +110,7 @@ def _history(args: argparse.Namespace) -> int:
 
 
 def _table(steps: Sequence[Step]) -> list[str]:
-    """One line a step; a model's norm stands behind its name where it joins."""
+    """One line per step. The norm of a new model is printed behind its name."""
     from hfmerge.ledger.log import method
 
     rows = [["step", "action", "digest", "method", "norm", "when", "who", "models (norm)"]]

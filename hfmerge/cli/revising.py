@@ -1,4 +1,4 @@
-"""Commands that change what a merge is made of, or go back: replace, reorder, rebase, restore."""
+"""Commands that change the models or the base of a merge, or restore a step: replace, reorder, rebase, restore."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from hfmerge.cli.shared import Command, change_arguments, change_flags, print_re
 
 def register(command: Command) -> None:
     """Add the commands of this file."""
-    sub = command("replace", "Put another model or revision in the place of one of a merge.", _replace)
+    sub = command("replace", "Replace a model of a merge by another model or revision.", _replace)
     sub.add_argument("merged", metavar="MERGED")
     sub.add_argument("old", metavar="OLD", help="name in the merge")
     sub.add_argument("new", metavar="NEW", help="org/name[@revision] or folder")
-    sub.add_argument("--weight", type=float, metavar="W", help="of the new model (default: that of the old one)")
+    sub.add_argument(
+        "--weight", type=float, metavar="W", help="weight of the new model (default: the weight of the old one)"
+    )
     change_flags(sub)
     sub = command("reorder", "Merge the same models in another order.", _reorder)
     sub.add_argument("merged", metavar="MERGED")
@@ -23,9 +25,7 @@ def register(command: Command) -> None:
     sub.add_argument("merged", metavar="MERGED")
     sub.add_argument("--base", required=True, metavar="BASE")
     change_flags(sub)
-    sub = command(
-        "restore", "Go back to an earlier step from the Hub's history, without computing anything.", _restore
-    )
+    sub = command("restore", "Restore an earlier step from the Hub's history, without computing.", _restore)
     sub.add_argument("merged", metavar="MERGED")
     sub.add_argument("--step", required=True, type=int, metavar="N")
     change_flags(sub, reads=False)

@@ -1,4 +1,4 @@
-"""What several commands share: groups of flags, what they mean, and how results are printed."""
+"""Parts that several commands share: groups of flags, their arguments, and the printing of results."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CONSENTS = tuple(field.name for field in dataclasses.fields(Consent))
 
 
 def run_flags(sub: argparse.ArgumentParser) -> None:
-    """How the run uses the machine."""
+    """Add the flags that say how the run uses the machine."""
     sub.add_argument(
         "--storage",
         choices=("auto", "shared", "local"),
@@ -32,29 +32,29 @@ def run_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--resume",
         action=argparse.BooleanOptionalAction,
-        help="insist on going on from a killed run, or on starting anew (default: go on if it was the same work)",
+        help="continue a killed run, or start anew (default: continue if it did the same work)",
     )
     sub.add_argument(
         "--max-memory",
         metavar="SIZE",
-        help="what each process should stay below: 4GB, 800MiB (default: what `plan` says, as many visits as cores)",
+        help="memory that each process should stay below, such as 4GB (default: what `plan` prints)",
     )
     device_flag(sub)
 
 
 def device_flag(sub: argparse.ArgumentParser) -> None:
-    """Where spectral methods compute and weights are learned."""
+    """Add the flag for the device."""
     sub.add_argument(
         "--device",
-        help="where spectral methods compute and weights are learned: cpu, auto, cuda, cuda:1; bytes are those of one "
-        "kind (default: cpu)",
+        help="device that runs spectral methods and learns weights: cpu, auto, cuda, cuda:1; the last bits depend on "
+        "the kind of device (default: cpu)",
     )
 
 
 def change_flags(sub: argparse.ArgumentParser, *, reads: bool = True) -> None:
-    """Where a changed merge goes, and how the run uses the machine; `reads`: sources are read, maybe streamed."""
+    """Add the flags of commands that change a merge; `reads`: the command reads sources, so they may be streamed."""
     sub.add_argument(
-        "--output", metavar="FOLDER", help="a new folder; default: a MERGED folder is replaced in one rename"
+        "--output", metavar="FOLDER", help="write a new folder (default: replace MERGED if it is a folder)"
     )
     sub.add_argument("--push-to", metavar="REPO_ID", help="publish the result")
     push_flags(sub)
@@ -66,30 +66,30 @@ def change_flags(sub: argparse.ArgumentParser, *, reads: bool = True) -> None:
 
 
 def push_flags(sub: argparse.ArgumentParser) -> None:
-    """How a result is published."""
+    """Add the flags that say how a result is published."""
     sub.add_argument("--create-pr", action="store_true", help="push as a pull request")
     sub.add_argument(
         "--overwrite",
         action="store_true",
-        help="replace what is in the repository and not of this merge, even a base or a source",
+        help="allow the push to replace files that are not of this merge, even a base or a source",
     )
     sub.add_argument(
         "--publish-private",
         action="append",
         default=[],
         metavar="NAME",
-        help="let the result go where more people may read it than this input, which is private, gated or gone; may "
-        "be given several times",
+        help="publish although more people may read the result than this private, gated or deleted input; may be "
+        "given several times",
     )
 
 
 def push_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """What every verb that publishes takes."""
+    """The arguments of every verb that publishes."""
     return {"create_pr": args.create_pr, "overwrite": args.overwrite, "publish_private": args.publish_private}
 
 
 def change_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """What every verb that changes a merge takes beside what it changes."""
+    """The arguments of every verb that changes a merge."""
     return {
         "output": args.output,
         "push_to": args.push_to,
@@ -101,10 +101,10 @@ def change_arguments(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def key_flags(sub: argparse._ActionsContainer, keys: Iterable[RecipeKey], default: bool | None = None) -> None:
-    """The flags of keys of a recipe, as they are declared.
+    """Add the flags of keys of a recipe, as the keys declare them.
 
     Args:
-        default: of truth values; None: not said, so that the recipe's own value counts.
+        default: default of true-or-false keys; None: the flag is not given, so the recipe's own value counts.
     """
     for key in keys:
         if key.flag is None:
@@ -123,24 +123,24 @@ def named_keys(*names: str) -> list[RecipeKey]:
 
 
 def consent_flags(sub: argparse._ActionsContainer) -> None:
-    """What this run allows strangers' repositories; of a merge it has to be said again, whatever its ledger says."""
+    """Add the flags of consent. They are needed in every run; what a ledger says of consent does not count."""
     key_flags(sub, named_keys(*CONSENTS))
 
 
 def given_consent(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of a verb that say so."""
+    """The consents of the flags, as arguments of a verb."""
     given = vars(args)
     return {name: bool(given.get(name)) for name in CONSENTS}
 
 
 def source_flag(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
-        "--source", action="append", default=[], metavar="NAME=FOLDER", help="where a merged folder lies now"
+        "--source", action="append", default=[], metavar="NAME=FOLDER", help="present path of a folder that was merged"
     )
 
 
 def log_flag(sub: argparse.ArgumentParser) -> None:
-    """A witness of what was verified and certified."""
+    """Add the flag for the log of a witness."""
     sub.add_argument(
         "--log", metavar="FILE", help="check the history against this append-only log, then add a record to it"
     )
@@ -168,7 +168,7 @@ def first_process() -> bool:
 
 
 def print_result(args: argparse.Namespace, result: Any, more: Mapping[str, Any] | None = None) -> int:
-    """What a verb made; with `--json` as one object, `more` in it."""
+    """Print the result of a verb; with `--json` as one object that includes `more`."""
     from hfmerge.recipe.weights import shown
 
     entry = result.entry

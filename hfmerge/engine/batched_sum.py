@@ -31,7 +31,7 @@ ROW = 1024
 
 
 class Buffers:
-    """Memory for what one thread reads of several models, and for what it computes of a piece of that.
+    """Memory of one thread: for the values that it reads of several models, and for the results on one piece of them.
 
     Attributes:
         length: elements of a piece.
@@ -77,7 +77,7 @@ class Memory(threading.local):
 
 @dataclass(frozen=True)
 class Merged:
-    """What a fold finds in some rows of a tensor.
+    """The result of a fold on some rows of a tensor.
 
     Attributes:
         change: what the method reads out of the sum.

@@ -1,8 +1,8 @@
-"""Where a process computes: on the CPU or on an accelerator of its own, and how matrices are taken apart there.
+"""The device of a process: the CPU or an accelerator of its own, and decompositions of matrices on it.
 
-Merging goes to an accelerator with spectral methods alone, and one that knows float64. The others are bound by
-reading, hashing and writing, which an accelerator does not speed up, and so they give the bytes of the CPU whatever is
-asked for. Learning and evaluating run whole models there.
+A merge uses an accelerator only with spectral methods, and only if the accelerator supports float64. The time of other
+methods goes into reading, hashing and writing, which an accelerator does not speed up. They always give the bytes of
+the CPU. Learning and evaluation run whole models on the accelerator.
 """
 
 from __future__ import annotations
@@ -56,8 +56,9 @@ class Device:
     def run(self, work: Callable[[str], _T], need: int, what: str) -> _T:
         """Result of `work`, called with the place where it computes.
 
-        What is too large for the device goes to the CPU, always, so that its bytes do not depend on the moment. What
-        fits and finds no room, since others use the device, goes there too; the ledger then says that it was so.
+        A matrix that is too large for the device is always computed on the CPU, so its bytes do not depend on timing.
+        A matrix that fits, but finds no room because others use the device, is computed on the CPU too. The ledger
+        records this.
 
         Args:
             work: may be called again, from the start.
@@ -157,7 +158,7 @@ def name_of(place: str) -> str:
 
 @contextlib.contextmanager
 def full_float32(place: str) -> Iterator[None]:
-    """Products of float32 are rounded as float32's on an accelerator, not as TF32's, whatever the process had set."""
+    """Compute products of float32 in float32 on an accelerator, never in TF32, whatever the process had set."""
     import torch
 
     if place == CPU:
@@ -173,7 +174,7 @@ def full_float32(place: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def repeatable(place: str) -> Iterator[None]:
-    """As `full_float32`; and what an accelerator would add up in any order, as gradients are, it adds up in one."""
+    """As `full_float32`; and an accelerator adds up sums, such as gradients, in one fixed order."""
     import torch
 
     if place == CPU:
@@ -194,14 +195,14 @@ def repeatable(place: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def enough_memory(what: str, advice: str) -> Iterator[None]:
-    """Say what to do where memory does not suffice, the device's or the machine's.
+    """Turn a lack of memory, of the device or the machine, into an error with advice.
 
     Args:
-        what: was being done.
-        advice: what needs less.
+        what: the work that was being done.
+        advice: a way that needs less memory.
 
     Raises:
-        HfMergeError: it does not.
+        HfMergeError: memory does not suffice.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""What a merge's last bits depend on beside its inputs, and how far two machines may differ that do not share it."""
+"""The arithmetic of a process, on which the last bits of a merge depend, and the tolerance between two kinds of it."""
 
 from __future__ import annotations
 
@@ -33,8 +33,9 @@ def environment(device: Device | None = None, *, moved: bool = False, mixed: boo
 
     Args:
         device: what computes; None: the CPU.
-        moved: a part was computed on the CPU instead, by chance.
-        mixed: other arithmetic took part, as that of another machine; then, as with `moved`, the fingerprint is None.
+        moved: a part was computed on the CPU instead, because the device had no room.
+        mixed: other arithmetic took part, such as that of another machine. With `moved` or `mixed` the fingerprint is
+            None.
     """
     import torch
 
@@ -62,7 +63,7 @@ def _version(package: str) -> str:
 
 @functools.cache
 def fingerprint(place: str = CPU) -> str | None:
-    """SHA-256 of the results of fixed small computations; it tells kinds of arithmetic apart that have one name.
+    """SHA-256 of the results of fixed small computations. It differs between kinds of arithmetic with the same name.
 
     The instruction set that the linear algebra library chooses, or that `MKL_CBWR` makes it choose, changes last bits
     and shows nowhere else. Takes about 10 ms, on one thread.
@@ -127,14 +128,14 @@ def differences(made: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
 
 
 def excuses(made: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """Why two runs of the same work may give other last bits; empty where they must give the same bytes.
+    """Reasons why two runs of the same work may give other last bits; empty if they must give the same bytes.
 
-    What a ledger says of processor, library or device is no reason: the fingerprint has to differ, or to be unknown,
-    or the version of torch has to differ.
+    A reason is a different or unknown fingerprint, or a different version of torch. What a ledger says of processor,
+    library or device is no reason.
 
     Args:
-        made: as a ledger has it, which anybody may have written.
-        here: of a run just made.
+        made: environment in a ledger, which anybody may have written.
+        here: environment of a run just made.
     """
     if made.get("fingerprint") is None:
         reasons = ["the ledger has no fingerprint of the arithmetic"]
@@ -155,15 +156,15 @@ def _shown(name: str, where: Mapping[str, Any]) -> str:
 
 
 def far_apart(claimed: Path, made: Path, changes: Mapping[str, float]) -> str | None:
-    """The first tensor in which a weight file differs by more than other arithmetic explains, or None.
+    """The first tensor of a weight file that differs by more than other arithmetic explains, or None.
 
-    An element may differ by `TOLERANCE` of its tensor's change, and then by one step of the file's dtype, because a
-    value near the middle between two steps may be rounded either way. Both are reckoned from what was made here.
-    Tensors that no model changes, NaN and infinite values need the same bits.
+    An element may differ by `TOLERANCE` of its tensor's change, plus one step of the file's dtype, because a value
+    near the middle between two steps may be rounded either way. Both bounds are computed from the file that was made
+    here. Tensors that no model changes, NaN and infinite values need the same bits.
 
     Args:
-        claimed: a safetensors file, of which nothing is believed.
-        made: the file that its computation gave here.
+        claimed: the safetensors file to check; it is not trusted.
+        made: the file that the same computation gave here.
         changes: tensor -> root mean square of the changes that it is made of; no other tensor may differ.
     """
     from safetensors import safe_open

@@ -1,4 +1,4 @@
-"""What a plan needs: bytes to download, read and write, memory, disk and time."""
+"""Estimates the needs of a plan: bytes to download, read and write, memory, disk and time."""
 
 from __future__ import annotations
 

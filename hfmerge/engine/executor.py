@@ -45,18 +45,18 @@ class Outcome:
     Attributes:
         squared_norms: per model, squared Frobenius norm of its task vector over all merged parameters.
         merged_norm: norm of the merged task vector as written, before the output's rounding.
-        scale: factor that `norm` put on the method's read-out.
-        changes: tensor -> root mean square of the largest change in it, the merged one or a model's with its weight,
-            as it went into what was written; of those that some model changes, if it is finite.
-        source_digests: for the base and then each model (and None where a prior state stood for it), file -> SHA-256.
+        scale: factor by which `norm` multiplied the merged task vector of the method.
+        changes: tensor -> the largest root mean square of a change in it: the merged change, or a model's change times
+            its weight. It has the tensors that some model changes and whose value is finite.
+        source_digests: for the base and then each model: file -> SHA-256; None for a model that the prior state holds.
         states: kept states.
         environment: versions, device and arithmetic of the run, for the ledger.
-        products: every file written, path -> SHA-256, states left out.
-        deviation: greatest relative deviation of an approximating method's last step from the exact one, of those that
-            were compared; None where nothing was.
+        products: path -> SHA-256 of every written file but the states.
+        deviation: greatest relative deviation of an approximate last step from the exact step, over the chunks that
+            were compared; None if no chunk was compared.
         dependent: per model, parameters in which its change was left out (see `JointMethod.dependent`).
-        reused: chunks that an earlier, killed attempt had finished; one of two passes counts twice.
-        streamed: what was read from the Hub without keeping it, by all processes; None where nothing was to be.
+        reused: number of chunks that an earlier, killed attempt had finished. With two passes a chunk counts twice.
+        streamed: bytes and files that all processes streamed from the Hub; None if the plan streams no file.
     """
 
     squared_norms: tuple[float, ...]
@@ -91,9 +91,13 @@ def run(
     rank that fails makes all fail with its error.
 
     Args:
-        plan, folder, ranks, digester: see above.
-        journal: folder of the journal of exactly this work (see `journal` and `fingerprint`); what it lists as
-            finished is compared with the files and not done again. None: nothing is noted, and the folder is empty.
+        plan: what is computed.
+        folder: the folder that gets the output.
+        ranks: the processes of the run.
+        digester: hashes source files beside the computation.
+        journal: folder of the journal of exactly this work (see `journal` and `fingerprint`); a chunk
+            that it lists as finished is compared with the files and not computed again. None: nothing is noted, and
+            the folder is empty.
         options: how the run uses the machine.
 
     Raises:
@@ -206,7 +210,9 @@ def _fetch_all(plan: Plan) -> None:
 
 
 def _check_ties(plan: Plan, streaming: Streaming | None) -> None:
-    """A stored copy of a tied tensor must be a copy: transformers unties those that differ; a merge would lose one.
+    """Check that stored copies of tied tensors are equal.
+
+    transformers unties copies that differ, and a merge would then lose one of them.
 
     Raises:
         UnsupportedError: names the model and both tensors.

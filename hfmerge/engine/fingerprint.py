@@ -1,6 +1,6 @@
-"""Which work a plan is: all that the bytes of its run depend on, so that only the same work goes on from a killed run.
+"""Identifies the work of a plan: everything that its bytes depend on. Only the same work may continue a killed run.
 
-Not the number of processes or threads: the bytes do not depend on them.
+The number of processes and threads does not belong to the work: the bytes do not depend on it.
 """
 
 from __future__ import annotations

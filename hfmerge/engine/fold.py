@@ -1,7 +1,7 @@
-"""Fold methods on one chunk: all models' changes into the carry, the carry into the kept states, and read out.
+"""Runs a fold method on one chunk: takes all models into the carry, writes kept states, computes the merged change.
 
-A carry in memory is kept in exactly the form that its state file would give back, so going on from a state equals
-starting from the sources.
+A carry in memory has exactly the form that its state file would give back. So continuing from a state equals starting
+from the sources.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ WATCHED = 8
 
 @dataclass(frozen=True)
 class Folded:
-    """What a fold finds in one chunk.
+    """The result of a fold on one chunk.
 
     Attributes:
         squares: squared norms of the pieces of each new model's change.
@@ -50,7 +50,7 @@ class Folded:
 
 
 class Folding:
-    """One fold method on one chunk; what it reads and gives back lies in the CPU's memory, wherever it computes."""
+    """One fold method on one chunk. Its inputs and results lie in the CPU's memory, on whatever device it computes."""
 
     def __init__(self, data: ChunkData, method: FoldMethod, device: Device):
         self.data, self.method, self.device = data, method, device
@@ -58,7 +58,7 @@ class Folding:
         self._place = CPU
 
     def fold(self) -> Folded:
-        """Fold all models in, keep the states that are asked for, read out."""
+        """Take all models into the carry, write the states to keep, and compute the merged change."""
         at_once = self._at_once()
         if at_once is not None:
             return at_once

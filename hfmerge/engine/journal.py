@@ -1,11 +1,11 @@
-"""The journal of a run: which chunks are finished, what was found out about them, a checksum of what was written.
+"""The journal of a run: the finished chunks, their results, and checksums of the written bytes.
 
-A folder beside the growing output. `work.json` says which work it is; every process of every attempt appends to a
-file of its own, `ATTEMPT-RANK.jsonl`, one line for each finished chunk, written after the chunk's bytes. A line begins
-with its own CRC-32, so that one torn by a crash, or lost in a power cut, counts for nothing. Nothing is flushed to the
-disk: SIGKILL takes no page from the kernel, and what a power cut takes the checksums show.
+The journal is a folder beside the growing output. `work.json` identifies the work. Every process of every attempt
+appends to a file of its own, `ATTEMPT-RANK.jsonl`: one line for each finished chunk, written after the chunk's bytes.
+A line begins with its own CRC-32, so a line that is torn or damaged is ignored. Nothing is flushed to the disk.
+SIGKILL does not lose pages that the kernel has taken. A power cut may lose pages, and the checksums show it.
 
-Clocks play no part: attempts are numbered, and nobody looks at the times of these files.
+No clock is used: attempts are numbered, and the times of these files are not read.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Region:
 
 @dataclass(frozen=True)
 class Finished:
-    """A finished step: what it found out, as JSON would give it back, and what it wrote."""
+    """A finished step: its results, as JSON gives them back, and the regions that it wrote."""
 
     found: Any
     wrote: tuple[Region, ...] = ()
@@ -62,9 +62,9 @@ def checksum(data: memoryview, before: int = 0) -> int:
         data: bytes as written.
         before: checksum of what was written in front of them; so it matters where the parts begin.
 
-    What it has to catch are pages that never reached the disk: zeros, or old content; whoever wants to deceive can
-    write the journal as well. Measured on one core, alone and amid a merge of four models on both: 10 and 3 GB/s,
-    where `zlib.crc32` gives 2 and 2, SHA-256 1 and BLAKE2b 0.4 GB/s.
+    It must detect pages that never reached the disk: zeros, or old content. It does not protect against people who can
+    write the output: they can write the journal too. Measured on one core, alone and during a merge of four models on
+    both cores: 10 and 3 GB/s, where `zlib.crc32` gives 2 and 2, SHA-256 1 and BLAKE2b 0.4 GB/s.
     """
     import numpy as np
 

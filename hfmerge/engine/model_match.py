@@ -1,4 +1,4 @@
-"""One model against the base: which tensors it changes, what is its own head, and what makes it no fine-tune of it."""
+"""Matches one model with the base: the tensors it changes, its own head, and reasons why it is no fine-tune."""
 
 from __future__ import annotations
 

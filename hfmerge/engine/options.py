@@ -1,4 +1,4 @@
-"""How a run uses the machines it runs on: nothing here but `device` changes a byte of its result."""
+"""Options for how a run uses its machines. Of these, only `device` can change the bytes of the result."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "M
 
 @dataclass(frozen=True)
 class Consent:
-    """What this run's caller allows strangers' repositories; nothing that is read from a repository ever says it.
+    """What the caller of this run allows the repositories of models. No file of a repository can give this consent.
 
     Attributes:
         trust_remote_code: run code from the repositories of models.
@@ -31,21 +31,21 @@ NO_CONSENT = Consent()
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Of every verb that computes.
+    """Options of every verb that computes.
 
     Attributes:
         storage: whether the machines of a run share the output's disk: "shared", "local", or "auto" to find it out.
-        resume: go on from where a killed run into the same folder ended. None: if it did the same work; True: it has
-            to be there and to have done so; False: start anew.
-        max_memory: bytes of memory that each process should stay below; fewer parameters are then computed at once.
-            A parameter that needs more by itself is computed alone. None: as many as there are cores.
-        notify: told in one line what is taken over from a killed run, and which bound cannot be kept.
-        rows: folder where replay rows are kept and found again by model and by how they are made, for experiments that
-            learn from the same rows many times; nothing deletes them there. None: they are made anew.
-        device: where spectral methods compute and weights are learned: "cpu" or None, "auto", "cuda", "cuda:1" (see
-            `device`). The last bits differ between devices, and the ledger says which it was.
-        trust_remote_code, allow_pickle: see `Consent`. A merge needs them again when it is changed or replayed: what
-            its ledger says of them is a record, not a permission. A recipe's own keys of these names count as well.
+        resume: continue a killed run into the same folder. None: continue if that run did the same work. True: fail if
+            there is no killed run of the same work. False: start anew.
+        max_memory: bytes of memory that each process should stay below. A lower bound means that fewer parameters are
+            computed at once. A parameter that needs more by itself is computed alone. None: one parameter per core.
+        notify: called with one line of text: what is taken over from a killed run, and which bound cannot be kept.
+        rows: folder that keeps replay rows between runs, for experiments that learn from the same rows often. Rows
+        are found by model and by how they are made. hfmerge deletes nothing there. None: rows are made anew.
+        device: device that runs spectral methods and learns weights: "cpu" or None, "auto", "cuda", "cuda:1" (see
+            `device`). The last bits differ between devices. The ledger records the device.
+        trust_remote_code, allow_pickle: see `Consent`. Give them again when the merge is changed or replayed: the
+            ledger's record of them is not a permission. The keys of these names in a recipe count as well.
     """
 
     storage: str = "auto"
@@ -59,7 +59,7 @@ class RunOptions:
 
     @property
     def consent(self) -> Consent:
-        """What the caller allows."""
+        """The consent that these options give."""
         return Consent(self.trust_remote_code, self.allow_pickle)
 
 

@@ -1,4 +1,4 @@
-"""How the work is cut into chunks, a parameter or some rows of one; which go together; what a chunk takes."""
+"""Cuts the work into chunks (a parameter or some of its rows), groups them, and estimates their cost and memory."""
 
 from __future__ import annotations
 
@@ -28,11 +28,12 @@ STACKED = 1 << 24
 
 @dataclass(frozen=True)
 class Chunk:
-    """What one visit computes: a parameter, or some of its rows, then tile by tile.
+    """The work of one visit: a parameter, or some of its rows, which are computed tile by tile.
 
     Attributes:
-        param, rows: see above.
-        tile: elements of a tile, about.
+        param: the output parameter.
+        rows: half-open range along its first axis; None for the whole parameter.
+        tile: approximate number of elements of a tile.
     """
 
     param: Param
@@ -80,8 +81,8 @@ def chunks(plan: Plan, params: Iterable[Param]) -> list[Chunk]:
 def pieces(plan: Plan, chunk: Chunk) -> list[Rows]:
     """Rows of a whole parameter whose norms are summed up one by one; none if its norm is that of the whole.
 
-    They are those in which it would be visited if all models could be read in rows: which models can must not show in
-    a norm, as it takes part in the bytes.
+    These are the rows in which the parameter would be visited if all models could be read in rows. The norm is part of
+    the result, so it must not depend on which models can be read in rows.
     """
     cut = _cut(plan, chunk.param) if chunk.rows is None else []
     return [tile.rows for each in cut for tile in each.tiles() if tile.rows is not None]

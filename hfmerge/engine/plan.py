@@ -28,11 +28,11 @@ DTYPE_NAMES = {short: long for long, short in DTYPES.items()}
 
 @dataclass(frozen=True)
 class BaseLayout:
-    """What a run needs to know of the base's layout.
+    """The part of the base's layout that a run needs.
 
     Attributes:
         architecture: class that was built, "BertForSequenceClassification"; what config.json says if none could be.
-        tied, missing, unexpected: as of `checkpoint.layout.Layout`.
+        tied, missing, unexpected: as of `checkpoint.layout.layout.Layout`.
     """
 
     architecture: str
@@ -52,10 +52,10 @@ class Param:
         mode: "merge", "copy" (the base's value, cast to the output's dtype if floating), or "tied" (the value of
             `owner`).
         owner: the parameter a tied copy follows.
-        blocks: what methods see.
+        blocks: the pieces of the tensor that methods get: real matrices, or the whole tensor.
         ranks: per model, rank of its change: 0 none, None dense.
         vocab_axis: axis with one row per token, if any.
-        leaving: the same as `ranks` of each model that is subtracted from the prior state.
+        leaving: per model that is subtracted from the prior state, rank of its change, as in `ranks`.
     """
 
     key: str
@@ -79,12 +79,12 @@ class Prior:
     """A carried state to continue from, in the safetensors file `path`.
 
     Attributes:
-        count: it stands for the first `count` models of the plan.
+        count: the state replaces the first `count` models of the plan.
         path: the file.
-        squared_norms: of those models' task vectors.
-        held: of an additive fold's state that also holds models which leave, or holds them in another order: the
-            models in it, as indices into the plan's models, or `-1 - j` for `Plan.leaving[j]`. Empty: the first
-            `count` models, in order.
+        squared_norms: squared norms of the task vectors of these models.
+        held: the models in the state, as indices into the plan's models, or `-1 - j` for `Plan.leaving[j]`. It is set
+            for the state of an additive fold that also holds models which leave, or that has another order. Empty:
+            the first `count` models, in order.
     """
 
     count: int
@@ -101,10 +101,10 @@ class Prior:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What the work needs, in bytes and seconds; an estimate, printed as such.
+    """Estimated needs of the work, in bytes and seconds.
 
-    `download` goes into the Hugging Face cache; `stream` is read from the Hub and not kept; `sources` is what copies
-    of sources take at most, a part of `disk`.
+    `download` goes to the Hugging Face cache. `stream` is read from the Hub and not kept. `sources` is an upper bound
+    for the copies of sources, and a part of `disk`.
     """
 
     download: int
@@ -120,9 +120,9 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Plan:
-    """See the module's docstring; `executor.run` takes it from here, `plan_json` writes and reads it.
+    """Everything that a merge will do. `executor.run` runs a plan; `plan_json` writes and reads it.
 
-    Plain data throughout: what is open, or was built to look at the models, is left with who opened or built it.
+    A plan is plain data. It holds no open file and no built model.
     `leaving` are models that the prior state holds and that are subtracted from it, with their weights.
     """
 
@@ -148,17 +148,17 @@ class Plan:
 
     @property
     def subtracted(self) -> tuple[int, ...]:
-        """Models that are part of the carried state, and that the read-out approximately does without."""
+        """Models that stay in the carried state and are approximately subtracted when the merge is read out."""
         return tuple(i for i, entry in enumerate(self.recipe.models) if entry.subtracted)
 
     @property
     def start(self) -> int:
-        """Models that the prior state stands for."""
+        """Number of models that the prior state replaces."""
         return self.prior.count if self.prior else 0
 
     @property
     def read(self) -> tuple[Delta, ...]:
-        """Models whose weights are read, in order, those that leave last; of adapters that leave nothing is read."""
+        """Models whose weights are read, in order; models that leave come last. A leaving adapter is not read."""
         some = [delta for i, delta in enumerate(self.deltas) if i >= self.start or i in self.subtracted]
         dense = [
             delta
@@ -175,18 +175,19 @@ class Plan:
 
     @property
     def copies(self) -> dict[str, Path]:
-        """`org/name@COMMIT` -> folder read in its place, for who opens the models again (see `hub.download.pin`)."""
+        """`org/name@COMMIT` -> folder that is read in its place when models are opened again (see
+        `hub.download.pin`)."""
         places = [source.pinned for source in self.sources]
         return {f"{p.name}@{p.commit}": p.folder for p in places if p.commit is not None and p.folder is not None}
 
     @property
     def norm(self) -> str | float:
-        """What the merged task vector is rescaled to."""
+        """The norm to which the merged task vector is rescaled: "none", "mean" or a number."""
         return self.recipe.method.norm
 
     @property
     def choices(self) -> list[str]:
-        """Lines on options of the method that the sources decided."""
+        """One line of text for each option of the method that the sources decided."""
         found = [
             all(rank is not None for rank in param.ranks)
             for param in self.params

@@ -19,13 +19,13 @@ from hfmerge.validation.values import Section, record, show, text, whole
 
 FORMAT = "hfmerge plan"
 SCHEMA_VERSION = 1
-"""Of the JSON form: another one wherever a field of a plan comes, goes or changes."""
+"""Version of the JSON form. It is raised whenever a field of a plan is added, removed or changed."""
 
 
 def plan_to_json(plan: Plan) -> str:
     """The plan as one JSON text.
 
-    What is not finite is written as Python writes it (`Infinity`): configurations of models hold such numbers.
+    Numbers that are not finite are written as Python writes them (`Infinity`): configurations of models hold some.
     """
     data = {"format": FORMAT, "version": SCHEMA_VERSION, "plan": to_json_value(plan, _SPECIAL)}
     return json.dumps(data, separators=(",", ":"))
@@ -34,15 +34,16 @@ def plan_to_json(plan: Plan) -> str:
 def plan_from_json(data: bytes, origin: str = "plan") -> Plan:
     """The plan that `plan_to_json` wrote, in UTF-8.
 
-    Nothing is opened, fetched or looked for: what a plan says of files and models is a claim, which a run of it meets
-    or not. It also claims consents (`Recipe.allow_pickle`, `Recipe.trust_remote_code`): of who made it.
+    No file is opened and nothing is downloaded. What a plan says about files and models is a claim; a run of the plan
+    checks it. A plan also holds the consents of the person who made it (`Recipe.allow_pickle`,
+    `Recipe.trust_remote_code`).
 
     Args:
-        data: see above.
+        data: UTF-8 text of `plan_to_json`.
         origin: names it in errors.
 
     Raises:
-        HfMergeError: it is no plan, of another version, or has a field that cannot be.
+        HfMergeError: the text is not a plan, is of another version, or has a field with a wrong value.
     """
     try:
         found = read_json(data, PLAN_BYTES, values=PLAN_VALUES, finite=False)

@@ -1,7 +1,7 @@
-"""The plan: everything a merge will do, worked out from configuration files and headers alone, before any download.
+"""Makes the plan of a merge from configuration files and headers alone, before weights are downloaded.
 
-`make_plan` is pure in the weights: it reads no tensor. Reading order of the whole system: this file, `execute.py`,
-`methods/opcm.py`.
+`make_plan` is pure in the weights: it reads no tensor. Read this file first, then `engine/executor.py`,
+then `methods/opcm.py`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def build_method(recipe: Recipe) -> MergeMethod:
     """The recipe's method with its options.
 
     Raises:
-        UnsupportedError: a ledger's method that is not here, or not with these options.
+        UnsupportedError: the ledger names a method that is not installed, or options that it does not have.
     """
     kind = registry().get(recipe.method.name)
     if kind is None or not {*recipe.method.options} <= {*option_names(kind)}:
@@ -64,17 +64,17 @@ def make_plan(
     """Work out a merge from headers.
 
     Args:
-        recipe: already checked for form.
-        prior: a state to continue from; its models are not read.
-        leaving: models that are subtracted from it, with the weights they came in with.
-        origin: names the recipe in errors.
+        recipe: a recipe whose form is checked already.
+        prior: carried state to continue from; its models are not read.
+        leaving: models that are subtracted from `prior`, with the weights they were added with.
+        origin: name of the recipe in errors.
         on_source: called with base and models once all are described, before the slow part of planning.
-        code_was_run: a merge is planned again whose ledger says that code of its models was run. Where a model has
-            code of its own and `recipe` does not trust it, that is a problem: without it the merge would be another.
+        code_was_run: the ledger of a merge that is planned again says that code of its models was run. A model with
+            code of its own that `recipe` does not trust is then a problem: without this code the merge differs.
         copies: see `pin`.
 
     Returns:
-        The plan; its recipe allows only what the sources needed, which is what the ledger records.
+        The plan. Its recipe holds only the consents that the sources needed. The ledger records these.
 
     Raises:
         RecipeError: all problems of all models at once. SourceError: the base itself cannot be read.

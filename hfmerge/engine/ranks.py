@@ -1,4 +1,4 @@
-"""The processes of one run, through accelerate, which nothing else imports: rank, world, exchange, fair shares.
+"""The processes of one run: rank, world, exchange, fair shares. Only this module imports accelerate.
 
 A launcher (`torchrun`, `accelerate launch --multi_gpu`) sets `WORLD_SIZE`; without it there is one process and
 accelerate is not even imported. Only small Python objects cross processes; tensors meet in the files of the output.
@@ -72,7 +72,7 @@ class Ranks:
         return [rank for rank in range(self.world) if not self.disks or self.disks[rank] == disk]
 
     def check(self) -> None:
-        """To be called between pieces of long work, so that a rank whose work would be in vain stops.
+        """Check that all other processes live. Call it between pieces of long work, so that a rank stops early.
 
         Raises:
             LostProcessError: another process is gone.
@@ -199,7 +199,7 @@ def current_ranks() -> Ranks:
 
 
 def _meet(wanted: int) -> Store:
-    """Where the processes find one another, once all have come; left to itself, torch waits for that with `PATIENCE`.
+    """The address at which the processes find one another, once all have come. torch alone would wait `_PATIENCE`.
 
     Raises:
         HfMergeError: not all come; the launcher has not said where.

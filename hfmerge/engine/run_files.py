@@ -41,10 +41,10 @@ class RunFiles:
         outputs: weight file -> its writer.
         states: number of models -> writer of the state kept after them.
         scratch: what the first pass leaves for the second where no kept state does.
-        start: models that the prior state stands for.
+        start: number of models that the prior state replaces.
         memory: buffers of the threads that visit.
-        journal: where finished chunks are noted, if they are.
-        pin: model -> its commit, or the digest of its folder, which may have to be waited for.
+        journal: the journal for finished chunks, or None.
+        pin: model -> its commit, or the digest of its folder. The call may wait for the digest.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class RunFiles:
         return self
 
     def expect(self, keys: Sequence[str]) -> None:
-        """Announce which parameters are visited next, in their order, so that what is streamed comes in time."""
+        """Announce the parameters that are visited next, in order, so that streamed tensors are fetched in time."""
         self.base.expect(keys)
         subtracted = [self.models[i] for i in self.plan.subtracted if i < self.start]
         for model in (*self.models[self.start :], *subtracted, *self.leaving):

@@ -49,7 +49,7 @@ class _Pass:
     """One pass over some chunks.
 
     Attributes:
-        name: what it is called in the journal; None: it is not noted.
+        name: name of the pass in the journal; None: the pass is not noted.
         title: of its progress bar.
         chunks: what it visits.
     """
@@ -64,7 +64,7 @@ class _Pass:
 
 
 def _in_one_walk(plan: Plan, merging: _Pass, writing: _Pass, copying: _Pass) -> tuple[_Pass, _Pass, _Pass]:
-    """The passes with what is copied taken along in the last one that reads the base, all in the base's order.
+    """The passes, with copied parameters added to the last pass that reads the base, all in the base's order.
 
     So each of the base's files passes by once, from its beginning to its end, as its digest needs it.
     """
@@ -91,7 +91,7 @@ def _or_copy(work: Callable[[Visit], Norms | None]) -> Callable[[Visit], Norms |
 
 
 def _changes(plan: Plan, found: Sequence[tuple[Chunk, Norms | None]], scale: float) -> dict[str, float]:
-    """`execute.Outcome.changes`, from what the first pass found out about all chunks."""
+    """`executor.Outcome.changes`, from what the first pass found out about all chunks."""
     params = {param.key: param for param in plan.params if param.touched}
     squares: dict[str, list[list[float]]] = {key: [] for key in params}
     for chunk, norms in found:

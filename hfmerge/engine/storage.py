@@ -1,7 +1,6 @@
-"""Machines that share no disk: each computes whole weight files and lays only those out; found out, divided, checked.
+"""Finds out which machines share a disk, and divides the weight files: without a shared disk, each makes whole files.
 
-Where all processes see one disk (one machine, or a file system that all mount) there is one disk, and nothing here
-changes anything.
+If all processes see one disk (one machine, or a file system that all mount), this module changes nothing.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from hfmerge.hashing import canonical_json, sha256_bytes
 
 
 STORAGE = ("auto", "shared", "local")
-"""Whether the machines of a run share the disk of the output: to be found out, yes, no."""
+"""Values of `storage`: find out whether the machines share the output's disk; they do; they do not."""
 LOOK = 3.0
 """Seconds that a process looks for the file another has written; network file systems show it late."""
 

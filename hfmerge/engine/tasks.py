@@ -1,4 +1,4 @@
-"""The passes over one chunk: measure, fold or combine all models, write, or write anew with a scale."""
+"""The tasks on one chunk: measure it, fold or combine all models, write the result, or write it again with a scale."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ _HELD = 1 << 20
 
 @dataclass(frozen=True)
 class Norms:
-    """What the first pass found out about one chunk.
+    """Results of the first pass on one chunk.
 
     Attributes:
-        models: squared Frobenius norms of the pieces of each new model's task vector (see `chunks.pieces`).
+        models: squared Frobenius norms of the pieces of each new model's task vector (see `partition.pieces`).
         read_out: those of the merged task vector before any scaling.
         deviation: of an approximating method's last step, see `FoldMethod.deviation`; None where it was not measured.
         dependent: models whose change was left out, see `JointMethod.dependent`.

@@ -1,4 +1,4 @@
-"""What one chunk reads and writes: the base, the change of every model, the merged values."""
+"""Reads and writes the data of one chunk: the base, the change of every model, the merged values."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class ChunkData:
         return tuple(map(_finite_square, parts))
 
     def norms_of(self, change: TaskVector) -> tuple[float, ...]:
-        """Squared norms of a change's pieces (see `chunks.pieces`), of finite elements."""
+        """Squared norms of a change's pieces (see `partition.pieces`), of finite elements."""
         return tuple(map(_finite_square, self._parts(change)))
 
     def _parts(self, change: TaskVector) -> list[TaskVector]:

@@ -1,9 +1,9 @@
 """Notices at once that another process of the run is gone, even while this one computes for hours.
 
-A star of TCP connections around rank 0, on which nothing is said until the end. The kernel closes a killed process's
-connection at once; keep-alive probes find a machine that went dark within a minute. Rank 0 tells the others whom it
-lost. The collective operations alone would notice only when they next wait for that process, and for a dark machine
-not before their own patience ends.
+Every rank has a TCP connection to rank 0. Nothing is sent on it until the end. The kernel closes a killed process's
+connection at once; keep-alive probes find a machine without power or network within a minute. Rank 0 tells the
+others which process is gone. Collective operations alone would notice it only when they next wait for that process,
+and for a machine without power only after their timeout.
 """
 
 from __future__ import annotations

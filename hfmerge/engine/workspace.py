@@ -1,8 +1,8 @@
 """The output folder: built beside its final place, published by one rename, never seen half-written.
 
 While a merge runs, `.NAME.hfmerge-lock` is held by `flock` (the kernel drops it with the process, even after SIGKILL),
-the files grow in `.NAME.hfmerge-partial`, and `.NAME.hfmerge-journal` notes what is finished. The next run on the same
-folder goes on from what a killed one left if it is the same work, and otherwise removes it.
+the files grow in `.NAME.hfmerge-partial`, and `.NAME.hfmerge-journal` notes what is finished. If a killed
+run did the same work, the next run on the same folder continues it; otherwise the next run deletes its files.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @dataclass(frozen=True)
 class Workspace:
-    """A folder to fill, that of its journal, and what it becomes; both None for a folder that is not to stay."""
+    """A folder to fill, its journal's folder, and its final place; the last two are None for a temporary folder."""
 
     folder: Path
     journal: Path | None
@@ -40,14 +40,14 @@ def workspace(
 ) -> Iterator[Workspace]:
     """Yield a folder to fill: empty, or as a killed run of the same work left it. On success it becomes `output`.
 
-    On any error it is removed, unless it is that another process of the run is gone, which leaves it as if this one
-    had gone too.
+    On an error the folder is removed. If the error is that another process of the run is gone, the folder is kept, as
+    after a kill.
 
     Args:
         output: final folder.
         needed: bytes that will be written; compared with the free space first.
         replace: `output` may exist and is then replaced whole; otherwise it must not exist or be empty.
-        work: what will be done, part by part (see `identity.work_of`).
+        work: what will be done, part by part (see `fingerprint.work_of`).
         resume: go on from a killed run. None: if there is one of the same work; True: there has to be one; False: no.
 
     Raises:
@@ -145,9 +145,9 @@ def recover(output: str | Path) -> None:
 
 
 def leftovers(output: Path) -> list[str]:
-    """Names of what killed runs left beside a folder, which may hold models that are in it no longer.
+    """Names of files and folders that killed runs left beside a folder. They may hold models that the merge lost.
 
-    What a merge is at work on just now is none.
+    The working folders of a running merge are not listed.
     """
     output = Path(output).absolute()
     left = [path.name for path in (_beside(output, part) for part in ("old", "partial", "journal")) if path.exists()]
@@ -191,10 +191,10 @@ def _beside(output: Path, part: str) -> Path:
 
 
 def _check_own(path: Path, *, links: bool = False) -> None:
-    """Make sure that what is at a name that hfmerge writes to was put there by this user, or the folder's owner.
+    """Check that this user, or the folder's owner, made the file or folder at a name that hfmerge writes to.
 
-    In a folder that others may write to, such as `/tmp`, a link leads the output into other folders, and what somebody
-    else left there would be taken for the work of a killed run.
+    Other users may write to some folders, such as `/tmp`. A link of theirs would lead the output into another folder,
+    and a folder of theirs would be taken for the work of a killed run.
 
     Args:
         links: a link of theirs is allowed too; hfmerge itself makes none.

@@ -20,7 +20,7 @@ class Runner:
         batch_size: rows in a batch.
         device: of the model, as torch names it.
         ranks: the processes among which batches are shared.
-        tick: told the number of rows just done, by all processes together.
+        tick: called with the number of rows just done, by all processes together.
     """
 
     batch_size: int

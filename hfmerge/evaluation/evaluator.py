@@ -24,7 +24,7 @@ from hfmerge.validation.wording import parameter
 
 
 VERSION = 1
-"""Of how scores are computed; raised when the same question would get another answer."""
+"""Version of the computation of scores. It is raised when a score would change for the same input."""
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 EXTRA = {"datasets": "datasets", "sklearn": "scikit-learn"}
 """Modules that evaluation needs and merging does not, and the packages they are in."""
@@ -37,12 +37,12 @@ class Settings:
     """How a suite is run.
 
     Attributes:
-        limit: rows of each task at most, a seeded sample.
-        seed: of samples and of bootstrap intervals.
+        limit: largest number of rows per task, a seeded sample; None: all rows.
+        seed: seed of samples and of bootstrap intervals.
         batch_size: rows in a batch.
         device: see `place_for`; None: "auto".
-        dtype: of the weights; None: float32 on the CPU, as stored elsewhere.
-        cache: take scores that were computed before, and keep new ones.
+        dtype: dtype of the weights; None: float32 on the CPU, the stored dtype on other devices.
+        cache: use scores that were computed before, and remember new ones.
         skip_missing: leave a score out where a model has no head for a task, instead of raising.
     """
 
@@ -58,13 +58,13 @@ class Settings:
 class Evaluator:
     """The tasks of a suite, ready to be run on one model after another.
 
-    What belongs to the data (rows, tokens, features of class names) is kept between models; what belongs to a model is
-    not. Every process of a run makes the same calls.
+    Data (rows, tokens, features of class names) are kept between models. Weights of a model are not kept. Every
+    process of a run must make the same calls.
 
     Args:
-        suite: whose data sets are loaded when first needed.
-        settings: of all runs.
-        heads: task -> whose head is used, before what the suite says; "*" stands for all tasks.
+        suite: the suite; its data sets are loaded when first needed.
+        settings: settings of all runs.
+        heads: task -> model whose head is used, instead of the one that the suite names; "*" stands for all tasks.
         ranks: the processes that share the batches.
         progress: show a bar with the time left, on the first process.
     """
@@ -113,13 +113,13 @@ class Evaluator:
         Args:
             model: a reference, or an opened or loaded one (see `models.open_subject`, `models.subject_in_memory`).
             tasks: names; None: all of the suite.
-            heads: as for the evaluator, before those.
+            heads: as for the evaluator; they replace the evaluator's.
 
         Returns:
             Task -> score, in the suite's order; None where the model has no head for it and `skip_missing` is set.
 
         Raises:
-            HeadError: no head for a task. HfMergeError: whatever else cannot be loaded or does not fit.
+            HeadError: the model has no head for a task. HfMergeError: something else cannot be loaded or does not fit.
         """
         subject = model if isinstance(model, Subject) else self.open(model)
         chosen = self.suite.tasks if tasks is None else self.suite.select(tasks).tasks

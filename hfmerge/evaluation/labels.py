@@ -1,4 +1,4 @@
-"""Answers and heads meet by label name: which row of the head each value of a data set's label column means."""
+"""Matches answers with heads by label name: the row of the head for each value of a data set's label column."""
 
 from __future__ import annotations
 

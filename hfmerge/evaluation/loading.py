@@ -1,4 +1,4 @@
-"""What models are made of: digests, stored tensors, and adapters merged into their bases by peft."""
+"""Loads models for evaluation: digests, stored tensors, and adapters merged into their bases by peft."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def digest_of(source: Source) -> str:
-    """One digest of everything in a repository that a score can depend on."""
+    """One digest of all files in a repository that a score can depend on."""
     kept = (".safetensors", ".json", ".txt", ".model", ".jinja")
     outside = ("merge_history/", "merge_state/", ".eval_results/", "figures/", ".git/", ".cache/")
     files = {}

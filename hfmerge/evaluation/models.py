@@ -273,7 +273,7 @@ def open_subject(
 
     Args:
         ref: `org/name[@revision]`, a folder, or `base+adapter`.
-        copies: see `fetching.pin`.
+        copies: see `hub.download.pin`.
 
     Raises:
         SourceError: it cannot be named, found, reached or read.

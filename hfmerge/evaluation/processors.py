@@ -1,4 +1,4 @@
-"""Tokenizers and image processors of models, and the texts and images they make ready."""
+"""Loads tokenizers and image processors of models, and prepares texts and images with them."""
 
 from __future__ import annotations
 

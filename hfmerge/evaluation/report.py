@@ -1,4 +1,4 @@
-"""Results on the Hub and in folders: the block in the card, `model-index`, `.eval_results`, in one commit or a PR."""
+"""Writes results to the Hub and to folders: card block, `model-index`, `.eval_results`, in one commit or a PR."""
 
 from __future__ import annotations
 

@@ -26,13 +26,13 @@ class Score:
     """One number of one model on one task.
 
     Attributes:
-        value: of the metric: accuracy and the like in 0..1, never in per cent.
-        n: rows (for perplexity: pieces of text) it was computed from.
-        low, high: 95 % confidence interval; nan where there is none.
-        metric: its name.
+        value: value of the metric. Accuracy and similar metrics are in 0..1, not in per cent.
+        n: number of rows (for perplexity: pieces of text) that were scored.
+        low, high: 95 % confidence interval; nan if there is none.
+        metric: name of the metric.
         interval: how the interval was made: "wilson", "bootstrap", "reported" (by a harness) or "none".
-        seconds: what it took to compute; no part of equality.
-        cached: taken from an earlier run; no part of equality.
+        seconds: time of the computation in seconds; ignored by `==`.
+        cached: the score was taken from an earlier run; ignored by `==`.
     """
 
     value: float
@@ -57,10 +57,10 @@ class Score:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """A row: which model.
+    """The model of a row.
 
     Attributes:
-        label: what tables call it: `org/name`, or a folder's name.
+        label: name of the model in tables: `org/name`, or a folder's name.
         kind: "full", "adapter" or "merge".
         commit: 40 hex digits on the Hub, None for a folder.
         digest: SHA-256 over the digests of its files.
@@ -74,16 +74,16 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class TaskInfo:
-    """A column: which task, on which data.
+    """The task of a column, and its data.
 
     Attributes:
         name, kind, metric, config, split: as in the suite.
         dataset: repository ID, name of a file or folder, or of a harness's task.
         commit: of the data set on the Hub; None for a file.
         digest: identifies the rows: the commit, or SHA-256 of the files.
-        head: whose head was used, None for each model's own.
-        sampled: whether a limit was set, so that the score may be of a part of the split.
-        head_commit: of `head` on the Hub, where another model than the one that is scored lent it.
+        head: model whose head was used; None: each model's own head.
+        sampled: a limit was set, so the score may be that of a part of the split.
+        head_commit: commit of `head` on the Hub, if the head is that of another model than the scored one.
     """
 
     name: str
@@ -105,12 +105,12 @@ class Matrix:
 
     Attributes:
         suite: name of the suite.
-        suite_digest: SHA-256 of what it asks.
+        suite_digest: SHA-256 of the suite's tasks, see `Suite.digest`.
         models: rows.
         tasks: columns.
-        scores: one row a model, one entry a task; None where the model has no head for the task.
-        settings: limit, seed, batch size and what else the run was asked.
-        notes: why entries are empty, and other remarks.
+        scores: one row per model, one entry per task; None if the model has no head for the task.
+        settings: limit, seed, batch size and the other settings of the run.
+        notes: reasons for empty entries, and other remarks.
     """
 
     suite: str

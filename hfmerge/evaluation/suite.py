@@ -1,7 +1,7 @@
-"""Suites: which tasks models are evaluated on, read strictly from YAML; all problems of a suite come at once.
+"""Suites of tasks for evaluation, read strictly from YAML. All problems of a suite are raised together.
 
-A suite is a list of tasks; a task is a data set pinned to a commit, the columns that matter, a metric, and the head to
-use. What needs the data or the models themselves (do columns exist, do labels agree) is checked when a task is loaded.
+A suite is a list of tasks. A task names a data set pinned to a commit, the columns to use, a metric, and the head to
+use. Checks that need the data or the models (do columns exist, do labels agree) are made when the task is loaded.
 """
 
 from __future__ import annotations
@@ -63,20 +63,20 @@ class Task:
     """One task of a suite; which fields count depends on its kind (see `KINDS`).
 
     Attributes:
-        name: of the task, unique in its suite.
+        name: name of the task, unique in its suite.
         kind: one of `KINDS`.
         metric: one of `metrics.METRICS`, or the harness's own name for kind `lm-eval`.
         dataset: `org/name[@commit]`, or a file or folder, relative to the suite's file, that begins with `.` or `/`.
-        config, split: of the data set.
+        config, split: configuration and split of the data set.
         text: one column, or two for a pair.
         image: column of images.
         label: column of the answers.
-        labels: value in the data set -> label name of the head, where the data set does not name its labels or names
-            them otherwise.
-        by_index: the data set's label numbers are the head's rows, whatever their names.
-        head: whose classification head (or text tower) is used; None: the model's own, or the one that fits.
-        max_length: tokens; longer rows are cut. None: what the model takes.
-        limit: rows, a seeded sample; None: all.
+        labels: value in the data set -> label name of the head, if the data set has no label names or other names.
+        by_index: the data set's label numbers are the head's rows; label names are not compared.
+        head: model whose classification head (or text tower) is used; None: the model's own head, or the one that
+            fits.
+        max_length: largest number of tokens; longer rows are cut. None: the model's own limit.
+        limit: number of rows of a seeded sample; None: all rows.
         stream: read the rows as they come instead of downloading the data set; needs a limit.
         classes: class names for zero-shot prompts, in label order; None: those of the data set.
         templates: prompts with `{}` for the class name.
@@ -112,7 +112,7 @@ class Task:
 
     @property
     def classifies(self) -> bool:
-        """Whether `head` is a classification head, which belongs to one fine-tune; a text tower serves them all."""
+        """Whether `head` is a classification head, which belongs to one fine-tune. Text towers serve all."""
         return self.kind in ("text-classification", "image-classification")
 
     def to_dict(self) -> dict[str, Any]:
@@ -143,7 +143,7 @@ class Suite:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of what the suite asks; of no path of any machine."""
+        """SHA-256 of the suite's tasks, without paths of the machine."""
         return sha256_bytes(canonical_json([task.to_dict() for task in self.tasks]))
 
     def select(self, names: Sequence[str]) -> Suite:

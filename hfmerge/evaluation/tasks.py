@@ -1,4 +1,4 @@
-"""What each kind of task does with a model: make rows ready once, run the model, compare with the answers."""
+"""Runs each kind of task on a model: prepares the rows once, runs the model, compares its outputs with the answers."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Tasks:
         """Run a task on a model.
 
         Raises:
-            HeadError: the model has no head for it. HfMergeError: whatever else does not fit.
+            HeadError: the model has no head for the task. HfMergeError: something else does not fit.
         """
         run = {
             "text-classification": self._texts,

@@ -1,4 +1,4 @@
-"""How far the weights of two merges are apart: not at all, by digests, or by the norm of their difference."""
+"""Distance of the weights of two merges: equality by digests, and the norm of the difference."""
 
 from __future__ import annotations
 

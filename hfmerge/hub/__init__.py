@@ -1,1 +1,1 @@
-"""The Hub as transport: its client and errors, references, downloads, byte ranges, commits, the branch of states."""
+"""Access to the Hub: its client and errors, references, downloads, byte ranges, commits, the branch of states."""

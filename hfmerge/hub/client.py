@@ -1,4 +1,4 @@
-"""Calls of the Hub: one client, its errors as one line each, and patience with faults that pass."""
+"""Calls of the Hub: one client, errors as one line each, and retries after temporary faults."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ PASSING = (408, 425, 429, 500, 502, 503, 504)
 
 @dataclass(frozen=True)
 class Patience:
-    """How often something is tried and how long is waited in between; times in seconds.
+    """Limits on retries: number of tries and waits between them; times in seconds.
 
     Attributes:
-        tries: requests without any progress, in a row, before giving up.
-        first: longest wait after the first failure; it doubles with each further one.
-        longest: wait after many failures.
-        asked: longest wait that a Hub may ask for (`Retry-After`); one that asks for more is not waited for.
-        whole: no further try is begun this long after the first one.
+        tries: number of consecutive requests without progress after which the call fails.
+        first: longest wait after the first failure. It doubles with each further failure.
+        longest: upper bound of a wait.
+        asked: longest wait that a Hub may ask for (`Retry-After`). If it asks for more, the call fails.
+        whole: no try begins later than this after the first one.
     """
 
     tries: int = 6
@@ -64,9 +64,9 @@ def asked_wait(headers: Mapping[str, str]) -> float | None:
 
 
 def patiently(work: Callable[[], _T], patience: Patience | None = None) -> _T:
-    """Call `work`, again after faults that pass: 429, 5xx, timeouts, cut connections.
+    """Call `work`, and call it again after temporary faults: 429, 5xx, timeouts, cut connections.
 
-    Without any connection there is no second try: the caller has a cache to fall back on, or nothing at all.
+    Without any connection there is no second try: the caller then uses the cache or fails.
     """
     patience = patience or Patience()
     start, failures = time.monotonic(), 0
@@ -102,7 +102,7 @@ def pause_after(error: BaseException, failures: int, patience: Patience) -> floa
 
 
 def hub_api() -> Any:
-    """An `HfApi` that names hfmerge in its requests; the token is whatever the environment gives."""
+    """An `HfApi` that names hfmerge in its requests. The token comes from the environment."""
     from huggingface_hub import HfApi
 
     from hfmerge.version import __version__
@@ -115,7 +115,7 @@ def hub_errors(subject: str, right: str = "read") -> Iterator[None]:
     """Re-raise what the Hub client raises as one line that names `subject` and the remedy.
 
     Args:
-        right: what the token is used for, "read" or "write".
+        right: the right that the token needs, "read" or "write".
     """
     import httpx2
     from huggingface_hub import errors as hf

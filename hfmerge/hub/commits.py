@@ -1,4 +1,4 @@
-"""What a push asks of the Hub, patiently: files there, uploads, and one commit that is made once or not at all."""
+"""Requests of a push, with retries: list files, upload files, and make one commit exactly once or not at all."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hfmerge.hub.client import Patience, patiently, pause_after, status_of
 
 
 UPLOADING = Patience(whole=15.0)
-"""The client tries uploads again by itself, for a while; where it gave up after a long one, so do we."""
+"""Retries of uploads. The client retries by itself for a while; after a long failed upload hfmerge does not retry."""
 
 
 @dataclass(frozen=True)
@@ -39,16 +39,17 @@ def commit_once(
 ) -> Commit:
     """Commit to `main`, or open a pull request; again where the Hub or the network fails for a moment.
 
-    When an answer is lost the commit may have been made all the same. It was if `main` went from `parent` straight to
-    a commit that holds `proof`; and if it was not, `parent` guards the next try.
+    If an answer is lost, the commit may still have been made. It was made if the commit after `parent` on `main` holds
+    `proof`. If it was not made, `parent` guards the next try.
 
     Args:
-        operations: the files, uploaded already where they are large.
-        parent: what `main` must be at.
+        operations: the files; large files are uploaded already.
+        parent: the commit that `main` must be at.
         proof: path -> bytes of a small file that no other commit on `parent` would hold.
 
     Raises:
-        PushError: the branch moved, or nobody knows whether the pull request was opened. Else what the client raises.
+        PushError: the branch moved, or it is not known whether the pull request was opened. Other errors are the
+            client's.
     """
     patience, failures = patience or Patience(), 0
     while True:
@@ -80,7 +81,7 @@ def commit_once(
 
 
 def moved(repo_id: str, parent: str) -> PushError:
-    """What to say when `main` is no longer where the work began."""
+    """The error for the case that `main` moved since the work began."""
     return PushError(
         f"{repo_id}: main moved since {parent[:8]}; somebody pushed meanwhile. Nothing was changed there: run the "
         "command again on the new state."
@@ -101,14 +102,14 @@ def _landed(api: Any, repo_id: str, parent: str, proof: Mapping[str, bytes]) -> 
 
 
 def tag_once(api: Any, repo_id: str, tag: str, oid: str, message: str, files: Collection[str]) -> str | None:
-    """Have a tag name a commit. A tag that exists stays where it is.
+    """Create a tag for a commit. An existing tag is not moved.
 
     Args:
-        message: of an annotated tag; empty: a plain one.
-        files: what the tag stands for; a tag of another commit with the same files is as good.
+        message: message of an annotated tag; empty: a plain tag.
+        files: the files that the tag stands for. An existing tag of another commit with these files is accepted.
 
     Returns:
-        The commit of other files that the tag names, or None.
+        The commit that an existing tag names, if its files differ; else None.
     """
     patiently(lambda: api.create_tag(repo_id, tag=tag, revision=oid, tag_message=message or None, exist_ok=True))
     refs = patiently(lambda: api.list_repo_refs(repo_id))
@@ -129,7 +130,7 @@ def upload(
     create_pr: bool = False,
     free_memory: bool = False,
 ) -> None:
-    """Upload a file without a commit, if it is a large one; what has arrived of it already is not sent again."""
+    """Upload a file without a commit, if it is large. Parts that arrived earlier are not sent again."""
     patiently(
         lambda: api.preupload_lfs_files(
             repo_id, [operation], revision=revision, create_pr=create_pr or None, free_memory=free_memory

@@ -1,4 +1,4 @@
-"""Where models lie: a place is pinned to one commit, and its small files come through the Hugging Face cache."""
+"""Pins references to commits, and downloads files into the Hugging Face cache."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from hfmerge.validation.limits import FILES
 
 
 def pin(place: Place, copies: Mapping[str, Path] | None = None) -> Pinned:
-    """Fix a place to one state: the commit its revision means now, or the files its folder holds now.
+    """Pin a place to one state: the present commit of its revision, or the present files of its folder.
 
     Args:
-        copies: `org/name@COMMIT` -> folder that is read in the place of this commit, which the Hub no longer gives.
+        copies: `org/name@COMMIT` -> folder that is read instead, because the Hub no longer has this commit.
 
     Raises:
         SourceError: missing, private, gated, unreachable, an unknown revision; a folder with a link out of it.
@@ -114,8 +114,8 @@ def fetch(pinned: Pinned, file: str) -> Path:
     """A file of a pinned place on this machine, downloaded into the Hugging Face cache when it is not there yet.
 
     Raises:
-        SourceError: the file is missing, unreachable, or has another length than the Hub says; or its name leads
-            elsewhere.
+        SourceError: the file is missing, cannot be reached, or has another length than the Hub lists; or its name is a
+            path out of the repository.
     """
     checked_path(file, pinned.label)
     if pinned.folder is not None:

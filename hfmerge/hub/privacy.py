@@ -1,9 +1,9 @@
-"""Who may read what a merge is made of: every input is looked at as everybody sees it, without a token.
+"""Checks who may read the inputs of a merge: each input is looked up without a token, as everybody sees it.
 
 The rule: an input is public if an anonymous request can read its repository at its commit and the repository is not
-gated. What an anonymous request cannot read counts as private, also what was deleted or squashed out of its history.
-A folder counts as public, since nothing is known of it: whoever merges a private folder pushes with `--private`. A
-snapshot in a cache of the Hub is a folder too, and counts as its repository.
+gated. An input that an anonymous request cannot read counts as private, also if it was deleted or squashed.
+A folder counts as public, since hfmerge knows nothing about it. To publish a merge of a private folder, push with
+`--private`. A snapshot in a cache of the Hub counts as its repository.
 Inputs are the base, the models, the models beneath adapters, and all that inner merges say they contain.
 """
 
@@ -19,12 +19,12 @@ from hfmerge.hub.client import hub_api, hub_errors, patiently
 
 
 PUBLIC, GATED, REVIEWED, PRIVATE = range(4)
-"""How few may read a repository: everybody, who asks, whom its owner lets in, nobody else."""
+"""Levels of privacy: everybody may read; everybody who asks; people whom the owner admits; members alone."""
 WORDS = ("public", "gated", "gated by review", "private")
 
 
 def level_of(info: Any) -> int:
-    """How few may read the repository that `model_info` describes."""
+    """Level of privacy of the repository that `model_info` describes."""
     if info.private:
         return PRIVATE
     return REVIEWED if info.gated == "manual" else GATED if info.gated else PUBLIC
@@ -41,7 +41,7 @@ def snapshot_of(folder: str | Path) -> str | None:
 
 
 def restricted(identities: Iterable[str]) -> dict[str, int]:
-    """Name -> how few may read it, of those inputs that are not public.
+    """Name -> level of privacy, for the inputs that are not public.
 
     Args:
         identities: `org/name`, `org/name@revision`, or `name@sha256:digest` of a folder, which is passed over.

@@ -1,4 +1,4 @@
-"""Byte ranges of one file on the Hub, exact or not at all: own Range requests, repeated where they fail.
+"""Reads exact byte ranges of one file on the Hub by Range requests, and repeats requests that fail.
 
 The address at the pinned commit usually redirects to another host with a signed address, which is used again until it
 no longer holds. The token goes to the Hub alone.
@@ -31,7 +31,7 @@ HOPS = 5
 
 @dataclass
 class Traffic:
-    """What the ranged reads of one run share: counters, and the moment before which a Hub wants no request.
+    """State that the ranged reads of one run share: counters, and the time before which a Hub wants no request.
 
     Attributes:
         requests: GETs sent, those after redirects included.
@@ -90,7 +90,7 @@ class RangedFile:
         url: its address on the Hub, where the token may go.
         size: bytes, as the Hub lists it.
         sha256: of its content, as the Hub lists it; None if unknown.
-        otherwise: how to run again where this way does not work, for errors; None: without streaming.
+        otherwise: advice in errors on how to run without range requests; None: to run without streaming.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class RangedFile:
         """The bytes from `start` up to `stop`; goes on from the byte reached when a connection is cut.
 
         Raises:
-            OfflineError: not to be had after all tries. CorruptFileError: the file there is another one.
+            OfflineError: all tries failed. CorruptFileError: the Hub now serves another file.
             SourceError: the Hub refuses, or does not serve ranges.
         """
         data = bytearray(stop - start)

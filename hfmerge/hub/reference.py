@@ -1,4 +1,4 @@
-"""References of models, as people write them, and what they stand for: a place, and the place pinned to one state.
+"""References of models: parsed into places, and places pinned to one state.
 
 `org/name`, `org/name@revision`, a folder, an `hf://` URI, or `base+adapter` of any two of these.
 """
@@ -76,10 +76,10 @@ def is_path(name: object) -> bool:
 
 
 def checked_path(name: str, where: str) -> str:
-    """The path of a file in a repository, as somebody else wrote it, before it is read from or written to.
+    """Check the path of a file in a repository that somebody else wrote, before the file is read or written.
 
     Raises:
-        CorruptFileError: it leads elsewhere.
+        CorruptFileError: the path leads out of the repository.
     """
     if not is_path(name):
         raise CorruptFileError(f"{where}: names the file {name!r}, which is no path in a repository; do not use it.")

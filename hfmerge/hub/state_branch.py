@@ -1,4 +1,4 @@
-"""Kept states on the Hub: a branch of their own, so that people who only load the model do not pay for them."""
+"""Kept states on the Hub lie on a branch of their own, so that loading the model does not download them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hfmerge.hub.commits import listed, upload
 
 STATE_BRANCH = "merge-state"
 ATTRIBUTES = ".gitattributes"
-"""What the branch holds beside kept states and copies of sources: it says what is large."""
+"""File of the branch beside kept states and copies of sources: it names the large files."""
 OWN = "merge_state/"
 """Folder of the branch that kept states and copies of sources lie in."""
 
@@ -55,7 +55,7 @@ def _without(left: Mapping[str, str], known: Mapping[str, Any]) -> dict[str, str
 
 
 def push_states(api: Any, repo_id: str, states: Mapping[str, Path], replaced: Collection[str] = ()) -> None:
-    """Add kept states and copies of sources (path in the repository -> file); of those there none is deleted yet.
+    """Add kept states and copies of sources (path in the repository -> file). Nothing is deleted yet.
 
     Args:
         replaced: strange files (see `strange_files`) that may be deleted.
@@ -125,14 +125,14 @@ def bring_states_back(api: Any, repo_id: str, commits: Mapping[str, str]) -> Non
 
 
 def drop_states(api: Any, repo_id: str, keep: Collection[str], replaced: Collection[str] = ()) -> list[str]:
-    """Delete whatever is on the branch and no longer belongs to the merge (it may hold a removed model).
+    """Delete the files of the branch that no longer belong to the merge: they may hold a removed model.
 
     Args:
-        keep: paths of states and copies of sources that do.
+        keep: paths of the states and copies of sources that belong to the merge.
         replaced: strange files (see `strange_files`) that may be deleted.
 
     Returns:
-        What was deleted.
+        Paths of the deleted files.
     """
 
     def old(held: Mapping[str, Any]) -> list[str]:

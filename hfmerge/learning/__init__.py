@@ -1,1 +1,1 @@
-"""Learned merges: what coefficients are learned from, and how."""
+"""Learning of weights by gradient: the rows to learn from, and the optimisation."""

@@ -1,4 +1,4 @@
-"""A few labelled rows of a suite's tasks, in the form of replay rows whose outputs leave no doubt."""
+"""Labelled rows of a suite's tasks, in the form of replay rows whose outputs give all probability to the label."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def task_of(suite: Suite, names: Sequence[str]) -> Task | None:
 
 
 def labelled_rows(task: Task, suite: Suite, subject: Subject, *, split: str, rows: int, seed: int) -> Replay:
-    """So many labelled rows of a task, a seeded sample, of which none is held out.
+    """A seeded sample of labelled rows of a task; no row is held out.
 
     With one certain answer the divergence of a model's outputs is its cross-entropy.
     Two columns of texts make rows of pairs, with `token_type_ids` where the tokenizer has them.

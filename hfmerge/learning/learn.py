@@ -1,4 +1,4 @@
-"""From a plan with a `learn` section to the same plan with learned weights, and what is kept of learning them."""
+"""Turns a plan with a `learn` section into the same plan with learned weights; writes rows and Fisher information."""
 
 from __future__ import annotations
 
@@ -41,15 +41,15 @@ PRIVACY = "replay rows are made from a model and may reflect the data it was tra
 
 @dataclass(frozen=True, eq=False)
 class Learned:
-    """What was learned, to be kept beside the weights.
+    """The result of learning, which is kept beside the weights.
 
     Attributes:
         replays: of each model in order; None where it has none.
         fisher: carried Fisher information, or None.
         found: weights and curve; None where the weights stayed as they were.
-        how: one line.
-        groups: of the weights.
-        device: what computed them, by its name: "cpu", or the model of an accelerator.
+        how: one line on how the weights were found.
+        groups: names of the groups of parameters that have a weight of their own.
+        device: name of the device that learned: "cpu", or the model of an accelerator.
     """
 
     replays: tuple[Replay | None, ...]
@@ -95,11 +95,12 @@ def learn(
     """The plan with the weights that its recipe's `learn` asks for.
 
     Args:
-        journal: folder of the run's journal, where it is noted how far learning came; None: nowhere.
+        journal: folder of the run's journal, in which the progress of learning is noted; None: it is not noted.
         shelf: see `RunOptions.rows`.
-        opened, action: the merge that the plan goes on from, and how; None for a first merge. Only "add" goes on from
-            weights that were learned; "unmerge" keeps or learns them as asked, and "subtract" keeps them.
-        notify: told what is about to happen.
+        opened: the merge that is changed; None for a first merge.
+        action: the action of the change. "add" starts from the learned weights of `opened`. "unmerge" keeps them or
+            learns new ones, as the recipe says. "subtract" keeps them.
+        notify: called with one line on what is about to happen.
         device: see `RunOptions.device`.
 
     Raises:

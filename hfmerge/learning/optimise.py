@@ -35,7 +35,7 @@ Look = tuple[int, "float | None", "float | None", tuple[float, ...]]
 
 @dataclass(frozen=True)
 class Anchor:
-    """What elastic weight consolidation holds the merge at.
+    """The earlier merge near which elastic weight consolidation keeps the new merge.
 
     Attributes:
         merged: the merge that models are added to, float32 by stored key of the base.
@@ -63,15 +63,15 @@ class Anchor:
 
 @dataclass(frozen=True)
 class Found:
-    """What learning found.
+    """The result of the optimisation.
 
     Attributes:
         weights: float64 (models, groups), the best that were seen.
         curve: step, loss of its rows, loss of the rows held out (None where none are), and the mean weight of each
             model, at every look.
-        steps: that were made.
-        fault: why no further step could be made; None: none that could be was left out.
-        idle: groups whose weights stayed where they started, as no loss depends on them.
+        steps: number of steps that were made.
+        fault: why learning ended early; None if it did not.
+        idle: groups whose weights did not change, because no loss depends on them.
     """
 
     weights: Tensor = field(repr=False)
@@ -100,8 +100,8 @@ def optimise(
     Args:
         start: float64 (models, groups).
         anchor: of elastic weight consolidation.
-        progress: of a killed run to go on from; noted at every look.
-        tick: told of steps, those of the killed run included.
+        progress: progress of a killed run, from which learning continues. It is written at every look.
+        tick: called with numbers of steps, those of the killed run included.
 
     Raises:
         NonFiniteError: the loss is not a number where the weights start.

@@ -1,4 +1,4 @@
-"""How far learning came: replay rows and steps, kept in the journal of a run until its output is in place."""
+"""Progress of learning: replay rows and steps, kept in the journal of a run until its output is in place."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hfmerge.validation.strict_json import read_json_file
 
 
 class Progress:
-    """What rank 0 notes for whoever goes on from a killed run. What a crash left torn or damaged counts for nothing.
+    """The notes of rank 0 from which a killed run continues. Torn or damaged notes are ignored.
 
     Args:
         folder: the journal's; None: nothing is kept.

@@ -1,4 +1,4 @@
-"""The merged model as its sources see it: one encoder that all share, under each source's own head, with its rows."""
+"""The merged model under each source's own head: one shared encoder, the heads, and the rows of each source."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def references(plan: Plan) -> tuple[str, ...]:
 
 
 def reference(pinned: Pinned) -> str:
-    """How a source is named where it is opened."""
+    """The reference by which a source is opened."""
     return f"{pinned.name}@{pinned.commit}" if pinned.commit else str(pinned.folder)
 
 

@@ -1,1 +1,1 @@
-"""What happened: entries, a merge that exists, its history, differences, and the card."""
+"""The ledger, read only: entries, opened merges, history, differences, and the card."""

@@ -278,12 +278,12 @@ def combine_cards(existing: str | None, rendered: str) -> str:
 
 
 def card_facts(entry: Entry, repo_id: str | None) -> dict[str, Any]:
-    """What a card says beyond the ledger's materials: the recorded task, and the repository it is written for."""
+    """Facts for the card beside the ledger's materials: the recorded task, and the repository of the card."""
     return {"library_name": None, "architecture": None, **entry.settings["card"], "repo_id": repo_id}
 
 
 def card_pointer(text: str) -> dict[str, Any]:
-    """What a card's front matter says of the ledger: `ledger`, `sha256`, `steps`, and `repo` if that is a name.
+    """The ledger's fields in a card's front matter: `ledger`, `sha256`, `steps`, and `repo` if that is a valid name.
 
     {} if it says nothing.
     """
@@ -298,7 +298,7 @@ def card_pointer(text: str) -> dict[str, Any]:
 
 
 def card_differs(text: str, entries: Sequence[Entry]) -> str | None:
-    """None when the card says what the ledger says; else what differs."""
+    """None if the card agrees with the ledger; else the difference in words."""
     front, found, _ = parse_card(text)
     facts = card_facts(entries[-1], card_pointer(text).get("repo"))
     expected = metadata(entries, facts)

@@ -1,4 +1,4 @@
-"""What differs between two steps of a merge, or between two merges: by their ledgers alone."""
+"""Compares two steps of a merge, or two merges, by their ledgers alone."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from hfmerge.recipe.weights import Weight, stored
 
 @dataclass(frozen=True)
 class Difference:
-    """From one step (A) to another (B); what is equal is absent.
+    """Differences between two steps, A and B. Fields that are equal are empty or None.
 
     Attributes:
         before, after: the steps.
         added, removed: models of B alone, and of A alone.
-        replaced: pairs of another revision of one repository or folder, or of what stands in the same place.
+        replaced: pairs of models: two revisions of one repository or folder, or two models at the same place.
         subtracted: models of B that were approximately subtracted since A, and so are still part of its state.
         order: names of the models that both hold, as A and as B orders them; None if alike.
         weights: models of B with another weight, and that of A.
@@ -70,7 +70,7 @@ class Difference:
 
 
 def compare(before: Entry, after: Entry) -> Difference:
-    """What has to be done to a merge as it was at `before` to make it what it is at `after`."""
+    """The differences that lead from the merge at `before` to the merge at `after`."""
     pairs = _pairs(before.models, after.models)
     same = [(a, b) for a, b in pairs if _key(a) == _key(b)]
     replaced = tuple((a, b) for a, b in pairs if _key(a) != _key(b))

@@ -1,8 +1,8 @@
 """The ledger: one immutable JSON file per action, each naming its parent's SHA-256, in in-toto's words.
 
-`merge_history/0001.json, 0002.json, ...` say what went in (materials, pinned by commit and file digest), how (method,
-settings, environment), what came out (products by digest) and what was kept to go on from (byproducts). `sha256sum`
-checks the chain.
+The files are `merge_history/0001.json`, `0002.json`, ... An entry has four parts. Materials are the inputs, pinned by
+commit and file digest. Method, settings and environment say how they were merged. Products are the output files with
+their digests. Byproducts are the kept states, from which a change can continue. `sha256sum` checks the chain.
 A merge is a function of its last entry alone: replaying it gives the same bytes.
 """
 
@@ -30,7 +30,7 @@ from hfmerge.validation.wording import parameter
 
 FOLDER = "merge_history"
 ARCHIVES = "merge_state/sources"
-"""Where copies of sources are kept (see `archives`)."""
+"""Folder of the kept copies of sources (see `checkpoint.archive`)."""
 
 
 @dataclass(frozen=True)
@@ -45,16 +45,16 @@ class Material:
         weight: as given; 1.0 for the base. In the file one by pattern is a list of pairs.
         files: path -> SHA-256 of every file the merge read; a leading `+` marks those of the model beneath an adapter.
         beneath: for `base+adapter` on another model: identity of that model.
-        squared_norm: of its task vector; None for the base.
+        squared_norm: squared norm of its task vector; None for the base.
         head: folder of its task head in the output, or None.
         labels: label names of that head.
-        license: as its card or configuration says, or None.
-        unverified: those of `files` that were streamed and could not be compared with their digest, which is then only
-            what the Hub lists.
+        license: licence, as the model's card or configuration names it, or None.
+        unverified: those of `files` that were streamed and not hashed. For them the digest is only what the Hub lists.
         ledger: of a model that is a merge by hfmerge itself: SHA-256 of its last ledger entry.
-        contains: identities of everything that is in such a model, or in such a one beneath it, as `contained` has it.
-        subtracted: it is still part of the carried state, and was approximately subtracted from what was read out.
-        kept: SHA-256 of the copy of it that lies beside the carried states.
+        contains: if the model is itself a merge, or lies on one: identities of all models in that merge (see
+            `contained`).
+        subtracted: the model is still in the carried state and was approximately subtracted from the merged change.
+        kept: SHA-256 of the kept copy of the model, which lies beside the carried states.
     """
 
     name: str
@@ -76,7 +76,7 @@ class Material:
 
     @property
     def identity(self) -> str:
-        """What makes it this model: name and commit, or name and digest."""
+        """Identity of the model: `name@commit`, or `name@sha256:digest` for a folder."""
         return f"{self.name}@{self.commit or 'sha256:' + str(self.digest)}"
 
     @property
@@ -85,7 +85,7 @@ class Material:
         return short(self.identity)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able; what most materials have not, from `unverified` on, only where it is."""
+        """JSON-able. The fields from `unverified` on are left out if they are not set."""
         data = {
             "name": self.name, "commit": self.commit, "digest": self.digest, "kind": self.kind,
             "weight": stored(self.weight), "files": dict(self.files), "beneath": self.beneath,
@@ -106,7 +106,7 @@ class Material:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Material:
-        """Inverse of `to_dict`; see `ledger_schema.material` for what is checked before."""
+        """Inverse of `to_dict`; see `ledger.schema.material` for what is checked before."""
         lists = {key: tuple(data.get(key, ())) for key in ("unverified", "contains")}
         material = cls(**{**data, **lists, "labels": tuple(data["labels"]), "weight": restored(data["weight"])})
         return material
@@ -159,8 +159,8 @@ class Entry:
         step: 1 for the first.
         parent: SHA-256 of the previous file's bytes, None for the first.
         action: one of `ledger.schema.ACTIONS`.
-        subjects: names of the models the action added, removed or ordered; of "replace" the old and the new one; of
-            "rebase" the new base.
+        subjects: names of the models that the action added, removed or ordered. "replace" names the old and the new
+            model, "rebase" the new base.
         how: one line on how the result was computed.
         base, models: materials, the models in order of arrival.
         method: that made the weights.
@@ -171,10 +171,10 @@ class Entry:
         products: path -> SHA-256 of every file of the output but card, ledger and states.
         environment: versions, device and arithmetic the bytes depend on; its `fingerprint` (see `environment`) is None
             where arithmetic of several kinds took part, and missing from entries of older versions.
-        restored: of "restore" the step it went back to; else None.
-        learned: of learned weights how they were found (`how`, `groups`, `steps`, `curve`, `device`; where that is
-            missing, on the CPU), of each model what made its `replay` rows and their SHA-256, and that of carried
-            `fisher` information; else None.
+        restored: for "restore" the number of the step that was brought back; else None.
+        learned: None if weights were not learned. Else how they were found (`how`, `groups`, `steps`, `curve`,
+            `device`; no `device` means the CPU), for each model the generator of its `replay` rows and their SHA-256,
+            and the SHA-256 of carried `fisher` information.
     """
 
     step: int
@@ -200,17 +200,17 @@ class Entry:
 
     @property
     def ran_code(self) -> bool:
-        """Whether, by its own account, code from the models' repositories was run for it."""
+        """Whether the entry says that code from the models' repositories was run for it."""
         return bool(self.settings["trust_remote_code"])
 
     @property
     def beside(self) -> dict[str, str]:
-        """Path -> SHA-256 of what lies beside the weights: carried states, copies of sources, rows to learn from."""
+        """Path -> SHA-256 of the files beside the weights: carried states, copies of sources, replay rows."""
         copies = {archive_file(one.kept): one.kept for one in (self.base, *self.models) if one.kept is not None}
         return {state.file: state.sha256 for state in self.states} | copies | learned_files(self.learned)
 
     def holding(self, paths: Collection[str]) -> Entry:
-        """The entry with only those of its states and copies of sources that are there."""
+        """A copy of the entry that lists only the states and copies of sources that are there."""
 
         def held(one: Material) -> Material:
             return one if one.kept is None or archive_file(one.kept) in paths else replace(one, kept=None)
@@ -412,7 +412,7 @@ def check_size(names: Sequence[str], where: str) -> None:
 
 
 def settings_of(recipe: Recipe, card: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a recipe an entry keeps beside models and method, and what the card needs to know of the base."""
+    """The `settings` of an entry: the recorded keys of a recipe, and facts on the base for the card."""
     values = recipe.to_dict()
     kept = [
         key.name
@@ -427,8 +427,8 @@ def recipe_of(entry: Entry, refs: Mapping[str, str], consent: Consent, *, base: 
     """The recipe that replays an entry, as far as the caller allows it.
 
     Args:
-        consent: the caller's; what the entry says was allowed once is no consent. Code is run only where the entry
-            says that it was, too, since the merge would be another one with it.
+        consent: the caller's consent. What the entry records of earlier consents does not count as one. Code is run
+            only if the caller allows it and the entry says that code was run.
         refs: identity of a material -> reference to read it from (a folder's path); Hub materials need none.
         base: reference of another base to take instead.
     """

@@ -1,7 +1,7 @@
-"""The steps of a merge as people ask for them, as a list and as a tree: what each did, and who brought it when.
+"""The steps of a merge as a list and as a tree: action, models, authors and date of each step.
 
-The ledger holds no clock and no names of people; on the Hub the commits do. The tree is a chain of steps, with what
-joined and left at each, and merges among them as branches:
+The ledger holds no dates and no names of people. On the Hub the commits hold them. The tree is a chain of steps. Each
+step shows the models that joined and left. A model that is itself a merge is a branch:
 
 o  org/base@0f3c9a12
 |
@@ -44,9 +44,9 @@ class Step:
     """One entry of a ledger and what is known about it.
 
     Attributes:
-        entry: it.
+        entry: the ledger entry.
         digest: SHA-256 of its file.
-        commit: that brought it; None for a folder, and where the Hub cannot be asked.
+        commit: the commit that added the file; None for a folder, and if the Hub cannot be asked.
     """
 
     entry: Entry
@@ -83,7 +83,7 @@ class Step:
 
 
 def steps_of(merged: Merged) -> tuple[tuple[Step, ...], tuple[str, ...]]:
-    """All steps, oldest first, and what could not be found out.
+    """All steps, oldest first, and warnings on what could not be found out.
 
     Raises:
         SourceError: the Hub refuses to list the repository's commits.

@@ -1,4 +1,4 @@
-"""Which model has left a merge, and that nothing of it is still there under another name or inside another model."""
+"""Finds a model that was removed from a merge, and checks that no copy of it is left under another name."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Part:
 
     Attributes:
         identity: name and commit, or name and digest, as the ledger writes them.
-        role: how it is in: "base", "model", "only approximately subtracted" (as the ledger's `subtracted`), "beneath
-            ORG/ADAPTER" or "part of ORG/MERGE".
-        files: path -> SHA-256 of what was read of it; nothing was read of a part of another merge.
+        role: how the model takes part: "base", "model", "only approximately subtracted" (as the ledger's
+            `subtracted`), "beneath ORG/ADAPTER" or "part of ORG/MERGE".
+        files: path -> SHA-256 of the files that were read; empty for a model inside an inner merge.
     """
 
     identity: str
@@ -42,7 +42,7 @@ class Part:
 
     @property
     def read(self) -> bool:
-        """False of a part of another merge, of whose files nothing is known."""
+        """Whether files of the model were read. False for a model inside an inner merge, whose files are not known."""
         return not self.role.startswith(INSIDE)
 
     @property
@@ -56,9 +56,9 @@ class Removal:
     """A model that was in a merge and is no longer.
 
     Attributes:
-        part: it, as it was in the merge last.
-        first, last: the steps that held it first and last.
-        removed: the step that took it out.
+        part: the model, as the last step that held it records it.
+        first, last: numbers of the first and the last step that held the model.
+        removed: number of the step that took it out.
     """
 
     part: Part
@@ -68,7 +68,7 @@ class Removal:
 
 
 def parts(entry: Entry) -> tuple[Part, ...]:
-    """Every model that is in the weights of a step, through all that it is made of; see `ledger.contained`."""
+    """Every model that is in the weights of a step, models inside merged merges included; see `entry.contained`."""
     found = []
     for role, material in (("base", entry.base), *(("model", model) for model in entry.models)):
         own = {name: digest for name, digest in material.files.items() if not name.startswith("+")}
@@ -89,8 +89,8 @@ def find_removed(entries: Sequence[Entry], model: str, where: str) -> Removal:
         where: the merge's name, for errors.
 
     Raises:
-        CertificateError: never in the merge (nearest names suggested), still in it under this name or another, or the
-            name means more than one.
+        CertificateError: the model was never in the merge (the error suggests near names), the model is still in it
+            under this name or another, or the name fits several models.
     """
     steps = [parts(entry) for entry in entries]
     known: dict[str, Part] = {}
@@ -123,13 +123,13 @@ def find_removed(entries: Sequence[Entry], model: str, where: str) -> Removal:
 
 
 def check_no_copy(gone: Part, present: Sequence[Part], model: str, where: str) -> None:
-    """Make sure that no file of what is there has the digest of a weight file of a model that has left.
+    """Check that no file of the merge's models has the digest of a weight file of a removed model.
 
     Args:
         model, where: the model and the merge, for the error.
 
     Raises:
-        CertificateError: one has.
+        CertificateError: a file has such a digest.
     """
     for other in present:
         if not gone.weights.isdisjoint(other.files.values()):

@@ -1,4 +1,4 @@
-"""A merge that exists already: its ledger, its kept states, and where its sources lie."""
+"""Opens an existing merge: its ledger, its kept states, and the places of its sources."""
 
 from __future__ import annotations
 
@@ -92,9 +92,9 @@ def ledger_in(pinned: Pinned) -> tuple[tuple[Entry, ...], dict[str, bytes]]:
 
 
 def parts_of(pinned: Pinned, warnings: list[str]) -> tuple[str | None, tuple[str, ...]]:
-    """Of a model that is itself a merge: SHA-256 of its last ledger entry, and what it holds; of others None and ().
+    """For a model that is itself a merge: SHA-256 of its last ledger entry, and its identities; else None and ().
 
-    A ledger that is broken says nothing, which is told as a warning.
+    A broken ledger gives a warning and counts as no ledger.
     """
     if not any(name.startswith(f"{FOLDER}/") for name in pinned.files):
         return None, ()
@@ -145,10 +145,9 @@ def known_places(pinned: Pinned, entry: Entry, sources: Mapping[str, str]) -> di
 def noted_places(pinned: Pinned, entry: Entry) -> dict[str, str]:
     """Identity of a folder material -> where it lay for the run of this user that merged what a ledger entry says.
 
-    The note is in the user's home, under a digest of what was merged and how. So nobody else's merge can name folders
-    of this machine, or do anything with them but what the user's own run did; and the user's own is known again
-    wherever it was moved, copied or pushed to. Of several runs of the same, the one in this folder counts, else the
-    last.
+    The note lies in the user's home, under a digest of what was merged and how. So a merge by somebody else cannot
+    name folders of this machine. The user's own merge is found again after it was moved, copied or pushed. If several
+    runs made the same merge, the run into this folder counts, else the last run.
 
     Raises:
         LedgerError: the note cannot be read.
@@ -211,8 +210,8 @@ def folders_of(material: Material) -> list[str]:
 def check_folders(refs: Mapping[str, str], material: Material, *, allow_pickle: bool) -> None:
     """Make sure that the folders of a material are what was merged; on the Hub its commit does.
 
-    All of them are compared, whether this run needs their weights or only their configuration: a ledger is by anybody,
-    and what is found under a name may be another model, of which nothing must get into the output.
+    All folders are compared, also those of which this run needs only the configuration. Anybody can write a ledger, so
+    the folder of a name may hold another model. Nothing of another model may get into the output.
 
     Args:
         allow_pickle: the caller allows pickled checkpoints.

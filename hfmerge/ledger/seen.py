@@ -2,8 +2,8 @@
 
 `HF_HOME/hfmerge/seen/` holds one file a place, named by the SHA-256 of the place: the digest of every step that was
 seen there. A place is a repository of one Hub, or a folder; a revision that is neither `main` nor the tag of a step is
-a place of its own. A history that goes on from what was seen is taken over. One in which a seen step has another
-digest, or is missing, was rewritten, and whoever opens it is told.
+a place of its own. If a history continues what was seen, the new steps are remembered. If a seen step has another
+digest or is missing, the history was rewritten, and hfmerge tells the user.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ STEP_TAG = re.compile(r"step-\d{4,}")
 
 @dataclass(frozen=True)
 class Seen:
-    """What was seen of a place: number of a step -> SHA-256 of its ledger entry, and when it was seen last (UTC)."""
+    """The history seen at a place: step -> SHA-256 of its ledger entry, and when it was last seen (UTC)."""
 
     steps: Mapping[int, str]
     time: str
@@ -163,7 +163,7 @@ def remember_steps(place: str, steps: Mapping[int, str]) -> str | None:
 
 
 def follow(folder: Path) -> None:
-    """After this program wrote a merge into a folder: if the folder was seen before, what it holds now is known."""
+    """After a verb wrote a merge into a folder: if the folder was seen before, remember its new history."""
     place = folder_place(folder)
     if not _file(place).exists():
         return

@@ -1,1 +1,1 @@
-"""Changing and proving a merge that exists: plans from a ledger, records, verification, certificates, publishing."""
+"""Changes and proofs of an existing merge: plans from a ledger, records, verification, certificates, publishing."""

@@ -1,4 +1,4 @@
-"""Before a verb begins: what its result will be made of, and so whether it may go where it is to be published."""
+"""Checks, before a verb begins, whether its result may be published at its target, from the models it is made of."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from hfmerge.recipe.recipe import Recipe
 
 
 SNAPSHOT = "folder in a cache"
-"""Role of a repository that is read from a folder of its cache, which the ledger names as a folder."""
+"""Role of a repository that is read from a folder of the Hub's cache. The ledger names it as a folder."""
 
 
 def admit_job(job: Job, merged: Merged | None, here: Session) -> Callable[[], None]:
@@ -71,17 +71,17 @@ def admit_change(
     base: str | None = None,
     entry: Entry | None = None,
 ) -> Callable[[], None]:
-    """Whether the result of a change may go where it is to be published (see `targets.admit`).
+    """Whether the result of a change may go where it is to be published (see `push_target.admit`).
 
     Args:
         new: references of models that join.
-        without: names of those that leave.
-        base: reference of another base.
-        entry: what the result is made of otherwise; None: the last one.
+        without: names of models that leave.
+        base: reference of a new base.
+        entry: ledger entry that lists all other models of the result; None: the last entry.
 
     Returns:
-        A check whether all who may read the target may read the inputs; it is for after planning, which knows better
-        what to do about inputs that are gone.
+        A check to be called after planning: whether everybody who may read the target may also read the inputs.
+        Planning comes first because its errors name a remedy for inputs that are gone.
 
     Raises:
         PushError: it may not go there. OfflineError: the Hub cannot be reached.

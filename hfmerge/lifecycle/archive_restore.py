@@ -1,8 +1,8 @@
-"""Sources that are gone, brought back from the copies that a merge keeps of them, before anything is planned.
+"""Restores vanished sources from the copies that a merge keeps of them, before anything is planned.
 
-Whatever comes back lies below `HF_HOME/hfmerge/kept`, under the digest of the copy, and is compared with the ledger's
-digests. Never in the Hugging Face cache: there it would stand under the name and commit that the ledger claims, and so
-for all programs be what the Hub gave.
+Restored files lie below `HF_HOME/hfmerge/kept`, under the digest of the copy. They are compared with the ledger's
+digests. They never lie in the Hugging Face cache: other programs would take them for files of the Hub, under a name
+and a commit that only the ledger claims.
 """
 
 from __future__ import annotations
@@ -55,12 +55,13 @@ def planned_from(
     """Make a plan from sources of a merge, from their kept copies where they are gone.
 
     Args:
-        materials: what the plan names; folders must be there, and be what was merged, before anything of them is read.
-        make: the plan, given where folders lie (see `Merged.refs`) and which copies are read (see `pin`).
+        materials: the materials of the plan. Folders are checked before they are read: they must exist and hold the
+            merged files.
+        make: makes the plan from the places of folders (see `Merged.refs`) and the copies to read (see `pin`).
 
     Raises:
-        LedgerError: a folder has moved or changed. NotFoundError: a model is gone from the Hub. In both cases no kept
-            copy can take its place. Else what `make` raises.
+        LedgerError: a folder has moved or changed, and there is no kept copy. NotFoundError: a model is gone from the
+            Hub, and there is no kept copy. Other errors: see `make`.
     """
     found, useless = _Found(dict(merged.refs)), dict[str, str]()
     for material in materials:
@@ -85,7 +86,7 @@ def archive_path(merged: Merged, digest: str) -> Path:
     """A kept copy on this machine, from the merge's folder, or from its repository's branch of states.
 
     Raises:
-        NotFoundError: neither has it whole; says what each has.
+        NotFoundError: neither place has an intact copy. The error says what each place has.
     """
     file, reasons = archive_file(digest), []
     pinned = merged.pinned

@@ -1,6 +1,6 @@
-"""Copies of all sources beside the carried states, so that a merge can be changed after they have vanished.
+"""Writes copies of all sources beside the carried states, so that a merge can be changed after its sources vanished.
 
-Each is made once: a later step takes over those of the models that stay. A model that leaves takes its copy along.
+A copy is made once. A later step keeps the copies of models that stay, and drops the copy of a model that leaves.
 """
 
 from __future__ import annotations
@@ -59,12 +59,13 @@ def keep_sources(
 
     Args:
         folder: the output, on this process's disk.
-        change, opened: what was run, and the merge it goes on from; None for a first merge.
-        stays: the result goes only to the repository that `opened` is, whose branch keeps the copies that it has.
+        change: the change that was run.
+        opened: the merge that was changed; None for a first merge.
+        stays: the result goes only to the repository of `opened`. Its branch of states already holds earlier copies.
 
     Returns:
-        Digests of the copies of the base and then each model, the same on all ranks; None for one that was lost and
-        cannot be made again. And warnings.
+        Digests of the copies of the base and then of each model, the same on all ranks, None for a copy that is lost
+        and cannot be made again; and warnings.
 
     Raises:
         SourceError, OutputError: see `write_archive`.

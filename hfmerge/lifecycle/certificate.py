@@ -1,4 +1,4 @@
-"""What a certificate of removal states, and whether that holds for a merge.
+"""The statement of a certificate of removal: how it is written, and how it is checked against a merge.
 
 A certificate is an in-toto Statement v1 in a DSSE envelope, signed with an ed25519 key:
 
@@ -23,8 +23,8 @@ The chain of proof: the signature covers the statement; the statement names the 
 digest; the ledger names what they were made of; and merging that again gives the weights. All of it but the signature
 can be checked by anybody, without trust in the signer, by `hfmerge verify MERGED --certificate FILE --replay`.
 
-Who checks a certificate writes the statement anew from the merge, and compares every byte. Only what `Told` holds is
-taken from the signer.
+To check a certificate, hfmerge writes the statement again from the merge and compares every byte. Only the fields of
+`Told` are taken from the signer.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from hfmerge.version import __version__
 STATEMENT = "https://in-toto.io/Statement/v1"
 PREDICATE = "urn:x-hfmerge:removal:v1"
 CLOCKS = timedelta(minutes=5)
-"""How far apart the clocks of signer and reader may be."""
+"""Largest accepted difference between the clocks of signer and reader."""
 BASES: Sequence[tuple[Any, str]] = (
     ("exact", "merged again from the materials, with the same bytes"),
     (
@@ -65,7 +65,7 @@ BASES: Sequence[tuple[Any, str]] = (
     (False, "compared with the ledger, and not merged again"),
     (True, "merged again from the materials"),  # of versions that did not tell exact from approximate
 )
-"""What `recomputed` may be, and how the claim words it: what the signer did with the subjects before signing."""
+"""Values of `recomputed` -> words of the claim: what the signer did with the subjects before signing."""
 NOT_PROVED = (
     "Earlier commits, tags, branches and pull requests of the repository may still hold weights that the model is in, "
     "until its history is purged.",
@@ -78,7 +78,7 @@ NOT_PROVED = (
 
 @dataclass(frozen=True)
 class Told:
-    """What of a statement does not follow from the merge: the signer says it.
+    """The fields of a statement that do not follow from the merge: the signer's own claims.
 
     Attributes:
         recomputed: one of `BASES`.
@@ -230,10 +230,10 @@ def check_signature(envelope: Envelope, trusted: Sequence[Trusted]) -> Check:
 
 
 def check_statement(envelope: Envelope, merged: Merged, now: datetime, *, replay: bool = False) -> list[Check]:
-    """Whether a statement holds for a merge at this time; its signature is somebody else's matter.
+    """Whether a statement holds for a merge at this time; `check_signature` checks its signature.
 
     Args:
-        replay: whoever asks also merges the materials again.
+        replay: the caller also merges the materials again.
     """
     try:
         statement = read_json(envelope.payload, CERTIFICATE_BYTES)

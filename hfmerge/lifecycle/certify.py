@@ -1,4 +1,4 @@
-"""Make a certificate of removal, and check one that somebody made; `certificate` says what is in it."""
+"""Makes and checks certificates of removal. `certificate` describes their content."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Certificate:
-    """A certificate of removal as it was made.
+    """A certificate of removal that was just made.
 
     Attributes:
         envelope: the file's content.
-        statement: what it states; see the module's docstring.
+        statement: the statement in the envelope, see `certificate`.
         removal: the model and its steps.
         keyid: fingerprint of the key, None if nobody signed.
         warnings: what the user should know.
@@ -67,7 +67,7 @@ def make_certificate(
 
     Args:
         ref: `org/name[@revision]` or a folder.
-        model: what was taken out (see `find_removed`).
+        model: name of the removed model (see `find_removed`).
         key: file of an ed25519 private key; None: unsigned, with a warning.
         days: validity from now on; None: for ever.
         replay: also merge the materials again first, and state that.
@@ -151,11 +151,11 @@ def copies_inside(merged: Merged, gone: Part, model: str, seen: set[str] | None 
 
 @dataclass(frozen=True)
 class Given:
-    """A certificate that somebody handed over, and whose signature counts.
+    """A certificate to check, and the keys that are trusted.
 
     Attributes:
-        envelope: it.
-        sha256: of its file.
+        envelope: the certificate.
+        sha256: SHA-256 of its file.
         trusted: keys whose signature counts; None: no signature is asked for.
     """
 
@@ -164,7 +164,7 @@ class Given:
     trusted: tuple[Trusted, ...] | None
 
     def checks(self, merged: Merged, *, replay: bool) -> list[Check]:
-        """Whether it is signed, and holds for a merge; `replay`: whoever asks also merges the materials again."""
+        """Whether the certificate is signed and holds for a merge; `replay`: the caller also makes a replay."""
         if self.trusted is None:
             signature = Check("signature", True, "not looked at, as asked; nobody vouches for the certificate")
         else:

@@ -1,8 +1,8 @@
 """From a ledger to the plan of a change: add, unmerge, subtract, replace, reorder, rebase.
 
-No change computes anything itself. Each makes the list of models that is wanted and looks for a kept state of a common
-beginning; `plan_models` plans the merge that was asked for this list in the first place, and the executor does what it
-does for any merge. So the result is that of merging the wanted list, bit for bit.
+A change makes the wanted list of models. `plan_models` looks for a kept state of the first models of this list, and
+plans a merge of the list from there. The executor runs the plan like any other. So the result has the bytes of a merge
+of the wanted list.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from hfmerge.validation.wording import parameter
 
 @dataclass(frozen=True)
 class Change:
-    """What a job comes to: the plan for the executor, and what the ledger says of it.
+    """A planned change: the plan for the executor, and the facts for the ledger entry.
 
     Attributes:
         action, subjects: as of a ledger entry.
@@ -48,7 +48,7 @@ class Change:
 
 
 def first_merge(plan: Plan) -> Change:
-    """What a plan that changes no merge comes to."""
+    """The `Change` of a plan that starts a new merge."""
     names = tuple(delta.source.name for delta in plan.deltas)
     return Change("merge", names, f"merged {len(names)} models in order of arrival", (), plan)
 
@@ -91,10 +91,10 @@ def plan_unmerge(merged: Merged, names: Sequence[str], *, stream: bool = False) 
 
 
 def plan_subtract(merged: Merged, names: Sequence[str], *, measure: bool = False, stream: bool = False) -> Change:
-    """Plan to subtract what models brought themselves, of a method whose later models depend on them: no removal.
+    """Plan to subtract models approximately, for a method in which later models depend on earlier ones. No removal.
 
-    The models stay part of the ledger, and of the carried state or of what later models are made orthogonal to, so
-    that they can still be taken out exactly.
+    The models stay in the ledger. They also stay in the carried state of a fold, and later changes stay orthogonal to
+    them. A later `plan_unmerge` can still remove them exactly.
 
     Args:
         measure: also merge again without them, to measure the gap.
@@ -127,7 +127,7 @@ def plan_subtract(merged: Merged, names: Sequence[str], *, measure: bool = False
 
 
 def leading(wanted: Sequence[Material | ModelEntry]) -> tuple[Material, ...]:
-    """The models that a merge holds already and that come before the first new one: what a kept state may cover."""
+    """The models before the first new one: a kept state can replace only these."""
     found: list[Material] = []
     for model in wanted:
         if not isinstance(model, Material):
@@ -161,15 +161,15 @@ def plan_replay(merged: Merged, *, never: bool = False) -> Plan:
 def plan_models(
     merged: Merged, wanted: Sequence[Material | ModelEntry], *, base: str | None = None, stream: bool = False
 ) -> tuple[Plan, str]:
-    """Plan the merge of a list of models, as a merge would be that was asked for them in the first place.
+    """Plan the merge of a list of models; the result is that of a first merge of this list.
 
     Args:
-        wanted: models that the merge holds, with the weights they shall have, and new ones, in their order.
+        wanted: all models of the result in order, each with its weight: models of the merge, and new models.
         base: reference of another base; None: the merge's.
         stream: see `Recipe.stream`.
 
     Returns:
-        The plan, and one line on what it reads and why.
+        The plan, and one line that says which sources it reads and why.
 
     Raises:
         LedgerError: a source has vanished or changed. RecipeError: faults of the new models.
@@ -273,7 +273,7 @@ def _how(last: Entry, start: Start | None, plan: Plan, method: type[MergeMethod]
 
 
 def plan_replace(merged: Merged, old: str, new: str, *, weight: Weight | None = None, stream: bool = False) -> Change:
-    """Plan the merge with another model, or another revision, in the place of one that it holds.
+    """Plan to replace a model of the merge by another model or another revision of it.
 
     Args:
         old: name of a model of the merge.
@@ -282,7 +282,7 @@ def plan_replace(merged: Merged, old: str, new: str, *, weight: Weight | None = 
         stream: see `Recipe.stream`.
 
     Raises:
-        LedgerError: `old` is not in the merge, or `new` is what is there already.
+        LedgerError: `old` is not in the merge, or `new` is the same model.
         RecipeError: faults of the new model.
     """
     last = merged.last
@@ -345,12 +345,12 @@ def plan_rebase(merged: Merged, base: str, *, stream: bool = False) -> Change:
 def plan_without(
     merged: Merged, gone: Sequence[int], parts: Mapping[int, str], subjects: Sequence[str], *, stream: bool = False
 ) -> Change:
-    """Plan to take out models, and to put merges without some of theirs in the place of the merges with them.
+    """Plan to remove models, and to replace inner merges by merges without some of their models.
 
     Args:
         gone: indices of models that leave as a whole.
-        parts: index of a merge -> reference of the same merge without some models.
-        subjects: names of all models that are taken out, here and there.
+        parts: index of an inner merge -> reference of the same merge without some of its models.
+        subjects: names of all removed models, those of inner merges included.
         stream: see `Recipe.stream`.
 
     Raises:

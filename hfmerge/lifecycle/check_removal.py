@@ -1,4 +1,4 @@
-"""What a removal does to behaviour: scores before and after, beside the base and the merge without the model."""
+"""Measures the effect of a removal on scores: before, after, of the base, and of a merge without the model."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ class Behaviour:
     """Scores and weights around a removal, and how near it comes to never having merged the models.
 
     Never merged, `theta_never`, is the merge of the others from their sources, with the same settings and in the same
-    order. Where weights are learned they are learned for it as well, so that a removal that keeps those found beside
-    the models that left (`relearn: false`, or a subtraction) is compared with a merge that they had no part in.
-    `a_i(theta)` is the score on task `i` with the head of its model. The same three numbers as those of a continual
-    experiment (`continual_metrics.Fidelity`).
+    order. If the recipe learns weights, they are learned again for this merge. So a removal that keeps the old weights
+    (`relearn: false`, or a subtraction) is compared with weights that were learned without the removed models.
+    `a_i(theta)` is the score on task `i` with the head of its model. `identical`, `distance` and `residual` mean the
+    same as in a continual experiment (`experiments.continual.metrics.Fidelity`).
 
     Attributes:
         matrix: rows `ROWS`, the tasks of the suite as columns.
@@ -92,12 +92,12 @@ def check_removal(
     """Score a merge, take models out, score what is left, and merge the others from their sources beside it.
 
     Args:
-        opened: the merge, before.
-        names: of the models that leave.
-        suite: its tasks need heads of their own (`head`), since the merge loses those of the removed models.
-        remove: does it.
-        settings: of the evaluation.
-        options: as `remove` has them, for the merge without the models.
+        opened: the merge before the removal.
+        names: names of the models that are removed.
+        suite: its tasks name their heads (`head`), since the merge loses the heads of the removed models.
+        remove: function that removes the models.
+        settings: settings of the evaluation.
+        options: options for the merge without the models, the same as those of `remove`.
 
     Raises:
         HfMergeError: no task of the suite is a removed model's; or what evaluating and merging raise.

@@ -1,4 +1,4 @@
-"""How far a merge that a model was subtracted from is from the one that never saw it: a bound, and a measurement."""
+"""The gap between a merge after a subtraction and the merge that never saw the model: a bound, and a measurement."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hfmerge.recipe.weights import values_of
 
 
 def gap_of(plan: Plan, outcome: Outcome, folder: Path, exact: Plan | None) -> dict[str, float]:
-    """How far a merge may be from the one that never saw what was subtracted, relative to the merged change.
+    """The gap of a subtraction: distance to the merge that never saw the models, relative to the merged change.
 
     Args:
         plan: of the merge, which subtracts models.
@@ -20,7 +20,7 @@ def gap_of(plan: Plan, outcome: Outcome, folder: Path, exact: Plan | None) -> di
         exact: plan of the merge that never saw the models, to measure the gap as well.
 
     Returns:
-        `gap_bound`, where the method knows one, and `gap`, where it was measured: scalars of the ledger.
+        Scalars of the ledger: `gap_bound` if the method has a bound, `gap` if it was measured.
     """
     found = {}
     models = zip(plan.recipe.models, outcome.squared_norms, strict=True)
@@ -37,8 +37,8 @@ def gap_of(plan: Plan, outcome: Outcome, folder: Path, exact: Plan | None) -> di
 def _measured(exact: Plan, folder: Path) -> float:
     """`||theta' - theta|| / ||theta - theta_0||` over all parameters; merges again, without the models, for `theta`.
 
-    The models that stay have the same weights in both, learned ones too: learned without the models that leave they
-    would be others (see `lifecycle.check_removal.Behaviour`).
+    The models that stay have the same weights in both merges. This holds for learned weights too: they are not learned
+    again (unlike in `lifecycle.check_removal.Behaviour`).
 
     Args:
         exact: plan of the merge that never saw the models.

@@ -1,4 +1,4 @@
-"""A job: what one verb is asked to do, as data; `perform` carries it out."""
+"""A job: the request of one verb, as data. `perform` carries it out."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ class Job:
     """One action, and where its result goes.
 
     Attributes:
-        action: what is done, in the words of a ledger entry.
+        action: the action, as a ledger entry names it.
         merged: reference of the merge that is changed; None for "merge".
         recipe: of "merge".
         origin: name of the recipe in messages.
-        models: that join, in order of arrival: of "add"; of "replace" the new one.
-        names: of models of the merge: those that leave ("unmerge", "subtract"), the one that is replaced, or all in
-            their new order ("reorder").
+        models: models that join, in order of arrival ("add"), or the new model ("replace").
+        names: names of models of the merge: models that leave ("unmerge", "subtract"), the model that is replaced
+            ("replace"), or all models in their new order ("reorder").
         base: reference of the new base ("rebase").
         step: number of the step to go back to ("restore").
-        weight: of the new model of "replace"; None: that of the old one.
-        measure: of "subtract", also merge again without the models, to measure the gap.
-        parts: of "unmerge", place of a model that is itself a merge -> reference of that merge without the models;
-            None: nothing would be left of it, so it leaves as a whole.
-        inner_to: of "unmerge", where such an inner merge goes: `org/name` or a folder; None: beside the result.
-        overwrite, publish_private: for where an inner merge goes, as `to` has them for the result.
-        output: folder of the result; None: in the place of a merge that is a folder, or only on the Hub.
-        to: where the result is published; None: nowhere.
-        sources: name of a model that was merged from a folder -> where that lies now.
-        stream: see `Recipe.stream`.
+        weight: weight of the new model ("replace"); None: the weight of the old model.
+        measure: also merge again without the models, to measure the gap ("subtract").
+        parts: index of an inner merge -> reference of this merge without the removed models; None if no model would be
+            left in it, so that it is removed as a whole ("unmerge").
+        inner_to: target of a new inner merge: `org/name` or a folder; None: beside the result ("unmerge").
+        overwrite, publish_private: for the target of an inner merge; `to` holds them for the result.
+        output: folder of the result. None: the folder of the merge is replaced, or the result is only on the Hub.
+        to: repository to which the result is published; None: it is not published.
+        sources: name of a model that was merged from a folder -> present path of this folder.
+            stream: see `Recipe.stream`.
     """
 
     action: Action
@@ -66,16 +66,17 @@ class Job:
 
 
 class ChangeOptions(TypedDict, total=False):
-    """What every verb that changes a merge may be told beside what it changes.
+    """Options of every verb that changes a merge.
 
     Attributes:
-        output: a new folder; without it a folder is replaced in one rename, and a Hub ID needs `push_to`.
-        push_to: repository; pushing to the merge's own guards against a concurrent push.
+        output: a new folder for the result. None: a merge that is a folder is replaced in one rename; a merge given
+            by Hub ID needs `push_to`.
+        push_to: repository to publish to. A push to the merge's own repository fails if somebody pushed meanwhile.
         create_pr: publish as a pull request.
-        overwrite: replace in `push_to` what hfmerge did not make as part of this merge: a base or source, a model.
-        publish_private: names of inputs, private or gated or gone, of which the result may all the same go where more
-            people may read it (see `hub.privacy`). Without, a new repository is private if an input is.
-        sources: name of a model that was merged from a folder -> where that lies now.
+        overwrite: allow `push_to` to replace files that are not of this merge, such as a base, a source or a model.
+        publish_private: names of private, gated or deleted inputs whose merge may have more readers than the input
+            has (see `hub.privacy`). Otherwise a new repository is private if an input is private.
+        sources: name of a model that was merged from a folder -> present path of this folder.
         stream: read weights from the Hub as they are needed, and do not keep them.
         options: how the run uses the machine.
     """
@@ -99,7 +100,7 @@ def change_job(action: Action, merged: str | Path, **given: Unpack[ChangeOptions
     """The job of a verb that changes a merge; `dataclasses.replace` adds what it changes.
 
     Raises:
-        TypeError: an option that no verb knows.
+        TypeError: an unknown option.
     """
     if unknown := given.keys() - ChangeOptions.__annotations__.keys():
         raise TypeError(f"{action}() has no option {sorted(unknown)[0]!r}")

@@ -1,4 +1,4 @@
-"""Ed25519 keys in the files people have: OpenSSH and PEM, public keys, and OpenSSH's lists of allowed signers."""
+"""Reads ed25519 keys: OpenSSH and PEM files, public keys, and OpenSSH's lists of allowed signers."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 PASSPHRASE = "HFMERGE_KEY_PASSPHRASE"
 """Environment variable with the passphrase of a private key."""
 NAMESPACE = "hfmerge"
-"""What a list of allowed signers that restricts its keys must allow (`namespaces="hfmerge"`)."""
+"""Namespace that a list of allowed signers must allow for a key that it restricts (`namespaces="hfmerge"`)."""
 _KIND = "ssh-ed25519"
 
 
 @dataclass(frozen=True)
 class Trusted:
-    """A public key whose signatures count, and how its owner is called."""
+    """A trusted public key and the name of its owner."""
 
     name: str
     key: Ed25519PublicKey
@@ -54,11 +54,12 @@ def private_key(path: str | Path, ask: Callable[[str], str | None] | None = None
     """An ed25519 private key from a PEM (PKCS8) or OpenSSH file.
 
     Args:
-        ask: gives the passphrase of the key at a path, None if there is none to be had; by default it is taken from
-            the environment or asked for at the terminal.
+        ask: called with the path of the key; gives its passphrase, or None if there is none. Default: the passphrase
+            comes from the environment or from the terminal.
 
     Raises:
-        CertificateError: not such a key, no passphrase or a wrong one, or `cryptography` is not installed.
+        CertificateError: the file is no ed25519 key, the passphrase is missing or wrong, or `cryptography` is not
+            installed.
     """
     _need_cryptography()
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey

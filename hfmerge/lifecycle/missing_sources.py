@@ -1,4 +1,4 @@
-"""Sources that are gone from the Hub, or are not what was merged: found out before any work, with what remains."""
+"""Finds sources that vanished from the Hub or changed since the merge, before any work, and names the remedies."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _SMALL = 1 << 20
 def naming_vanished(
     merged: Merged, materials: Sequence[Material], useless: Mapping[str, str] | None = None
 ) -> Iterator[None]:
-    """Where planning fails because materials are gone from the Hub, say so in one line, with the ways that remain.
+    """If planning fails because materials are gone from the Hub, raise one line that says so and names the remedies.
 
     Args:
-        useless: identity of a material -> why the copy that was kept of it cannot take its place.
+        useless: identity of a material -> reason why its kept copy cannot be used.
 
     Raises:
-        NotFoundError: one or more are gone. Whatever else planning raises is raised as it is.
+        NotFoundError: one or more materials are gone. Other errors of planning are raised unchanged.
     """
     try:
         yield
@@ -46,7 +46,7 @@ def naming_vanished(
 
 
 def check_unchanged(material: Material, source: Source) -> list[str]:
-    """Compare what is listed of a source now with the digests of the files that were merged; reads no weights.
+    """Compare the digests that are listed for a source now with those of the merged files; reads no weights.
 
     Returns:
         A warning if the source is gone from the Hub and this machine's cache stands in for it.
@@ -97,7 +97,7 @@ def _lost(material: Material) -> tuple[str, Mapping[str, str]] | None:
 
 
 def lost_places(material: Material) -> Iterator[tuple[str, str, Mapping[str, str]]]:
-    """Of a material and the model beneath it, what cannot be had from the Hub: identity, why, and its files."""
+    """The parts of a material (itself, the model beneath it) that the Hub does not give: identity, reason, files."""
     for identity, files in ((material.identity, _own(material)), (material.beneath, _under(material))):
         if identity is None or "@sha256:" in identity:
             continue
@@ -125,7 +125,7 @@ def _reach(pinned: Pinned, files: Mapping[str, str]) -> None:
 
 
 def _ways(merged: Merged, material: Material, files: Mapping[str, str]) -> list[str]:
-    """What somebody who lacks a material can still do, the closest to what was asked first."""
+    """What a user who lacks a material can still do; the way closest to the request comes first."""
     ref, base = merged.pinned.name if merged.pinned.folder is None else str(merged.pinned.place.text), merged.last.base
     ways = []
     again = _elsewhere(material.name, _own(material)) if files == _own(material) else None

@@ -1,8 +1,8 @@
-"""Merges of merges: a model that is inside a merge that was merged is taken out of that one first.
+"""Removals from merges of merges: a model inside an inner merge is removed from the inner merge first.
 
-The inner merge is unmerged as any other, into a folder or repository of its own, so that the outer merge's new source
-is again a merge with a ledger, pinned and readable by everybody who may replay the outer one. A removal from merges of
-merges is so a list of jobs: one for each inner merge, and then the outer one.
+The inner merge is unmerged into a folder or repository of its own. So the new source of the outer merge is again a
+merge with a ledger. It is pinned, and everybody who may replay the outer merge can read it. The removal is a list of
+jobs: one job for each inner merge, then the job for the outer merge.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from hfmerge.validation.wording import parameter
 
 @dataclass(frozen=True)
 class Removal:
-    """What leaves a merge, and from where.
+    """The models that a removal takes out, of the merge and of its inner merges.
 
     Attributes:
         gone: indices of models that leave as a whole.
-        within: index of a model that is a merge itself -> identities that leave that one.
-        subjects: names of all that leaves.
+        within: index of an inner merge -> identities of the models that leave this inner merge.
+        subjects: names of all models that leave.
     """
 
     gone: tuple[int, ...]
@@ -39,10 +39,11 @@ class Removal:
 
 
 def find_removal(entry: Entry, names: Sequence[str]) -> Removal:
-    """Where the models of these names are: a model that is in a merge and in a merge that was merged leaves both.
+    """Find the models of these names. A model that is in the merge and in an inner merge leaves both.
 
     Raises:
-        LedgerError: nowhere (nearest names suggested), beneath an adapter, or the name means several models.
+        LedgerError: a name is nowhere (the error suggests near names), is that of a model beneath an adapter, or fits
+            several models.
     """
     gone: list[int] = []
     within: dict[int, list[str]] = {}
@@ -79,18 +80,18 @@ def removed_already(opened: Merged, names: Sequence[str]) -> bool:
 
 
 def inner_jobs(job: Job, merged: Merged, removal: Removal) -> dict[int, Job | str | None]:
-    """What makes the inner merges anew, without what leaves them.
+    """The jobs that make the inner merges again without the models that leave.
 
     Args:
-        job: takes models out of the outer merge.
+        job: the removal from the outer merge.
         merged: the outer merge.
 
     Returns:
-        Place of an inner merge in the outer one -> a job; or the reference of what an earlier run made already; or
-        None, if nothing would be left of it.
+        Index of an inner merge in the outer one -> one of three: a job; the reference of a new inner merge that an
+        earlier run made; None if no model would be left in the inner merge.
 
     Raises:
-        LedgerError: the inner merge, or what it was made of, cannot be read; says what is missing.
+        LedgerError: an inner merge or one of its sources cannot be read. The error says what is missing.
     """
     if job.inner_to is not None and len(removal.within) > 1:
         names = ", ".join(merged.last.models[i].name for i in removal.within)

@@ -1,4 +1,4 @@
-"""How every verb runs: a job is planned, run, recorded and published. All verbs that make a merge go through here."""
+"""Carries out jobs. For every verb that makes a merge, the job is planned, run, recorded and published here."""
 
 from __future__ import annotations
 
@@ -95,8 +95,8 @@ def perform(job: Job, options: RunOptions = DEFAULT) -> MergeResult:
     """Carry out a job.
 
     Call sequence, on all ranks: open the merge that is changed; pin all references; stop if its last step is this very
-    job; make inner merges anew; then `_carry_out`: check that the result may go where it shall; plan; run; record;
-    publish. To go back to an earlier step nothing is planned or run, so `restore_step` does the rest by itself.
+    job; make inner merges again; then `_carry_out`: check that the result may be written to its target; plan; run;
+    record; publish. A job "restore" needs no plan and no run: after the pins, `restore_step` does the rest.
 
     Raises:
         HfMergeError: see `hfmerge.errors`; the merge stays as it was, and nothing half-written remains.
@@ -244,7 +244,7 @@ def _carry_out(job: Job, merged: Merged | None, here: Session, started: float) -
 
 
 def _announce(change: Change, merged: Merged | None, device: Device, here: Session) -> None:
-    """Say what a removal reads, and that a change goes on from a state of other arithmetic."""
+    """Tell the user what a removal reads, and warn if the kept state was computed with other arithmetic."""
     if change.action in ("unmerge", "subtract"):
         need = change.plan.estimate
         here.tell(f"{change.action}: {change.how}; reads {need.read / 1e9:.2f} GB, {need.download / 1e9:.2f} to load")
@@ -299,7 +299,7 @@ def _with_weights(
 ) -> tuple[Change, Learned | None]:
     """A change whose plan has learned weights, if its recipe asks for them, and what is kept of learning.
 
-    How far it came is noted in the journal of `place`, for who goes on from a killed run.
+    The progress of learning is noted in the journal of `place`, so that a killed run can be continued.
     """
     if change.plan.recipe.learn is None:
         return change, None

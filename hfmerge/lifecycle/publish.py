@@ -1,7 +1,8 @@
-"""Publish a merge: weights are uploaded, then one commit carries weights, ledger and card, guarded by its parent.
+"""Publishes a merge: uploads the weights, then makes one commit with weights, ledger and card, guarded by its parent.
 
-Kept states go to the branch `merge-state`, so that people who only load the model do not pay for them: new ones before
-the commit on `main`, obsolete ones are deleted after it, so that no moment has a ledger without its state.
+Kept states go to the branch `merge-state`, so that people who only load the model do not download them. New states are
+pushed before the commit on `main`, and obsolete states are deleted after it. So a published ledger always has its
+states.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ PRIVATE_FILES = ("merge_state/",)
 
 @dataclass(frozen=True)
 class Pushed:
-    """Where a merge went: repository, commit on `main` (or of the pull request), addresses, tag."""
+    """A push that was made: repository, commit on `main` (or of the pull request), addresses, tag."""
 
     repo_id: str
     commit: str
@@ -85,9 +86,9 @@ class Opened:
     Attributes:
         entries, history: the ledger of the merge, and its files.
         target: the repository as it is.
-        lost: files there that are not of this merge, and that the push replaces or deletes.
-        strange: the same, on the branch of kept states.
-        notes: what the user should know.
+        lost: files of the repository that are not of this merge, and that the push replaces or deletes.
+        strange: such files on the branch of kept states.
+        notes: remarks for the user.
     """
 
     entries: tuple[Entry, ...]
@@ -99,13 +100,14 @@ class Opened:
 
 
 def open_push(folder: Path, to: Destination, written: Sequence[str] = ()) -> Opened:
-    """Find the repository, or create it, and see that the merge in `folder` may go there.
+    """Find or create the repository, and check that the merge in `folder` may be pushed to it.
 
     Args:
         written: files that will be there.
 
     Raises:
-        PushError: somebody pushed meanwhile, it holds something else, or more people may read it than the inputs.
+        PushError: somebody pushed meanwhile, the repository holds something else, or more people may read it than may
+            read the inputs.
         SourceError: no right, no connection.
     """
     pinned = pin(Place(str(folder), None, None, folder))
@@ -140,9 +142,9 @@ def push_folder(
 
     Args:
         folder: made by hfmerge.
-        to: where it goes.
-        uploaded: files of the merge that are not, or need not be, in `folder` (see `upload_weights`), or that are
-            copied from an earlier commit.
+        to: the target repository.
+        uploaded: files of the merge that need not be in `folder`, because they are uploaded already (see
+            `upload_weights`) or are copied from an earlier commit.
         earlier: kept states of the merge that are not in `folder` -> a commit of their branch that holds them.
 
     Raises:
@@ -245,12 +247,12 @@ def _untagged(api: Any, repo_id: str) -> list[str]:
 
 
 def finish_push(pinned: Pinned, last: Entry, to: Destination) -> Pushed:
-    """What a push that ended after its commit left undone: the tag, and obsolete states on their branch.
+    """Finish a push that ended after its commit: set the tag, and delete obsolete states from their branch.
 
     Args:
         pinned: the repository.
         last: the last entry of its ledger.
-        to: what the user allows there.
+        to: the destination with the consents of the user.
 
     Raises:
         PushError: somebody else uses the branch. SourceError: no right, no connection.
@@ -396,7 +398,7 @@ def with_disks(ranks: Ranks, target: str | Path | None, storage: str) -> Ranks:
         storage: see `engine.storage.STORAGE`.
 
     Raises:
-        OutputError: the result is wanted in a folder that not all machines see.
+        OutputError: the result is to go into a folder that some machines do not see.
     """
     place = Path(target).absolute().parent if target is not None else Path(tempfile.gettempdir())
     ranks = find_disks(ranks, place, storage)
@@ -409,13 +411,14 @@ def with_disks(ranks: Ranks, target: str | Path | None, storage: str) -> Ranks:
 
 
 def publish(planned: Plan, folder: Path, ranks: Ranks, to: Destination) -> Pushed:
-    """Publish what a run made, all processes taking part: each machine uploads its own files, rank 0 commits them all.
+    """Publish the result of a run, called on all ranks: each machine uploads its own files, rank 0 commits all.
 
     Args:
-        folder: of this process's disk; that of rank 0 has everything but the weights made on other disks.
+        folder: the output folder on this process's disk. Rank 0's folder has all files but the weights that were made
+            on other disks.
 
     Raises:
-        PushError, SourceError: see `hub.push_folder`.
+        PushError, SourceError: see `push_folder`.
     """
     if ranks.disk_count == 1:
         return ranks.on_main(lambda: push_folder(folder, to))

@@ -1,7 +1,7 @@
-"""Squash a published merge's history, so that its branches no longer lead to earlier weights; say what still does.
+"""Squashes a published merge's history, so that no branch leads to earlier weights, and lists what still does.
 
-The ledger is files, and so outlives the squash; commits get new ids, and the old ones live on where tags, pull
-requests and other people's branches lead to them. Nothing of the merge as it is now changes.
+The ledger consists of files, so the squash keeps it. Commits get new ids. An old commit stays reachable if a tag, a
+pull request or somebody's branch leads to it. The present files of the merge do not change.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ class EarlierFile:
 
 @dataclass(frozen=True)
 class PurgePlan:
-    """What a purge would do, found out without changing anything.
+    """The plan of a purge, made without changing anything.
 
     Attributes:
         repo_id: the repository.
-        head: the commit that `main` is at.
-        commits: how many commits each of the branches has that are squashed.
-        tags: hfmerge's own tags `step-NNNN`: all are deleted, and that of the present step is made anew.
+        head: the present commit of `main`.
+        commits: branch that is squashed -> its number of commits.
+        tags: hfmerge's own tags `step-NNNN`. All are deleted; the tag of the present step is made again.
         files: large files of earlier steps that will be deleted from the Hub's storage; None if they are to stay.
-        leftovers: what else holds earlier weights, or leads to commits that do, one line each.
+        leftovers: one line for each further thing that holds earlier weights or leads to a commit with them.
         children: models whose cards name this one as their base; they may contain earlier weights.
     """
 
@@ -61,7 +61,7 @@ class PurgePlan:
 
 @dataclass(frozen=True)
 class Purged:
-    """What a purge did: its plan, the new head of `main`, and what the user should know."""
+    """The result of a purge: its plan, the new head of `main`, and remarks for the user."""
 
     plan: PurgePlan
     head: str
@@ -75,9 +75,9 @@ def purge(
 
     Args:
         repo_id: `org/name`.
-        delete_files: also delete the large files of earlier steps from the Hub's storage, which takes them out of
-            every reference that still names them.
-        confirm: shown the plan before anything changes.
+        delete_files: also delete the large files of earlier steps from the Hub's storage. Then no reference gives them
+            any more.
+        confirm: called with the plan before anything changes; False ends the purge.
 
     Raises:
         VerificationError: the merge is not what its ledger says. PushError: somebody pushed meanwhile, or uses the

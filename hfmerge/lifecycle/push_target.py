@@ -1,6 +1,6 @@
-"""Whether a push may go where it is told: the right to write, what it would replace, and who could read it there.
+"""Checks the target of a push: the right to write, the files it would replace, and the people who could read it.
 
-It is asked before any work begins, so that nothing is computed in vain, and again by the push itself.
+The checks run before any work, so that no result is computed in vain. The push itself makes them again.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from hfmerge.validation.wording import call, parameter
 CONFIGS = ("config.json", "adapter_config.json", "model_index.json", "params.json", "config.yaml")
 """Names of files, at any depth, that describe a model."""
 _ASSETS = (".md", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".gitattributes", ".gitignore")
-"""How names of files end that people put beside a model, and that no push deletes."""
+"""Endings of files that people put beside a model. A push does not delete such files."""
 MAY_WRITE = ("admin", "write", "contributor")
 """Roles in an organisation that may create repositories there."""
 TOKEN = "`hf auth login`, or HF_TOKEN"
@@ -35,15 +35,15 @@ TOKEN = "`hf auth login`, or HF_TOKEN"
 
 @dataclass(frozen=True)
 class Destination:
-    """A repository that a result goes to, and what its user allows there.
+    """The repository to which a result is pushed, and what its user allows.
 
     Attributes:
-        repo_id: created if it does not exist.
+        repo_id: the repository; it is created if it does not exist.
         private: visibility of a new repository; None: the Hub's default, but private if an input is (see `privacy`).
         create_pr: open a pull request instead of committing to `main`.
-        parent_commit: what `main` must be at; None: what it is at when the push begins.
-        overwrite: replace what is there and was not made by hfmerge as part of this merge.
-        publish_private: inputs, by name, that need not stay as private as they are.
+        parent_commit: commit that `main` must be at; None: its commit when the push begins.
+        overwrite: replace files of the repository that are not of this merge.
+        publish_private: names of inputs whose merge more people may read than may read the input.
     """
 
     repo_id: str
@@ -54,14 +54,14 @@ class Destination:
     publish_private: tuple[str, ...] = ()
 
     def withheld(self, levels: Mapping[str, int], level: int) -> list[str]:
-        """Inputs that fewer may read than a repository of `level`, and that may not be published."""
+        """Inputs that are more private than a repository of `level`, without those in `publish_private`."""
         allowed = [name.partition("@")[0].lower() for name in self.publish_private]
         return [name for name, own in levels.items() if own > level and name.lower() not in allowed]
 
 
 @dataclass(frozen=True)
 class Target:
-    """A repository as it is: its ID as the Hub writes it, what `main` is at, how few may read it, its files."""
+    """A repository now: its ID as the Hub writes it, the commit of `main`, its level of privacy, its files."""
 
     repo_id: str
     head: str
@@ -110,7 +110,8 @@ def make_target(to: Destination, levels: Mapping[str, int]) -> None:
         levels: inputs that are not public (see `privacy.restricted`).
 
     Raises:
-        PushError: a public one is asked for, and an input is not. SourceError: no right, no connection.
+        PushError: the user asked for a public repository, and an input is not public. SourceError: no right, no
+            connection.
     """
     check_levels(to, None, levels)
     private = True if to.withheld(levels, 0) else to.private
@@ -126,16 +127,16 @@ def admit(
     history: Mapping[str, bytes],
     again: Callable[[Entry], bool] | None = None,
 ) -> tuple[int | None, str | None]:
-    """Before any work: whether the token may write there, and what a push would replace.
+    """Check before any work: may the token write to the target, and which files would the push replace?
 
     Args:
-        inputs: what the result is made of.
+        inputs: the materials of the result.
         history: path -> bytes of the ledger that the result continues.
-        again: whether a ledger entry is what the result would be, so that a merge may be repeated.
+        again: tells for a ledger entry whether the result would be the same merge, so that a merge may be repeated.
 
     Returns:
-        How few may read the repository, None if it does not exist yet; and what a push will replace, if that is
-        allowed.
+        The level of privacy of the repository, None if it does not exist yet; and what the push will replace, if that
+        is allowed.
 
     Raises:
         PushError: it may not go there. OfflineError: the Hub cannot be reached. SourceError: it cannot be asked.
@@ -180,7 +181,7 @@ def card_there(repo_id: str, target: Target) -> str | None:
 
 
 def admit_card(repo_id: str, *, create_pr: bool) -> None:
-    """Before any work: whether the token may change the card of a repository that exists.
+    """Check before any work: may the token change the card of an existing repository?
 
     Raises:
         PushError: no right to write. SourceError: no such repository, no connection.
@@ -191,13 +192,13 @@ def admit_card(repo_id: str, *, create_pr: bool) -> None:
 
 
 def require_writer(repo_id: str, user: str | None = None) -> None:
-    """Whether the token may write to a repository that exists.
+    """Check that the token may write to an existing repository.
 
     Args:
-        user: whose token it is, if that is known already.
+        user: owner of the token, if known already.
 
-    Raises:
-        PushError: no. SourceError: the Hub cannot be asked.
+        Raises:
+            PushError: the token may not write. SourceError: the Hub cannot be asked.
     """
     api = hub_api()
     user = user or _user(Destination(repo_id))["name"]
@@ -276,10 +277,10 @@ def with_snapshots(inputs: Iterable[Part], places: Mapping[str, str]) -> list[Pa
 
 
 def check_readers(to: Destination, level: int | None, inputs: Collection[Part]) -> None:
-    """Whether all who may read the target may read what the result is made of.
+    """Check that everybody who may read the target may also read the inputs of the result.
 
     Args:
-        level: how few may read the target; None: it is new, and so as private as need be.
+        level: level of privacy of the target; None: the target is new and will be as private as necessary.
 
     Raises:
         PushError: an input is more private than the target, and may not be published. SourceError: the Hub cannot be
@@ -319,7 +320,7 @@ def check_replacement(
     written: Collection[str] = (),
     again: Callable[[Entry], bool] | None = None,
 ) -> tuple[list[str], str | None]:
-    """What a push would replace or delete that is not of this merge.
+    """Find the files that a push would replace or delete and that are not of this merge.
 
     Args:
         inputs, history, again: as for `admit`.
@@ -329,7 +330,7 @@ def check_replacement(
         Those files, and a line that names them, or None.
 
     Raises:
-        PushError: there are some, or the target is itself an input, and nobody allowed to replace them.
+        PushError: there are such files, or the target is itself an input, and the user did not allow to replace them.
     """
     theirs = ledger_files(name for name in target.files if name.endswith(".json"))
     # the Hub's listing has their digests, and a ledger may be long
@@ -365,13 +366,14 @@ def check_replacement(
 
 
 def check_branch(to: Destination) -> tuple[list[str], str | None]:
-    """What somebody else put on the branch of kept states, which a push would delete.
+    """Find files of other people on the branch of kept states, which a push would delete.
 
     Returns:
         Those files, and a line that names them, or None.
 
     Raises:
-        PushError: there are some, and nobody allowed to delete them. SourceError: the Hub cannot be asked.
+        PushError: there are such files, and the user did not allow to delete them. SourceError: the Hub cannot be
+            asked.
     """
     if to.create_pr:
         return [], None
@@ -428,7 +430,7 @@ def _loaded(name: str) -> bool:
 
 
 def made_by(entry: Entry) -> dict[str, str]:
-    """Path -> SHA-256 of all that a step writes but card, ledger and states."""
+    """Path -> SHA-256 of all files that a step writes, except card, ledger and states."""
     note = licence_note([entry.base, *entry.models])
     return {**entry.products, **({LICENCES: sha256_bytes(note.encode())} if note is not None else {})}
 

@@ -1,4 +1,4 @@
-"""What a run leaves beside the weights: ledger entry, card, licences, carried states, people's own files."""
+"""Writes the files beside the weights: ledger entry, card, licences, carried states, people's own files."""
 
 from __future__ import annotations
 
@@ -49,18 +49,19 @@ def record(
     """Check that the result loads, and write ledger, card and licences beside it.
 
     Args:
-        folder: holds what the run wrote.
-        change, opened: what was run, and the merge it goes on from; None for a first merge.
-        existing: card of that merge (see `readable_card`).
+        folder: folder with the files that the run wrote.
+        change: the change that was run.
+        opened: the merge that was changed; None for a first merge.
+        existing: card of `opened` (see `readable_card`).
         gap: more scalars for the entry.
-        learned: what the ledger records of learned weights, if they were.
-        copies: of base and models, SHA-256 of the copies that are kept of them; empty: none are to be kept.
+        learned: the ledger's record of learned weights; None if weights were not learned.
+        copies: SHA-256 of the kept copies of the base and the models; empty: no copies are kept.
 
     Returns:
         The new entry, and warnings.
 
     Raises:
-        HfMergeError: transformers would not load the result whole.
+        HfMergeError: transformers would miss tensors of the result, or find unexpected ones.
     """
     _check_loads(change.plan, folder)
     notes: list[str] = []
@@ -98,7 +99,8 @@ def write_record(folder: Path, entry: Entry, opened: Merged | None, existing: st
 
 
 def readable_card(opened: Merged) -> str | None:
-    """The card of an existing merge, which may hold text of people; checked to be readable before any work."""
+    """The card of an existing merge, which may hold text of people. It is read before any work, to find faults
+    early."""
     data = opened.read(FILE)
     if data is None:
         return None
@@ -126,7 +128,7 @@ def _check_loads(planned: Plan, folder: Path) -> None:
 
 
 def other_arithmetic(planned: Plan, opened: Merged | None, here: Mapping[str, Any]) -> list[str]:
-    """How the state that a run goes on from was computed otherwise than the run itself; empty if it was not.
+    """Differences between the arithmetic of the kept state that a run starts from, and that of the run; "" if none.
 
     Args:
         opened: the merge that keeps the state.
@@ -143,11 +145,11 @@ def other_arithmetic(planned: Plan, opened: Merged | None, here: Mapping[str, An
 def entry_of(
     change: Change, outcome: Outcome, opened: Merged | None, notes: list[str], gap: Mapping[str, float]
 ) -> Entry:
-    """The entry that a run is recorded with, but for states of earlier steps, kept copies and how it learned.
+    """The ledger entry of a run, without states of earlier steps, kept copies, and the record of learning.
 
     Args:
         change, opened: see `record`.
-        notes: takes warnings.
+        notes: list to which warnings are added.
         gap: more scalars.
     """
     previous = opened.last if opened else None
@@ -298,7 +300,7 @@ def adopt_card(folder: Path, repo_id: str) -> None:
 
 
 def keep_foreign_files(opened: Merged, folder: Path) -> None:
-    """What people put into a merge's folder, such as notes or `.git`, outlives the replacement of the folder.
+    """Copy the files of people, such as notes or `.git`, into the folder that replaces a merge's folder.
 
     Links stay links, so that nothing is read through them.
     """
@@ -319,10 +321,10 @@ def keep_foreign_files(opened: Merged, folder: Path) -> None:
 
 
 def refuse_unknown_files(opened: Merged) -> None:
-    """Make sure that a folder that will be replaced holds nothing that would be lost, or carried on unseen.
+    """Refuse a folder that will be replaced, if it holds files that would be lost or copied without notice.
 
     Raises:
-        OutputError: it does; names the first such file.
+        OutputError: there is such a file; names the first one.
     """
     for name in _foreign(opened):
         if not is_asset(name):

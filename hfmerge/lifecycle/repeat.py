@@ -1,7 +1,7 @@
-"""A change that is done already: its command succeeds again, and finishes what a killed or failed run left undone.
+"""Repeated changes: the command of a change that is done succeeds again, and finishes the clean-up of a killed run.
 
-A change counts as done where the last step of the merge is this very one: the same action on the same models, which
-are in the merge, or out of it, as the command asks.
+A change is done if the last step of the merge is the same action on the same models, and these models are in the merge
+or out of it, as the command asks.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from hfmerge.recipe.weights import Weight
 
 
 def in_place(opened: Merged, output: str | Path | None, to: Destination | None) -> bool:
-    """Whether the result of a change takes the place of the merge that it changes."""
+    """Whether the result of a change replaces the merge that is changed."""
     folder = opened.pinned.folder
     if folder is not None:
         return output is None or Path(output).resolve() == folder
@@ -92,7 +92,7 @@ def _identity(place: Place, held: Material | None) -> str:
 
 
 def finish(opened: Merged, to: Destination | None, ranks: Ranks) -> MergeResult:
-    """Finish a change that is done, with nothing computed: publish a folder, remove what is of earlier steps.
+    """Finish a change that is done, without computing: publish a folder, remove files of earlier steps.
 
     Raises:
         PushError, SourceError: the Hub refuses. OutputError: a file cannot be removed.

@@ -1,8 +1,8 @@
-"""A merge made again from its sources, and the whole entry of that compared with the one that the ledger has.
+"""A replay: merges the sources of a merge again, and compares the files and the whole ledger entry.
 
-The entry is rebuilt by `recording.entry_of`, as a first merge of these sources would be recorded. Every field of it
-counts, those that a later version adds too, but for `NOT_REBUILT`. What the recipe is made of (weights, options,
-settings) a replay takes from the ledger; a change there shows in what comes out.
+`record.entry_of` rebuilds the entry, as it would record a first merge of these sources. Every field is compared,
+except those in `NOT_REBUILT`; a field that a later version adds is compared too. A replay takes weights, options and
+settings from the ledger. If somebody changed them there, the replay gives other bytes.
 """
 
 from __future__ import annotations

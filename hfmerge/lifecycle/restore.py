@@ -1,6 +1,6 @@
-"""Back to an earlier step of a merge, without arithmetic: the files of the commit that brought it, in a new commit.
+"""Restores an earlier step of a merge without arithmetic: copies the files of that step's commit into a new commit.
 
-A folder keeps only its present weights; the repository that it was pushed to keeps all that its history holds.
+A folder holds only its present weights. The repository that it was pushed to holds all weights of its history.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ from hfmerge.validation.wording import parameter
 
 @dataclass(frozen=True)
 class Earlier:
-    """An earlier step that can be brought back.
+    """An earlier step that can be restored.
 
     Attributes:
-        entry: the new ledger entry that says so.
-        pinned: the commit that holds its files.
+        entry: the new ledger entry of the restoration.
+        pinned: the commit with the files of the step.
         states: kept state or copy of a source -> commit of the state branch that holds it.
-        notes: what cannot be brought back.
+        notes: remarks on files that cannot be restored.
     """
 
     entry: Entry
@@ -57,10 +57,10 @@ class Earlier:
 
 
 def restore_step(job: Job, options: RunOptions) -> MergeResult:
-    """Bring back the files of an earlier step, as a new step.
+    """Restore the files of an earlier step, as a new step.
 
     Raises:
-        LedgerError: no such step, or its files are nowhere any more. HfMergeError: see `hfmerge.errors`.
+        LedgerError: there is no such step, or its files no longer exist anywhere. HfMergeError: see `hfmerge.errors`.
     """
     assert job.merged is not None and job.step is not None
     merged, step, output, to = job.merged, job.step, job.output, job.to
@@ -121,14 +121,14 @@ def _check_code(earlier: Earlier, options: RunOptions) -> None:
 
 
 def find_earlier(opened: Merged, step: int, card: str | None) -> Earlier:
-    """Find what is left of an earlier step, and check it against the ledger.
+    """Find the files of an earlier step, and check them against the ledger.
 
     Args:
-        opened: the merge as it is.
+        opened: the merge now.
         card: its card, which names the repository that a folder was pushed to.
 
     Raises:
-        LedgerError: no such step, no repository, or other files than the ledger says.
+        LedgerError: there is no such step or no repository, or the files are not those that the ledger names.
     """
     label, entries = opened.pinned.label, opened.entries
     if not 1 <= step <= len(entries):

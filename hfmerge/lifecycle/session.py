@@ -32,18 +32,18 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class MergeResult:
-    """What a verb made.
+    """The result of a verb that makes a merge.
 
     Attributes:
-        folder: the output, None when it only went to the Hub.
-        entry: the ledger entry written.
-        warnings: what the user should know.
-        pushed: where it was published, or None.
-        seconds: wall time of the computation and of everything.
-        processes: how many took part.
-        reused: chunks of tensors taken over from a run that was killed; those of a second pass count again.
-        streamed: what was read from the Hub without keeping it; None where that was not asked for.
-        repeated: `entry` is of an earlier run of the same command; this one only finished what that one left undone.
+        folder: the output folder; None if the result is only on the Hub.
+        entry: the ledger entry that was written.
+        warnings: warnings for the user.
+        pushed: the push, or None if nothing was published.
+        seconds: wall time in seconds: of the computation, and of the whole verb.
+        processes: number of processes that took part.
+        reused: number of chunks taken over from a killed run. With two passes a chunk counts twice.
+        streamed: bytes and files that were streamed from the Hub; None if streaming was not asked for.
+        repeated: the change was done already. `entry` is of the earlier run; this run only finished its clean-up.
     """
 
     folder: Path | None
@@ -59,7 +59,7 @@ class MergeResult:
 
 @dataclass(frozen=True)
 class Session:
-    """What every step of a job needs beside the job.
+    """The processes and options that every step of a job needs.
 
     Attributes:
         ranks: the processes.
@@ -72,11 +72,11 @@ class Session:
     digester: Digester | None = None
 
     def on_main(self, work: Callable[[], _T]) -> _T:
-        """What `work` gives on rank 0, on all ranks; an error there is raised on all."""
+        """Run `work` on rank 0 and give its result to all ranks. An error is raised on all ranks."""
         return self.ranks.on_main(work)
 
     def each(self, work: Callable[[], _T]) -> _T:
-        """What `work` gives on every rank; an error on one is raised on all."""
+        """Run `work` on every rank and give each its own result. An error on one rank is raised on all ranks."""
         return self.ranks.each(work)
 
     def tell(self, line: str) -> None:
@@ -85,10 +85,11 @@ class Session:
             self.options.notify(line)
 
     def open(self, merged: str, sources: Mapping[str, str]) -> Merged:
-        """An existing merge, made whole if a killed run left it in two places, with the history that this user saw.
+        """Open an existing merge, after finishing the rename of a killed run; compare the history with what the user
+        saw.
 
         Raises:
-            LedgerError: no ledger, a broken one, or one that was rewritten since it was seen.
+            LedgerError: there is no ledger, it is broken, or it was rewritten since the user saw it.
         """
         self.on_main(partial(recover, merged))
         ref = self.pinned(merged)
@@ -99,7 +100,7 @@ class Session:
         return opened
 
     def pinned(self, ref: str) -> str:
-        """The reference as rank 0 sees it now, pinned to a commit, so that all processes read the same thing."""
+        """The reference pinned to a commit by rank 0, so that all processes read the same files."""
         return ref if self.ranks.world == 1 else self.on_main(partial(_pin_text, ref))
 
     def pinned_model(self, entry: ModelEntry) -> ModelEntry:
@@ -133,7 +134,7 @@ def _pin_text(ref: str) -> str:
 
 
 def given_recipe(recipe: Recipe | str | Path, consent: Consent = NO_CONSENT) -> tuple[Recipe, str]:
-    """The recipe a verb was called with, which is its caller's consent like `consent`, and its name in messages."""
+    """The recipe that a verb was called with, and its name in messages. Its consents and `consent` both count."""
     loaded, origin = (recipe, "recipe") if isinstance(recipe, Recipe) else (load_recipe(recipe), str(recipe))
     loaded = dataclasses.replace(
         loaded,
@@ -144,7 +145,7 @@ def given_recipe(recipe: Recipe | str | Path, consent: Consent = NO_CONSENT) -> 
 
 
 def push_written(folder: Path, to: Destination) -> Pushed:
-    """Publish a folder that is complete already: a failure costs nothing but the push."""
+    """Publish a folder that is complete already. If the push fails, the folder stays as it is."""
     try:
         pushed = push_folder(folder, to)
     except HfMergeError as error:

@@ -1,4 +1,4 @@
-"""Which kept state a change of a merge starts from, and which models then leave it."""
+"""Finds the kept state from which a change of a merge starts, and the models that are subtracted from it."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ class Start:
 def starts(
     merged: Merged, method: type[MergeMethod], common: Sequence[Material], total: int, warnings: list[str]
 ) -> Iterator[Start]:
-    """The states that a merge of `total` models may start from, those that leave least to read first.
+    """The kept states from which a merge of `total` models may start. The state with least left to read comes first.
 
-    For a fold that depends on the order, a state has to be one after the first models of `common`. An additive one's
-    may hold models that leave, in any order: one of the leaving costs as much as one that is read anew, unless its
-    factors are just left out. A state that is listed but missing or corrupt is passed over with a warning.
+    If the fold depends on the order, a state must hold exactly the first models of `common`. The state of an additive
+    fold may have any order and may hold models that leave. A leaving model is read, at the cost of a new model,
+    unless only its factors have to be dropped. A missing or corrupt state gives a warning and is not used.
 
     Args:
-        common: models that the merge holds already and that shall come first, with their weights.
-        total: models of the wanted merge.
-        warnings: takes what was passed over.
+        common: the first models of the wanted list that the merge holds already, with their weights.
+        total: number of models in the wanted list.
+        warnings: list to which warnings on unusable states are added.
     """
     last = merged.last
     if not method.is_fold or last.method.version != method.version:

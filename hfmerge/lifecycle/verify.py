@@ -1,6 +1,7 @@
 """Check a merge against its ledger: chain, digests of every file, card; on request a replay (see `replay`).
 
-On the Hub the digests of weights are the LFS object IDs that it lists, so nothing large is downloaded, unless asked.
+On the Hub the digests of weights are the LFS object IDs that it lists. So nothing large is downloaded, unless the
+caller asks for it (`download`).
 """
 
 from __future__ import annotations
@@ -44,18 +45,17 @@ WEIGHTS = (
     *(".safetensors", ".bin", ".index.json", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".ggml", ".onnx"),
     *(".onnx_data", ".tflite", ".pkl", ".pickle", ".npz"),
 )
-"""How names of files end that may hold weights, or say where they are."""
+"""Endings of files that may hold weights, or that say where weights are."""
 POINTERS = ("config.json", ".index.json", "modules.json")
-"""How names of JSON files end by whose values loaders find other files: shards, tokenizers, folders of modules."""
+"""Endings of JSON files whose values name other files for loaders: shards, tokenizers, folders of modules."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was checked: what, whether it holds, and what was found.
+    """One check: its name, its outcome, and its findings.
 
     Attributes:
-        approximate: it does not hold byte for byte, and the difference is within what other arithmetic explains; `ok`
-            is then False.
+        approximate: the bytes differ, but only within the tolerance of other arithmetic. `ok` is then False.
     """
 
     what: str
@@ -74,10 +74,10 @@ class Report:
     """All checks of one merge.
 
     Attributes:
-        merged: what it is called.
-        checks: in the order they were made.
-        commit: all 40 digits of the one commit that was checked; None for a folder, and where no ledger could be read.
-        notes: what the user should know beside.
+        merged: name of the merge.
+        checks: the checks in the order they were made.
+        commit: 40 hex digits of the commit that was checked; None for a folder, and if no ledger could be read.
+        notes: further remarks for the user.
     """
 
     merged: str
@@ -98,7 +98,7 @@ class Report:
 
     @property
     def culprits(self) -> list[str]:
-        """What is wrong, one line each."""
+        """One line for each thing that is wrong."""
         return [f"{check.what}: {check.detail}" for check in self.checks if not check.ok]
 
 
@@ -115,19 +115,20 @@ def verify_merge(
     certificate: str | None = None,
     accept_rewritten: bool = False,
 ) -> Report:
-    """Check a merge; if all holds, keep its history as seen, and add a record to the log.
+    """Check a merge. If all checks pass, remember its history as seen and add a record to the log.
 
     Args:
         ref: `org/name[@revision]` or a folder.
         replay: also merge again from the pinned sources, and compare bytes and every field of the entry.
-        device: where it computes then, see `RunOptions.device`.
+        device: device of the replay, see `RunOptions.device`.
         sources: name of a folder material -> where it lies now.
-        download: hash what the Hub serves, instead of believing the digests that it lists. A folder is always read.
-        also: further checks of the merge, once it is open.
-        consent: what a replay may do with the sources; nothing is run or unpickled without one.
-        log: see `witness`; checked too.
-        certificate: SHA-256 of the one that `also` checks, for the log.
-        accept_rewritten: take a history that is not the one seen before as the true one from now on.
+        download: download and hash the files, instead of believing the digests that the Hub lists. A folder is always
+            read.
+        also: further checks, called with the opened merge.
+        consent: consent for a replay. Without a replay no code is run and no pickle is read.
+        log: append-only log against which the history is checked, see `witness`.
+        certificate: SHA-256 of the certificate that `also` checks, for the log.
+        accept_rewritten: accept a history that differs from the one seen before, and remember it from now on.
 
     Raises:
         SourceError: the merge cannot be reached. OutputError: the log cannot be read or written. A broken ledger is a
@@ -163,7 +164,7 @@ def check_merged(
     """Check a merge that is open already; see `verify_merge`.
 
     Args:
-        strays: whether what interrupted commands left counts.
+        strays: also look for files that interrupted commands left.
     """
     checks = [Check("ledger", True, f"{len(merged.entries)} entries, each names its parent's digest")]
     checks.append(_history(merged, accept_rewritten))
@@ -191,7 +192,7 @@ def check_contents(
     read: int = 0,
     downloaded: bool = False,
 ) -> Iterator[Check]:
-    """What can be said of a merge from its files alone; reads nothing.
+    """The checks that need only the digests of a merge's files; reads no file.
 
     Args:
         entries: the ledger, its chain checked.

@@ -1,7 +1,7 @@
 """A witness: an append-only log of what was verified and certified, each record naming the SHA-256 of the one before.
 
-Who keeps such a log notices later that the ledger of a published merge was written anew, however well its chain holds:
-the log names a digest that is not in it. One JSON object a line, keys sorted:
+The log shows its owner that somebody rewrote the ledger of a published merge. The new ledger may have a correct chain,
+but the log names a digest that is not in it. The log has one JSON object per line, keys sorted:
 
     schema       hfmerge/log/1
     number       1 for the first
@@ -12,10 +12,10 @@ the log names a digest that is not in it. One JSON object a line, keys sorted:
     ledger       file, SHA-256 and step of the last entry
     certificate  SHA-256 of the certificate that was made or checked; null
 
-The chain shows that a record was changed, left out or put in. That the end was cut off, or all was written anew, shows
-beside a head (the digest of the last line) that was noted elsewhere: the user's home keeps it, and `verify` prints it.
-Writers take turns by a lock on the file. A line without an end is what a killed writer leaves: the next one puts it
-right.
+The chain shows that a record was changed, left out or inserted. It does not show that the end was cut off or that the
+whole log was rewritten. The head shows that: it is the digest of the last line. The user's home keeps the head, and
+`verify` prints it. Writers take turns by a lock on the file. A killed writer leaves a line without an end; the next
+writer repairs it.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Log:
-    """A log as it was read.
+    """A log that was read from its file.
 
     Attributes:
         path: its file.
@@ -145,7 +145,7 @@ class Log:
 
 
 def read_log(path: str | Path) -> Log:
-    """A log with its chain checked; one that does not exist is empty.
+    """Read a log and check its chain. A file that does not exist is an empty log.
 
     Raises:
         LedgerError: a record was changed or is missing; names it. OutputError: the file cannot be read.
@@ -158,11 +158,11 @@ def read_log(path: str | Path) -> Log:
 
 
 def append(path: str | Path, merged: Merged, did: str, *, certificate: str | None = None) -> str:
-    """Add a record about a merge, after the log was checked once more; tells in words what was added.
+    """Check the log again and add a record about a merge; gives in words what was added.
 
     Args:
-        did: one of `DID`; "accepted" takes back what earlier records know of the merge.
-        certificate: SHA-256 of the one that was made or checked.
+        did: one of `DID`. "accepted" makes earlier records of the merge invalid.
+        certificate: SHA-256 of the certificate that was made or checked.
 
     Raises:
         LedgerError: the log is broken, or knows another history. OutputError: the file cannot be written.

@@ -42,7 +42,7 @@ BUILT_IN: tuple[type[MergeMethod], ...] = (
 
 
 def registry() -> dict[str, type[MergeMethod]]:
-    """All methods by name: the built-in ones, then those of installed packages, which may not take a taken name."""
+    """All methods by name: the built-in ones, then those of installed packages, which need new names."""
     return {**_installed(), **{kind.name: kind for kind in BUILT_IN}}
 
 

@@ -1,8 +1,8 @@
-"""What a merging method is: a frozen dataclass of pure functions over task vectors; its fields are the options.
+"""Base classes of merging methods. A method is a frozen dataclass of pure functions; its fields are the options.
 
-A **fold** takes one model at a time into a small carried state per block and reads the merged task vector out of it.
-A **joint** method sees all models of a block at once. Neither reads files or keeps anything on `self`; what a joint
-method knows of a block's place it is told (`Site`).
+A **fold** takes one model at a time into a small carried state per block, and computes the merged task vector from the
+state. A **joint** method gets all models of a block at once. Neither reads files or stores anything on `self`. A joint
+method is told where the block lies (`Site`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from hfmerge.methods.spectral import Variant
 
 Carry = dict[str, TaskVector]
-"""The carried state of one block: named task vectors. It is never normalised; read-outs are."""
+"""The carried state of one block: named task vectors. It is never normalised; only the merged change is."""
 
 Scalars = dict[str, float]
 """Global numbers a read-out may need; the executor sums them over all parameters with `math.fsum`."""
@@ -41,16 +41,17 @@ class Citation:
 
 
 Needs = Literal["elements", "tensor", "matrix", "model"]
-"""What a method has to be given at once.
+"""The piece of the input that a method needs at once.
 
-elements: nothing but the element itself, so that a tensor may be visited in any rows.
-tensor: a whole tensor or matrix, unless a `survey` finds out beforehand what is needed of it.
-matrix: a whole real matrix, which is taken apart, on an accelerator if the run has one; other tensors are whole too.
-model: numbers about all parameters, which a `measure` finds in a pass of its own; then as `tensor`.
+elements: single elements, so a tensor may be visited in any rows.
+tensor: a whole tensor or matrix, unless a `survey` finds the necessary numbers beforehand.
+matrix: a whole real matrix, which the method decomposes, on an accelerator if the run has one. Other tensors are given
+    whole too.
+model: numbers about all parameters, which a `measure` finds in a first pass; then as `tensor`.
 """
 
 Law = Literal["order_free", "identity_for_one", "scale_equivariant", "linear_in_weights"]
-"""What may hold for a method, up to rounding; of options that are numbers, with their defaults.
+"""Laws that a method may declare. They hold up to rounding, with the default values of numeric options.
 
 order_free: models in another order, with their weights, give the same merge.
 identity_for_one: one model of weight 1 is merged to itself.
@@ -70,16 +71,16 @@ class MergeMethod:
         laws: see `Law` and `holds`.
         normalises_weights: the weights are divided by their sum, so a zero sum is an error.
         default_norm: the `norm` a recipe gets when it names none.
-        element_bytes: what a visit of a matrix holds for each element at its peak, if it needs matrices; measured.
-        square_bytes: the same for each element of a square matrix of `square_side`.
-        of_weights: the method is about the models' weights themselves, so that the base may be one of the models.
-        is_fold: it is a `FoldMethod`.
-        additive: its state is a sum of terms of one model each, so that a model leaves exactly (see `AdditiveFold`).
-        subtractable: `unmerge --mode subtract` is possible: what a model itself brought can be left out alone.
+        element_bytes: for methods that need matrices: measured peak memory of a visit, in bytes per matrix element.
+        square_bytes: the same per element of a square matrix of side `square_side`.
+        of_weights: the method combines the models' weights themselves, so the base may be one of the models.
+        is_fold: the method is a `FoldMethod`.
+        additive: the state is a sum with one term per model, so a model leaves exactly (see `AdditiveFold`).
+        subtractable: `unmerge --mode subtract` is possible: the term of one model can be subtracted alone.
         learnable: the weights can be learned: the merged change is `sum_s (M a)_s d_s`, see `parts` and `mixing`.
-        in_parts: the `d_s` are not the changes themselves but have to be computed from all of them.
-        leaps_at_zero: a model of weight 0 is as if it were not there, so that the merge leaps where a weight gets 0.
-        citations: for the card.
+        in_parts: the `d_s` are not the changes themselves; they are computed from all changes.
+        leaps_at_zero: a model of weight 0 counts as absent, so the merge is not continuous at weight 0.
+        citations: publications for the card.
     """
 
     name: ClassVar[str]
@@ -112,12 +113,12 @@ class MergeMethod:
 
     @property
     def plain_sum(self) -> PlainSum | None:
-        """The method, if all it keeps is the exact sum of the weighted changes, element by element; else None."""
+        """The method, if its state is only the exact sum of the weighted changes, element by element; else None."""
         return None
 
     @property
     def projection(self) -> tuple[float, Variant] | None:
-        """`alpha` and `variant` of OPCM's projection, if the method clears with it what earlier models occupy."""
+        """`alpha` and `variant` of OPCM's projection, if the method projects changes in this way; else None."""
         return None
 
     def holds(self, law: Law) -> bool:
@@ -125,19 +126,20 @@ class MergeMethod:
         return law in self.laws
 
     def files(self) -> tuple[str, ...]:
-        """Files of every model that are read beside its weights: what options name that are of `declare.tensors`."""
+        """Files of every model that are read beside its weights: the values of options made by `declare.tensors`."""
         named = [getattr(self, one.name) for one in dataclasses.fields(self) if one.metadata.get("tensors")]
         return tuple(dict.fromkeys(file for file in named if file is not None))
 
     def scalars(self) -> dict[str, float]:
-        """Numbers that the ledger records of the method beside its options."""
+        """Further numbers that the ledger records for the method."""
         return {}
 
     def choices(self, low: int, dense: int) -> list[str]:
         """Lines for the plan on options that the sources decided.
 
         Args:
-            low, dense: number of matrices that adapters alone change, and of the others.
+            low: number of matrices that only adapters change.
+            dense: number of the other matrices.
         """
         return []
 
@@ -146,9 +148,9 @@ class MergeMethod:
         return min(shape)
 
     def gap_bound(self, norms: Sequence[float], subtracted: Sequence[int]) -> float | None:
-        """Greatest norm by which a merged change with models subtracted may be off the one that never saw them.
+        """Upper bound of the gap of a subtraction: distance to the merged change that never saw the models.
 
-        Before `norm` is applied; None, the default, where nothing is known.
+        The bound holds before `norm` is applied. None, the default: the method has no bound.
 
         Args:
             norms: per model, greatest norm of its change times its weight over all parameters.
@@ -157,9 +159,9 @@ class MergeMethod:
         return None
 
     def survey(self, models: int, count: int) -> Survey | None:
-        """What has to be found out about all of a block before some of its rows can be merged at a time.
+        """A survey of the whole block, if the method needs one before it merges the block some rows at a time.
 
-        None, the default: the whole block is needed, or none of it.
+        None, the default: the method needs the whole block at once, or needs no survey.
 
         Args:
             models: number of task vectors.
@@ -168,7 +170,7 @@ class MergeMethod:
         return None
 
     def measure(self, models: int) -> Measure | None:
-        """What a first pass has to find out about all merged parameters; None, the default: there is no such pass.
+        """The measurement that a first pass makes over all merged parameters; None, the default: no such pass.
 
         Args:
             models: number of task vectors.
@@ -176,11 +178,11 @@ class MergeMethod:
         return None
 
     def examine(self, taus: Sequence[TaskVector]) -> list[float] | None:
-        """What has to be known about a block that is there as a whole; None where the method finds that by itself."""
+        """Numbers that `combine` needs about a block that is given whole; None if the method needs none."""
         return None
 
     def parts(self, taus: Sequence[TaskVector], *, matrix: bool) -> list[TaskVector]:
-        """All `d_s` of one block (see `learnable`), which no weight changes; factors stay factors.
+        """All `d_s` of one block (see `learnable`). They do not depend on the weights. Factors stay factors.
 
         Args:
             taus: of all models, in their order, without weights; zero where a model changes nothing.
@@ -200,25 +202,25 @@ class MergeMethod:
             found: by `examine`, of a block or summed over all; None at first.
 
         Returns:
-            None where it depends on what is found.
+            None if M depends on `found`.
         """
         return [[float(i == j) for j in range(models)] for i in range(models)]
 
     def usual_weight(self, models: int) -> float:
-        """Weight of every model at which learning starts, unless a recipe says otherwise."""
+        """Initial weight of every model in learning, unless the recipe sets another."""
         return 1.0 / math.sqrt(models)
 
 
 class PlainSum(Protocol):
-    """What is asked of a method that is a plain sum (see `MergeMethod.plain_sum`), to take all models at once."""
+    """Interface of a method that is a plain sum (see `MergeMethod.plain_sum`), to compute all models at once."""
 
     @property
     def step_size(self) -> float:
-        """What terms are rounded to multiples of."""
+        """The step: terms are rounded to multiples of it."""
 
     @property
     def limit(self) -> float:
-        """What sums may reach."""
+        """Largest magnitude that a sum may have."""
 
     def multiples(self, changes: Tensor, weights: Sequence[float]) -> Tensor:
         """The terms of several changes, float32 (models, ...), as multiples of the step; takes the place of them."""
@@ -262,14 +264,14 @@ class FoldMethod(MergeMethod, ABC):
         """
 
     def unstep(self, carry: Carry, tau: TaskVector, weight: float, *, matrix: bool) -> Carry:
-        """What `subtract` makes of the state: without `weight * tau`, which is exact only where the fold is additive.
+        """Subtract `weight * tau` from the state. This is exact only for an additive fold.
 
         Args:
-            carry: the state after the last model, as its form says.
-            tau, weight, matrix: as the model came in.
+            carry: the state after the last model, in the form of `carry_form`.
+            tau, weight, matrix: as in the `step` of the model.
 
         Raises:
-            UnsupportedError: nothing of the state belongs to one model alone.
+            UnsupportedError: the state has no term that belongs to one model alone.
         """
         raise UnsupportedError(f"{self.name}: no model can be subtracted; unmerge it exactly.")
 
@@ -284,15 +286,14 @@ class FoldMethod(MergeMethod, ABC):
         """
 
     def deviation(self, carry: Carry | None, tau: TaskVector, weight: float, *, matrix: bool) -> float | None:
-        """How far `step` with the same arguments is from what the method says, relative to `weight * tau`.
+        """Distance of an approximate `step` from the exact step with the same arguments, relative to `weight * tau`.
 
-        None where nothing is approximated. Costs as much as an exact step and more, so it is asked for a sample of
-        blocks.
+        None if the step is exact. It costs more than an exact step, so it is measured on a sample of blocks.
         """
         return None
 
     def carry_form(self, shape: tuple[int, ...], ranks: Sequence[int | None], *, matrix: bool) -> dict[str, Form]:
-        """Which tensors the state holds, known before the work; carried values are rounded to these dtypes.
+        """The tensors of the state, from shapes and ranks alone. Carried values are rounded to these dtypes.
 
         Args:
             shape: of the block.
@@ -321,11 +322,11 @@ class Survey(ABC):
 
     @abstractmethod
     def add(self, taus: Iterable[Tensor], base: Callable[[], Tensor]) -> None:
-        """Take in some rows: one float32 tensor per model, and the base's values when called."""
+        """Add some rows: one float32 tensor per model, and a function that gives the base's values."""
 
     @abstractmethod
     def settle(self) -> list[float] | None:
-        """What was found, as `combine` takes it; None where all rows have to be added once more."""
+        """The result, as `combine` takes it; None if all rows have to be added again."""
 
 
 class Measure(ABC):
@@ -339,19 +340,19 @@ class Measure(ABC):
 
     @abstractmethod
     def find(self, taus: Sequence[TaskVector]) -> Iterator[Any]:
-        """What one piece tells, from one task vector per model, each read when it is indexed; changes nothing."""
+        """The measurement of one piece, from one task vector per model, each read when indexed; pure."""
 
     @abstractmethod
     def add(self, found: Any) -> None:
-        """Take in one thing that `find` gave."""
+        """Add one result of `find`."""
 
     @abstractmethod
     def join(self, other: Self) -> None:
-        """Take in all that another process has."""
+        """Add all results of another process."""
 
     @abstractmethod
     def settle(self) -> list[float]:
-        """What was found, as `combine` takes it."""
+        """The result, as `combine` takes it."""
 
 
 def _nowhere(*asked: object) -> Any:
@@ -360,7 +361,7 @@ def _nowhere(*asked: object) -> Any:
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """Where a block lies, and what is known of it beside the changes.
+    """The place of a block, and facts about it.
 
     Attributes:
         key: name of the parameter; of a matrix inside a fused one "name#part".
@@ -388,11 +389,11 @@ NOWHERE = Site()
 class JointMethod(MergeMethod, ABC):
     """A method that needs all models of one block at once; `add` and `unmerge` run it again from the sources.
 
-    What it has to know beforehand is found over all parameters (`measure`), or else over the block: by a `survey`
-    where that is read in pieces, by `examine` where it is there as a whole.
+    A method may need numbers beforehand. `measure` finds them over all parameters. `survey` finds them over a block
+    that is read in pieces, `examine` over a block that is given whole.
 
-    Where it is `subtractable`, a model with weight 0 still shapes what the others add, and weight 0 is what
-    `unmerge --mode subtract` does.
+    In a `subtractable` method, a model of weight 0 still changes the terms of the others. `unmerge --mode subtract`
+    sets the weight of a model to 0.
     """
 
     @property
@@ -414,10 +415,10 @@ class JointMethod(MergeMethod, ABC):
             taus: one task vector per model.
             weights: one per model.
             base: gives the base's float32 values of the block when called.
-            found: by `measure`, by a `survey` of the block that `taus` are rows of, or by `examine`.
+            found: result of `measure`, of a `survey` of the block, or of `examine`.
             site: where the block lies.
         """
 
     def dependent(self, found: Sequence[float]) -> tuple[int, ...]:
-        """Models that `combine` leaves out because their change is one of earlier models' over again."""
+        """Models that `combine` leaves out because their change is a combination of changes of earlier models."""
         return ()

@@ -1,9 +1,9 @@
-"""Threads that do the same work on matrices of equal shape: what they take apart at one time goes into one call.
+"""Batches decompositions: threads that decompose matrices of equal shape share one call of the library.
 
-An accelerator is idle most of the time that it takes a small matrix apart, so the libraries offer calls for several. A
-`Company` of threads brings them about without the methods knowing: a thread that gets to a decomposition waits until
-all others have come to one, or have left, and those of equal shape are stacked. What is stacked follows from the work
-alone and never from the moment, because the results may.
+A small matrix does not fill an accelerator, so the libraries offer calls for several matrices. A `Company` of threads
+makes such calls, and the methods need not know it. A thread that reaches a decomposition waits until all other threads
+have reached one or have left. Matrices of equal shape are stacked. The work alone decides which matrices are stacked,
+not the timing, because the results may depend on the stack.
 """
 
 from __future__ import annotations

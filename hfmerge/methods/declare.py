@@ -1,13 +1,13 @@
-"""Methods by declaration: `method` makes a merging method of a function over a `Block`, and names what a class is.
+"""Methods by declaration: the decorator `method` makes a merging method from a function over a `Block` or a class.
 
     @method("dare_linear", source="Language Models are Super Mario, arXiv:2311.03099", needs="elements")
     def dare_linear(block: Block, *, density: float = option(0.5, 0.0, 1.0), seed: int = 0) -> Tensor:
         return sum(m.weight * m.tau * block.bernoulli(density, seed, m) / density for m in block.models)
 
 The keyword parameters of the function are the method's options. It returns the merged task vector of the block, before
-`norm` is applied: a tensor, or factors `(up, down)`. The result must follow from its arguments alone. Blocks are
-visited on several threads and processes, in any order, and a merge is made again to be verified. Folds, which carry a
-state, are classes under the same declaration.
+`norm` is applied: a tensor, or factors `(up, down)`. The result must depend on the arguments alone, because
+blocks are visited on several threads and processes, in any order, and because a replay makes the merge again. A fold,
+which carries a state, is a class with the same decorator.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Member:
 
     @property
     def tau(self) -> Tensor:
-        """The model's change, float32 of the block's shape, on its device; read anew each time, so ask for it once."""
+        """The model's change, float32 of the block's shape, on its device. Each access reads it again, so store it."""
         return self._change.to_dense()
 
     @property
@@ -70,11 +70,11 @@ class Member:
 
     @property
     def pin(self) -> str:
-        """What pins the model: the commit of a repository, or the digest of a folder."""
+        """The model's pin: the commit of a repository, or the digest of a folder."""
         return self._block.site.pin(self.index)
 
     def tensor(self, file: str) -> Tensor:
-        """What a file of the model (see `tensors`) holds for this block: float32 of its shape, on its device."""
+        """The tensor for this block in a file of the model (see `tensors`): float32 of its shape, on its device."""
         return self._block.site.tensor(file, self.index)
 
     @property
@@ -84,12 +84,12 @@ class Member:
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """What a method is given at once: all models' changes of one matrix, or tensor, or of some rows of one.
+    """The input of a method: all models' changes of one matrix or tensor, or of some rows of it.
 
     Attributes:
-        taus: the changes as they are kept; `models` is the way to them.
+        taus: the changes in their stored form; use `models` to read them.
         weights: of the models.
-        found: by `measure`, `survey` or nothing (None), see `method`.
+        found: result of `measure` or `survey`, else None; see `method`.
         site: where the block lies.
     """
 
@@ -133,15 +133,15 @@ class Block:
     def uniform(self, seed: int, model: Member) -> Tensor:
         """Numbers of [0, 1) in steps of 2^-24, float32 of the block's shape.
 
-        Each follows from `seed`, from what pins the model, and from the element's parameter and place in it: however
-        tensors are cut and whoever computes them, and when a merge is made again, it is the same. Philox 4x64-10.
+        A number depends only on `seed`, the model's pin, the parameter, and the element's place in it. So it is the
+        same for every cut of the tensor, every process, and every replay. Generator: Philox 4x64-10.
         """
         import numpy as np
 
         return self._drawn(seed, model, lambda raw: (raw >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24))
 
     def bernoulli(self, probability: float, seed: int, model: Member) -> Tensor:
-        """1 with this probability and else 0, float32 of the block's shape; as reproducible as `uniform`."""
+        """Random 0 and 1, 1 with the given probability, float32 of the block's shape; as reproducible as `uniform`."""
         import numpy as np
 
         edge = int(min(max(probability, 0.0), 1.0) * 2.0**64)
@@ -196,19 +196,19 @@ class _Declared(JointMethod):
 
 
 def option(default: Any, low: float | None = None, high: float | None = None, help: str = "") -> Any:
-    """Default of an option, with its bounds and what is said of it.
+    """Declare the default of an option, its bounds and its help.
 
     Args:
-        default: what it is when a recipe does not name it; None needs a type that allows it.
+        default: value if a recipe does not name the option; None needs a type that allows None.
         low, high: the least and the greatest value, inclusive; None: no bound.
-        help: one line for users; without it the option's name is taken.
+        help: one line for users; default: the option's name.
     """
     limits = {"minimum": low, "maximum": high}
     return field(default=default, metadata={"help": help, **{k: v for k, v in limits.items() if v is not None}})
 
 
 def tensors(default: str, help: str = "") -> Any:
-    """Default of an option that names a safetensors file of every model, with tensors beside its weights.
+    """Declare an option that names a safetensors file of every model, with tensors beside its weights.
 
     The file lies in each model's folder or repository, next to its weights, and holds a tensor for every parameter of
     the base that some model changes, of its name and shape. It counts among the model's files: it is fetched, pinned
@@ -227,11 +227,11 @@ class method:  # noqa: N801
     Args:
         name: as written in a recipe, and as the entry point in the group `hfmerge.methods`.
         source: publications: keys of `citations.bib`, or "title, arXiv:NUMBER".
-        needs: what has to be given at once, see `Needs`.
-        laws: what holds for the method, see `Law`; where that depends on options, a function of the method.
-        survey, measure: of a function: see `MergeMethod`; called with the method first. `Block.found` is what they
-            settle on; of a block that is there as a whole, `survey` is not asked, and `found` is None.
-        more: `arity`, `normalises_weights`, `default_norm`, `of_weights`, `version`, as of `MergeMethod`.
+        needs: the piece of the input that the method needs at once, see `Needs`.
+        laws: laws of the method, see `Law`; or a function from the method to its laws, if they depend on options.
+        survey, measure: for a method made of a function, see `MergeMethod`; their first argument is the method.
+            `Block.found` is their result. For a block that is given whole, `survey` is not called and `found` is None.
+        more: `arity`, `normalises_weights`, `default_norm`, `of_weights`, `version`, as in `MergeMethod`.
 
     Raises:
         TypeError: a fault of the declaration. ValueError: an unknown source.

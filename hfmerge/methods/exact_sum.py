@@ -1,12 +1,12 @@
-"""Additive folds: the state is a sum of one term a model, exact, so that models join in any order and leave again.
+"""Additive folds: the state is an exact sum with one term per model, so models may join in any order and leave.
 
-Sums of floating-point numbers depend on their order, and what was added cannot be taken away bit for bit. So every
+A sum of floating-point numbers depends on their order, and a term cannot be subtracted again bit for bit. So every
 term is rounded to a multiple of one fixed step, `2^-grid`, and the multiples are summed in a type that holds them all
 exactly: 53 bits of float64. As long as a sum stays below `2^52` steps, which is checked, additions and subtractions
-have no rounding error, and the sum depends on the set of its terms alone. The step depends on nothing, least of all on
-the models: it is 9e-13 by default, far below the last place of any checkpoint's weights, and sums may reach 4096.
-`sums: float32` halves the state: 24 bits, a step of 9.5e-7, so that each model's term is off by 4.8e-7 at most, and
-sums that may reach 8.
+have no rounding error, and the sum depends on the set of its terms alone. The step is fixed and does not depend on the
+models. By default it is 9e-13, far below the last place of any checkpoint's weights, and sums may reach 4096.
+`sums: float32` halves the state: 24 bits and a step of 9.5e-7. Then each model's term is off by 4.8e-7 at most, and
+sums may reach 8.
 
 Low-rank changes are not summed: their factors are the state, as they are, and are multiplied out, rounded and summed
 when the result is read out. Each model's factors stay its own.
@@ -68,12 +68,12 @@ class AdditiveFold(FoldMethod):
 
     @property
     def step_size(self) -> float:
-        """What terms are rounded to multiples of."""
+        """The step: terms are rounded to multiples of it."""
         return 2.0 ** -(GRIDS[self.sums] if self.grid is None else self.grid)
 
     @property
     def limit(self) -> float:
-        """What sums may reach."""
+        """Largest magnitude that a sum may have."""
         return 2.0 ** (_BITS[self.sums] - 1) * self.step_size
 
     def multiples(self, changes: Tensor, weights: Sequence[float]) -> Tensor:
@@ -87,14 +87,14 @@ class AdditiveFold(FoldMethod):
         return changes.mul_(torch.tensor(factors, dtype=changes.dtype).view(-1, *[1] * (changes.dim() - 1))).round_()
 
     def taken(self, tau: TaskVector, weight: float, *, matrix: bool) -> TaskVector:
-        """What is kept of one model, as factors or as the terms of it: the change times its weight."""
+        """The part of a model that is kept, as factors or as input of `terms`: the change times its weight."""
         return tau.scaled(weight)
 
     def terms(self, tau: TaskVector, *, matrix: bool) -> dict[str, Tensor]:
         """One model's terms: name -> floating tensor, of the shape `sum_shapes` gives, not rounded yet.
 
         Args:
-            tau: what is kept of the model, see `taken`.
+            tau: the kept part of the model, see `taken`.
             matrix: the block is a real matrix.
         """
         return {"S": tau.to_dense()}
@@ -118,7 +118,7 @@ class AdditiveFold(FoldMethod):
         return self
 
     def step(self, carry: Carry | None, tau: TaskVector, weight: float, *, matrix: bool) -> Carry:
-        """The state with one model more."""
+        """Add one model to the state."""
         held = {name: value for name, value in (carry or {}).items() if not value.is_zero}
         if not isinstance(tau, LowRank):
             return self._with(held, self.taken(tau, weight, matrix=matrix), 1.0, matrix=matrix)
@@ -127,7 +127,7 @@ class AdditiveFold(FoldMethod):
         return {**held, f"T{len(_factors(held)) + 1}": self.taken(tau, weight, matrix=matrix)}
 
     def unstep(self, carry: Carry, tau: TaskVector, weight: float, *, matrix: bool) -> Carry:
-        """The state with a dense change less: bit for bit the one that never held it. For factors see `staying`."""
+        """Subtract a dense change: the result is bit for bit the state that never held it. Factors: `staying`."""
         return self._with(carry, self.taken(tau, weight, matrix=matrix), -1.0, matrix=matrix)
 
     def emit(self, carry: Carry, weights: Sequence[float], *, matrix: bool) -> TaskVector:

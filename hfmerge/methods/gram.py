@@ -1,6 +1,6 @@
 """Merging in closed form, `gram`: the change nearest to every model's on the inputs that its task vector speaks of.
 
-It keeps sums over models only, so a model joins at the cost of one and leaves exactly (see `additive.py`); joint
+It keeps sums over models only, so a model joins at the cost of one and leaves exactly (see `exact_sum`); joint
 merging and merging one by one are the same.
 """
 

@@ -1,6 +1,6 @@
 """Isotropic merging: the sum of all changes with its directions made equally strong, by given or by learned weights.
 
-Both methods keep sums over models only, so a model joins at the cost of one and leaves exactly (see `additive.py`).
+Both methods keep sums over models only, so a model joins at the cost of one and leaves exactly (see `exact_sum`).
 """
 
 from __future__ import annotations

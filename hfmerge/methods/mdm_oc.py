@@ -108,8 +108,9 @@ class MdmOc(JointMethod):
     def gap_bound(self, norms: Sequence[float], subtracted: Sequence[int]) -> float:
         """The norms of the models that stay and came after the first subtracted one, together.
 
-        Each of them was made orthogonal to more than it would have been, and two orthogonal projections of one vector
-        differ by at most its norm. Whoever came before is as ever, and of what is subtracted nothing stays.
+        Each of these models was made orthogonal to more changes than in the merge that never saw the subtracted one.
+        Two orthogonal projections of one vector differ by at most its norm. Earlier models do not change, and the term
+        of the subtracted model is zero.
         """
         return math.fsum(norm for t, norm in enumerate(norms) if t > min(subtracted) and t not in subtracted)
 

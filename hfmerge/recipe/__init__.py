@@ -1,1 +1,1 @@
-"""What is asked: the recipe from a file or from flags, every value checked."""
+"""Recipes: reading a recipe from a file or from flags, and checking every value."""

@@ -1,4 +1,4 @@
-"""What may be asked of learning: the `learn` section of a recipe, every value checked."""
+"""The `learn` section of a recipe, every value checked."""
 
 from __future__ import annotations
 
@@ -28,31 +28,31 @@ class Learning:
         loss: what is minimised, as a mean over models: "distill", the Kullback-Leibler divergence of each model's own
             outputs from the merge's on replay rows that the model made; "labels", the cross-entropy of a few labelled
             rows; "mixed", the sum of both.
-        suite: whose tasks have the labelled rows; the task whose `head` is a model's counts for it.
-        rows: labelled rows of each task.
-        split: of the data sets that they are taken from.
+        suite: suite whose tasks give the labelled rows. A model learns from the task whose `head` is that model.
+        rows: number of labelled rows of each task.
+        split: split of the data sets that the labelled rows are taken from.
         replay: how replay rows are made.
         groups: "parameter", one weight for each model and parameter; "layer", for each model and layer; "model", for
             each model.
         start: where all weights start; None: at 1/sqrt(number of models), which keeps the norm that of one model, or
             for gram at 1, the weights that it has without learning.
         low, high: bounds of the weights.
-        steps: of AdamW, at most.
-        rate: its learning rate.
+        steps: largest number of steps of AdamW.
+        rate: learning rate of AdamW.
         batch: rows of each model in a step.
-        every: steps between two looks at the rows that are held out.
-        patience: looks without a better one after which learning stops.
+        every: steps between two evaluations of the loss on the rows that are held out.
+        patience: learning stops after this many evaluations without a better loss.
         ewc: weight `mu` of the penalty `mu / 2 * sum F (theta - theta_prev)^2` on leaving the merge that models are
             added to, with F its diagonal Fisher information on replay rows; 0: none.
-        gamma: what the Fisher information of earlier steps counts when it is carried on.
+        gamma: factor on the Fisher information of earlier steps when it is carried on.
         relearn: after a model is taken out, learn the weights of the others anew; otherwise they stay.
-        precision: of the models while learning; weights and gradients are float32.
+        precision: precision of the models while learning, "float32" or "bfloat16"; weights and gradients are float32.
         checkpointing: compute activations twice instead of keeping them, and ask one model after another instead of
             all together.
-        seed: of everything drawn at random.
+        seed: seed of all random numbers.
 
     Raises:
-        RecipeError: all values that cannot be.
+        RecipeError: all values that are not allowed.
     """
 
     loss: Loss = "distill"
@@ -98,7 +98,7 @@ class Learning:
 
 
 def read_learning(value: Any, section: Section, method: str, learnable: Sequence[str]) -> Learning | None:
-    """The `learn` key of a recipe; None where it is absent or faulty, and then the section's problems say why.
+    """The `learn` key of a recipe; None if it is absent or faulty. Faults are added to the section's problems.
 
     Args:
         method: the recipe's.

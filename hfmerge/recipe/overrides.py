@@ -26,17 +26,17 @@ def apply_overrides(
 ) -> Recipe:
     """A recipe with command-line flags over it; a flag that is None leaves the recipe's value.
 
-    Text for `weights`, `norm`, option values and keys that take more than text means what it would mean unquoted in
-    YAML.
+    Text for `weights`, `norm`, options, and keys that are not plain text is read like an unquoted YAML value.
 
     Args:
         recipe: to start from; None: from nothing.
         models: replace the recipe's, with weight 1 each unless `weights` are given too.
         method: replaces name, options and norm of the recipe's method, unless it is the same method.
-        options: `name=value`, each over the method's.
-        weights: one a model, in their order.
-        learn: `name=value`, each over the recipe's `learn`, `replay.name=value` over its `replay`; none: its defaults.
-        values: of all other keys of a recipe, by name.
+        options: `name=value`; each replaces the option of this name of the recipe's method.
+        weights: one weight per model, in the order of the models.
+        learn: `name=value` replaces a key of the recipe's `learn`, `replay.name=value` a key of its `replay`. An empty
+            list: as the recipe says, or the defaults of `learn`.
+        values: all other keys of a recipe, by name.
 
     Raises:
         RecipeError: all problems of the result, under the origin "command line".

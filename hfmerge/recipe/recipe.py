@@ -1,7 +1,7 @@
-"""The recipe: what a merge is asked to do, read strictly from YAML or from a mapping.
+"""The recipe of a merge, read strictly from YAML or from a mapping.
 
-Every problem of a recipe is collected and raised at once, before anything is downloaded. What needs the models
-themselves (do they exist, do they resolve to the same commit, do their shapes match) is the planner's to check.
+All problems of a recipe are raised together, before anything is downloaded. The planner checks what needs the models
+themselves: whether they exist, whether two of them are the same commit, whether their shapes match.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ class ModelEntry:
     Attributes:
         model: reference: `org/name[@revision]`, a folder, an `hf://` URI, or `base+adapter`.
         weight: a number, or `PatternWeights` for numbers by the names of parameters.
-        subtracted: the merge went on without it approximately (see `Material`); no recipe file says it.
+        subtracted: the model was approximately subtracted from the merge (see `ledger.entry.Material`). A recipe file
+            cannot set this.
     """
 
     model: str
@@ -46,12 +47,13 @@ class ModelEntry:
 
 @dataclass(frozen=True)
 class MethodChoice:
-    """A method by name, all its options (defaults filled in) and what its result is rescaled to.
+    """A method by name, all its options (defaults filled in) and the norm of its result.
 
     Attributes:
         name: in the registry of methods.
         options: by name; an option that is unset by default is absent.
-        norm: "none" (the method's own scale), "mean" (of the task vectors' norms), or that norm itself.
+        norm: norm of the merged task vector: "none" (the method's own scale), "mean" (the mean of the task vectors'
+            norms), or a number.
     """
 
     name: str
@@ -65,13 +67,13 @@ class MethodChoice:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A checked recipe; each field declares one key, and what needs the key's name follows from it (see `Declared`).
+    """A checked recipe. Each field declares one key; its reader and its flag follow from it (see `Declared`).
 
     Attributes:
         base: the model that all others were tuned from.
         models: in order of arrival.
         method: with its options.
-        dtype: of the output: float32, float16, bfloat16 or float64; None: the base's.
+        dtype: dtype of the output: float32, float16, bfloat16 or float64; None: the base's.
         include, exclude: fnmatch patterns on names of output parameters; empty `include` means all. What is left
             out keeps the base's value.
         vocabulary: "base", "union", or None: vocabularies that differ are an error.
@@ -81,45 +83,45 @@ class Recipe:
         private: visibility of a new repository; None: the Hub's default for the namespace.
         allow_nonfinite: accept NaN and Inf in the models.
         allow_pickle: read pickled checkpoints.
-        trust_remote_code: run code from model repositories, and copy that of the base. Both are the consent of whoever
-            gives the recipe, for this run; changes and replays of the merge need it again.
+        trust_remote_code: run code from model repositories, and copy that of the base. This key and `allow_pickle`
+            are consents for this run, by the person who gives the recipe. Changes and replays need them again.
         stream: read weights from the Hub as they are needed instead of downloading them; the result is the same.
         keep_sources: keep a compressed copy of base and models beside the states, and publish it with them, so that
             the merge can be changed after they have vanished.
         learn: how the models' weights are learned before the merge is made; None: they are as given.
-        notes: remarks of a conversion from another format, for the user; no part of the recipe.
+        notes: remarks for the user on the conversion from another format; they are not a key of the recipe.
     """
 
     base: str = field(
-        metadata=Declared(help="the model all others were tuned from", metavar="MODEL", foreign=("base_model",))
+        metadata=Declared(help="the model that all others were tuned from", metavar="MODEL", foreign=("base_model",))
     )
     models: tuple[ModelEntry, ...]
-    method: MethodChoice = field(metadata=Declared(help="see `hfmerge methods`", metavar="NAME"))
+    method: MethodChoice = field(metadata=Declared(help="name of the method, see `hfmerge methods`", metavar="NAME"))
     dtype: str | None = field(
         default=None,
         metadata=Declared(
-            help="of the output: float32, bfloat16, float16, float64",
+            help="dtype of the output: float32, bfloat16, float16, float64",
             choices=values.DTYPES, aliases=values.DTYPE_ALIASES, recorded="always", result=True,
         ),
     )  # fmt: skip
     include: tuple[str, ...] = field(
         default=(),
         metadata=Declared(
-            help="merge only parameters of these names", metavar="PATTERN",
+            help="merge only parameters with these names", metavar="PATTERN",
             recorded="always", stored=values.patterns, result=True,
         ),
     )  # fmt: skip
     exclude: tuple[str, ...] = field(
         default=(),
         metadata=Declared(
-            help="keep the base's value of these", metavar="PATTERN",
+            help="keep the base's value of parameters with these names", metavar="PATTERN",
             recorded="always", stored=values.patterns, result=True,
         ),
     )  # fmt: skip
     vocabulary: str | None = field(
         default=None,
         metadata=Declared(
-            help="how differing vocabularies are aligned, by token", metavar="base|union",
+            help="how different vocabularies are aligned, by token", metavar="base|union",
             choices=values.VOCABULARIES, foreign=("tokenizer_source",), recorded="always", result=True,
         ),
     )  # fmt: skip
@@ -138,24 +140,24 @@ class Recipe:
     private: bool | None = field(default=None, metadata=Declared(help="make a new repository private"))
     allow_nonfinite: bool = field(
         default=False,
-        metadata=Declared(help="go on with NaN or Inf in a source", recorded="always", result=True),
+        metadata=Declared(help="accept NaN or Inf in a source", recorded="always", result=True),
     )
     allow_pickle: bool = field(
         default=False,
         metadata=Declared(
-            help="read pickled .bin weights in this run; a ledger that says so allows nothing", recorded="always"
+            help="read pickled .bin weights in this run; a ledger cannot give this consent", recorded="always"
         ),
     )
     trust_remote_code: bool = field(
         default=False,
         metadata=Declared(
-            help="run code from the models' repositories in this run; a ledger that says so allows nothing",
+            help="run code from the models' repositories in this run; a ledger cannot give this consent",
             recorded="always",
         ),
     )
     stream: bool = field(
         default=False,
-        metadata=Declared(help="read weights from the Hub as they are needed; nothing is stored but the result"),
+        metadata=Declared(help="read weights from the Hub as they are needed, and store only the result"),
     )
     keep_sources: bool = field(
         default=False,
@@ -168,7 +170,7 @@ class Recipe:
     notes: tuple[str, ...] = field(default=(), compare=False, metadata=Declared(unwritten=True))
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able mapping of all keys, that `parse_recipe` reads back as an equal recipe."""
+        """JSON-able mapping of all keys. `parse_recipe` reads it back as an equal recipe."""
         return {key.name: jsonable(getattr(self, key.name)) for key in keys_of(Recipe)}
 
     def to_yaml(self) -> str:
@@ -185,7 +187,8 @@ def load_recipe(path: str | Path) -> Recipe:
     """Read a recipe from a YAML file; a mergekit file (it has `merge_method`) is converted, see `Recipe.notes`.
 
     Raises:
-        RecipeError: all problems; of YAML syntax only the first, with line and column.
+        RecipeError: all problems of the recipe. If the YAML syntax is wrong, only the first error, with line and
+            column.
     """
     data, problems = read_yaml(path)
     return check_recipe(data, str(path), problems, None)

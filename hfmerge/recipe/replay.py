@@ -1,4 +1,4 @@
-"""What may be asked of synthetic replay: how many rows, by which generator, from which seed; every value checked."""
+"""The `replay` section of `learn` (how many rows, which generator, which seed), every value checked."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ GENERATORS: Mapping[str, Mapping[str, int]] = {
     "causal": {"sampled": 0, "unigram": 0},
     "masked": {"masked": 24, "unigram": 0},
 }
-"""Kind of model -> the generators it has -> the passes over the rows that each makes unless told otherwise; "auto"
-takes the first that the model has what it needs for."""
+"""Kind of model -> its generators -> default number of passes over the rows.
+
+"auto" takes the first generator whose needs the model meets.
+"""
 _ALL = ("auto", *dict.fromkeys(name for names in GENERATORS.values() for name in names))
 
 
@@ -28,19 +30,19 @@ class ReplayAsked:
     """How replay rows are made; checked when it is built.
 
     Attributes:
-        rows: in all, those held out included.
-        generator: "auto", the first that the model has what it needs for, or one of `GENERATORS`.
-        length: tokens of a row at most, its special tokens included; images have the size that the model takes.
-        seed: of everything drawn at random.
-        steps: passes over the rows of generators that search or iterate; None: see `GENERATORS`.
-        confidence: probability of its class at which `contrast` leaves a row alone.
-        temperature: of sampled tokens.
-        top: tokens whose log-probability is kept at each place of a language model's rows.
+        rows: number of rows, held-out rows included.
+        generator: one of `GENERATORS`, or "auto" for the first one whose needs the model meets.
+        length: largest number of tokens in a row, special tokens included. Images have the model's own size.
+        seed: seed of all random numbers.
+        steps: number of passes over the rows, for generators that search or iterate; None: see `GENERATORS`.
+        confidence: `contrast` stops changing a row when the probability of its class reaches this value.
+        temperature: temperature of sampled tokens.
+        top: number of tokens whose log-probability is kept at each place of a language model's rows.
         held_out: share of the rows that is kept for early stopping; at least one row.
         batch_size: rows in a batch.
 
     Raises:
-        RecipeError: all values that cannot be.
+        RecipeError: all values that are not allowed.
     """
 
     rows: int = field(default=256, metadata={"minimum": 2})

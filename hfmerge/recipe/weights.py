@@ -17,7 +17,7 @@ WRITTEN_OUT = 3
 
 @dataclass(frozen=True)
 class PatternWeights:
-    """Weights by pattern: of those that fit a parameter's name the first counts.
+    """Weights by pattern: the first pattern that fits a parameter's name gives its weight.
 
     Attributes:
         pairs: fnmatch pattern and weight, in order; the last pattern is `*`.

@@ -1,1 +1,1 @@
-"""What data from elsewhere may be: limits, strict JSON and YAML, kinds of values, text made safe to show, folders."""
+"""Validation of data from elsewhere: limits, strict JSON and YAML, kinds of values, quoting of text, folders."""

@@ -1,6 +1,6 @@
 """The files of a folder, read without leaving it: a link counts only if what it leads to lies in the same folder.
 
-A link may lead to any file of its reader, and who publishes a folder, or copies from it, would publish that file. A
+A link may lead to any file of the user. Publishing or copying the folder would then publish this file. A
 snapshot of a Hugging Face cache is the exception: its links lead to the blobs of the same repository.
 """
 

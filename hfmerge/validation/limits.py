@@ -1,4 +1,4 @@
-"""Every limit on what a file may make hfmerge read, hold or compute: one table, each limit with its reason.
+"""All limits on what a file may make hfmerge read, hold or compute, in one table. Each limit has a reason.
 
 A file of a repository is a claim by somebody. Its limit is checked before the file is read, parsed or built from, and
 whatever is streamed out of it stops at the size that it declared.

@@ -1,7 +1,7 @@
 """JSON of strangers, read strictly: bounded bytes, values and depth, no repeated key, no number that is none.
 
-The one reader for every file that comes with a model or a merge. Its ValueError is the text of the problem; whoever
-asks adds the file's name.
+All JSON files of models and merges are read here. The text of the ValueError is the problem; the caller adds the
+file's name.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """How a message names a parameter, or a whole call, to its reader: a user of Python or of the command line.
 
-Errors, warnings and notes begin below the command line, and both kinds of users read them. Whoever writes one names
-parameters with `parameter` and calls with `call`; the program that shows the message says with `spelled` how these
-look. They are spelled as the message is written, so nobody looks for them in its text later: names from elsewhere in
-the same text stay as they are, whatever they look like.
+Users of Python and of the command line read the same errors, warnings and notes. The code of a message names
+parameters with `parameter` and calls with `call`. The program that shows messages chooses their spelling with
+`spelled`. They are spelled when the message is written; its text is not searched later. So names from elsewhere in
+the same text stay unchanged, even if they look like parameters.
 """
 
 from __future__ import annotations

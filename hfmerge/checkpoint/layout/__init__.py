@@ -1,4 +1,4 @@
-"""Which stored tensor of one checkpoint is which of another, and what it holds: the door to transformers' names.
+"""The names of stored tensors: which tensor of one checkpoint is which of another, and which matrices it holds.
 
 Everything follows from config.json and the shapes in the headers. Two checkpoints are compared by the names that
 parameters have in memory, because stored names differ between versions of transformers, between classes (`bert.` or

@@ -1,4 +1,4 @@
-"""What transformers said about a checkpoint's names, kept on disk: importing it takes longer than a small merge.
+"""Keeps transformers' answers on a checkpoint's names on disk, since importing it takes longer than a small merge.
 
 An answer depends on the configuration, the shapes in the headers, the version of transformers and this package's own
 code, and on nothing else; its file is named by a digest of them all, so that it can never be out of date.

@@ -37,11 +37,11 @@ class Origin:
 
 @dataclass(frozen=True)
 class Match:
-    """What a source offers to a base.
+    """The match of a source with a base.
 
     Attributes:
         origins: base stored key -> origin; tied copies are not listed, they follow their owner.
-        extra: source stored keys that the base has no place for: task heads, second towers, what no class knows.
+        extra: stored keys of the source that the base has no place for: task heads, second towers, unknown keys.
         absent: base stored keys for which the source's class has no parameter, because it is a smaller model.
         converters: base stored key -> what makes its tensor, of origins that are converted.
     """

@@ -16,7 +16,7 @@ from hfmerge.task_vector import WHOLE, Segment
 
 @dataclass(frozen=True)
 class Memory:
-    """The in-memory side of a layout, in canonical names; `match` and module paths need it, callers do not.
+    """The in-memory side of a layout, in canonical names; `correspondence.match` and module paths need it.
 
     Attributes:
         origin: label of the checkpoint for messages.
@@ -136,7 +136,7 @@ def describe(
     The class is the first of config.json's `architectures` if transformers has it, else what AutoModel gives for its
     `model_type`. A model with code of its own (`auto_map`) is built only with `trust_remote_code`; without it, stored
     keys stand for themselves: no heads, ties, vocabulary or missing tensors are known, a 2-D `weight` that is not
-    called an embedding counts as one matrix, and `match` allows for a different first name ("model.").
+    called an embedding counts as one matrix, and `correspondence.match` allows for a different first name ("model.").
 
     Args:
         config: config.json.

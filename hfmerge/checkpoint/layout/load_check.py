@@ -1,4 +1,4 @@
-"""Loads a saved folder back through the model's own `from_pretrained`, on the meta device, and says what is amiss."""
+"""Loads a saved folder through the model's own `from_pretrained`, on the meta device, and reports faults."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hfmerge.validation.wording import parameter
 
 
 def load_back(folder: Path, *, trust_remote_code: bool = False) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What transformers itself misses and does not expect when it loads `folder`, without reading any weights.
+    """The keys that transformers finds missing or unexpected when it loads `folder`; reads no weights.
 
     The model's own `from_pretrained` runs on the meta device with the shapes in the files' headers.
 

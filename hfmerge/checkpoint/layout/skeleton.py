@@ -28,7 +28,7 @@ SMALL_PARAMETER = 1 << 25
 
 @dataclass(frozen=True)
 class Skeleton:
-    """A model class on the meta device and what it says about its parameters.
+    """A model class on the meta device, and facts on its parameters.
 
     Attributes:
         parameters: in-memory name -> shape, in the order of the state dict.

@@ -1,4 +1,4 @@
-"""The memory and the threads that all streamed files of a run share: blocks come in, are read, and make room."""
+"""The memory and the threads that all streamed files of a run share, and the rules for loading and dropping blocks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ REQUESTS = 8
 
 
 class Holder(Protocol):
-    """A file as the store sees it. All three are used with the store's lock held."""
+    """The interface of a file to the store. All three members are used with the store's lock held."""
 
     @property
     def waiting(self) -> int:
@@ -30,15 +30,15 @@ class Holder(Protocol):
         """Let go of a block."""
 
     def relieve(self) -> None:
-        """Do something about the bytes that wait."""
+        """Reduce the bytes that wait to be hashed."""
 
 
 class BlockStore:
     """Bookkeeping of blocks in memory; the files hold the blocks themselves.
 
     Attributes:
-        lock: guards the bookkeeping here and that of the files; held for moments only.
-        memory: bytes that blocks may hold; overstepped only by what is on its way.
+        lock: guards the bookkeeping of the store and of the files; it is held only briefly.
+        memory: bytes that blocks may hold. Only requests under way can exceed it.
         sources: how many models share it.
         readers: places of one file that are read side by side.
     """

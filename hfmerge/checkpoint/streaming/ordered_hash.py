@@ -38,7 +38,7 @@ class OrderedDigest:
         return range(self.next, min(self._pending, default=self.next))
 
     def add(self, block: int, data: memoryview) -> None:
-        """Take a block that arrived; one that came before is passed over. `lock` is held."""
+        """Take a block that arrived; a block that arrived before is ignored. `lock` is held."""
         if self.given_up is not None or block < self.next or block in self._pending:
             return
         if not self._stalled or block == self.next:
@@ -51,7 +51,7 @@ class OrderedDigest:
         return block < self.next or block in self._pending
 
     def stall(self) -> None:
-        """Let go of all blocks that wait, and take no more until the one whose turn it is comes by. `lock` is held."""
+        """Drop all waiting blocks, and accept no more until the next block in order comes. `lock` is held."""
         self._pending.clear()
         self._stalled, self.waiting = True, 0
 
@@ -66,7 +66,7 @@ class OrderedDigest:
             self.stall()
 
     def advance(self) -> None:
-        """Hash all blocks whose turn it is, unless another thread is at it, which then takes these too."""
+        """Hash the blocks that are next in order, unless another thread does so and takes these too."""
         with self._lock:
             if self._busy:
                 return

@@ -207,10 +207,10 @@ class RemoteFile:
         return True
 
     def complete(self) -> None:
-        """After the last tensor: hash the file to its end, if any of it was read and little is missing.
+        """After the last tensor: hash the file to its end, if a part of it was read and little is missing.
 
         Raises:
-            CorruptFileError: it is not what the Hub lists.
+            CorruptFileError: the file has another digest than the Hub lists.
         """
         if not self.used:
             return

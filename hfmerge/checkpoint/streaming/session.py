@@ -1,7 +1,7 @@
 """The weight files that one run streams from the Hub: opened while planning, checked and counted at the run's end.
 
-A plan only names them. The session that planning opened them in waits until the run of such a plan takes it over, so
-that no header is fetched twice; a plan that comes from elsewhere gets a session of its own.
+A plan only names these files. Planning opens them in a session. The run of the plan takes this session over, so that
+no header is fetched twice. A plan that was read from JSON gets a new session.
 """
 
 from __future__ import annotations
@@ -35,15 +35,16 @@ class Unverified:
 
 @dataclass(frozen=True)
 class Streamed:
-    """What a run read from the Hub without keeping it, in bytes of file content.
+    """Numbers on the streaming of a run, in bytes of file content.
 
     Attributes:
-        received: all.
-        again: of it, what had been received before.
-        beyond: of it, what the merge had no need of: the rest of a request, or of a file for its digest.
-        requests, failures: GETs, and how many of them failed and were repeated.
+        received: all bytes received.
+        again: bytes among these that had been received before.
+        beyond: bytes among these that the merge did not need: the rest of a request, or of a file for its digest.
+        requests: number of GET requests.
+        failures: number of GET requests that failed and were repeated.
         verified: files that were read and compared with the digest that the Hub lists.
-        unverified: files that were read, in part or whole, and could not be.
+        unverified: files that were read, in part or whole, and could not be compared.
     """
 
     received: int
@@ -56,7 +57,7 @@ class Streamed:
 
 
 def total(parts: Sequence[Streamed]) -> Streamed:
-    """What several processes read together."""
+    """The sum over several processes."""
     return Streamed(
         received=sum(part.received for part in parts),
         again=sum(part.again for part in parts),
@@ -129,7 +130,7 @@ class Streaming:
         self.store.close()
 
     def report(self) -> Streamed:
-        """What was read so far."""
+        """The numbers so far."""
         files = self._files.values()
         used = [file for file in files if file.used]
         again, taken = sum(file.again for file in files), sum(file.taken for file in files)
@@ -149,7 +150,7 @@ _guard = threading.Lock()
 
 
 def leave_session(streaming: Streaming) -> None:
-    """Let a session wait for who works on with the files that it has opened."""
+    """Leave a session for the run that continues with its open files."""
     with _guard:
         _waiting.append(streaming)
         late = _waiting[:-WAITING]

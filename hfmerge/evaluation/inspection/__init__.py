@@ -1,1 +1,1 @@
-"""How models relate before they are merged."""
+"""Comparison of models before they are merged."""

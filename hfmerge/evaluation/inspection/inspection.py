@@ -1,8 +1,7 @@
-"""How models relate before they are merged: similarity, norms, signs, spectra and predicted interference.
+"""Compares models before they are merged: similarity, norms, signs, spectra and predicted interference.
 
-Nothing is merged and nothing written. The plan is that of an OPCM merge, whose headers are checked like any other;
-parameters are read one after another, shared between the processes of a run, and only sums over their elements are
-kept.
+No merge is made and no file is written. The plan is that of an OPCM merge, and its headers are checked as for a merge.
+Parameters are read one after another and divided among the processes of a run. Only sums over elements are kept.
 """
 
 from __future__ import annotations
@@ -72,7 +71,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What was found.
+    """The result of a comparison.
 
     Attributes:
         base, models: see `public_name`, the models in order; `names` are unique.
@@ -114,11 +113,12 @@ def inspect_models(
     """Compare a recipe's models; see `Inspection`, which is the same on every process, whatever their number.
 
     Args:
-        recipe: its `method` gives alpha and variant if it projects as OPCM does (else 0.5 and `code`), and no more.
+        recipe: models to compare. If its method projects as OPCM does, its alpha and variant are used, else 0.5 and
+            `code`.
         origin: names the recipe in errors.
-        matrices: fnmatch patterns of tensors to take apart; None: all. Spectra and interference are about these.
-        spectral: take matrices apart at all; without it only sums over elements are made.
-        options: `max_memory` and `notify` count.
+        matrices: fnmatch patterns of tensors whose matrices are decomposed, for spectra and interference; None: all.
+        spectral: decompose matrices. False: only sums over elements are computed.
+        options: only `max_memory` and `notify` are used.
         ranks: the processes that share the parameters.
         code_was_run: see `make_plan`.
 

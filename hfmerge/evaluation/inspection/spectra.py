@@ -1,4 +1,4 @@
-"""Changes of one matrix taken apart: singular values of each, and what OPCM would clear of them one after another."""
+"""Decomposes the changes of one matrix: singular values of each, and the part that OPCM would clear of each."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Asked:
     """What to measure beyond inner products and signs.
 
     Attributes:
-        spectral: take matrices apart at all.
+        spectral: decompose matrices.
         tops: numbers of leading directions whose energy is reported.
         alpha, variant: of OPCM, see `methods.opcm`.
     """
@@ -61,7 +61,7 @@ class Asked:
 def take_apart(
     key: str, block: Segment, taus: Iterable[TaskVector | None], weights: Sequence[float], asked: Asked
 ) -> tuple[list[tuple[float, float]], list[Spectrum]]:
-    """Spectra of one matrix, and per model what it holds and what OPCM would clear, both squared norms.
+    """Spectra of one matrix, and per model the squared norms of its change and of the part that OPCM would clear.
 
     OPCM's accumulator is rebuilt as the models arrive: what is cleared of model t is `||tau_t||^2 - ||P(tau_t)||^2`,
     as P is an orthogonal projection.

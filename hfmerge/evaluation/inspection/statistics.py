@@ -1,7 +1,7 @@
-"""What `inspect` measures of one parameter: inner products, signs, and what `spectra` finds in its matrices.
+"""Statistics of one parameter for `inspect`: inner products, signs, and the spectra of its matrices.
 
-Every task vector is read when it is needed, and factors of an adapter stay factors: only signs need elements, which
-are made some rows at a time.
+A task vector is read when it is needed. Factors of an adapter stay factors. Only signs need single elements, which are
+computed some rows at a time.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Changes:
             model.close()
 
     def expect(self, params: Sequence[Param]) -> None:
-        """Announce which parameters are read next, in their order, so that what is streamed comes in time."""
+        """Announce the parameters that are read next, in order, so that streamed tensors are fetched in time."""
         keys = [param.key for param in params]
         self.base.expect(keys)
         for model in self.models:

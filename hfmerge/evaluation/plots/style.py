@@ -31,7 +31,7 @@ COLOURS = (
     "#B22222",
     "#6A3D9A",
 )
-"""Told apart by people with any kind of colour vision: Okabe and Ito's, without yellow, and some more."""
+"""Colours that people with any kind of colour vision can tell apart: Okabe and Ito's without yellow, and some more."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
 _SETTINGS: dict[str, Any] = {
     "font.family": "DejaVu Sans",

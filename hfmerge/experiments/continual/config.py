@@ -1,4 +1,4 @@
-"""What a continual experiment is asked: variants of a method, orders of arrival, and which task is whose."""
+"""Configuration of a continual experiment: variants of a method, orders of arrival, and the task of each model."""
 
 from __future__ import annotations
 

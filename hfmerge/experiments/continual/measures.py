@@ -1,4 +1,4 @@
-"""What a step of a continual experiment is measured by beside scores: identity, distance of weights, peak memory."""
+"""Measures of a step of a continual experiment beside scores: identity, distance of weights, peak memory."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def normalised_accuracy(scores: Sequence[Row], alone: Row) -> float | None:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """How near a merge that a model was taken out of comes to the one that never saw it.
+    """Comparison of a merge after a removal with the merge that never saw the model.
 
     Never merged, `theta_never`, means the same recipe and order without the model, merged anew from its sources, with
     weights learned anew where weights are learned; `theta_0` is the base, `a_i` the score on task `i`, `k` the removed
@@ -135,7 +135,7 @@ def fidelity(
 
 @dataclass(frozen=True)
 class Drop:
-    """What the arrival of one model cost a task that was there.
+    """The loss of score on an earlier task when a model arrives.
 
     Attributes:
         old, new: places of the two models in the recipe.

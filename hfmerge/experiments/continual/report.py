@@ -23,7 +23,7 @@ COLUMNS: Mapping[str, str] = {
     "learning_gap": "learning gap",
     "drift": "norm / mean norm",
 }
-"""Numbers of a whole order -> heading; formulas are in `continual_metrics`."""
+"""Numbers of a whole order -> heading; the formulas are in `metrics`."""
 
 
 def save_continual(data: Mapping[str, Any], folder: Path, stem: str = "continual") -> list[Path]:

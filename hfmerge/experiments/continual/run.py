@@ -1,9 +1,8 @@
 """Continual merging, measured: models arrive one after another in several orders, and leave again one by one.
 
 Every merge is made by the public verbs: `merge` for the first model, `add` with the carried state for each further
-one, `unmerge` for each that leaves. What was measured is kept in one file a cell, under a digest of everything it
-depends on, so that a killed run goes on where it stopped, and a larger experiment takes over what a smaller one
-found.
+model, `unmerge` for each model that leaves. Each measurement (cell) is kept in one file, under a digest of everything
+it depends on. So a killed run can be continued, and a larger experiment uses the cells of a smaller one.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ _SCHEMA = 1
 
 @dataclass(frozen=True)
 class Experiment:
-    """What is measured.
+    """The definition of an experiment.
 
     Attributes:
         variants: settings that are compared; all of the same base and models.
@@ -73,14 +72,14 @@ class Experiment:
 
 
 def run_continual(asked: Experiment, folder: Path, *, notify: Callable[[str], object] | None = None) -> dict[str, Any]:
-    """Measure everything that is not measured yet; JSON-able, see `continual_report` for tables.
+    """Measure everything that is not measured yet; the result is JSON-able. `report` makes tables of it.
 
     Args:
         folder: for the cells, and for merges while they are needed.
         notify: told in one line what was just measured.
 
     Raises:
-        HfMergeError: whatever merging or evaluating refuses; what was measured before stays.
+        HfMergeError: an error of merging or evaluating. Earlier measurements stay.
     """
     check_variants(asked.variants)
     plan = api.plan(asked.variants[0].recipe)

@@ -39,22 +39,23 @@ _ABOUT = record(
 
 @dataclass(frozen=True, eq=False)
 class Replay:
-    """Rows that a model made, and what it says of them.
+    """Rows that a model made, and its outputs on them.
 
     Attributes:
         source: the model, `name@commit` or `name@sha256:digest`.
-        kind: of model: one of `asked.GENERATORS`.
-        generator: what made the rows.
-        seed: they came from.
-        scores: what the model says of a row: "classes" (logits of which one class holds), "labels" (logits that hold
-            each by itself), "values" (numbers of a regression) or "tokens" (see `outputs`).
+        kind: of model: one of `recipe.replay.GENERATORS`.
+        generator: generator that made the rows.
+        seed: seed of the rows.
+        scores: kind of the model's outputs on a
+            row: "classes" (logits of which one class holds), "labels" (logits that hold
+            each by itself), "values" (numbers of a regression) or "tokens" (see `targets`).
         pad: token with which rows are padded; None for images.
         held_out: how many of the last rows are kept for early stopping.
         inputs: (rows, ...) by the name of the model's argument: int32 `input_ids` padded on the right and uint8
             `attention_mask` (of labelled pairs of texts uint8 `token_type_ids` too), or float16 `pixel_values`.
-        targets: (rows, ...): float32 `logits`, or what `outputs.token_targets` gives.
+        targets: (rows, ...): float32 `logits`, or what `targets.token_targets` gives.
         passes: rows that went through the model to make this, forwards and backwards counted as one.
-        seconds: it took; not kept in the file, whose bytes depend on model and seed alone.
+        seconds: time of the generation in seconds. It is not in the file, whose bytes depend on model and seed alone.
     """
 
     source: str

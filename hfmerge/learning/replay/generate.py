@@ -1,4 +1,4 @@
-"""Makes replay rows from a fine-tuned model: opens it, runs a generator, keeps what the model says of the rows."""
+"""Makes replay rows from a fine-tuned model: opens it, runs a generator, keeps the model's outputs on the rows."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def generate(
     On one machine the same model, seed and number of threads give the same bytes. One process makes the rows; others
     read its file.
 
-    Rows of text are single texts for every model: nothing in a model says that it was tuned on pairs. One that was
-    reads them as a first text without a second; labelled rows have both (see `labelled_rows`).
+    Rows of text are single texts for every model: a model does not tell whether it was tuned on pairs. A model of
+    pairs reads such a row as a first text without a second. Labelled rows have both texts (see `labelled_rows`).
 
     Args:
         subject: the fine-tuned model, with its tokenizer or image processor. Its weights are kept as it was opened.

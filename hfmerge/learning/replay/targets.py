@@ -1,4 +1,4 @@
-"""Soft outputs of a model on replay rows: what is kept of them, and how far another model is from them."""
+"""Soft outputs of a model on replay rows: their stored form, and the divergence of another model from them."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def divergence(scores: str, targets: Mapping[str, Tensor], logits: Tensor) -> Te
     regression give half their squared distance, which is the divergence of normal distributions of variance 1.
 
     Args:
-        scores: see `rows.Replay`.
+        scores: see `dataset.Replay`.
         targets: of some rows.
         logits: of the model on the inputs of the same rows, (rows, classes) or (rows, length, vocabulary).
 

@@ -1,4 +1,4 @@
-"""What rows of text are drawn from: a tokenizer's vocabulary weighted by how common its tokens are."""
+"""Draws rows of text from a tokenizer's vocabulary, weighted by how common its tokens are."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MARKS = re.compile(r"^(##|▁|Ġ)|(</w>|@@)$")
 
 @dataclass(frozen=True, eq=False)
 class Vocabulary:
-    """What rows are made of.
+    """The tokens that rows are drawn from.
 
     Attributes:
         weights: float64, how common each token is, 0 for those that are never drawn; as long as the model's embedding.

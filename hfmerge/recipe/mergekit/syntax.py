@@ -1,4 +1,4 @@
-"""What stands in a mergekit file, whatever its method: models or one slice, parameters, dtypes, tokenizer."""
+"""Reads the parts of a mergekit file that all methods share: models or one slice, parameters, dtypes, tokenizer."""
 
 from __future__ import annotations
 
