@@ -22,7 +22,7 @@ MOST = {
     "cycles of modules, imports for type checking counted": 0,
     "public names with two meanings": 33,
     "functions with more than 8 parameters": 9,
-    "lines of the longest function": 124,
+    "lines of the longest function": 77,
     "flags of the command line named outside of it": 0,
     "places outside methods/ that ask for a method's type or name": 0,
     "lines of ARCHITECTURE.md": 120,
