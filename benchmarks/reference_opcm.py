@@ -1,6 +1,6 @@
 """An independent float64 transcription of OPCM, and the comparison of merged checkpoints with it.
 
-Source: "Merging Models on the Fly Without Retraining", arXiv 2501.09522, section 4. Deliberately plain and slow: a
+Model: "Merging Models on the Fly Without Retraining", arXiv 2501.09522, section 4. Deliberately plain and slow: a
 singular value decomposition of the accumulator for every matrix and model, all in float64, and no code shared with
 hfmerge. Three rules the paper leaves open are those hfmerge documents: every *parameter* is merged (a walk over leaf
 modules misses the class embedding), the norm of the rescaling is over all parameters, and the diagonal is cleared only

@@ -234,7 +234,7 @@ def diff(merged: str | Path, before: int | str | Path | None = None, after: int 
             raise LedgerError("diff: compare two steps of one merge, or two merges.")
         return compare(opened.last, _open(before).last)
     if before is None and len(opened.entries) == 1:
-        raise LedgerError(f"{opened.pinned.label}: has only one step; name another merge to compare it with.")
+        raise LedgerError(f"{opened.snapshot.label}: has only one step; name another merge to compare it with.")
     return compare(_step(opened, -2 if before is None else before), _step(opened, -1 if after is None else after))
 
 
@@ -247,7 +247,7 @@ def _step(opened: Merged, number: int) -> Entry:
     count = len(opened.entries)
     at = number - 1 if number > 0 else count + number
     if number == 0 or not 0 <= at < count:
-        raise LedgerError(f"{opened.pinned.label}: has no step {number}; its ledger has steps 1 to {count}.")
+        raise LedgerError(f"{opened.snapshot.label}: has no step {number}; its ledger has steps 1 to {count}.")
     return opened.entries[at]
 
 
@@ -460,7 +460,7 @@ def inspect(
         if not isinstance(models, Recipe) and not str(models).endswith((".yaml", ".yml")):
             ref = here.pinned(str(models))
             opened = here.each(lambda: open_merged(ref, sources))
-            recipe, origin = recipe_of(opened.last, opened.refs, options.consent), opened.pinned.label
+            recipe, origin = recipe_of(opened.last, opened.refs, options.consent), opened.snapshot.label
             ran = opened.last.ran_code
         else:
             recipe, origin = given_recipe(models, options.consent)

@@ -20,15 +20,15 @@ from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING
 
 from hfmerge.checkpoint.headers import TensorEntry, header_length, parse_header, read_header
+from hfmerge.checkpoint.model import Model, weight_files
 from hfmerge.checkpoint.reader import Reader, Rows
 from hfmerge.checkpoint.schema import tensor_name
 from hfmerge.checkpoint.side_files import side_files
-from hfmerge.checkpoint.source import Source, weight_files
 from hfmerge.checkpoint.writer import bytes_of, disk_errors
 from hfmerge.errors import CorruptFileError
 from hfmerge.hashing import CHUNK, canonical_json
 from hfmerge.hub.download import fetch
-from hfmerge.hub.reference import Pinned
+from hfmerge.hub.reference import Snapshot
 from hfmerge.user_files import private_file, private_folder
 from hfmerge.validation.limits import DIRECTORY_BYTES, MANIFEST_BYTES, MB, MEMBERS, UNPACKED
 from hfmerge.validation.strict_json import read_json
@@ -67,11 +67,11 @@ class Manifest:
         return canonical_json({"schema": _SCHEMA, "base": self.base, "files": files, "against": self.against})
 
 
-def kept_files(source: Source, *, remote_code: bool) -> list[str]:
+def kept_files(source: Model, *, remote_code: bool) -> list[str]:
     """The files of a source that are kept: all that a merge reads, or says something about it; in order."""
-    pinned = source.pinned
-    texts = [name for name in pinned.files if any(PurePosixPath(name).match(p) and _level(name, p) for p in TEXTS)]
-    return sorted({*weight_files(source), *side_files(pinned, remote_code=remote_code), *texts})
+    snapshot = source.snapshot
+    texts = [name for name in snapshot.files if any(PurePosixPath(name).match(p) and _level(name, p) for p in TEXTS)]
+    return sorted({*weight_files(source), *side_files(snapshot, remote_code=remote_code), *texts})
 
 
 def _level(name: str, pattern: str) -> bool:
@@ -80,7 +80,7 @@ def _level(name: str, pattern: str) -> bool:
 
 def write_archive(
     path: Path,
-    source: Source,
+    source: Model,
     against: Mapping[str, Mapping[str, str]],
     base: Reader,
     base_identity: str,
@@ -109,14 +109,14 @@ def write_archive(
                 info.compress_type = zipfile.ZIP_STORED if weights else zipfile.ZIP_DEFLATED
                 digest = hashlib.sha256()
                 with archive.open(info, "w", force_zip64=True) as out:
-                    where = f"{place.pinned.label}: {name}"
+                    where = f"{place.snapshot.label}: {name}"
                     if weights:
                         pairs = dict(against.get(mark + name, {}))
-                        size = _pack(fetch(place.pinned, name), where, pairs, base, out, digest.update)
+                        size = _pack(fetch(place.snapshot, name), where, pairs, base, out, digest.update)
                         if pairs:
                             used[mark + name] = pairs
                     else:
-                        size = _copy(place.pinned, name, out, digest.update)
+                        size = _copy(place.snapshot, name, out, digest.update)
                 files[mark + name] = (size, digest.hexdigest())
         manifest = Manifest(base_identity if used else None, files, used)
         info = zipfile.ZipInfo(MANIFEST, EPOCH)
@@ -124,9 +124,9 @@ def write_archive(
     return manifest
 
 
-def _copy(pinned: Pinned, name: str, out: IO[bytes], note: Callable[[bytes], object]) -> int:
+def _copy(snapshot: Snapshot, name: str, out: IO[bytes], note: Callable[[bytes], object]) -> int:
     size = 0
-    with open(fetch(pinned, name), "rb") as file:
+    with open(fetch(snapshot, name), "rb") as file:
         while data := file.read(CHUNK):
             note(data)
             size += out.write(data)

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from hfmerge.checkpoint.model import Model
 from hfmerge.checkpoint.side_files import is_code
-from hfmerge.checkpoint.source import Source
 from hfmerge.errors import UnsupportedError
 from hfmerge.validation.values import show
 from hfmerge.validation.wording import parameter
@@ -19,17 +19,17 @@ _SHOWN = 3
 """Names in a message."""
 
 
-def own_code(source: Source, *, whole: bool) -> list[str]:
+def own_code(source: Model, *, whole: bool) -> list[str]:
     """The classes and files of code that a source brings along, each once; an adapter has none of its own.
 
     Args:
         whole: the source is the base. Its files of code are copied beside the merge, so they count as well.
     """
     found = list(dict.fromkeys(_named(source.config))) if source.kind == "full" else []
-    return found + ([name for name in sorted(source.pinned.files) if is_code(name)] if whole else [])
+    return found + ([name for name in sorted(source.snapshot.files) if is_code(name)] if whole else [])
 
 
-def check_allowed(source: Source, *, whole: bool) -> None:
+def check_allowed(source: Model, *, whole: bool) -> None:
     """Refuse a source that has code of its own, in a merge that was made with this code.
 
     Args:
@@ -43,7 +43,7 @@ def check_allowed(source: Source, *, whole: bool) -> None:
             continue
         if names := own_code(one, whole=whole):
             raise UnsupportedError(
-                f"{one.pinned.label}: brings code of its own ({listed_names(names)}), and the merge was made with "
+                f"{one.snapshot.label}: brings code of its own ({listed_names(names)}), and the merge was made with "
                 "such code. The ledger gives no permission to run it; pass "
                 f"{parameter('trust_remote_code', True)} if you trust the author."
             )

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from hfmerge.checkpoint.headers import TensorEntry
 from hfmerge.checkpoint.layout import Convert, Origin
 from hfmerge.checkpoint.lora import AdapterMap, LoraOrigin
+from hfmerge.checkpoint.model import Model
 from hfmerge.checkpoint.reader import Reader, Rows
-from hfmerge.checkpoint.source import Source
 from hfmerge.checkpoint.streaming.session import Streaming
 from hfmerge.checkpoint.vocabulary import Vocabulary, aligned_change, extended_factors
 from hfmerge.errors import ShapeError
@@ -36,7 +36,7 @@ class Delta:
         tied: stored keys of the model that are copies -> the keys they copy.
     """
 
-    source: Source
+    source: Model
     full: dict[str, Origin] = field(default_factory=dict)
     lora: dict[str, LoraOrigin] = field(default_factory=dict)
     beneath: dict[str, Origin] = field(default_factory=dict)
@@ -165,7 +165,7 @@ class DeltaReader:
                 result = Dense(aligned_change(vocabulary, model, origin, value, axis))
             elif value.shape != origin.shape:
                 raise ShapeError(
-                    f"{key}: base {tuple(origin.shape)} but {self.delta.source.pinned.label} {tuple(value.shape)}"
+                    f"{key}: base {tuple(origin.shape)} but {self.delta.source.snapshot.label} {tuple(value.shape)}"
                 )
             else:
                 # the value is this call's own memory
@@ -178,12 +178,12 @@ class DeltaReader:
         return result
 
 
-def full_delta(source: Source, origins: dict[str, Origin], tied: dict[str, str]) -> Delta:
+def full_delta(source: Model, origins: dict[str, Origin], tied: dict[str, str]) -> Delta:
     """Delta of a full checkpoint."""
     return Delta(source, full=origins, tied=tied)
 
 
-def adapter_delta(source: Source, mapped: AdapterMap, beneath: dict[str, Origin]) -> Delta:
+def adapter_delta(source: Model, mapped: AdapterMap, beneath: dict[str, Origin]) -> Delta:
     """Delta of an adapter, on the base itself or on another full model `beneath`."""
     full = {key: Origin((name,)) for key, name in mapped.replaced.items()}
     return Delta(source, full=full, lora=mapped.lora, beneath=beneath)

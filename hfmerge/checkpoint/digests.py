@@ -15,7 +15,7 @@ from pathlib import Path
 from subprocess import DEVNULL, PIPE
 
 from hfmerge import hashing
-from hfmerge.checkpoint.source import Source, weight_files
+from hfmerge.checkpoint.model import Model, weight_files
 from hfmerge.digest_cache import remembered_digest
 from hfmerge.errors import CorruptFileError
 from hfmerge.hashing import canonical_json, sha256_bytes, sha256_file
@@ -31,7 +31,7 @@ def folder_digest(files: Mapping[str, str]) -> str:
     return sha256_bytes(canonical_json(dict(files)))
 
 
-def digests(source: Source, hasher: Callable[[Path], str] = sha256_file) -> dict[str, str]:
+def digests(source: Model, hasher: Callable[[Path], str] = sha256_file) -> dict[str, str]:
     """SHA-256 of `weight_files`, read from this machine, and compared with what the Hub recorded for them.
 
     A streamed file is not here to be read: what the Hub recorded for it stands, and is checked while it is streamed.
@@ -45,28 +45,30 @@ def digests(source: Source, hasher: Callable[[Path], str] = sha256_file) -> dict
     """
     result = {}
     for file in weight_files(source):
-        recorded = source.pinned.files[file].sha256
+        recorded = source.snapshot.files[file].sha256
         if file in source.streams:
             assert recorded is not None
             result[file] = recorded
             continue
-        path = fetch(source.pinned, file)
+        path = fetch(source.snapshot, file)
         try:
             result[file] = hasher(path)
         except OSError as error:
-            raise CorruptFileError(f"{source.pinned.label}: {file} cannot be read: {error.strerror}.") from error
+            raise CorruptFileError(f"{source.snapshot.label}: {file} cannot be read: {error.strerror}.") from error
         if recorded is not None and recorded != result[file]:
             raise CorruptFileError(
-                f"{source.pinned.label}: {file} differs from the Hub's digest ({recorded[:12]}...); delete "
+                f"{source.snapshot.label}: {file} differs from the Hub's digest ({recorded[:12]}...); delete "
                 f"{os.path.realpath(path)} and run again."
             )
     return result
 
 
-def with_beside(source: Source, recorded: Iterable[str]) -> Source:
+def with_beside(source: Model, recorded: Iterable[str]) -> Model:
     """A source with those of a material's recorded files that a method read beside the weights."""
     known = {*weight_files(source)}
-    return replace(source, beside={name: {} for name in recorded if name in source.pinned.files and name not in known})
+    return replace(
+        source, beside={name: {} for name in recorded if name in source.snapshot.files and name not in known}
+    )
 
 
 class Digester:
@@ -78,7 +80,7 @@ class Digester:
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, "hfmerge-digest")
         self._apart = Apart()
-        self._futures: dict[int, tuple[Source, Future[dict[str, str]]]] = {}
+        self._futures: dict[int, tuple[Model, Future[dict[str, str]]]] = {}
 
     def __enter__(self) -> Digester:
         return self
@@ -87,20 +89,20 @@ class Digester:
         self._apart.close()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def start(self, source: Source) -> None:
+    def start(self, source: Model) -> None:
         """Begin with a source if all its files are on this machine already; otherwise `result` does it later."""
         places = [place for place in (source, source.beneath) if place is not None]
-        here = all(cached(place.pinned, file) is not None for place in places for file in weight_files(place))
+        here = all(cached(place.snapshot, file) is not None for place in places for file in weight_files(place))
         if here and id(source) not in self._futures:
             self._futures[id(source)] = (source, self._pool.submit(self._digests, source))
 
-    def result(self, source: Source) -> Future[dict[str, str]]:
+    def result(self, source: Model) -> Future[dict[str, str]]:
         """Digests of a source's files, those of the model beneath an adapter marked `+`; begun if they were not."""
         if id(source) not in self._futures:
             self._futures[id(source)] = (source, self._pool.submit(self._digests, source))
         return self._futures[id(source)][1]
 
-    def _digests(self, source: Source) -> dict[str, str]:
+    def _digests(self, source: Model) -> dict[str, str]:
         # what has not changed since it was hashed is not read again
         hasher = partial(remembered_digest, hasher=self._apart.sha256)
         found = digests(source, hasher)

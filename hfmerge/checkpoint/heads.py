@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 from hfmerge.checkpoint.describe import describe
 from hfmerge.checkpoint.headers import read_header
 from hfmerge.checkpoint.layout.skeleton import bounded_by, find_class, one_line
+from hfmerge.checkpoint.model import Model
 from hfmerge.checkpoint.reader import Reader
 from hfmerge.checkpoint.schema import read_json
-from hfmerge.checkpoint.source import Source
 from hfmerge.checkpoint.streaming.session import Streaming
 from hfmerge.checkpoint.writer import SafetensorsWriter, Slot
 from hfmerge.errors import NotFoundError, SourceError
@@ -60,13 +60,13 @@ class Head:
         return [str(names[key]) for key in sorted(names, key=int)]
 
 
-def full_head(source: Source, keys: tuple[str, ...]) -> Head:
+def full_head(source: Model, keys: tuple[str, ...]) -> Head:
     """The head of a full checkpoint: its tensors `keys`, under its own configuration."""
     config = {key: value for key, value in source.config.items() if key != "_name_or_path"}
     return Head(source.slug, {key: key for key in keys}, config)
 
 
-def adapter_head(source: Source, base_config: Mapping[str, Any], keys: Mapping[str, str]) -> Head:
+def adapter_head(source: Model, base_config: Mapping[str, Any], keys: Mapping[str, str]) -> Head:
     """The head of an adapter (stored key -> name in the model), under the base's configuration.
 
     Label names come from a config.json beside the adapter; without one they are LABEL_0, LABEL_1, ... as transformers
@@ -86,7 +86,7 @@ def adapter_head(source: Source, base_config: Mapping[str, Any], keys: Mapping[s
     return Head(source.slug, {name: key for key, name in keys.items()}, config)
 
 
-def _task_class(source: Source, model_type: str) -> str:
+def _task_class(source: Model, model_type: str) -> str:
     from transformers.models.auto import modeling_auto
 
     task = str((source.adapter or {}).get("task_type"))
@@ -94,14 +94,14 @@ def _task_class(source: Source, model_type: str) -> str:
     name = table.get(model_type)
     if not name:
         raise SourceError(
-            f"{source.pinned.label}: trains a head, but its task type {task} names no {model_type} class; put a "
+            f"{source.snapshot.label}: trains a head, but its task type {task} names no {model_type} class; put a "
             "config.json "
             "with `architectures` beside the adapter."
         )
     return str(name)
 
 
-def write_head(head: Head, source: Source, folder: Path, streaming: Streaming | None = None) -> list[str]:
+def write_head(head: Head, source: Model, folder: Path, streaming: Streaming | None = None) -> list[str]:
     """Write one head below `folder`; returns the paths written, relative to `folder`.
 
     Tensors keep the source's bytes and dtypes. `streaming` holds the files that the source streams.
@@ -142,31 +142,31 @@ def load_with_head(model: str | Path, source: str, **options: Any) -> PreTrained
     from safetensors.torch import load_file
 
     backbone = describe(str(model))
-    pinned = backbone.pinned
+    snapshot = backbone.snapshot
     slug = source.partition("@")[0].rstrip("/").replace("/", "--")
     prefix = f"{FOLDER}/{slug}/"
     file = f"{prefix}model.safetensors"
-    if file not in pinned.files:
+    if file not in snapshot.files:
         held = sorted(
-            {name.split("/")[1].replace("--", "/") for name in pinned.files if name.startswith(f"{FOLDER}/")}
+            {name.split("/")[1].replace("--", "/") for name in snapshot.files if name.startswith(f"{FOLDER}/")}
         )
-        raise NotFoundError(f"{pinned.label}: no head of {source}; it keeps heads of: {', '.join(held) or 'none'}.")
-    config = read_json(pinned, f"{prefix}config.json")
+        raise NotFoundError(f"{snapshot.label}: no head of {source}; it keeps heads of: {', '.join(held) or 'none'}.")
+    config = read_json(snapshot, f"{prefix}config.json")
     name = next(iter(config.get("architectures") or ()), None)
     known = getattr(transformers, str(name), None)
     if not (isinstance(known, type) and issubclass(known, transformers.PreTrainedModel)):
-        raise SourceError(f"{pinned.label}: {prefix}config.json names {name}, which transformers does not have.")
-    found = find_class(config, f"{pinned.label}: {prefix}config.json", False)
+        raise SourceError(f"{snapshot.label}: {prefix}config.json names {name}, which transformers does not have.")
+    found = find_class(config, f"{snapshot.label}: {prefix}config.json", False)
     assert found is not None  # it is a class of transformers
     cls, settings = found
     rows = backbone.config.get("vocab_size")
     if rows is not None and hasattr(settings, "vocab_size"):
         settings.vocab_size = rows  # the backbone's, where vocabularies were aligned
     shapes = dict(backbone.shapes)
-    shapes |= {key: entry.shape for key, entry in read_header(fetch(pinned, file), file).entries.items()}
+    shapes |= {key: entry.shape for key, entry in read_header(fetch(snapshot, file), file).entries.items()}
     state: dict[str, Any] = {}
     for one in (*sorted({entry.file for entry in backbone.tensors.values()}), file):
-        state |= load_file(fetch(pinned, one))
+        state |= load_file(fetch(snapshot, one))
     try:
         with bounded_by(shapes):
             loaded, info = cls.from_pretrained(
@@ -175,9 +175,9 @@ def load_with_head(model: str | Path, source: str, **options: Any) -> PreTrained
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a class may raise anything at a config it was not written for
-        raise SourceError(f"{pinned.label}: the head of {source} cannot be loaded: {one_line(error)}.") from error
+        raise SourceError(f"{snapshot.label}: the head of {source} cannot be loaded: {one_line(error)}.") from error
     missing = sorted(info["missing_keys"])
     if missing:
-        raise SourceError(f"{pinned.label}: with the head of {source}, {name} lacks {', '.join(missing[:5])}.")
+        raise SourceError(f"{snapshot.label}: with the head of {source}, {name} lacks {', '.join(missing[:5])}.")
     result: PreTrainedModel = loaded.eval()
     return result

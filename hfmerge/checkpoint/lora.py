@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from hfmerge.checkpoint.model import Model
 from hfmerge.checkpoint.patterns import Patterns
-from hfmerge.checkpoint.source import Source
 from hfmerge.errors import CorruptFileError, ShapeError, UnsupportedError
 from hfmerge.task_vector import LowRank
 from hfmerge.validation.values import show
@@ -87,30 +87,30 @@ class AdapterMap:
     heads: dict[str, str]
 
 
-def check_plain(source: Source) -> None:
+def check_plain(source: Model) -> None:
     """Raise UnsupportedError unless the adapter's configuration is plain LoRA."""
     config = source.adapter or {}
     kind = config.get("peft_type")
     if kind != "LORA":
         raise UnsupportedError(
-            f"{source.pinned.label}: a {kind} adapter; only LoRA is merged (export it as a full model)."
+            f"{source.snapshot.label}: a {kind} adapter; only LoRA is merged (export it as a full model)."
         )
     for name, allowed in PLAIN.items():
         if name in config and config[name] not in allowed:
             raise UnsupportedError(
-                f"{source.pinned.label}: `{name}: {config[name]}` is not plain LoRA; merge it into its base with peft "
-                "(merge_and_unload) and give the full model."
+                f"{source.snapshot.label}: `{name}: {config[name]}` is not plain LoRA; merge it into its base with "
+                "peft (merge_and_unload) and give the full model."
             )
     init = str(config.get("init_lora_weights", True)).lower()
     if init.startswith(CHANGING_INITS) or config.get("loftq_config"):
         raise UnsupportedError(
-            f"{source.pinned.label}: initialised with {init}, which changes the base weights; convert it to plain "
+            f"{source.snapshot.label}: initialised with {init}, which changes the base weights; convert it to plain "
             "LoRA "
             "(peft: save_pretrained(path_initial_model_for_weight_conversion=...))."
         )
 
 
-def map_adapter(source: Source, base: Layout) -> AdapterMap:
+def map_adapter(source: Model, base: Layout) -> AdapterMap:
     """Match every tensor of a LoRA adapter with the base, from headers alone.
 
     Raises:
@@ -136,30 +136,32 @@ def map_adapter(source: Source, base: Layout) -> AdapterMap:
             up_key = key.replace(".lora_embedding_A", ".lora_embedding_B")
             _add_lora(lora, source, base, config, known, module, key, up_key)
         elif "lora_" in path or (".base_layer." in path and not path.endswith(".base_layer.weight")):
-            raise UnsupportedError(f"{source.pinned.label}: {key} is not part of plain LoRA.")
+            raise UnsupportedError(f"{source.snapshot.label}: {key} is not part of plain LoRA.")
         else:
             # the embedding that PEFT saves beneath a LoRA of it is loaded in place of the base's
             _add_copy(replaced, heads, source, base, config, key, path.replace(".base_layer.weight", ".weight"))
     ups = {origin.up_key for origin in lora.values()}
     for key in source.tensors:
         if key.endswith((".lora_B.weight", ".lora_embedding_B")) and key not in ups:
-            raise CorruptFileError(f"{source.pinned.label}: {key} has no lora_A beside it; the adapter is incomplete.")
+            raise CorruptFileError(
+                f"{source.snapshot.label}: {key} has no lora_A beside it; the adapter is incomplete."
+            )
     if not lora and not replaced:
-        raise UnsupportedError(f"{source.pinned.label}: changes no parameter of the base {base.architecture}.")
+        raise UnsupportedError(f"{source.snapshot.label}: changes no parameter of the base {base.architecture}.")
     return AdapterMap(lora, replaced, heads)
 
 
 def _add_copy(
     replaced: dict[str, str],
     heads: dict[str, str],
-    source: Source,
+    source: Model,
     base: Layout,
     config: Mapping[str, Any],
     key: str,
     path: str,
 ) -> None:
     """Sort a whole trained parameter into those of the base and those of the adapter's own head."""
-    label, shape = source.pinned.label, source.tensors[key].shape
+    label, shape = source.snapshot.label, source.tensors[key].shape
     target = base.parameter_of_module(path)
     own_head = target in base.heads and target not in base.vocab_axis
     if target is None or (own_head and shape != base.shapes[target]):
@@ -181,7 +183,7 @@ def _add_copy(
 
 def _add_lora(
     lora: dict[str, LoraOrigin],
-    source: Source,
+    source: Model,
     base: Layout,
     config: Mapping[str, Any],
     known: Patterns,
@@ -189,7 +191,7 @@ def _add_lora(
     down_key: str,
     up_key: str,
 ) -> None:
-    label, embedding = source.pinned.label, down_key.endswith(".lora_embedding_A")
+    label, embedding = source.snapshot.label, down_key.endswith(".lora_embedding_A")
     if up_key not in source.tensors:
         raise CorruptFileError(f"{label}: {down_key} has no lora_B beside it; the adapter is incomplete.")
     target = base.parameter_of_module(module)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hfmerge.checkpoint.headers import Header, TensorEntry, load_pickle, read_header
-from hfmerge.checkpoint.source import Source
+from hfmerge.checkpoint.model import Model
 from hfmerge.checkpoint.streaming.remote_file import RemoteFile
 from hfmerge.checkpoint.streaming.session import Streaming
 from hfmerge.checkpoint.writer import SIZES, TORCH_NAMES, bytes_of
@@ -94,7 +94,7 @@ class Reader:
         streaming: holds the files that the source streams; may be left out where it streams none.
     """
 
-    def __init__(self, source: Source, streaming: Streaming | None = None):
+    def __init__(self, source: Model, streaming: Streaming | None = None):
         self.source, self._streaming = source, streaming
         self._open: dict[str, _Opened | dict[str, Any]] = {}
         self._lock = threading.Lock()
@@ -144,7 +144,7 @@ class Reader:
         tensor = torch.empty(shape, dtype=getattr(torch, TORCH_NAMES[entry.dtype]))
         if tensor.numel():
             view = tensor.view(-1).view(torch.uint8).numpy().data
-            handle.read_into(start, view, f"{self.source.pinned.label}: {entry.file}: {key}")
+            handle.read_into(start, view, f"{self.source.snapshot.label}: {entry.file}: {key}")
         return tensor
 
     def window(self, key: str) -> Window:
@@ -155,7 +155,7 @@ class Reader:
         """
         entry = self.source.tensors[key]
         handle = self._handle(entry.file)
-        where = f"{self.source.pinned.label}: {entry.file}: {key}"
+        where = f"{self.source.snapshot.label}: {entry.file}: {key}"
         if isinstance(handle, dict):
             return Window(None, 0, where, SIZES[entry.dtype], bytes_of(handle[key]))
         self._check(handle, key, entry)
@@ -165,11 +165,11 @@ class Reader:
         """The open file still holds the tensor that was planned with."""
         if key not in handle.header.entries or not _same(handle.header.entries[key], entry):
             raise CorruptFileError(
-                f"{self.source.pinned.label}: {entry.file}: {key} has changed since the plan was made."
+                f"{self.source.snapshot.label}: {entry.file}: {key} has changed since the plan was made."
             )
         if entry.nbytes != math.prod(entry.shape) * SIZES[entry.dtype]:
             raise CorruptFileError(
-                f"{self.source.pinned.label}: {entry.file}: {key} is {entry.dtype} {entry.shape} in {entry.nbytes} "
+                f"{self.source.snapshot.label}: {entry.file}: {key} is {entry.dtype} {entry.shape} in {entry.nbytes} "
                 "bytes; its header is broken, get the file again."
             )
 
@@ -194,7 +194,7 @@ class Reader:
         bad = 0 if bool(tensor.isfinite().all()) else int((~tensor.isfinite()).sum())
         if bad:
             raise NonFiniteError(
-                f"{self.source.pinned.label}: {self.source.tensors[key].file}: {key} holds {bad} NaN or Inf of "
+                f"{self.source.snapshot.label}: {self.source.tensors[key].file}: {key} holds {bad} NaN or Inf of "
                 f"{tensor.numel()} values; repair the source, leave the tensor out with `exclude`, or pass "
                 f"{parameter('allow_nonfinite', True)}."
             )
@@ -202,14 +202,14 @@ class Reader:
     def _handle(self, file: str) -> _Opened | dict[str, Any]:
         with self._lock:
             if file not in self._open:
-                where = f"{self.source.pinned.label}: {file}"
+                where = f"{self.source.snapshot.label}: {file}"
                 if file in self.source.streams:
                     stream = self._stream(file)
                     self._open[file] = _Opened(stream, stream.header)
                 elif self.source.pickled:
-                    self._open[file] = load_pickle(fetch(self.source.pinned, file), where, device="cpu")
+                    self._open[file] = load_pickle(fetch(self.source.snapshot, file), where, device="cpu")
                 else:
-                    path = fetch(self.source.pinned, file)
+                    path = fetch(self.source.snapshot, file)
                     header = read_header(path, where)
                     try:
                         self._open[file] = _Opened(os.open(path, os.O_RDONLY), header)
@@ -218,8 +218,8 @@ class Reader:
             return self._open[file]
 
     def _stream(self, file: str) -> RemoteFile:
-        assert self._streaming is not None, f"{self.source.pinned.label}: {file} is streamed, by no session"
-        return self._streaming.open(self.source.pinned, file)
+        assert self._streaming is not None, f"{self.source.snapshot.label}: {file} is streamed, by no session"
+        return self._streaming.open(self.source.snapshot, file)
 
 
 def _same(a: TensorEntry, b: TensorEntry) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 from hfmerge.errors import CorruptFileError
 from hfmerge.hub.download import fetch
-from hfmerge.hub.reference import Pinned
+from hfmerge.hub.reference import Snapshot
 from hfmerge.validation.limits import (
     HEADER_VALUES,
     INDEX_BYTES,
@@ -159,13 +159,13 @@ def kind_of_file(file: str) -> Kind:
     return _INDEX if file.endswith(".index.json") else _KINDS.get(file.rpartition("/")[2], record({}, strict=False))
 
 
-def read_json(pinned: Pinned, file: str) -> Any:
-    """A small JSON file of a pinned place, checked against what such a file may say (see `kind_of_file`).
+def read_json(snapshot: Snapshot, file: str) -> Any:
+    """A small JSON file of a snapshot, checked against what such a file may say (see `kind_of_file`).
 
     Raises:
         CorruptFileError: beyond a limit, not JSON, or with values of other kinds. SourceError: see `fetch`.
     """
-    path = fetch(pinned, file)
+    path = fetch(snapshot, file)
     limit = INDEX_BYTES if file.endswith(".index.json") else JSON_BYTES
     values = HEADER_VALUES if file.endswith(".index.json") else JSON_VALUES
     try:
@@ -173,5 +173,5 @@ def read_json(pinned: Pinned, file: str) -> Any:
         value = read_json_file(path, limit, values=values, finite=not file.endswith("config.json"))
         kind_of_file(file)(value)
     except (ValueError, OSError) as error:
-        raise CorruptFileError(f"{pinned.label}: {file} cannot be used: {error}.") from error
+        raise CorruptFileError(f"{snapshot.label}: {file} cannot be used: {error}.") from error
     return value

@@ -15,7 +15,7 @@ from typing import Any
 
 from hfmerge.checkpoint.schema import read_json
 from hfmerge.hub.download import fetch
-from hfmerge.hub.reference import Pinned
+from hfmerge.hub.reference import Snapshot
 
 
 _PATTERNS = (
@@ -44,7 +44,7 @@ KEPT_BY_TOOLS = (".git/", ".cache/huggingface/")
 """What git and the Hub's client keep in a folder."""
 
 
-def side_files(base: Pinned, *, remote_code: bool) -> list[str]:
+def side_files(base: Snapshot, *, remote_code: bool) -> list[str]:
     """The base's files that belong beside a merge, in order; its code only where the caller allows that."""
     return [name for name in sorted(base.files) if is_side_file(name) or (remote_code and is_code(name))]
 
@@ -80,7 +80,7 @@ def _level(name: str, pattern: str) -> bool:
 
 
 def copy_side_files(
-    base: Pinned, names: list[str], folder: Path, changes: Mapping[str, Any], *, remote_code: bool
+    base: Snapshot, names: list[str], folder: Path, changes: Mapping[str, Any], *, remote_code: bool
 ) -> None:
     """Copy the files; `changes` replaces keys of config.json (None removes one).
 

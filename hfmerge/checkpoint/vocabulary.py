@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hfmerge.checkpoint.layout.skeleton import one_line
-from hfmerge.checkpoint.source import Source
+from hfmerge.checkpoint.model import Model
 from hfmerge.errors import UnsupportedError
 from hfmerge.hub.download import fetch
-from hfmerge.hub.reference import Pinned
+from hfmerge.hub.reference import Snapshot
 from hfmerge.task_vector import LowRank
 from hfmerge.validation.limits import TOKENIZER_BYTES
 
@@ -56,7 +56,7 @@ class Vocabulary:
     rows: tuple[tuple[tuple[int, ...], tuple[int, ...]] | None, ...]
 
 
-def read_tokens(pinned: Pinned) -> dict[str, int]:
+def read_tokens(snapshot: Snapshot) -> dict[str, int]:
     """Token string -> row, from a repository's tokenizer.
 
     Raises:
@@ -64,20 +64,22 @@ def read_tokens(pinned: Pinned) -> dict[str, int]:
     """
     from transformers import AutoTokenizer
 
-    names = [name for name in TOKENIZER_FILES if name in pinned.files]
+    names = [name for name in TOKENIZER_FILES if name in snapshot.files]
     if not any(name.startswith(("tokenizer", "vocab", "spiece", "sentencepiece")) for name in names):
-        raise UnsupportedError(f"{pinned.label}: no tokenizer files, so its rows cannot be matched by token.")
-    files = [fetch(pinned, name) for name in names]
+        raise UnsupportedError(f"{snapshot.label}: no tokenizer files, so its rows cannot be matched by token.")
+    files = [fetch(snapshot, name) for name in names]
     try:
         TOKENIZER_BYTES.check(sum(file.stat().st_size for file in files))
         return dict(AutoTokenizer.from_pretrained(str(files[0].parent), trust_remote_code=False).get_vocab())
     except Exception as error:  # a tokenizer's class may raise anything at files it was not written for
         if "trust_remote_code" in str(error):
-            raise UnsupportedError(f"{pinned.label}: its tokenizer has code of its own, which is not run.") from error
-        raise UnsupportedError(f"{pinned.label}: its tokenizer cannot be read: {one_line(error)}") from error
+            raise UnsupportedError(
+                f"{snapshot.label}: its tokenizer has code of its own, which is not run."
+            ) from error
+        raise UnsupportedError(f"{snapshot.label}: its tokenizer cannot be read: {one_line(error)}") from error
 
 
-def same_tokens(base: Pinned, other: Pinned) -> bool | None:
+def same_tokens(base: Snapshot, other: Snapshot) -> bool | None:
     """True or False when both hold a tokenizer, by files' digests or by tokens; None when the other holds none."""
     names = [name for name in ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model") if name in base.files]
     shared = [name for name in names if name in other.files]
@@ -89,9 +91,7 @@ def same_tokens(base: Pinned, other: Pinned) -> bool | None:
     return read_tokens(base) == read_tokens(other)
 
 
-def align(
-    mode: str, base: Source, base_size: int, models: Sequence[Source], sizes: Sequence[int | None]
-) -> Vocabulary:
+def align(mode: str, base: Model, base_size: int, models: Sequence[Model], sizes: Sequence[int | None]) -> Vocabulary:
     """Match every model's rows with the output's.
 
     Args:
@@ -102,7 +102,7 @@ def align(
     Raises:
         UnsupportedError: a tokenizer is missing, or tokens are added to an embedding that has rows without a token.
     """
-    ours = read_tokens(base.pinned)
+    ours = read_tokens(base.snapshot)
     output = {token: row for token, row in ours.items() if row < base_size}
     added: list[str] = []
     theirs: list[Mapping[str, int] | None] = []
@@ -110,7 +110,7 @@ def align(
         if size is None:
             theirs.append(None)
             continue
-        tokens = {token: row for token, row in read_tokens(source.pinned).items() if row < size}
+        tokens = {token: row for token, row in read_tokens(source.snapshot).items() if row < size}
         theirs.append(tokens)
         if mode == "union":
             for token, _ in sorted(tokens.items(), key=lambda item: item[1]):
@@ -119,8 +119,8 @@ def align(
                     added.append(token)
     if added and len(ours) != base_size:
         raise UnsupportedError(
-            f"{base.pinned.label}: its embedding has {base_size} rows for {len(ours)} tokens, so added tokens cannot "
-            "follow the last one; use `vocabulary: base`."
+            f"{base.snapshot.label}: its embedding has {base_size} rows for {len(ours)} tokens, so added tokens "
+            "cannot follow the last one; use `vocabulary: base`."
         )
     rows: list[tuple[tuple[int, ...], tuple[int, ...]] | None] = []
     for tokens_of in theirs:
@@ -187,7 +187,7 @@ def extended_factors(vocabulary: Vocabulary, change: LowRank, axis: int) -> LowR
     return LowRank(change.up, torch.nn.functional.pad(change.down, (0, added)))
 
 
-def write_tokenizer(vocabulary: Vocabulary, base: Pinned, folder: Path) -> list[str]:
+def write_tokenizer(vocabulary: Vocabulary, base: Snapshot, folder: Path) -> list[str]:
     """Save the base's tokenizer with the added tokens into `folder`; returns the files written.
 
     Raises:

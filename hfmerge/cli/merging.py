@@ -99,12 +99,12 @@ def _plan(args: argparse.Namespace) -> int:
         print_json(_plan_data(planned))
         return 0
     need = planned.estimate
-    say(f"base   {planned.base.pinned.label}  {planned.base_layout.architecture}")
+    say(f"base   {planned.base.snapshot.label}  {planned.base_layout.architecture}")
     for delta, entry in zip(planned.deltas, planned.recipe.models, strict=True):
         source = delta.source
         changed = len({*delta.full, *delta.lora, *delta.beneath})
         weighs = f"weight {shown(entry.weight)}"
-        say(f"model  {source.pinned.label}  {source.kind}, {weighs}, changes {changed} parameters")
+        say(f"model  {source.snapshot.label}  {source.kind}, {weighs}, changes {changed} parameters")
     for model, head in planned.heads:
         say(f"head   {planned.deltas[model].source.name}  {', '.join(head.tensors)}  ({len(head.labels)} labels)")
     for line in planned.choices:
@@ -129,9 +129,9 @@ def _plan_data(planned: Plan) -> dict[str, Any]:
     from hfmerge.recipe.weights import stored
 
     return {
-        "base": planned.base.pinned.label,
+        "base": planned.base.snapshot.label,
         "architecture": planned.base_layout.architecture,
-        "models": [delta.source.pinned.label for delta in planned.deltas],
+        "models": [delta.source.snapshot.label for delta in planned.deltas],
         "weights": [stored(entry.weight) for entry in planned.recipe.models],
         "method": planned.recipe.method.to_dict(),
         "heads": {planned.deltas[model].source.name: list(head.labels) for model, head in planned.heads},

@@ -97,7 +97,7 @@ def _history(args: argparse.Namespace) -> int:
     if args.json:
         entries = [json.loads(step.entry.to_bytes()) for step in steps]
         steps_data = [step.to_dict() for step in steps]
-        print_json({"merged": merged.pinned.label, "entries": entries, "steps": steps_data})
+        print_json({"merged": merged.snapshot.label, "entries": entries, "steps": steps_data})
     elif args.graph:
         say(*tree(steps))
     else:

@@ -20,15 +20,15 @@ def with_estimate(plan: Plan) -> Plan:
     done = plan.start
     wanted: dict[tuple[str, str | None, str], int] = {}
     for source in [plan.base, *(d.source for d in plan.read)]:
-        for place in (source, source.beneath):
-            for entry in place.tensors.values() if place is not None else ():
-                assert place is not None
-                if entry.file not in place.streams and cached(place.pinned, entry.file) is None:
-                    wanted[place.name, place.pinned.commit, entry.file] = place.pinned.files[entry.file].size
+        for model in (source, source.beneath):
+            for entry in model.tensors.values() if model is not None else ():
+                assert model is not None
+                if entry.file not in model.streams and cached(model.snapshot, entry.file) is None:
+                    wanted[model.name, model.snapshot.commit, entry.file] = model.snapshot.files[entry.file].size
     for source in (delta.source for delta in plan.read):
         for file in source.beside:
-            if cached(source.pinned, file) is None:
-                wanted[source.name, source.pinned.commit, file] = source.pinned.files[file].size
+            if cached(source.snapshot, file) is None:
+                wanted[source.name, source.snapshot.commit, file] = source.snapshot.files[file].size
     output = sum(param.slot.nbytes for param in plan.params)
     state = sum(slot.nbytes for count in plan.keep for slot in plan.state_slots(count).values())
     read = sum(e.nbytes for e in plan.base.tensors.values())
@@ -56,7 +56,7 @@ def with_estimate(plan: Plan) -> Plan:
     # learning is done, and its scratch space free, when the merge begins
     learning, spilled = plan.learning_bytes
     memory = IMPORT_BYTES + max(learning, sum(needs[: workers + ahead(plan)]) + stream_memory(plan))
-    disk = max(spilled, output + state + scratch + sum(plan.base.pinned.files[n].size for n in plan.side_files))
+    disk = max(spilled, output + state + scratch + sum(plan.base.snapshot.files[n].size for n in plan.side_files))
     sources = _copies(plan) if plan.recipe.keep_sources else 0
     estimate = Estimate(
         sum(wanted.values()), stream, read, output, state, disk + sources, memory, seconds + sources / 60e6, sources
@@ -68,11 +68,11 @@ def _copies(plan: Plan) -> int:
     """What copies of all sources take at most: what cannot be compressed stays as long as it is."""
     total = 0
     for source in (plan.base, *(delta.source for delta in plan.deltas)):
-        for place in (source, source.beneath):
-            if place is not None:
-                names = kept_files(place, remote_code=plan.recipe.trust_remote_code)
+        for model in (source, source.beneath):
+            if model is not None:
+                names = kept_files(model, remote_code=plan.recipe.trust_remote_code)
                 # a directory of the archive and headers in it, and a byte here and there of deflate's own
-                total += sum(place.pinned.files[name].size * 1001 // 1000 + 1000 for name in names) + 1000
+                total += sum(model.snapshot.files[name].size * 1001 // 1000 + 1000 for name in names) + 1000
     return total
 
 

@@ -17,9 +17,9 @@ from typing import Any
 
 from hfmerge.checkpoint.digests import Digester, folder_digest
 from hfmerge.checkpoint.heads import write_head
+from hfmerge.checkpoint.model import Model, weight_files
 from hfmerge.checkpoint.reader import Reader
 from hfmerge.checkpoint.side_files import copy_side_files
-from hfmerge.checkpoint.source import Source, weight_files
 from hfmerge.checkpoint.streaming.session import Streamed, Streaming, take_session, total
 from hfmerge.checkpoint.vocabulary import write_tokenizer
 from hfmerge.checkpoint.write_digests import Trail
@@ -161,8 +161,8 @@ def _run(
 def _pin(plan: Plan, hashing: Digester, model: int) -> str:
     """What pins a model: its commit, or the digest of its folder, as the ledger will have it."""
     source = plan.deltas[model].source
-    if source.pinned.commit is not None:
-        return source.pinned.commit
+    if source.snapshot.commit is not None:
+        return source.snapshot.commit
     files = hashing.result(source).result()
     return folder_digest({name: digest for name, digest in files.items() if not name.startswith("+")})
 
@@ -173,7 +173,7 @@ def _journal(folder: Path, ranks: Ranks) -> contextlib.closing[Journal]:
     return contextlib.closing(ranks.each(lambda: Journal(folder, ranks.rank, past)))
 
 
-def _one_answer(parts: Sequence[dict[int, dict[str, str]]], sources: Sequence[Source]) -> dict[int, dict[str, str]]:
+def _one_answer(parts: Sequence[dict[int, dict[str, str]]], sources: Sequence[Model]) -> dict[int, dict[str, str]]:
     """The digests of every source, found once on each disk.
 
     Raises:
@@ -185,7 +185,7 @@ def _one_answer(parts: Sequence[dict[int, dict[str, str]]], sources: Sequence[So
             if found.setdefault(i, digests) != digests:
                 name = sorted(name for name in digests if found[i].get(name) != digests[name])[0]
                 raise CorruptFileError(
-                    f"{sources[i].pinned.label}: process {rank} has another {name} than process 0; put the same "
+                    f"{sources[i].snapshot.label}: process {rank} has another {name} than process 0; put the same "
                     "files on all machines."
                 )
     return found
@@ -200,13 +200,13 @@ def _weight_digests(plan: Plan, folder: Path, ranks: Ranks) -> dict[str, str]:
 def _fetch_all(plan: Plan) -> None:
     """Download every file the run reads, but those it streams; the Hub client shows its own progress."""
     for source in [plan.base, *(delta.source for delta in plan.read)]:
-        for place in (source, source.beneath):
-            if place is not None:
-                for name in weight_files(place):
-                    if name not in place.streams:
-                        fetch(place.pinned, name)
+        for model in (source, source.beneath):
+            if model is not None:
+                for name in weight_files(model):
+                    if name not in model.streams:
+                        fetch(model.snapshot, name)
     for name in plan.side_files:
-        fetch(plan.base.pinned, name)
+        fetch(plan.base.snapshot, name)
 
 
 def _check_ties(plan: Plan, streaming: Streaming | None) -> None:
@@ -223,8 +223,8 @@ def _check_ties(plan: Plan, streaming: Streaming | None) -> None:
             for copy, owner in tied.items():
                 if not reader.equal(copy, owner):
                     raise UnsupportedError(
-                        f"{source.pinned.label}: {copy} differs from {owner}, to which its configuration ties it; set "
-                        "`tie_word_embeddings` in its config.json as the weights are, or remove the tensor."
+                        f"{source.snapshot.label}: {copy} differs from {owner}, to which its configuration ties it; "
+                        "set `tie_word_embeddings` in its config.json as the weights are, or remove the tensor."
                     )
 
 
@@ -264,9 +264,9 @@ def finish_folder(
         else:
             changes["vocab_size"] = plan.vocabulary.size
     code = plan.recipe.trust_remote_code
-    copy_side_files(plan.base.pinned, list(plan.side_files), folder, changes, remote_code=code)
+    copy_side_files(plan.base.snapshot, list(plan.side_files), folder, changes, remote_code=code)
     if plan.vocabulary is not None and plan.vocabulary.added:
-        write_tokenizer(plan.vocabulary, plan.base.pinned, folder)
+        write_tokenizer(plan.vocabulary, plan.base.snapshot, folder)
     if len(plan.slots()) > 1:
         total = sum(param.slot.nbytes for param in plan.params)
         write_index(folder, {param.key: param.file for param in plan.params}, total)

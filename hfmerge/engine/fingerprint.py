@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from hfmerge.checkpoint.source import Source, weight_files
+from hfmerge.checkpoint.model import Model, weight_files
 from hfmerge.checkpoint.vocabulary import TOKENIZER_FILES
 from hfmerge.engine.device import Device
 from hfmerge.engine.environment import environment
@@ -52,13 +52,13 @@ def work_of(plan: Plan, device: Device | None = None) -> dict[str, str]:
     return {name: sha256_bytes(canonical_json(value)) for name, value in facts.items()}
 
 
-def _identity(source: Source) -> list[Any]:
-    pinned = source.pinned
+def _identity(source: Model) -> list[Any]:
+    snapshot = source.snapshot
     under = _identity(source.beneath) if source.beneath is not None else None
-    if pinned.folder is None or pinned.commit is not None:
-        return [pinned.name, pinned.commit, under]
-    names = dict.fromkeys([*weight_files(source), *(name for name in TOKENIZER_FILES if name in pinned.files)])
-    return [str(pinned.folder), [[name, *_last_change(pinned.folder / name)] for name in names], under]
+    if snapshot.folder is None or snapshot.commit is not None:
+        return [snapshot.name, snapshot.commit, under]
+    names = dict.fromkeys([*weight_files(source), *(name for name in TOKENIZER_FILES if name in snapshot.files)])
+    return [str(snapshot.folder), [[name, *_last_change(snapshot.folder / name)] for name in names], under]
 
 
 def _last_change(path: Path) -> tuple[int, int, int]:

@@ -12,7 +12,7 @@ from hfmerge.checkpoint.layout import Layout, Origin, match
 from hfmerge.checkpoint.layout import describe as describe_layout
 from hfmerge.checkpoint.layout.cache import relevant
 from hfmerge.checkpoint.lora import PREFIX, AdapterMap, map_adapter
-from hfmerge.checkpoint.source import Source
+from hfmerge.checkpoint.model import Model
 from hfmerge.checkpoint.vocabulary import same_tokens
 from hfmerge.errors import CorruptFileError, ShapeError, SourceError, UnsupportedError
 from hfmerge.hub.client import hub_api, hub_errors
@@ -26,24 +26,24 @@ class Layouts:
         self._trust = trust_remote_code
         self._known: dict[str, Layout] = {}
 
-    def of(self, source: Source) -> Layout:
+    def of(self, source: Model) -> Layout:
         """The layout of a full checkpoint."""
         config = relevant(source.config)
         # code of a repository's own is its own, whatever its configuration says; it is that of the whole commit's id,
         # since a branch may be called like the beginning of one
-        pinned = source.pinned
-        label = f"{pinned.name}@{pinned.commit}" if pinned.commit else pinned.label
+        snapshot = source.snapshot
+        label = f"{snapshot.name}@{snapshot.commit}" if snapshot.commit else snapshot.label
         own = label if config.get("auto_map") else ""
         key = json.dumps([own, config, sorted(source.shapes.items())], sort_keys=True)
         if key not in self._known:
             self._known[key] = describe_layout(
-                source.config, source.shapes, origin=own or pinned.label, trust_remote_code=self._trust
+                source.config, source.shapes, origin=own or snapshot.label, trust_remote_code=self._trust
             )
         return self._known[key]
 
 
 def match_source(
-    recipe: Recipe, base: Source, layouts: Layouts, layout: Layout, source: Source, warnings: list[str]
+    recipe: Recipe, base: Model, layouts: Layouts, layout: Layout, source: Model, warnings: list[str]
 ) -> tuple[Delta, Head | None, int | None]:
     """One model in the base's layout: its delta, its head, and its embedding rows where its vocabulary differs."""
     if source.kind == "adapter":
@@ -54,7 +54,7 @@ def match_source(
             under, _, rows = _match_full(recipe, base, layouts, layout, source.beneath, warnings)
             if rows is not None:
                 raise UnsupportedError(
-                    f"{source.beneath.pinned.label} has another vocabulary than the base, which is not aligned "
+                    f"{source.beneath.snapshot.label} has another vocabulary than the base, which is not aligned "
                     "beneath "
                     "an adapter; merge the adapter into it with peft (merge_and_unload) and give the full model."
                 )
@@ -66,7 +66,7 @@ def match_source(
     return delta, head, size
 
 
-def _own_head(mapped: AdapterMap, source: Source, base: Source, layout: Layout) -> AdapterMap:
+def _own_head(mapped: AdapterMap, source: Model, base: Model, layout: Layout) -> AdapterMap:
     """The adapter's copy of the base's head is its own head unless a config.json beside it names the same labels."""
     if source.config.get("id2label") and _labels(source.config) == _labels(base.config):
         return mapped
@@ -75,40 +75,40 @@ def _own_head(mapped: AdapterMap, source: Source, base: Source, layout: Layout) 
     return AdapterMap(mapped.lora, {t: key for t, key in mapped.replaced.items() if t not in own}, heads)
 
 
-def _check_adapter_base(base: Source, source: Source) -> None:
+def _check_adapter_base(base: Model, source: Model) -> None:
     """An adapter says which model it was trained on; the merge's base, or the model beneath, must be that one."""
     under = source.beneath or base
     named = str((source.adapter or {}).get("base_model_name_or_path") or "")
     is_path = not named or named.startswith((".", "/", "~")) or named.count("/") != 1
-    if is_path or under.pinned.folder is not None:
+    if is_path or under.snapshot.folder is not None:
         return
     if named.lower() != under.name.lower():
         raise SourceError(
-            f"{source.pinned.label} was trained on {named}, not on {under.name}; use that base, or write `{named}+"
+            f"{source.snapshot.label} was trained on {named}, not on {under.name}; use that base, or write `{named}+"
             f"{source.name}` to merge the pair."
         )
     revision = (source.adapter or {}).get("revision")
-    if revision and under.pinned.commit:
+    if revision and under.snapshot.commit:
         with hub_errors(f"{named}@{revision}"):
             commit = hub_api().resolve_revision(named, revision=str(revision)).resolved
-        if commit != under.pinned.commit:
+        if commit != under.snapshot.commit:
             raise SourceError(
-                f"{source.pinned.label} was trained on {named}@{commit[:8]}, the base is at "
-                f"{under.pinned.commit[:8]}; "
+                f"{source.snapshot.label} was trained on {named}@{commit[:8]}, the base is at "
+                f"{under.snapshot.commit[:8]}; "
                 f"pin it: `{named}@{commit[:8]}`."
             )
 
 
 def _match_full(
-    recipe: Recipe, base: Source, layouts: Layouts, layout: Layout, source: Source, warnings: list[str]
+    recipe: Recipe, base: Model, layouts: Layouts, layout: Layout, source: Model, warnings: list[str]
 ) -> tuple[Delta, tuple[str, ...], int | None]:
     """A full checkpoint in the base's layout: its delta, its head's stored keys, and differing embedding rows."""
-    label = source.pinned.label
+    label = source.snapshot.label
     theirs = source.config.get("model_type")
     if theirs != layout.model_type and not str(theirs).startswith(f"{layout.model_type}_"):
         ours = str(layout.model_type)
         if not ours.startswith(f"{theirs}_"):
-            raise UnsupportedError(f"{label} is a {theirs} model, the base {base.pinned.label} a {ours} one.")
+            raise UnsupportedError(f"{label} is a {theirs} model, the base {base.snapshot.label} a {ours} one.")
     other = layouts.of(source)
     if other.missing:
         raise CorruptFileError(f"{label} lacks {some(other.missing)} of its own class {other.architecture}.")
@@ -135,8 +135,8 @@ def _match_full(
             wrong.append(f"{key} is {got}, the base has {wanted}")
     if wrong:
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-        raise ShapeError(f"{label}: {wrong[0]}{more}; not a fine-tune of {base.pinned.label}.")
-    if layout.vocab_axis and size is None and same_tokens(base.pinned, source.pinned) is False:
+        raise ShapeError(f"{label}: {wrong[0]}{more}; not a fine-tune of {base.snapshot.label}.")
+    if layout.vocab_axis and size is None and same_tokens(base.snapshot, source.snapshot) is False:
         size = min(layout.shapes[key][axis] for key, axis in layout.vocab_axis.items())
     if size is not None and recipe.vocabulary is None:
         rows = min(layout.shapes[key][axis] for key, axis in layout.vocab_axis.items())

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hfmerge.checkpoint.delta import Delta
 from hfmerge.checkpoint.heads import Head
-from hfmerge.checkpoint.source import Source
+from hfmerge.checkpoint.model import Model
 from hfmerge.checkpoint.vocabulary import Vocabulary
 from hfmerge.checkpoint.writer import Slot
 from hfmerge.errors import LedgerError
@@ -128,7 +128,7 @@ class Plan:
 
     recipe: Recipe
     method: MergeMethod
-    base: Source
+    base: Model
     base_layout: BaseLayout = field(repr=False)
     deltas: tuple[Delta, ...] = field(repr=False)
     params: tuple[Param, ...] = field(repr=False)
@@ -168,7 +168,7 @@ class Plan:
         return (*some, *dense)
 
     @property
-    def sources(self) -> tuple[Source, ...]:
+    def sources(self) -> tuple[Model, ...]:
         """The base, all models and those that leave, each followed by the model beneath it, if any."""
         named = [self.base, *(delta.source for delta in (*self.deltas, *self.leaving))]
         return tuple(one for source in named for one in (source, source.beneath) if one is not None)
@@ -177,8 +177,8 @@ class Plan:
     def copies(self) -> dict[str, Path]:
         """`org/name@COMMIT` -> folder that is read in its place when models are opened again (see
         `hub.download.pin`)."""
-        places = [source.pinned for source in self.sources]
-        return {f"{p.name}@{p.commit}": p.folder for p in places if p.commit is not None and p.folder is not None}
+        snapshots = [source.snapshot for source in self.sources]
+        return {f"{p.name}@{p.commit}": p.folder for p in snapshots if p.commit is not None and p.folder is not None}
 
     @property
     def norm(self) -> str | float:

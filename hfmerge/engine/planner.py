@@ -18,8 +18,8 @@ from hfmerge.checkpoint.describe import describe
 from hfmerge.checkpoint.headers import FLOATS
 from hfmerge.checkpoint.heads import Head
 from hfmerge.checkpoint.layout import Layout
+from hfmerge.checkpoint.model import Model
 from hfmerge.checkpoint.side_files import side_files
-from hfmerge.checkpoint.source import Source
 from hfmerge.checkpoint.streaming.session import Streaming, leave_session
 from hfmerge.checkpoint.vocabulary import Vocabulary, align
 from hfmerge.checkpoint.writer import Slot, shard_names
@@ -57,7 +57,7 @@ def make_plan(
     prior: Prior | None = None,
     leaving: Sequence[ModelEntry] = (),
     origin: str = "recipe",
-    on_source: Callable[[Source], object] | None = None,
+    on_source: Callable[[Model], object] | None = None,
     code_was_run: bool = False,
     copies: Mapping[str, Path] | None = None,
 ) -> Plan:
@@ -106,7 +106,7 @@ def make_plan(
         raise RecipeError([Problem("models", "no model changes any parameter that is merged")], origin)
     _check_beside(params, whole, origin)
     keep = _kept_states(recipe, method, len(whole), prior.count if prior else 0)
-    sides = tuple(side_files(base.pinned, remote_code=recipe.trust_remote_code))
+    sides = tuple(side_files(base.snapshot, remote_code=recipe.trust_remote_code))
     needed = _as_needed(recipe, base, whole)
     known = BaseLayout(layout.architecture, layout.tied, layout.missing, layout.unexpected)
     plan = Plan(
@@ -122,22 +122,22 @@ def make_plan(
 
 def _described(
     recipe: Recipe, leaving: Sequence[ModelEntry], streaming: Streaming | None, copies: Mapping[str, Path] | None
-) -> tuple[list[str], Source | None, list[Source | None], list[Problem]]:
+) -> tuple[list[str], Model | None, list[Model | None], list[Problem]]:
     """Keys of the models in errors; the base; all models, and then those that leave; and what is wrong with them."""
     problems = _form(recipe)
-    base: Source | None = None
+    base: Model | None = None
     shared: dict[str, Any] = {"allow_pickle": recipe.allow_pickle, "streaming": streaming, "copies": copies}
     try:
         base = describe(recipe.base, **shared)
         if base.kind != "full":
             problems.append(
-                Problem("base", f"{base.pinned.label} is an adapter; name the full model it was trained on.")
+                Problem("base", f"{base.snapshot.label} is an adapter; name the full model it was trained on.")
             )
     except HfMergeError as error:
         problems.append(Problem("base", str(error)))
     places = [*(f"models[{i}]" for i in range(len(recipe.models))), *(f"leaving[{j}]" for j in range(len(leaving)))]
     files = () if problems else build_method(recipe).files()
-    sources: list[Source | None] = []
+    sources: list[Model | None] = []
     for place, entry in zip(places, (*recipe.models, *leaving), strict=True):
         try:
             sources.append(describe(entry.model, base=base, beside=files, **shared))
@@ -147,7 +147,7 @@ def _described(
     return places, base, sources, problems
 
 
-def _base_layout(base: Source, layouts: Layouts, problems: list[Problem], origin: str) -> Layout:
+def _base_layout(base: Model, layouts: Layouts, problems: list[Problem], origin: str) -> Layout:
     """What the base's stored tensors mean.
 
     Raises:
@@ -158,16 +158,16 @@ def _base_layout(base: Source, layouts: Layouts, problems: list[Problem], origin
     except HfMergeError as error:
         raise RecipeError([*problems, Problem("base", str(error))], origin) from error
     if layout.missing:
-        text = f"{base.pinned.label} lacks {some(layout.missing)} of its own class {layout.architecture}."
+        text = f"{base.snapshot.label} lacks {some(layout.missing)} of its own class {layout.architecture}."
         problems.append(Problem("base", text))
     return layout
 
 
 def _matched(
     recipe: Recipe,
-    base: tuple[Source, Layout],
+    base: tuple[Model, Layout],
     layouts: Layouts,
-    sources: Sequence[Source | None],
+    sources: Sequence[Model | None],
     places: Sequence[str],
     problems: list[Problem],
     warnings: list[str],
@@ -191,13 +191,15 @@ def _matched(
             heads.append((i, head))
     for one in (base[0], *sources):
         if one is not None and one.pickled:
-            warnings.append(f"{one.pinned.label}: pickled weights have no header, so the file was fetched to read it.")
+            warnings.append(
+                f"{one.snapshot.label}: pickled weights have no header, so the file was fetched to read it."
+            )
     return deltas, heads, sizes
 
 
 def _vocabulary(
     recipe: Recipe,
-    base: Source,
+    base: Model,
     layout: Layout,
     models: Sequence[Delta],
     sizes: Sequence[int | None],
@@ -224,7 +226,7 @@ def _vocabulary(
         raise RecipeError([Problem("vocabulary", str(error))], origin) from error
 
 
-def _code_problems(places: Sequence[str], sources: Sequence[Source | None], base: Source | None) -> Iterator[Problem]:
+def _code_problems(places: Sequence[str], sources: Sequence[Model | None], base: Model | None) -> Iterator[Problem]:
     """Models with code of their own, which is not trusted."""
     for place, source in zip(places, sources, strict=True):
         try:
@@ -234,7 +236,7 @@ def _code_problems(places: Sequence[str], sources: Sequence[Source | None], base
             yield Problem(place, str(error))
 
 
-def _as_needed(recipe: Recipe, base: Source, deltas: Sequence[Delta]) -> Recipe:
+def _as_needed(recipe: Recipe, base: Model, deltas: Sequence[Delta]) -> Recipe:
     """The recipe without a trust that nothing needed, so that what is recorded of it follows from the sources."""
     models = [one for delta in deltas for one in (delta.source, delta.source.beneath) if one is not None]
     code = bool(own_code(base, whole=True)) or any(own_code(one, whole=False) for one in models)
@@ -267,21 +269,21 @@ def _form(recipe: Recipe) -> list[Problem]:
     return problems
 
 
-def _check_duplicates(sources: Sequence[Source | None], problems: list[Problem]) -> None:
+def _check_duplicates(sources: Sequence[Model | None], problems: list[Problem]) -> None:
     seen: dict[tuple[Any, ...], int] = {}
     for i, source in enumerate(sources):
         if source is None:
             continue
-        under = source.beneath.pinned if source.beneath else None
-        mark = (source.name, source.pinned.commit, source.pinned.folder, under and (under.name, under.commit))
+        under = source.beneath.snapshot if source.beneath else None
+        mark = (source.name, source.snapshot.commit, source.snapshot.folder, under and (under.name, under.commit))
         if mark in seen:
             problems.append(
-                Problem(f"models[{i}]", f"{source.pinned.label} is models[{seen[mark]}] again; list it once.")
+                Problem(f"models[{i}]", f"{source.snapshot.label} is models[{seen[mark]}] again; list it once.")
             )
         seen.setdefault(mark, i)
 
 
-def _check_slugs(sources: Sequence[Source | None], problems: list[Problem]) -> None:
+def _check_slugs(sources: Sequence[Model | None], problems: list[Problem]) -> None:
     """Two sources of one name would share a head's folder and an entry of the ledger."""
     seen: dict[str, int] = {}
     for i, source in enumerate(sources):
@@ -294,7 +296,7 @@ def _check_slugs(sources: Sequence[Source | None], problems: list[Problem]) -> N
 
 def _params(
     recipe: Recipe,
-    base: Source,
+    base: Model,
     layout: Layout,
     deltas: Sequence[Delta],
     leaving: Sequence[Delta],
@@ -355,7 +357,7 @@ def _check_beside(params: Sequence[Param], deltas: Sequence[Delta], origin: str)
                 if not param.touched or (entry is not None and entry.shape == shape and entry.floating):
                     continue
                 what = "is missing" if entry is None else f"is {entry.dtype} of shape {list(entry.shape)}"
-                text = f"{delta.source.pinned.label}: {file}: {param.key} of shape {list(shape)} {what}"
+                text = f"{delta.source.snapshot.label}: {file}: {param.key} of shape {list(shape)} {what}"
                 problems.append(Problem(f"models[{i}]", text))
                 break
     if problems:

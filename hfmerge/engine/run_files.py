@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hfmerge.checkpoint.headers import read_header
+from hfmerge.checkpoint.model import Model
 from hfmerge.checkpoint.reader import Reader, Rows
-from hfmerge.checkpoint.source import Source
 from hfmerge.checkpoint.streaming.session import Streaming
 from hfmerge.checkpoint.writer import SafetensorsWriter, Slot, bytes_of
 from hfmerge.engine.batched_sum import Memory
@@ -20,7 +20,7 @@ from hfmerge.engine.plan_readers import open_deltas
 from hfmerge.engine.ranks import Ranks
 from hfmerge.engine.storage import own_params
 from hfmerge.hashing import sha256_file
-from hfmerge.hub.reference import Pinned, Place
+from hfmerge.hub.reference import ModelRef, Snapshot
 from hfmerge.task_vector import TaskVector, from_tensors
 
 
@@ -207,8 +207,8 @@ class StateReader:
     """Reads carried task vectors from a state file into fresh, aligned memory."""
 
     def __init__(self, path: Path):
-        pinned = Pinned(Place(str(path), None, None, path.parent), path.name, None, path.parent, {})
-        self._reader = Reader(Source(str(path), pinned, "full", {}, None, read_header(path, path.name).entries))
+        snapshot = Snapshot(ModelRef(str(path), None, None, path.parent), path.name, None, path.parent, {})
+        self._reader = Reader(Model(str(path), snapshot, "full", {}, None, read_header(path, path.name).entries))
 
     def read(self, stem: str, rows: Rows | None) -> TaskVector:
         """One carried task vector, or some rows of a dense one."""

@@ -159,7 +159,7 @@ def _fingerprint(plan: Plan) -> str:
         for p in plan.params
     ]
     heads = [[model, head.slug, list(head.labels)] for model, head in plan.heads]
-    sources = [[s.name, s.pinned.commit] for s in (plan.base, *(delta.source for delta in plan.deltas))]
+    sources = [[s.name, s.snapshot.commit] for s in (plan.base, *(delta.source for delta in plan.deltas))]
     prior = plan.prior.count if plan.prior else 0
     return sha256_bytes(canonical_json([params, heads, sources, list(plan.side_files), prior, list(plan.keep)]))
 

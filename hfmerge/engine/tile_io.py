@@ -99,7 +99,7 @@ class ChunkData:
             self.files.base.check_finite(param.key)
         elif method.needs == "matrix" and any(block.matrix for block in param.blocks):
             raise NonFiniteError(
-                f"{self.files.models[model].delta.source.pinned.label}: {param.key} holds NaN or Inf, and "
+                f"{self.files.models[model].delta.source.snapshot.label}: {param.key} holds NaN or Inf, and "
                 f"{method.name} cannot take such a matrix apart; repair the source, or leave the tensor out with "
                 "`exclude`."
             )

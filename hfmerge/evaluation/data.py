@@ -233,6 +233,6 @@ def _pinned(suite: Suite, task: Task, heads: dict[str, str]) -> Task:
     if head is not None:
         if head not in heads:
             places = [pin(place) for place in parse_ref(head)]
-            heads[head] = "+".join(f"{p.name}@{p.commit}" if p.commit else p.place.text for p in places)
+            heads[head] = "+".join(f"{p.name}@{p.commit}" if p.commit else p.ref.text for p in places)
         head = heads[head]
     return dataclasses.replace(task, dataset=dataset, head=head)

@@ -11,10 +11,10 @@ from hfmerge.errors import HfMergeError, SourceError
 from hfmerge.evaluation.data import data_errors
 from hfmerge.evaluation.metrics import Z
 from hfmerge.evaluation.models import Subject
-from hfmerge.evaluation.processors import TOKENIZER_FILES, find_place, load_tokenizer
+from hfmerge.evaluation.processors import TOKENIZER_FILES, find_snapshot, load_tokenizer
 from hfmerge.evaluation.results import Score
 from hfmerge.evaluation.suite import Task
-from hfmerge.hub.reference import Pinned, is_path
+from hfmerge.hub.reference import Snapshot, is_path
 from hfmerge.validation.values import show
 
 
@@ -36,7 +36,7 @@ def lm_eval_score(subject: Subject, task: Task, *, batch_size: int, seed: int) -
     if task.benchmark not in manager.all_tasks:
         raise HfMergeError(f"{task.name}: lm-evaluation-harness has no task {task.benchmark}; see `lm-eval ls tasks`.")
     label = subject.info.label
-    tokenizer = load_tokenizer(find_place(subject.places, TOKENIZER_FILES, "tokenizer", label))
+    tokenizer = load_tokenizer(find_snapshot(subject.snapshots, TOKENIZER_FILES, "tokenizer", label))
     if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
         raise HfMergeError(f"{label}: lm-evaluation-harness needs a tokenizer with a bos_token or an eos_token.")
     model = HFLM(pretrained=subject.whole("causal"), tokenizer=tokenizer, batch_size=batch_size, device=subject.device)
@@ -75,40 +75,40 @@ def mteb_score(subject: Subject, task: Task, *, batch_size: int) -> Score:
     label = subject.info.label
     if subject.source is None or subject.source.kind == "adapter":
         raise HfMergeError(f"{label}: MTEB takes saved models only; merge the adapter into its base first.")
-    place = subject.source.pinned
-    if "modules.json" not in place.files:
+    snapshot = subject.source.snapshot
+    if "modules.json" not in snapshot.files:
         raise HfMergeError(f"{label}: has no modules.json; a sentence-transformers model is needed.")
-    _check_modules(place)
+    _check_modules(snapshot)
     try:
         wanted = mteb.get_task(str(task.benchmark), eval_splits=[task.split])
     except KeyError as error:
         raise HfMergeError(f"{task.name}: MTEB has no task {task.benchmark}.") from error
     with data_errors(f"{task.name}: {task.benchmark}"):
         wanted.load_data()  # else it is gone when its rows are counted
-    name = str(place.folder) if place.folder is not None else place.name
-    model = SentenceTransformer(name, revision=place.commit, device=subject.device, trust_remote_code=False)
+    name = str(snapshot.folder) if snapshot.folder is not None else snapshot.name
+    model = SentenceTransformer(name, revision=snapshot.commit, device=subject.device, trust_remote_code=False)
     found = mteb.evaluate(model, wanted, cache=None, encode_kwargs={"batch_size": batch_size}, show_progress_bar=False)
     result = found.task_results[0]
     rows = _rows(wanted.dataset, task.split)
     return Score(float(result.get_score()), rows, math.nan, math.nan, task.metric, "none")
 
 
-def _check_modules(place: Pinned) -> None:
+def _check_modules(snapshot: Snapshot) -> None:
     """Refuse what sentence-transformers would import by name: of a folder it runs such code without being told to.
 
     Raises:
         SourceError: a module, or a function in one, is not of sentence-transformers or torch; names it.
     """
-    for module in read_json(place, "modules.json"):
+    for module in read_json(snapshot, "modules.json"):
         kind, path = str(module.get("type")), module.get("path") or ""
         if not kind.startswith("sentence_transformers."):
-            raise SourceError(f"{place.label}: modules.json names {show(kind)}, code of its own, which is not run.")
+            raise SourceError(f"{snapshot.label}: modules.json names {show(kind)}, code of its own, which is not run.")
         if path and not is_path(path):
-            raise SourceError(f"{place.label}: modules.json names {show(path)}, which is no folder in it.")
+            raise SourceError(f"{snapshot.label}: modules.json names {show(path)}, which is no folder in it.")
         file = f"{path}/config.json" if path else "config.json"
-        named = read_json(place, file).get("activation_function") if file in place.files else None
+        named = read_json(snapshot, file).get("activation_function") if file in snapshot.files else None
         if named is not None and not str(named).startswith("torch.nn."):
-            raise SourceError(f"{place.label}: {file} names the function {show(named)}, which is not run.")
+            raise SourceError(f"{snapshot.label}: {file} names the function {show(named)}, which is not run.")
 
 
 def _rows(data: Any, split: str) -> int:

@@ -14,8 +14,8 @@ from hfmerge.checkpoint.heads import adapter_head
 from hfmerge.checkpoint.layout.load_check import quiet
 from hfmerge.checkpoint.layout.skeleton import find_class
 from hfmerge.checkpoint.lora import PREFIX, matching
+from hfmerge.checkpoint.model import Model
 from hfmerge.checkpoint.patterns import Patterns
-from hfmerge.checkpoint.source import Source
 from hfmerge.errors import SourceError, UnsupportedError
 from hfmerge.hashing import canonical_json, sha256_bytes, sha256_file
 from hfmerge.hub.download import fetch
@@ -26,28 +26,28 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def digest_of(source: Source) -> str:
+def digest_of(source: Model) -> str:
     """One digest of all files in a repository that a score can depend on."""
     kept = (".safetensors", ".json", ".txt", ".model", ".jinja")
     outside = ("merge_history/", "merge_state/", ".eval_results/", "figures/", ".git/", ".cache/")
     files = {}
-    for name, info in sorted(source.pinned.files.items()):
+    for name, info in sorted(source.snapshot.files.items()):
         if name.endswith(kept) and not name.startswith(outside):
-            files[name] = info.sha256 or info.blob_id or sha256_file(fetch(source.pinned, name))
+            files[name] = info.sha256 or info.blob_id or sha256_file(fetch(source.snapshot, name))
     return sha256_bytes(canonical_json(files))
 
 
-def stored(source: Source) -> dict[str, Tensor]:
+def stored(source: Model) -> dict[str, Tensor]:
     """Every tensor of a full model, mapped from its files."""
     from safetensors.torch import load_file
 
     state: dict[str, Tensor] = {}
     for file in sorted({entry.file for entry in source.tensors.values()}):
-        state |= load_file(fetch(source.pinned, file))
+        state |= load_file(fetch(source.snapshot, file))
     return state
 
 
-def picked(source: Source, names: Iterable[str]) -> dict[str, Tensor] | None:
+def picked(source: Model, names: Iterable[str]) -> dict[str, Tensor] | None:
     """Some tensors of a model by their names in it, without the others; None where a file does not have them so."""
     from safetensors import safe_open
 
@@ -57,24 +57,24 @@ def picked(source: Source, names: Iterable[str]) -> dict[str, Tensor] | None:
         entry = source.tensors.get(f"{prefix}{name}")
         if entry is None:
             return None
-        with safe_open(fetch(source.pinned, entry.file), framework="pt") as file:
+        with safe_open(fetch(source.snapshot, entry.file), framework="pt") as file:
             found[name] = file.get_tensor(f"{prefix}{name}")
     return found
 
 
-def with_base(source: Source) -> Source:
+def with_base(source: Model) -> Model:
     """An adapter with the model that its own configuration names."""
     adapter = source.adapter or {}
     base = adapter.get("base_model_name_or_path")
     if not base:
-        raise SourceError(f"{source.pinned.label}: names no base model; write `base+adapter`.")
-    if source.pinned.commit is not None and not is_hub_id(base):
-        raise SourceError(f"{source.pinned.label}: names the base {base!r}, no repository; write `base+adapter`.")
+        raise SourceError(f"{source.snapshot.label}: names no base model; write `base+adapter`.")
+    if source.snapshot.commit is not None and not is_hub_id(base):
+        raise SourceError(f"{source.snapshot.label}: names the base {base!r}, no repository; write `base+adapter`.")
     revision = adapter.get("revision")
     return dataclasses.replace(source, beneath=describe(f"{base}@{revision}" if revision else str(base)))
 
 
-def adapter_config(source: Source) -> dict[str, Any]:
+def adapter_config(source: Model) -> dict[str, Any]:
     """config.json of an adapter's model: its own class and labels if it has a head, else its base's."""
     assert source.beneath is not None
     stored = [key for key in source.tensors if ".lora_" not in key and ".base_layer." not in key]
@@ -85,7 +85,7 @@ def adapter_config(source: Source) -> dict[str, Any]:
     return dict(adapter_head(source, source.beneath.config, heads).config)
 
 
-def _settings(source: Source, folder: Path) -> Any:
+def _settings(source: Model, folder: Path) -> Any:
     """An adapter's configuration for peft, which would match its expressions by `re`: they are worked out here.
 
     Raises:
@@ -107,12 +107,12 @@ def _settings(source: Source, folder: Path) -> Any:
             try:
                 found = {f"^{re.escape(module)}": matching(known, patterns, module, None) for module in modules}
             except ValueError as error:
-                raise UnsupportedError(f"{source.pinned.label}: adapter_config.json: {error}.") from error
+                raise UnsupportedError(f"{source.snapshot.label}: adapter_config.json: {error}.") from error
             setattr(config, name, {path: value for path, value in found.items() if value is not None})
     return config
 
 
-def adapter_weights(source: Source, config: Mapping[str, Any]) -> dict[str, Tensor]:
+def adapter_weights(source: Model, config: Mapping[str, Any]) -> dict[str, Tensor]:
     """Every tensor of an adapter's model, as peft merges it.
 
     Args:
@@ -121,13 +121,13 @@ def adapter_weights(source: Source, config: Mapping[str, Any]) -> dict[str, Tens
     from peft import PeftModel
 
     assert source.beneath is not None
-    found = find_class(dict(config), source.pinned.label, False)
+    found = find_class(dict(config), source.snapshot.label, False)
     if found is None:
-        raise SourceError(f"{source.pinned.label}: its base has code of its own, which is not run.")
+        raise SourceError(f"{source.snapshot.label}: its base has code of its own, which is not run.")
     cls, settings = found
-    folder = Path(fetch(source.pinned, "adapter_config.json")).parent
+    folder = Path(fetch(source.snapshot, "adapter_config.json")).parent
     for file in {entry.file for entry in source.tensors.values()}:
-        fetch(source.pinned, file)
+        fetch(source.snapshot, file)
     with quiet(), warnings.catch_warnings():
         # peft asks transformers for attributes that this version has renamed
         warnings.simplefilter("ignore", FutureWarning)

@@ -13,14 +13,14 @@ from hfmerge.checkpoint.describe import describe
 from hfmerge.checkpoint.heads import FOLDER
 from hfmerge.checkpoint.layout.load_check import quiet
 from hfmerge.checkpoint.layout.skeleton import bounded_by, find_class
+from hfmerge.checkpoint.model import Model
 from hfmerge.checkpoint.schema import read_json
-from hfmerge.checkpoint.source import Source
 from hfmerge.errors import HeadError, SourceError
 from hfmerge.evaluation import loading
 from hfmerge.evaluation.results import ModelInfo
 from hfmerge.hashing import sha256_bytes
 from hfmerge.hub.download import fetch
-from hfmerge.hub.reference import Pinned, parse_ref
+from hfmerge.hub.reference import Snapshot, parse_ref
 from hfmerge.validation.wording import parameter
 
 
@@ -72,16 +72,16 @@ class Subject:
     Attributes:
         info: the row of a matrix it fills.
         config: config.json.
-        places: where tokenizer and image processor are looked for, in order.
+        snapshots: where tokenizer and image processor are looked for, in order.
         device, dtype: where and as what its weights are kept; dtype None: as stored.
     """
 
     info: ModelInfo
     config: Mapping[str, Any]
-    places: tuple[Pinned, ...]
+    snapshots: tuple[Snapshot, ...]
     device: str = "cpu"
     dtype: str | None = None
-    source: Source | None = field(default=None, repr=False)
+    source: Model | None = field(default=None, repr=False)
     given: PreTrainedModel | None = field(default=None, repr=False)
     _kept: dict[Any, Any] = field(default_factory=dict, repr=False)
 
@@ -141,7 +141,7 @@ class Subject:
     @property
     def held(self) -> list[str]:
         """Whose heads a merge keeps."""
-        files = self.places[0].files if self.places else {}
+        files = self.snapshots[0].files if self.snapshots else {}
         folders = sorted({name.split("/")[1] for name in files if name.startswith(f"{FOLDER}/")})
         return [slug.replace("--", "/") for slug in folders]
 
@@ -154,8 +154,8 @@ class Subject:
         from safetensors.torch import load_file
 
         folder = f"{FOLDER}/{_plain_name(owner).replace('/', '--')}"
-        config = read_json(self.places[0], f"{folder}/config.json")
-        return TaskHead(owner, config, load_file(fetch(self.places[0], f"{folder}/model.safetensors")))
+        config = read_json(self.snapshots[0], f"{folder}/config.json")
+        return TaskHead(owner, config, load_file(fetch(self.snapshots[0], f"{folder}/model.safetensors")))
 
     def own_head(self) -> TaskHead | None:
         """This model's own classification head, None if its class has none."""
@@ -280,16 +280,16 @@ def open_subject(
     """
     source = describe(ref, copies=copies)
     config: Mapping[str, Any] = source.config
-    places: tuple[Pinned, ...] = (source.pinned,)
+    snapshots: tuple[Snapshot, ...] = (source.snapshot,)
     digest = loading.digest_of(source)
-    kind = "merge" if any(name.startswith("merge_history/") for name in source.pinned.files) else source.kind
+    kind = "merge" if any(name.startswith("merge_history/") for name in source.snapshot.files) else source.kind
     if source.kind == "adapter":
         source = source if source.beneath is not None else loading.with_base(source)
         assert source.beneath is not None
         digest = sha256_bytes(f"{digest}+{loading.digest_of(source.beneath)}".encode())
-        config, places = loading.adapter_config(source), (source.pinned, source.beneath.pinned)
-    name = source.pinned.name
-    return Subject(ModelInfo(name, kind, source.pinned.commit, digest), config, places, device, dtype, source)
+        config, snapshots = loading.adapter_config(source), (source.snapshot, source.beneath.snapshot)
+    name = source.snapshot.name
+    return Subject(ModelInfo(name, kind, source.snapshot.commit, digest), config, snapshots, device, dtype, source)
 
 
 def subject_in_memory(model: PreTrainedModel, label: str, tokenizer_of: Subject, *, device: str = "cpu") -> Subject:
@@ -300,7 +300,7 @@ def subject_in_memory(model: PreTrainedModel, label: str, tokenizer_of: Subject,
         tokenizer_of: whose tokenizer, image processor and kept heads are used.
     """
     config = json.loads(model.config.to_json_string(use_diff=False)) | {"architectures": [type(model).__name__]}
-    return Subject(ModelInfo(label, "full", None, ""), config, tokenizer_of.places, device, None, None, model)
+    return Subject(ModelInfo(label, "full", None, ""), config, tokenizer_of.snapshots, device, None, None, model)
 
 
 def kind_of(subject: Subject) -> str:
@@ -321,8 +321,8 @@ def kind_of(subject: Subject) -> str:
 
 def _plain_name(ref: str) -> str:
     """What a ledger calls a model: repository ID, or a folder's own name."""
-    place = parse_ref(ref)[-1]
-    return place.folder.resolve().name if place.folder is not None else str(place.repo_id)
+    last = parse_ref(ref)[-1]
+    return last.folder.resolve().name if last.folder is not None else str(last.repo_id)
 
 
 def _head_names(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], label: str) -> frozenset[str]:

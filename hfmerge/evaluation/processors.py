@@ -11,7 +11,7 @@ from hfmerge.checkpoint.layout.load_check import quiet
 from hfmerge.errors import HfMergeError, SourceError
 from hfmerge.hashing import canonical_json, sha256_bytes, sha256_file
 from hfmerge.hub.download import fetch
-from hfmerge.hub.reference import Pinned
+from hfmerge.hub.reference import Snapshot
 
 
 TOKENIZER_FILES = (
@@ -21,37 +21,37 @@ TOKENIZER_FILES = (
 IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
-def find_place(places: Sequence[Pinned], files: Sequence[str], what: str, label: str) -> Pinned:
+def find_snapshot(snapshots: Sequence[Snapshot], files: Sequence[str], what: str, label: str) -> Snapshot:
     """The first place that holds one of the files.
 
     Raises:
         SourceError: none does.
     """
-    for place in places:
-        if any(name in place.files for name in files):
-            return place
+    for snapshot in snapshots:
+        if any(name in snapshot.files for name in files):
+            return snapshot
     raise SourceError(f"{label}: has no {what}; put {files[0]} beside the weights, or name a `head` that has one.")
 
 
-def files_digest(place: Pinned, files: Sequence[str]) -> str:
+def files_digest(snapshot: Snapshot, files: Sequence[str]) -> str:
     """Identifies a tokenizer or image processor by its files, wherever they lie."""
-    held = {name: sha256_file(fetch(place, name)) for name in files if name in place.files}
+    held = {name: sha256_file(fetch(snapshot, name)) for name in files if name in snapshot.files}
     return sha256_bytes(canonical_json(held))
 
 
-def load_tokenizer(place: Pinned) -> Any:
-    """The tokenizer of a place.
+def load_tokenizer(snapshot: Snapshot) -> Any:
+    """The tokenizer of a snapshot.
 
     Raises:
         SourceError: transformers cannot make one of its files.
     """
     from transformers import AutoTokenizer
 
-    return _load(AutoTokenizer, place, "tokenizer")
+    return _load(AutoTokenizer, snapshot, "tokenizer")
 
 
-def load_images(place: Pinned) -> Any:
-    """The image processor of a place.
+def load_images(snapshot: Snapshot) -> Any:
+    """The image processor of a snapshot.
 
     Raises:
         SourceError: transformers cannot make one of its files, or Pillow is not installed.
@@ -60,19 +60,19 @@ def load_images(place: Pinned) -> Any:
         raise HfMergeError("images need `pip install hfmerge[evaluate]` (Pillow is missing).")
     from transformers import AutoImageProcessor
 
-    return _load(AutoImageProcessor, place, "image processor")
+    return _load(AutoImageProcessor, snapshot, "image processor")
 
 
-def _load(auto: Any, place: Pinned, what: str) -> Any:
-    name = str(place.folder) if place.folder is not None else place.name
+def _load(auto: Any, snapshot: Snapshot, what: str) -> Any:
+    name = str(snapshot.folder) if snapshot.folder is not None else snapshot.name
     try:
         with quiet():
-            return auto.from_pretrained(name, revision=place.commit or "main", trust_remote_code=False)
+            return auto.from_pretrained(name, revision=snapshot.commit or "main", trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         if "trust_remote_code" in str(error):
-            raise SourceError(f"{place.label}: its {what} has code of its own, which is not run.") from error
+            raise SourceError(f"{snapshot.label}: its {what} has code of its own, which is not run.") from error
         raise SourceError(
-            f"{place.label}: its {what} cannot be loaded: {' '.join(str(error).split())[:200]}"
+            f"{snapshot.label}: its {what} cannot be loaded: {' '.join(str(error).split())[:200]}"
         ) from error
 
 

@@ -18,7 +18,7 @@ from hfmerge.evaluation.processors import (
     TOKENIZER_FILES,
     encode,
     files_digest,
-    find_place,
+    find_snapshot,
     load_images,
     load_tokenizer,
     longest,
@@ -92,9 +92,9 @@ class Tasks:
     def _texts(self, subject: Subject, task: Task, asked: str | None) -> Score:
         head, spare = self._head(subject, task, asked)
         model = subject.with_head(head, task.kind, spare)
-        places = (*subject.places, *(spare.places if spare is not None else ()))
-        place = find_place(places, TOKENIZER_FILES, "tokenizer", subject.info.label)
-        ids, types, pad = self._tokens(task, place, subject)
+        snapshots = (*subject.snapshots, *(spare.snapshots if spare is not None else ()))
+        snapshot = find_snapshot(snapshots, TOKENIZER_FILES, "tokenizer", subject.info.label)
+        ids, types, pad = self._tokens(task, snapshot, subject)
         number = METRICS[task.metric].regression
         found = classifying.classify_texts(model, ids, types, self._runner, pad=pad, number=number)
         if not number:
@@ -108,8 +108,8 @@ class Tasks:
     def _images(self, subject: Subject, task: Task, asked: str | None) -> Score:
         head, spare = self._head(subject, task, asked)
         model, rows = subject.with_head(head, task.kind, spare), self.rows(task)
-        places = (*subject.places, *(spare.places if spare is not None else ()))
-        processor = load_images(find_place(places, IMAGE_FILES, "image processor", subject.info.label))
+        snapshots = (*subject.snapshots, *(spare.snapshots if spare is not None else ()))
+        processor = load_images(find_snapshot(snapshots, IMAGE_FILES, "image processor", subject.info.label))
         where = self._where(task)
         found = classifying.classify_images(model, rows, str(task.image), processor, self._runner, where)
         return self._compare(task, head, found)
@@ -124,9 +124,9 @@ class Tasks:
         text = self._other(asked) if asked is not None and not subject.reads_texts else None
         model = subject.keep(("towers", asked), lambda: subject.two_towers(text))
         reader = text or subject
-        places = (*subject.places, *reader.places)
-        processor = load_images(find_place(places, IMAGE_FILES, "image processor", subject.info.label))
-        tokenizer = load_tokenizer(find_place(reader.places, TOKENIZER_FILES, "tokenizer", reader.info.label))
+        snapshots = (*subject.snapshots, *reader.snapshots)
+        processor = load_images(find_snapshot(snapshots, IMAGE_FILES, "image processor", subject.info.label))
+        tokenizer = load_tokenizer(find_snapshot(reader.snapshots, TOKENIZER_FILES, "tokenizer", reader.info.label))
         features = self._remember(
             ("classes", task.name, reader.info.digest or id(reader)),
             lambda: classifying.class_features(model, tokenizer, classes, task.templates, self._runner.device),
@@ -135,16 +135,16 @@ class Tasks:
         return scored(task.metric, found, answers.values, seed=self._seed)
 
     def _perplexity(self, subject: Subject, task: Task, asked: str | None) -> Score:
-        place = find_place(subject.places, TOKENIZER_FILES, "tokenizer", subject.info.label)
+        snapshot = find_snapshot(subject.snapshots, TOKENIZER_FILES, "tokenizer", subject.info.label)
         where = self._where(task)
 
         def cut() -> tuple[list[Any], int]:
-            tokenizer = load_tokenizer(place)
+            tokenizer = load_tokenizer(snapshot)
             most = longest(tokenizer, subject.config, task.max_length)
             texts = texts_of(self.rows(task), task.text[0], where)
             return language.windows(tokenizer, texts, task.join, most), padding(tokenizer)
 
-        pieces, pad = self._remember(("windows", task.name, files_digest(place, TOKENIZER_FILES)), cut)
+        pieces, pad = self._remember(("windows", task.name, files_digest(snapshot, TOKENIZER_FILES)), cut)
         if not pieces:
             raise HfMergeError(f"{where}: no text of two tokens or more.")
         self._grow(len(pieces) - len(self.rows(task)))
@@ -152,16 +152,16 @@ class Tasks:
         return scored(task.metric, [-value for value in sums], [len(piece) - 1 for piece in pieces], seed=self._seed)
 
     def _multiple_choice(self, subject: Subject, task: Task, asked: str | None) -> Score:
-        place = find_place(subject.places, TOKENIZER_FILES, "tokenizer", subject.info.label)
+        snapshot = find_snapshot(subject.snapshots, TOKENIZER_FILES, "tokenizer", subject.info.label)
 
         def make() -> tuple[list[list[str]], list[int], list[Any], list[int], int]:
-            tokenizer = load_tokenizer(place)
+            tokenizer = load_tokenizer(snapshot)
             prompts, choices, answers = language.questions(task, self.rows(task), self._where(task))
             most = longest(tokenizer, subject.config, task.max_length)
             ids, starts = language.encode_choices(tokenizer, prompts, choices, most)
             return choices, answers, ids, starts, padding(tokenizer)
 
-        key = ("choices", task.name, files_digest(place, TOKENIZER_FILES))
+        key = ("choices", task.name, files_digest(snapshot, TOKENIZER_FILES))
         choices, answers, ids, starts, pad = self._remember(key, make)
         self._grow(len(ids) - len(self.rows(task)))
         sums = language.likelihoods(subject.whole("causal"), ids, starts, self._runner, pad)
@@ -216,9 +216,9 @@ class Tasks:
         labels = {row: answers.names.index(name) for name, row in rows.items()}
         return scored(task.metric, [labels.get(row, -1) for row in found], answers.values, seed=self._seed)
 
-    def _tokens(self, task: Task, place: Any, subject: Subject) -> tuple[list[Any], list[Any] | None, int]:
+    def _tokens(self, task: Task, snapshot: Any, subject: Subject) -> tuple[list[Any], list[Any] | None, int]:
         def make() -> tuple[list[Any], list[Any] | None, int]:
-            tokenizer = load_tokenizer(place)
+            tokenizer = load_tokenizer(snapshot)
             columns = [texts_of(self.rows(task), column, self._where(task)) for column in task.text]
             most = longest(tokenizer, subject.config, task.max_length)
             return *encode(tokenizer, columns, most), padding(tokenizer)
@@ -226,7 +226,7 @@ class Tasks:
         key = (
             "tokens",
             task.name,
-            files_digest(place, TOKENIZER_FILES),
+            files_digest(snapshot, TOKENIZER_FILES),
             subject.config.get("max_position_embeddings"),
         )
         result: tuple[list[Any], list[Any] | None, int] = self._remember(key, make)

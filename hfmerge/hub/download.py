@@ -8,13 +8,13 @@ from pathlib import Path
 
 from hfmerge.errors import NotFoundError, SourceError
 from hfmerge.hub.client import hub_api, hub_errors, patiently
-from hfmerge.hub.reference import FileInfo, Pinned, Place, checked_path, is_commit, is_segment
+from hfmerge.hub.reference import FileInfo, ModelRef, Snapshot, checked_path, is_commit, is_segment
 from hfmerge.validation.folders import files_in
 from hfmerge.validation.limits import FILES
 
 
-def pin(place: Place, copies: Mapping[str, Path] | None = None) -> Pinned:
-    """Pin a place to one state: the present commit of its revision, or the present files of its folder.
+def pin(ref: ModelRef, copies: Mapping[str, Path] | None = None) -> Snapshot:
+    """Pin a reference to one state: the present commit of its revision, or the present files of its folder.
 
     Args:
         copies: `org/name@COMMIT` -> folder that is read instead, because the Hub no longer has this commit.
@@ -22,29 +22,29 @@ def pin(place: Place, copies: Mapping[str, Path] | None = None) -> Pinned:
     Raises:
         SourceError: missing, private, gated, unreachable, an unknown revision; a folder with a link out of it.
     """
-    if place.folder is not None:
-        if not place.folder.is_dir():
-            raise NotFoundError(f"{place.text}: no such folder.")
-        folder = place.folder.resolve()
+    if ref.folder is not None:
+        if not ref.folder.is_dir():
+            raise NotFoundError(f"{ref.text}: no such folder.")
+        folder = ref.folder.resolve()
         if not is_segment(folder.name):
-            raise SourceError(f"{place.text}: its name {folder.name!r} cannot be that of a model; rename the folder.")
+            raise SourceError(f"{ref.text}: its name {folder.name!r} cannot be that of a model; rename the folder.")
         files = _held(folder)
-        _check_count(files, place)
-        return Pinned(place, folder.name, None, folder, files)
-    assert place.repo_id is not None
-    copy = (copies or {}).get(f"{place.repo_id}@{place.revision}")
+        _check_count(files, ref)
+        return Snapshot(ref, folder.name, None, folder, files)
+    assert ref.repo_id is not None
+    copy = (copies or {}).get(f"{ref.repo_id}@{ref.revision}")
     if copy is not None:
-        return Pinned(place, place.repo_id, place.revision, copy, _held(copy))
-    with hub_errors(place.text):
-        return _asked(place, place.repo_id)
+        return Snapshot(ref, ref.repo_id, ref.revision, copy, _held(copy))
+    with hub_errors(ref.text):
+        return _asked(ref, ref.repo_id)
 
 
 def _held(folder: Path) -> dict[str, FileInfo]:
     return {name: FileInfo(path.stat().st_size) for name, path in files_in(folder).items()}
 
 
-def _asked(place: Place, repo_id: str) -> Pinned:
-    """A place on the Hub as the Hub says now, or, where it cannot be reached, as the cache remembers.
+def _asked(ref: ModelRef, repo_id: str) -> Snapshot:
+    """A repository as the Hub says now, or, where it cannot be reached, as the cache remembers.
 
     A commit by its full name is the same in the cache, even if its repository was deleted or its history rewritten.
     """
@@ -57,7 +57,7 @@ def _asked(place: Place, repo_id: str) -> Pinned:
         RevisionResolutionError,
     )
 
-    api, revision, seconds = hub_api(), place.revision, constants.HF_HUB_DOWNLOAD_TIMEOUT
+    api, revision, seconds = hub_api(), ref.revision, constants.HF_HUB_DOWNLOAD_TIMEOUT
     try:
         info = patiently(
             lambda: api.model_info(repo_id, revision=revision, files_metadata=True, timeout=float(seconds))
@@ -66,7 +66,7 @@ def _asked(place: Place, repo_id: str) -> Pinned:
         files = _cached_files(repo_id, str(revision)) if is_commit(revision) else {}
         if not revision or not files:
             raise
-        return Pinned(place, repo_id, revision, None, files, gone=True)
+        return Snapshot(ref, repo_id, revision, None, files, gone=True)
     except (ConnectionError, httpx2.TransportError, HfHubHTTPError) as error:
         if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
             raise
@@ -74,26 +74,26 @@ def _asked(place: Place, repo_id: str) -> Pinned:
         files = _cached_files(repo_id, commit)
         if not files:
             raise
-        return Pinned(place, repo_id, commit, None, files, offline=True)
+        return Snapshot(ref, repo_id, commit, None, files, offline=True)
     if revision != info.sha:
         # so that the cache knows the branch's commit when the Hub is out of reach; nothing depends on it now
         with contextlib.suppress(RevisionResolutionError):
             api.resolve_revision(repo_id, revision=revision)
     files = {
-        checked_path(item.rfilename, place.text): FileInfo(
+        checked_path(item.rfilename, ref.text): FileInfo(
             item.size or 0, item.lfs.sha256 if item.lfs else None, item.blob_id
         )
         for item in info.siblings or ()
     }
-    _check_count(files, place)
-    return Pinned(place, repo_id, str(info.sha), None, files)
+    _check_count(files, ref)
+    return Snapshot(ref, repo_id, str(info.sha), None, files)
 
 
-def _check_count(files: Mapping[str, FileInfo], place: Place) -> None:
+def _check_count(files: Mapping[str, FileInfo], ref: ModelRef) -> None:
     try:
         FILES.check(len(files))
     except ValueError as error:
-        raise SourceError(f"{place.text}: {error}.") from error
+        raise SourceError(f"{ref.text}: {error}.") from error
 
 
 def _cached_files(repo_id: str, commit: str) -> dict[str, FileInfo]:
@@ -110,30 +110,30 @@ def _cached_files(repo_id: str, commit: str) -> dict[str, FileInfo]:
     }
 
 
-def fetch(pinned: Pinned, file: str) -> Path:
-    """A file of a pinned place on this machine, downloaded into the Hugging Face cache when it is not there yet.
+def fetch(snapshot: Snapshot, file: str) -> Path:
+    """A file of a snapshot on this machine, downloaded into the Hugging Face cache when it is not there yet.
 
     Raises:
         SourceError: the file is missing, cannot be reached, or has another length than the Hub lists; or its name is a
             path out of the repository.
     """
-    checked_path(file, pinned.label)
-    if pinned.folder is not None:
-        return pinned.folder / file
+    checked_path(file, snapshot.label)
+    if snapshot.folder is not None:
+        return snapshot.folder / file
     from huggingface_hub import hf_hub_download
 
-    with hub_errors(f"{pinned.label}: {file}"):
+    with hub_errors(f"{snapshot.label}: {file}"):
         return Path(
-            patiently(lambda: hf_hub_download(pinned.name, file, revision=pinned.commit, library_name="hfmerge"))
+            patiently(lambda: hf_hub_download(snapshot.name, file, revision=snapshot.commit, library_name="hfmerge"))
         )
 
 
-def cached(pinned: Pinned, file: str) -> Path | None:
+def cached(snapshot: Snapshot, file: str) -> Path | None:
     """The file on this machine if it is there already, else None."""
-    checked_path(file, pinned.label)
-    if pinned.folder is not None:
-        return pinned.folder / file
+    checked_path(file, snapshot.label)
+    if snapshot.folder is not None:
+        return snapshot.folder / file
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(pinned.name, file, revision=pinned.commit)
+    found = try_to_load_from_cache(snapshot.name, file, revision=snapshot.commit)
     return Path(found) if isinstance(found, str) else None

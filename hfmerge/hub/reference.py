@@ -1,4 +1,7 @@
-"""References of models: parsed into places, and places pinned to one state.
+"""A model's reference as written, and the snapshot that it is pinned to.
+
+The four nouns of a model: `ModelRef` (as written), `Snapshot` (pinned to one state), `Model` (described, in
+`checkpoint/model.py`), `Delta` (its task vectors can be read, in `checkpoint/delta.py`).
 
 `org/name`, `org/name@revision`, a folder, an `hf://` URI, or `base+adapter` of any two of these.
 """
@@ -20,7 +23,7 @@ _COMMIT = re.compile("[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
-class Place:
+class ModelRef:
     """Where a model lies, as written: a Hub repository with the asked revision, or a folder."""
 
     text: str
@@ -31,7 +34,7 @@ class Place:
 
 @dataclass(frozen=True)
 class FileInfo:
-    """One file of a pinned place: bytes, and the digests known without reading it."""
+    """One file of a snapshot: bytes, and the digests known without reading it."""
 
     size: int
     sha256: str | None = None
@@ -39,8 +42,8 @@ class FileInfo:
 
 
 @dataclass(frozen=True)
-class Pinned:
-    """A place fixed to one state: a commit on the Hub, or a folder with its files' sizes.
+class Snapshot:
+    """A reference pinned to one state: a commit on the Hub, or a folder with its files' sizes.
 
     Attributes:
         name: repository ID, or the folder's own name (never its path).
@@ -51,7 +54,7 @@ class Pinned:
         gone: the Hub was asked and no longer has, or shows, this commit; `files` are those that the cache holds.
     """
 
-    place: Place
+    ref: ModelRef
     name: str
     commit: str | None
     folder: Path | None
@@ -62,7 +65,7 @@ class Pinned:
     @property
     def label(self) -> str:
         """Short text for messages and tables: `org/name@0123abcd`, or the folder as written."""
-        return f"{self.name}@{self.commit[:8]}" if self.commit else self.place.text
+        return f"{self.name}@{self.commit[:8]}" if self.commit else self.ref.text
 
 
 def is_segment(name: object) -> bool:
@@ -116,8 +119,8 @@ def is_identity(value: object) -> bool:
     return is_hub_id(name) and is_commit(commit)
 
 
-def parse_ref(text: str) -> list[Place]:
-    """The place, or the two places `base+adapter`, that a reference names.
+def parse_ref(text: str) -> list[ModelRef]:
+    """The model, or the two models of `base+adapter`, that a reference names.
 
     Raises:
         SourceError: not a folder and not a valid repository ID.
@@ -125,11 +128,11 @@ def parse_ref(text: str) -> list[Place]:
     text = text.strip()
     if "+" in text and not _path(text)[1]:
         base, _, adapter = text.partition("+")
-        return [_parse_place(base), _parse_place(adapter)]
-    return [_parse_place(text)]
+        return [_parse_one(base), _parse_one(adapter)]
+    return [_parse_one(text)]
 
 
-def _parse_place(text: str) -> Place:
+def _parse_one(text: str) -> ModelRef:
     from huggingface_hub import parse_hf_uri
     from huggingface_hub.errors import HfUriError, HFValidationError
     from huggingface_hub.utils import validate_repo_id
@@ -141,16 +144,16 @@ def _parse_place(text: str) -> Place:
             raise SourceError(f"{text}: {error}") from error
         if uri.type != "model" or uri.path_in_repo:
             raise SourceError(f"{text}: name a whole model repository, `hf://org/name@revision`.")
-        return Place(text, uri.id, uri.revision, None)
+        return ModelRef(text, uri.id, uri.revision, None)
     path, there = _path(text)
     if (there and path.is_dir()) or text.startswith((".", "/", "~")):
-        return Place(text, None, None, path)
+        return ModelRef(text, None, None, path)
     repo_id, _, revision = text.partition("@")
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise SourceError(f"{text}: neither a folder here nor a Hub ID `org/name[@revision]`.") from error
-    return Place(text, repo_id, revision or None, None)
+    return ModelRef(text, repo_id, revision or None, None)
 
 
 def _path(text: str) -> tuple[Path, bool]:

@@ -16,7 +16,7 @@ from hfmerge.evaluation.processors import (
     IMAGE_FILES,
     TOKENIZER_FILES,
     encode,
-    find_place,
+    find_snapshot,
     load_images,
     load_tokenizer,
     longest,
@@ -79,7 +79,7 @@ def labelled_rows(task: Task, suite: Suite, subject: Subject, *, split: str, row
 def _texts(task: Task, rows: Any, subject: Subject, where: str) -> tuple[dict[str, Tensor], int]:
     import torch
 
-    tokenizer = load_tokenizer(find_place(subject.places, TOKENIZER_FILES, "tokenizer", subject.info.label))
+    tokenizer = load_tokenizer(find_snapshot(subject.snapshots, TOKENIZER_FILES, "tokenizer", subject.info.label))
     columns = [texts_of(rows, column, where) for column in task.text]
     pad = padding(tokenizer)
     ids, types = encode(tokenizer, columns, longest(tokenizer, subject.config, task.max_length))
@@ -93,7 +93,7 @@ def _texts(task: Task, rows: Any, subject: Subject, where: str) -> tuple[dict[st
 def _pixels(task: Task, rows: Any, subject: Subject, where: str) -> tuple[dict[str, Tensor], None]:
     import torch
 
-    processor = load_images(find_place(subject.places, IMAGE_FILES, "image processor", subject.info.label))
+    processor = load_images(find_snapshot(subject.snapshots, IMAGE_FILES, "image processor", subject.info.label))
     assert task.image is not None
     found = pixels(rows, task.image, processor, range(len(rows)), "cpu", where)
     return {"pixel_values": found.to(torch.float16)}, None

@@ -231,7 +231,7 @@ def _rows(
             spare = None
             if asked.replay.generator == "masked":
                 spare = open_subject(
-                    reference(plan.base.pinned), device=subject.device, dtype="float32", copies=plan.copies
+                    reference(plan.base.snapshot), device=subject.device, dtype="float32", copies=plan.copies
                 )
             own = generate(subject, kind_of(subject), asked.replay, spare=spare, progress=True)
             progress.keep_replay(model, asked.replay, own)
@@ -290,7 +290,7 @@ def _anchor(
             return None
         merged = space.merged(before)
         digest = (opened.last.learned or {}).get("fisher")
-        path = None if digest is None else state_path(opened.pinned, KeptState(0, digest, 0), warnings)
+        path = None if digest is None else state_path(opened.snapshot, KeptState(0, digest, 0), warnings)
         if path is not None:
             known = load_fisher(path)
             # of what no model changed before nothing is known, and nothing is held
@@ -331,7 +331,7 @@ def _earlier(opened: Merged, warnings: list[str]) -> dict[str, Replay]:
     """Kept replay rows of a merge, by the model they were made from."""
     found = {}
     for row in (opened.last.learned or {}).get("replay", ()):
-        path = None if row is None else state_path(opened.pinned, KeptState(0, row["sha256"], 0), warnings)
+        path = None if row is None else state_path(opened.snapshot, KeptState(0, row["sha256"], 0), warnings)
         if path is not None:
             replay = load_replay(path)
             found[replay.source] = replay

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from hfmerge.checkpoint.delta import Delta
-from hfmerge.checkpoint.source import Source
+from hfmerge.checkpoint.model import Model
 from hfmerge.engine.device import CPU
 from hfmerge.engine.plan import Plan
 from hfmerge.errors import HeadError, UnsupportedError
 from hfmerge.evaluation.models import Subject, kind_of, open_subject
-from hfmerge.hub.reference import Pinned
+from hfmerge.hub.reference import Snapshot
 from hfmerge.learning.replay.dataset import Replay
 from hfmerge.learning.replay.targets import divergence
 
@@ -89,18 +89,18 @@ def autocast(device: str, precision: str) -> contextlib.AbstractContextManager[N
 def references(plan: Plan) -> tuple[str, ...]:
     """How each model of a plan is opened as a model of its own: an adapter on what it lies on, here at least."""
 
-    def opened(source: Source) -> str:
+    def opened(source: Model) -> str:
         if source.kind != "adapter":
-            return reference(source.pinned)
-        under = source.beneath.pinned if source.beneath is not None else plan.base.pinned
-        return f"{reference(under)}+{reference(source.pinned)}"
+            return reference(source.snapshot)
+        under = source.beneath.snapshot if source.beneath is not None else plan.base.snapshot
+        return f"{reference(under)}+{reference(source.snapshot)}"
 
     return tuple(opened(delta.source) for delta in plan.deltas)
 
 
-def reference(pinned: Pinned) -> str:
+def reference(snapshot: Snapshot) -> str:
     """The reference by which a source is opened."""
-    return f"{pinned.name}@{pinned.commit}" if pinned.commit else str(pinned.folder)
+    return f"{snapshot.name}@{snapshot.commit}" if snapshot.commit else str(snapshot.folder)
 
 
 def students(
@@ -124,7 +124,7 @@ def students(
         HeadError, SourceError: a head is missing, or does not fit.
     """
     wanted = tuple(keys)
-    base = open_subject(reference(plan.base.pinned), device=place, dtype="float32", copies=plan.copies)
+    base = open_subject(reference(plan.base.snapshot), device=place, dtype="float32", copies=plan.copies)
     found = []
     whole: PreTrainedModel | None = None
     for delta, ref, some in zip(plan.deltas, references(plan), rows, strict=True):

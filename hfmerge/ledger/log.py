@@ -23,7 +23,7 @@ from typing import Any
 
 from hfmerge.errors import OfflineError
 from hfmerge.hub.client import hub_api, hub_errors, patiently
-from hfmerge.hub.reference import Pinned
+from hfmerge.hub.reference import Snapshot
 from hfmerge.ledger.diff import compare
 from hfmerge.ledger.entry import FOLDER, Entry, Material, short
 from hfmerge.ledger.repository import Merged
@@ -90,10 +90,10 @@ def steps_of(merged: Merged) -> tuple[tuple[Step, ...], tuple[str, ...]]:
     """
     notes: list[str] = []
     commits: Mapping[str, _Commit] = {}
-    if merged.pinned.folder is None:
+    if merged.snapshot.folder is None:
         try:
-            if merged.pinned.offline or merged.pinned.gone:
-                raise OfflineError(f"{merged.pinned.label}: the Hub cannot be asked")
+            if merged.snapshot.offline or merged.snapshot.gone:
+                raise OfflineError(f"{merged.snapshot.label}: the Hub cannot be asked")
             commits = _commits(merged)
         except OfflineError as error:
             notes.append(f"who and when are not known ({str(error).rstrip('.')}).")
@@ -104,8 +104,8 @@ def steps_of(merged: Merged) -> tuple[tuple[Step, ...], tuple[str, ...]]:
 
 def _commits(merged: Merged) -> dict[str, _Commit]:
     """Ledger file -> the commit that brought it: the only one that ever touched it, since no entry is ever changed."""
-    api, name, revision = hub_api(), merged.pinned.name, merged.pinned.commit
-    with hub_errors(merged.pinned.label):
+    api, name, revision = hub_api(), merged.snapshot.name, merged.snapshot.commit
+    with hub_errors(merged.snapshot.label):
         tree = patiently(lambda: list(api.list_repo_tree(name, FOLDER, revision=revision, expand=True)))
         history = patiently(lambda: list(api.list_repo_commits(name, revision=revision)))
     known = {str(commit.commit_id): commit for commit in history}
@@ -118,19 +118,19 @@ def _commits(merged: Merged) -> dict[str, _Commit]:
     return found
 
 
-def commit_of(pinned: Pinned, file: str) -> str:
+def commit_of(snapshot: Snapshot, file: str) -> str:
     """The commit that brought a ledger entry.
 
     Args:
-        pinned: the repository.
+        snapshot: the repository.
         file: the entry's path.
 
     Raises:
         SourceError: the Hub cannot be asked.
     """
     api = hub_api()
-    with hub_errors(pinned.label):
-        infos = patiently(lambda: api.get_paths_info(pinned.name, [file], revision=pinned.commit, expand=True))
+    with hub_errors(snapshot.label):
+        infos = patiently(lambda: api.get_paths_info(snapshot.name, [file], revision=snapshot.commit, expand=True))
     return str(infos[0].last_commit.oid)
 
 

@@ -18,7 +18,7 @@ from hfmerge.errors import HfMergeError, LedgerError, SourceError
 from hfmerge.hashing import canonical_json, sha256_bytes, sha256_file
 from hfmerge.hub.client import hub_errors
 from hfmerge.hub.download import fetch, pin
-from hfmerge.hub.reference import Pinned, parse_ref
+from hfmerge.hub.reference import Snapshot, parse_ref
 from hfmerge.hub.state_branch import STATE_BRANCH
 from hfmerge.ledger.entry import FOLDER, Entry, Material, check_chain, check_size, contained, ledger_files
 from hfmerge.recipe.weights import stored
@@ -40,14 +40,14 @@ class Merged:
     """A merge opened for reading.
 
     Attributes:
-        pinned: the repository at one commit, or the folder.
+        snapshot: the repository at one commit, or the folder.
         entries: the checked ledger, oldest first.
         history: path -> bytes of the ledger's files.
         refs: identity of a folder material -> its path on this machine.
         consent: what the caller allows the merge's sources in this run.
     """
 
-    pinned: Pinned
+    snapshot: Snapshot
     entries: tuple[Entry, ...]
     history: Mapping[str, bytes] = field(repr=False)
     refs: Mapping[str, str] = field(repr=False)
@@ -64,44 +64,44 @@ class Merged:
         Raises:
             LedgerError: it is too large. SourceError: see `fetch`.
         """
-        if name not in self.pinned.files:
+        if name not in self.snapshot.files:
             return None
         try:
-            return read_limited(fetch(self.pinned, name), CARD_BYTES)
+            return read_limited(fetch(self.snapshot, name), CARD_BYTES)
         except (ValueError, OSError) as error:
-            raise LedgerError(f"{self.pinned.label}: {name} cannot be read: {error}.") from error
+            raise LedgerError(f"{self.snapshot.label}: {name} cannot be read: {error}.") from error
 
 
-def ledger_in(pinned: Pinned) -> tuple[tuple[Entry, ...], dict[str, bytes]]:
-    """The checked ledger of a place, oldest entry first, and its files' bytes.
+def ledger_in(snapshot: Snapshot) -> tuple[tuple[Entry, ...], dict[str, bytes]]:
+    """The checked ledger of a snapshot, oldest entry first, and its files' bytes.
 
     Raises:
         LedgerError: no ledger, one beyond a limit, or a broken one. SourceError: not readable.
     """
-    names = ledger_files(name for name in pinned.files if name.endswith(".json"))
-    check_size(names, pinned.label)
+    names = ledger_files(name for name in snapshot.files if name.endswith(".json"))
+    check_size(names, snapshot.label)
     files, total = dict[str, bytes](), 0
     for name in names:
         try:
-            files[name] = read_limited(fetch(pinned, name), ENTRY_BYTES)
+            files[name] = read_limited(fetch(snapshot, name), ENTRY_BYTES)
             total += len(files[name])
             LEDGER_BYTES.check(total)
         except (ValueError, OSError) as error:
-            raise LedgerError(f"{pinned.label}: {name} {error}.") from error
-    return check_chain(files, pinned.label), files
+            raise LedgerError(f"{snapshot.label}: {name} {error}.") from error
+    return check_chain(files, snapshot.label), files
 
 
-def parts_of(pinned: Pinned, warnings: list[str]) -> tuple[str | None, tuple[str, ...]]:
+def parts_of(snapshot: Snapshot, warnings: list[str]) -> tuple[str | None, tuple[str, ...]]:
     """For a model that is itself a merge: SHA-256 of its last ledger entry, and its identities; else None and ().
 
     A broken ledger gives a warning and counts as no ledger.
     """
-    if not any(name.startswith(f"{FOLDER}/") for name in pinned.files):
+    if not any(name.startswith(f"{FOLDER}/") for name in snapshot.files):
         return None, ()
     try:
-        entries, _ = ledger_in(pinned)
+        entries, _ = ledger_in(snapshot)
     except LedgerError as error:
-        warnings.append(f"{pinned.name}: taken as a model of its own, since its ledger says nothing: {error}")
+        warnings.append(f"{snapshot.name}: taken as a model of its own, since its ledger says nothing: {error}")
         return None, ()
     return entries[-1].digest, contained(entries[-1])
 
@@ -120,18 +120,18 @@ def open_merged(ref: str, sources: Mapping[str, str] | None = None, consent: Con
     places = parse_ref(ref)
     if len(places) != 1:
         raise SourceError(f"{ref}: name one merge.")
-    pinned = pin(places[0])
-    entries, history = ledger_in(pinned)
-    return Merged(pinned, entries, history, known_places(pinned, entries[-1], sources or {}), consent)
+    snapshot = pin(places[0])
+    entries, history = ledger_in(snapshot)
+    return Merged(snapshot, entries, history, known_places(snapshot, entries[-1], sources or {}), consent)
 
 
-def known_places(pinned: Pinned, entry: Entry, sources: Mapping[str, str]) -> dict[str, str]:
+def known_places(snapshot: Snapshot, entry: Entry, sources: Mapping[str, str]) -> dict[str, str]:
     """Identity of a folder material -> where it lies, as this user's own run noted, or as `sources` says by name.
 
     Raises:
         LedgerError: the note cannot be read, or a name is not of a folder material of `entry`.
     """
-    refs = noted_places(pinned, entry)
+    refs = noted_places(snapshot, entry)
     for name, folder in sources.items():
         hits = [
             one for m in (entry.base, *entry.models) for one in folders_of(m) if one.rpartition("@sha256:")[0] == name
@@ -142,7 +142,7 @@ def known_places(pinned: Pinned, entry: Entry, sources: Mapping[str, str]) -> di
     return refs
 
 
-def noted_places(pinned: Pinned, entry: Entry) -> dict[str, str]:
+def noted_places(snapshot: Snapshot, entry: Entry) -> dict[str, str]:
     """Identity of a folder material -> where it lay for the run of this user that merged what a ledger entry says.
 
     The note lies in the user's home, under a digest of what was merged and how. So a merge by somebody else cannot
@@ -153,7 +153,7 @@ def noted_places(pinned: Pinned, entry: Entry) -> dict[str, str]:
         LedgerError: the note cannot be read.
     """
     notes = _notes_of(entry)
-    places = notes.get(str(pinned.folder)) or next(reversed(notes.values()), {})
+    places = notes.get(str(snapshot.folder)) or next(reversed(notes.values()), {})
     return {str(identity): str(place) for identity, place in places.items()}
 
 
@@ -239,20 +239,20 @@ def check_folders(refs: Mapping[str, str], material: Material, *, allow_pickle: 
             )
 
 
-def state_path(pinned: Pinned, state: KeptState, warnings: list[str]) -> Path | None:
+def state_path(snapshot: Snapshot, state: KeptState, warnings: list[str]) -> Path | None:
     """A kept state's file on this machine, checked by digest; None with a warning when it cannot be had."""
     try:
-        if pinned.folder is not None:
-            path = file_in(pinned.folder, state.file)
+        if snapshot.folder is not None:
+            path = file_in(snapshot.folder, state.file)
         else:
             from huggingface_hub import hf_hub_download
 
-            with hub_errors(f"{pinned.name}@{STATE_BRANCH}: {state.file}"):
-                path = Path(hf_hub_download(pinned.name, state.file, revision=STATE_BRANCH, library_name="hfmerge"))
+            with hub_errors(f"{snapshot.name}@{STATE_BRANCH}: {state.file}"):
+                path = Path(hf_hub_download(snapshot.name, state.file, revision=STATE_BRANCH, library_name="hfmerge"))
         if not path.is_file():
-            warnings.append(f"{pinned.label}: {state.file} is missing; the sources are read instead.")
+            warnings.append(f"{snapshot.label}: {state.file} is missing; the sources are read instead.")
         elif sha256_file(path) != state.sha256:
-            warnings.append(f"{pinned.label}: {state.file} is corrupt; the sources are read instead.")
+            warnings.append(f"{snapshot.label}: {state.file} is corrupt; the sources are read instead.")
         else:
             return path
     except HfMergeError as error:

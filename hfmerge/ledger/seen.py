@@ -19,7 +19,7 @@ from pathlib import Path
 
 from hfmerge.errors import LedgerError
 from hfmerge.hashing import sha256_bytes
-from hfmerge.hub.reference import Pinned
+from hfmerge.hub.reference import Snapshot
 from hfmerge.ledger.entry import FOLDER
 from hfmerge.ledger.repository import Merged
 from hfmerge.user_files import write_note
@@ -39,12 +39,12 @@ class Seen:
     time: str
 
 
-def place_of(pinned: Pinned) -> str:
+def place_of(snapshot: Snapshot) -> str:
     """What a history is remembered under."""
-    if pinned.folder is not None:
-        return folder_place(pinned.folder)
-    revision = pinned.place.revision
-    return repository_place(pinned.name) + (f"@{revision}" if revision and not _on_main(revision) else "")
+    if snapshot.folder is not None:
+        return folder_place(snapshot.folder)
+    revision = snapshot.ref.revision
+    return repository_place(snapshot.name) + (f"@{revision}" if revision and not _on_main(revision) else "")
 
 
 def repository_place(repo_id: str) -> str:
@@ -64,10 +64,10 @@ def digests_of(merged: Merged) -> tuple[str, ...]:
     return tuple(sha256_bytes(merged.history[entry.file]) for entry in merged.entries)
 
 
-def may_be_older(pinned: Pinned) -> bool:
+def may_be_older(snapshot: Snapshot) -> bool:
     """Whether a place was opened in a way that may show fewer steps than were seen: by a step's tag, or offline."""
-    revision = pinned.place.revision or "main"
-    return pinned.offline or (revision != "main" and _on_main(revision))
+    revision = snapshot.ref.revision or "main"
+    return snapshot.offline or (revision != "main" and _on_main(revision))
 
 
 def first_apart(
@@ -89,14 +89,14 @@ def first_apart(
 
 def rewritten(merged: Merged) -> str | None:
     """How a history differs from what this user saw of it, in words; None if it does not, or was never seen."""
-    place = place_of(merged.pinned)
+    place = place_of(merged.snapshot)
     try:
         seen = recall(place)
     except LedgerError as error:
         return str(error)
     if seen is None:
         return None
-    apart = first_apart(seen.steps.items(), digests_of(merged), older=may_be_older(merged.pinned))
+    apart = first_apart(seen.steps.items(), digests_of(merged), older=may_be_older(merged.snapshot))
     if apart is None:
         return None
     step, then, now = apart
@@ -106,7 +106,7 @@ def rewritten(merged: Merged) -> str | None:
 
 def acquaintance(merged: Merged) -> str:
     """What this user saw before of a history that was not rewritten, in words."""
-    seen = recall(place_of(merged.pinned))
+    seen = recall(place_of(merged.snapshot))
     if seen is None:
         return "not seen on this machine before"
     return f"holds the {len(seen.steps)} steps that were seen on {seen.time}, with the same digests"
@@ -120,13 +120,13 @@ def refuse_rewritten(merged: Merged) -> None:
     """
     problem = rewritten(merged)
     if problem is not None:
-        raise LedgerError(f"{merged.pinned.label}: {problem}; {acceptance(merged)}.")
+        raise LedgerError(f"{merged.snapshot.label}: {problem}; {acceptance(merged)}.")
 
 
 def acceptance(merged: Merged, log: str | Path | None = None) -> str:
     """What to do about a history that was rewritten since it was seen, or since a log got its record."""
     witness = {} if log is None else {"log": log}
-    accept = call("verify", merged.pinned.place.text, accept_rewritten=True, **witness)
+    accept = call("verify", merged.snapshot.ref.text, accept_rewritten=True, **witness)
     return (
         "ask its owner why; if you expect that (it was deleted and made anew), "
         f"{accept} takes the new history from now on"
@@ -142,7 +142,7 @@ def remember(merged: Merged, *, anew: bool = False) -> str | None:
     Returns:
         Why it could not be kept, None if it was.
     """
-    place, digests = place_of(merged.pinned), digests_of(merged)
+    place, digests = place_of(merged.snapshot), digests_of(merged)
     try:
         known = None if anew else recall(place)
         if known is not None and len(known.steps) > len(digests):

@@ -105,9 +105,9 @@ def admit_change(
 
 def own_destination(opened: Merged, to: Destination) -> Destination:
     """A destination, which the merge's own repository is only as long as nobody pushes there meanwhile."""
-    if to.repo_id.lower() != opened.pinned.name.lower():
+    if to.repo_id.lower() != opened.snapshot.name.lower():
         return to
-    return dataclasses.replace(to, parent_commit=opened.pinned.commit)
+    return dataclasses.replace(to, parent_commit=opened.snapshot.commit)
 
 
 def _tell(options: RunOptions, note: str | None) -> None:

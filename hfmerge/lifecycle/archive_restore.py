@@ -89,16 +89,16 @@ def archive_path(merged: Merged, digest: str) -> Path:
         NotFoundError: neither place has an intact copy. The error says what each place has.
     """
     file, reasons = archive_file(digest), []
-    pinned = merged.pinned
-    repository: str | None = pinned.name
-    if pinned.folder is not None:
-        path = file_in(pinned.folder, file)
+    snapshot = merged.snapshot
+    repository: str | None = snapshot.name
+    if snapshot.folder is not None:
+        path = file_in(snapshot.folder, file)
         if path.is_file():
             if sha256_file(path) == digest:
                 return path
-            reasons.append(f"{pinned.label}: {file} is corrupt")
+            reasons.append(f"{snapshot.label}: {file} is corrupt")
         else:
-            reasons.append(f"{pinned.label}: {file} is missing")
+            reasons.append(f"{snapshot.label}: {file} is missing")
         card = merged.read(FILE)
         repository = card_pointer(card.decode("utf-8", "replace")).get("repo") if card is not None else None
     if is_hub_id(repository):
@@ -163,7 +163,7 @@ def _bring_back(merged: Merged, material: Material, identities: Sequence[str], f
             if not _intact(place, wanted, mark):
                 archive = archive_path(merged, material.kept)
                 manifest = _checked(archive, wanted)
-                check_total(manifest, archive, sum(info.size for info in merged.pinned.files.values()))
+                check_total(manifest, archive, sum(info.size for info in merged.snapshot.files.values()))
                 names = [name for name in manifest.files if name.startswith("+") == bool(mark)]
                 # what the merge was made of comes last: where it is, all the rest is there too
                 names.sort(key=lambda name: (name in material.files, name))

@@ -14,8 +14,8 @@ from pathlib import Path
 from hfmerge.checkpoint.archive import write_archive
 from hfmerge.checkpoint.delta import Delta
 from hfmerge.checkpoint.digests import folder_digest
+from hfmerge.checkpoint.model import Model
 from hfmerge.checkpoint.reader import Reader
-from hfmerge.checkpoint.source import Source
 from hfmerge.engine.executor import Outcome
 from hfmerge.engine.plan import Plan
 from hfmerge.engine.ranks import Ranks
@@ -24,7 +24,7 @@ from hfmerge.engine.threads import core_count
 from hfmerge.errors import CorruptFileError, HfMergeError, SourceError
 from hfmerge.hashing import sha256_file
 from hfmerge.hub.download import pin
-from hfmerge.hub.reference import Place
+from hfmerge.hub.reference import ModelRef
 from hfmerge.hub.state_branch import STATE_BRANCH
 from hfmerge.ledger.entry import ARCHIVES, Material, archive_file
 from hfmerge.ledger.repository import Merged
@@ -45,7 +45,7 @@ class Wanted:
         read: this run has read the source's weights.
     """
 
-    source: Source
+    source: Model
     files: Mapping[str, str]
     delta: Delta | None
     earlier: str | None
@@ -101,8 +101,8 @@ def _wanted(change: Change, outcome: Outcome, opened: Merged | None) -> list[Wan
     return result
 
 
-def _is(material: Material, source: Source, files: Mapping[str, str]) -> bool:
-    return (material.name, material.commit) == (source.name, source.pinned.commit) and material.files == files
+def _is(material: Material, source: Model, files: Mapping[str, str]) -> bool:
+    return (material.name, material.commit) == (source.name, source.snapshot.commit) and material.files == files
 
 
 def _keep(
@@ -115,7 +115,7 @@ def _keep(
     private_folder(folder / ARCHIVES)
     there = _published(home) if home is not None else {}
     base = wanted[0]
-    commit = base.source.pinned.commit
+    commit = base.source.snapshot.commit
     identity = f"{base.source.name}@{commit or 'sha256:' + folder_digest(base.files)}"
     with Reader(base.source) as reader, ThreadPoolExecutor(core_count(), "hfmerge-keep") as pool:
 
@@ -134,7 +134,7 @@ def _keep(
             except SourceError as error:
                 if wanted[i].read:
                     raise
-                label = wanted[i].source.pinned.label
+                label = wanted[i].source.snapshot.label
                 return None, f"the copy that was kept of {label} is lost, and cannot be made again: {error}"
 
         return dict(zip(mine, pool.map(one, mine), strict=True))
@@ -143,7 +143,7 @@ def _keep(
 def _published(home: Merged) -> dict[str, str | None]:
     """What the repository's branch of states holds: path -> SHA-256."""
     try:
-        branch = pin(Place(home.pinned.place.text, home.pinned.name, STATE_BRANCH, None))
+        branch = pin(ModelRef(home.snapshot.ref.text, home.snapshot.name, STATE_BRANCH, None))
     except SourceError:
         return {}  # the copies are then made anew, or their absence is told
     return {name: info.sha256 for name, info in branch.files.items()}
@@ -157,7 +157,7 @@ def _made(planned: Plan, path: Path, wanted: Wanted, base: Reader, identity: str
         manifest = write_archive(path, wanted.source, pairs, base, identity, remote_code=remote_code)
         for name, digest in wanted.files.items():
             if manifest.files[name][1] != digest:
-                raise CorruptFileError(f"{wanted.source.pinned.label}: {name} has changed during the merge.")
+                raise CorruptFileError(f"{wanted.source.snapshot.label}: {name} has changed during the merge.")
         digest = sha256_file(path)
         path.rename(path.with_name(f"{digest}.zip"))
         return digest
@@ -165,7 +165,7 @@ def _made(planned: Plan, path: Path, wanted: Wanted, base: Reader, identity: str
         path.unlink(missing_ok=True)
 
 
-def pairs_of(delta: Delta, base: Source) -> dict[str, dict[str, str]]:
+def pairs_of(delta: Delta, base: Model) -> dict[str, dict[str, str]]:
     """Weight file -> its tensor -> the base's stored key, for tensors that change one of the same dtype and shape."""
     result: dict[str, dict[str, str]] = {}
     for mark, place, origins in (("", delta.source, delta.full), ("+", delta.source.beneath, delta.beneath)):

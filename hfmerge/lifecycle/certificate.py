@@ -134,7 +134,7 @@ def statement_of(merged: Merged, removal: Removal, *, recomputed: str | None, da
     """
     now = datetime.now(timezone.utc).replace(microsecond=0)
     expires = None if days is None else _written(now + timedelta(days=days))
-    here = merged.pinned
+    here = merged.snapshot
     told = Told(recomputed or False, _written(now), expires, here.name, here.commit, __version__)
     return _statement(merged, removal, told)
 
@@ -282,7 +282,7 @@ def _subjects(subjects: Sequence[Mapping[str, Any]], merged: Merged) -> Check:
 
 
 def _ledger(predicate: Mapping[str, Any], told: Told, merged: Merged) -> Check:
-    here, wanted = merged.pinned, _of_ledger(merged.last)
+    here, wanted = merged.snapshot, _of_ledger(merged.last)
     if not _same(predicate["ledger"], wanted["ledger"]):
         there = plain(predicate["ledger"]["sha256"])[:12]
         mine = wanted["ledger"]["sha256"][:12]
@@ -300,7 +300,7 @@ def _removed(payload: bytes, statement: Mapping[str, Any], told: Told, merged: M
     removed = statement["predicate"]["removed"]
     TEXT.check(len(removed["identity"]))  # it is compared with all names of the ledger
     try:
-        found = find_removed(merged.entries, removed["identity"], merged.pinned.label)
+        found = find_removed(merged.entries, removed["identity"], merged.snapshot.label)
     except CertificateError as error:
         return [Check("removed", False, plain(error))]
     label = found.part.label

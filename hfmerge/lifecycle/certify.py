@@ -96,14 +96,14 @@ def make_certificate(
     merged = open_merged(ref, sources, consent)
     refuse_rewritten(merged)
     if log is not None and (problem := read_log(log).problem(merged)) is not None:
-        raise VerificationError(f"{merged.pinned.label}: not certified; {problem}; {acceptance(merged, log)}.")
-    removal = find_removed(merged.entries, model, merged.pinned.label)
+        raise VerificationError(f"{merged.snapshot.label}: not certified; {problem}; {acceptance(merged, log)}.")
+    removal = find_removed(merged.entries, model, merged.snapshot.label)
     warnings = copies_inside(merged, removal.part, model)
     report = check_merged(merged, replay=replay, device=device)
     if report.verdict != "ok" and not (accept_approximate and report.verdict == "approximate"):
         todo = f"; certify where it was made, or pass {parameter('accept_approximate', True)}"
         todo = "" if report.verdict == "failed" else todo
-        raise VerificationError(f"{merged.pinned.label}: not certified; {report.culprits[0]}{todo}")
+        raise VerificationError(f"{merged.snapshot.label}: not certified; {report.culprits[0]}{todo}")
     recomputed = {"ok": "exact"}.get(report.verdict, "approximate") if replay else None
     statement = statement_of(merged, removal, recomputed=recomputed, days=days)
     envelope, keyid = _signed(Envelope(canonical_json(statement)), signer)
@@ -144,7 +144,7 @@ def copies_inside(merged: Merged, gone: Part, model: str, seen: set[str] | None 
             notes.append(f"copies of {gone.name} were not looked for in {short(inner)}, a merge itself: {error}")
             continue
         found = [replace(part, role=f"{part.role} of {short(inner)}") for part in parts(opened.last)]
-        check_no_copy(gone, found, model, merged.pinned.label)
+        check_no_copy(gone, found, model, merged.snapshot.label)
         notes += copies_inside(opened, gone, model, seen)
     return notes
 

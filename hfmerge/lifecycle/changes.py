@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hfmerge.checkpoint.custom_code import own_code
-from hfmerge.checkpoint.source import Source
+from hfmerge.checkpoint.model import Model
 from hfmerge.engine.plan import Plan
 from hfmerge.engine.planner import make_plan
 from hfmerge.errors import HfMergeError, LedgerError
@@ -85,7 +85,9 @@ def plan_unmerge(merged: Merged, names: Sequence[str], *, stream: bool = False) 
         raise LedgerError(f"unmerge: name the model with {parameter('remove')}.")
     kept = [model for i, model in enumerate(last.models) if i not in gone]
     if not kept:
-        raise LedgerError(f"{merged.pinned.label}: holds no other model; the base {last.base.label} is what is left.")
+        raise LedgerError(
+            f"{merged.snapshot.label}: holds no other model; the base {last.base.label} is what is left."
+        )
     plan, how = plan_models(merged, kept, stream=stream)
     return Change("unmerge", tuple(last.models[i].name for i in sorted(set(gone))), how, tuple(kept), plan)
 
@@ -117,7 +119,9 @@ def plan_subtract(merged: Merged, names: Sequence[str], *, measure: bool = False
         raise LedgerError(f"{again[0]} was subtracted before; to take it out for good, {exactly}.")
     wanted = [replace(model, subtracted=model.subtracted or i in gone) for i, model in enumerate(last.models)]
     if all(model.subtracted for model in wanted):
-        raise LedgerError(f"{merged.pinned.label}: holds no other model; the base {last.base.label} is what is left.")
+        raise LedgerError(
+            f"{merged.snapshot.label}: holds no other model; the base {last.base.label} is what is left."
+        )
     plan, how = plan_models(merged, wanted, stream=stream)
     exact = None
     if measure:
@@ -149,7 +153,7 @@ def plan_replay(merged: Merged, *, never: bool = False) -> Plan:
 
     def make(refs: Mapping[str, str], copies: Mapping[str, Path]) -> Plan:
         recipe = recipe_of(last, refs, merged.consent)
-        return make_plan(recipe, origin=merged.pinned.label, code_was_run=last.ran_code, copies=copies)
+        return make_plan(recipe, origin=merged.snapshot.label, code_was_run=last.ran_code, copies=copies)
 
     plan = planned_from(merged, everything, make)
     warnings = []
@@ -216,7 +220,7 @@ def _plan_from(
             replace(recipe, models=models, stream=stream, trust_remote_code=trust),
             prior=start.prior if start else None,
             leaving=[_entry(model, refs) for model in leaving],
-            origin=merged.pinned.label,
+            origin=merged.snapshot.label,
             code_was_run=last.ran_code,
             copies=copies,
         )
@@ -294,7 +298,9 @@ def plan_replace(merged: Merged, old: str, new: str, *, weight: Weight | None = 
     plan, how = plan_models(merged, wanted, stream=stream)
     came = plan.deltas[place].source
     if entry.weight == gone.weight and _same(came, gone):
-        raise LedgerError(f"{merged.pinned.label}: holds {gone.label} already, with this weight; nothing to replace.")
+        raise LedgerError(
+            f"{merged.snapshot.label}: holds {gone.label} already, with this weight; nothing to replace."
+        )
     weighs = "" if entry.weight == gone.weight else f", its weight {shown(gone.weight)} by {shown(entry.weight)}"
     said = f"{gone.label} replaced by {_label(came)}{weighs}, at place {place + 1} of {len(wanted)}; {how}"
     return Change("replace", (gone.name, came.name), said, leading(wanted), plan)
@@ -317,7 +323,7 @@ def plan_reorder(merged: Merged, names: Sequence[str], *, stream: bool = False) 
     if absent := [model.name for i, model in enumerate(models) if i not in order]:
         raise LedgerError(f"reorder: name all models in their new order; {', '.join(absent)} missing.")
     if order == sorted(order):
-        raise LedgerError(f"{merged.pinned.label}: its models are in this order already.")
+        raise LedgerError(f"{merged.snapshot.label}: its models are in this order already.")
     wanted = [models[i] for i in order]
     plan, how = plan_models(merged, wanted, stream=stream)
     return Change("reorder", tuple(model.name for model in wanted), how, tuple(wanted), plan)
@@ -336,7 +342,7 @@ def plan_rebase(merged: Merged, base: str, *, stream: bool = False) -> Change:
     last = merged.last
     plan, how = plan_models(merged, last.models, base=base, stream=stream)
     if _same(plan.base, last.base):
-        raise LedgerError(f"{merged.pinned.label}: {last.base.label} is its base already.")
+        raise LedgerError(f"{merged.snapshot.label}: {last.base.label} is its base already.")
     return Change(
         "rebase", (plan.base.name,), f"base {last.base.label} replaced by {_label(plan.base)}; {how}", (), plan
     )
@@ -359,7 +365,7 @@ def plan_without(
     models = merged.last.models
     stay = [i for i in range(len(models)) if i not in gone]
     if not stay:
-        raise LedgerError(f"{merged.pinned.label}: holds no other model; {merged.last.base.label} is what is left.")
+        raise LedgerError(f"{merged.snapshot.label}: holds no other model; {merged.last.base.label} is what is left.")
     wanted = [ModelEntry(parts[i], models[i].weight) if i in parts else models[i] for i in stay]
     plan, how = plan_models(merged, wanted, stream=stream)
     notes = [f"{models[i].label} taken out" for i in gone]
@@ -369,14 +375,14 @@ def plan_without(
     return Change("unmerge", tuple(subjects), f"{', '.join(notes)}; {how}", leading(wanted), plan)
 
 
-def _same(source: Source, material: Material) -> bool:
+def _same(source: Model, material: Material) -> bool:
     """Whether a source is, for sure, what a material was; folders are told apart by their digests only later."""
     under = source.beneath
-    beneath = None if under is None else f"{under.name}@{under.pinned.commit}"
-    commit = source.pinned.commit
+    beneath = None if under is None else f"{under.name}@{under.snapshot.commit}"
+    commit = source.snapshot.commit
     return commit is not None and (source.name, commit, beneath) == (material.name, material.commit, material.beneath)
 
 
-def _label(source: Source) -> str:
+def _label(source: Model) -> str:
     """As in a ledger, which never holds the path of a folder."""
-    return short(f"{source.name}@{source.pinned.commit}") if source.pinned.commit else source.name
+    return short(f"{source.name}@{source.snapshot.commit}") if source.snapshot.commit else source.name

@@ -20,7 +20,7 @@ from hfmerge.evaluation.results import Matrix
 from hfmerge.evaluation.suite import Suite, Task, load_suite
 from hfmerge.evaluation.weight_distance import distance, relative, same_weights
 from hfmerge.hub.download import fetch
-from hfmerge.hub.reference import Pinned
+from hfmerge.hub.reference import Snapshot
 from hfmerge.ledger.entry import Material, reference
 from hfmerge.ledger.repository import Merged, open_merged
 from hfmerge.lifecycle.changes import plan_replay
@@ -128,7 +128,7 @@ def check_removal(
             [_called(evaluator.open(after), "after"), _called(evaluator.open(folder), "never merged")]
         )
         identical = same_weights(outcome.products, result.entry.products)
-        apart = 0.0 if identical else relative(_apart(left.pinned, Path(folder)), outcome.merged_norm)
+        apart = 0.0 if identical else relative(_apart(left.snapshot, Path(folder)), outcome.merged_norm)
     matrix = replace(
         first,
         models=(*first.models, *second.models),
@@ -149,7 +149,7 @@ def _never(left: Merged, device: str | None) -> Plan:
     return learn(plan, Ranks(), opened=left, device=device)[0]
 
 
-def _apart(after: Pinned, never: Path) -> float:
+def _apart(after: Snapshot, never: Path) -> float:
     """Frobenius norm of the difference of the weights."""
     places = {fetch(after, path.name).parent for path in sorted(never.glob("*.safetensors"))}
     return distance(never, places.pop())
@@ -167,8 +167,8 @@ def _called(subject: Subject, label: str) -> Subject:
 
 
 def _where(opened: Merged) -> str:
-    pinned = opened.pinned
-    return str(pinned.folder) if pinned.folder is not None else f"{pinned.name}@{pinned.commit}"
+    snapshot = opened.snapshot
+    return str(snapshot.folder) if snapshot.folder is not None else f"{snapshot.name}@{snapshot.commit}"
 
 
 def _folders(opened: Merged, result: MergeResult) -> dict[str, str]:

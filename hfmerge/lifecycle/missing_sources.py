@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 
-from hfmerge.checkpoint.source import Source
+from hfmerge.checkpoint.model import Model
 from hfmerge.errors import AccessError, CorruptFileError, HfMergeError, NotFoundError, RecipeError
 from hfmerge.hashing import sha256_file
 from hfmerge.hub.client import hub_errors, patiently
 from hfmerge.hub.download import cached, fetch, pin
-from hfmerge.hub.reference import Pinned, Place
+from hfmerge.hub.reference import ModelRef, Snapshot
 from hfmerge.hub.state_branch import STATE_BRANCH
 from hfmerge.ledger.entry import Material, archive_file, short
 from hfmerge.ledger.repository import Merged
@@ -42,10 +42,10 @@ def naming_vanished(
         why = {one: f", and its kept copy cannot take its place ({text})" for one, text in (useless or {}).items()}
         reasons = "; ".join(reason + why.get(material.identity, "") for material, reason, _ in lost)
         ways = list(dict.fromkeys(way for material, _, files in lost for way in _ways(merged, material, files)))
-        raise NotFoundError(f"{merged.pinned.label}: {reasons}. What remains: {'; '.join(ways)}.") from error
+        raise NotFoundError(f"{merged.snapshot.label}: {reasons}. What remains: {'; '.join(ways)}.") from error
 
 
-def check_unchanged(material: Material, source: Source) -> list[str]:
+def check_unchanged(material: Material, source: Model) -> list[str]:
     """Compare the digests that are listed for a source now with those of the merged files; reads no weights.
 
     Returns:
@@ -55,21 +55,21 @@ def check_unchanged(material: Material, source: Source) -> list[str]:
         CorruptFileError: a file differs, though it has the name and the commit of the one that was merged.
     """
     warnings = []
-    places = [(source.pinned, _own(material))]
+    places = [(source.snapshot, _own(material))]
     if source.beneath is not None:
-        places.append((source.beneath.pinned, _under(material)))
-    for pinned, files in places:
-        if pinned.commit is None:
+        places.append((source.beneath.snapshot, _under(material)))
+    for snapshot, files in places:
+        if snapshot.commit is None:
             continue
         for name, digest in files.items():
-            found = _listed_digest(pinned, name)
+            found = _listed_digest(snapshot, name)
             if found is not None and found != digest:
                 raise CorruptFileError(
-                    f"{pinned.label}: {name} is not the file that was merged (sha256 {found[:12]}..., the ledger says "
-                    f"{digest[:12]}...); somebody has changed what this commit gives, so it cannot be used."
+                    f"{snapshot.label}: {name} is not the file that was merged (sha256 {found[:12]}..., the ledger "
+                    f"says {digest[:12]}...); somebody has changed what this commit gives, so it cannot be used."
                 )
-        if pinned.gone:
-            warnings.append(f"{pinned.label} is gone from the Hub; the copy in this machine's cache is used.")
+        if snapshot.gone:
+            warnings.append(f"{snapshot.label} is gone from the Hub; the copy in this machine's cache is used.")
     return warnings
 
 
@@ -81,13 +81,13 @@ def _under(material: Material) -> dict[str, str]:
     return {name[1:]: digest for name, digest in material.files.items() if name.startswith("+")}
 
 
-def _listed_digest(pinned: Pinned, name: str) -> str | None:
+def _listed_digest(snapshot: Snapshot, name: str) -> str | None:
     """SHA-256 of a file, as the Hub lists it, or read where it is small, or where nothing but the cache is left."""
-    info = pinned.files.get(name)
+    info = snapshot.files.get(name)
     if info is None:
         return None
-    if info.sha256 is None and (pinned.gone or (info.size <= _SMALL and not pinned.offline)):
-        return sha256_file(fetch(pinned, name))
+    if info.sha256 is None and (snapshot.gone or (info.size <= _SMALL and not snapshot.offline)):
+        return sha256_file(fetch(snapshot, name))
     return info.sha256
 
 
@@ -103,30 +103,33 @@ def lost_places(material: Material) -> Iterator[tuple[str, str, Mapping[str, str
             continue
         name, _, commit = identity.rpartition("@")
         try:
-            _reach(pin(Place(identity, name, commit, None)), files)
+            _reach(pin(ModelRef(identity, name, commit, None)), files)
         except (NotFoundError, AccessError) as error:
             reason = str(error).removeprefix(f"{identity}: ").partition(";")[0].rstrip(".")
             yield identity, f"{short(identity)} cannot be had from the Hub any more ({reason})", files
 
 
-def _reach(pinned: Pinned, files: Mapping[str, str]) -> None:
+def _reach(snapshot: Snapshot, files: Mapping[str, str]) -> None:
     """Ask for the first file that is not on this machine; listing a gated repository is allowed, reading it is not."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
     for name in files:
-        if cached(pinned, name) is not None:
+        if cached(snapshot, name) is not None:
             continue
-        if pinned.gone:
-            raise NotFoundError(f"{pinned.label}: no such repository or commit, and {name} is not in the cache here")
-        url = hf_hub_url(pinned.name, name, revision=pinned.commit)
-        with hub_errors(pinned.label):
+        if snapshot.gone:
+            raise NotFoundError(f"{snapshot.label}: no such repository or commit, and {name} is not in the cache here")
+        url = hf_hub_url(snapshot.name, name, revision=snapshot.commit)
+        with hub_errors(snapshot.label):
             patiently(lambda url=url: get_hf_file_metadata(url))  # type: ignore[misc]
         return
 
 
 def _ways(merged: Merged, material: Material, files: Mapping[str, str]) -> list[str]:
     """What a user who lacks a material can still do; the way closest to the request comes first."""
-    ref, base = merged.pinned.name if merged.pinned.folder is None else str(merged.pinned.place.text), merged.last.base
+    ref, base = (
+        merged.snapshot.name if merged.snapshot.folder is None else str(merged.snapshot.ref.text),
+        merged.last.base,
+    )
     ways = []
     again = _elsewhere(material.name, _own(material)) if files == _own(material) else None
     if again is not None:
@@ -146,8 +149,8 @@ def _ways(merged: Merged, material: Material, files: Mapping[str, str]) -> list[
 def _elsewhere(name: str, files: Mapping[str, str]) -> str | None:
     """The repository's present commit, if it holds the same files: its history was rewritten, or it was made anew."""
     try:
-        pinned = pin(Place(name, name, None, None))
-        same = all(_listed_digest(pinned, file) == digest for file, digest in files.items())
+        snapshot = pin(ModelRef(name, name, None, None))
+        same = all(_listed_digest(snapshot, file) == digest for file, digest in files.items())
     except HfMergeError:
         return None  # it is only a hint; why the material itself cannot be had is told already
-    return f"{name}@{pinned.commit}" if same and not pinned.offline else None
+    return f"{name}@{snapshot.commit}" if same and not snapshot.offline else None

@@ -120,7 +120,7 @@ def _inner_job(job: Job, merged: Merged, i: int, identities: Sequence[str]) -> J
     rest = [one for k, one in enumerate(inner.last.models) if k not in direct.gone]
     if not rest:
         return None
-    folder = Path(job.output) if job.output is not None else merged.pinned.folder
+    folder = Path(job.output) if job.output is not None else merged.snapshot.folder
     place = job.inner_to or _beside(folder, model, identities)
     if place is None:
         raise LedgerError(
@@ -128,12 +128,12 @@ def _inner_job(job: Job, merged: Merged, i: int, identities: Sequence[str]) -> J
             f"goes with {parameter('inner_to', 'org/name')}, so that others can replay the result."
         )
     if not direct.within:
-        for candidate in dict.fromkeys((place, inner.pinned.name if inner.pinned.commit else place)):
+        for candidate in dict.fromkeys((place, inner.snapshot.name if inner.snapshot.commit else place)):
             if (later := _already(candidate, inner, rest)) is not None:
                 # a run that was killed may have left something there
-                if candidate == place and (later.pinned.folder is not None or left_behind(later)):
-                    finish(later, destination(place) if later.pinned.commit else None, Ranks())
-                return f"{later.pinned.name}@{later.pinned.commit}" if later.pinned.commit else candidate
+                if candidate == place and (later.snapshot.folder is not None or left_behind(later)):
+                    finish(later, destination(place) if later.snapshot.commit else None, Ranks())
+                return f"{later.snapshot.name}@{later.snapshot.commit}" if later.snapshot.commit else candidate
     on_hub = parse_ref(place)[0].folder is None
     return Job(
         "unmerge",

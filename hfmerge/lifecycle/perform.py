@@ -108,8 +108,8 @@ def perform(job: Job, options: RunOptions = DEFAULT) -> MergeResult:
     if job.recipe is not None:
         _check_place(job, None, options)
         with session(options) as here, Digester() as digester:
-            pinned = dataclasses.replace(job, recipe=here.pinned_recipe(job.recipe))
-            return _carry_out(pinned, None, dataclasses.replace(here, digester=digester), started)
+            snapshot = dataclasses.replace(job, recipe=here.pinned_recipe(job.recipe))
+            return _carry_out(snapshot, None, dataclasses.replace(here, digester=digester), started)
     with session(options) as here:
         merged = here.open(str(job.merged), job.sources)
         job = _pinned(job, here)
@@ -178,11 +178,11 @@ def _target(job: Job, merged: Merged | None) -> Path | None:
     """Folder of the result; None where it only goes to the Hub."""
     if job.output is not None:
         return Path(job.output)
-    return merged.pinned.folder if merged is not None else None
+    return merged.snapshot.folder if merged is not None else None
 
 
 def _lies_at(merged: Merged, folder: Path) -> bool:
-    return folder.resolve() == merged.pinned.folder
+    return folder.resolve() == merged.snapshot.folder
 
 
 def _check_place(job: Job, merged: Merged | None, options: RunOptions) -> None:
@@ -190,7 +190,7 @@ def _check_place(job: Job, merged: Merged | None, options: RunOptions) -> None:
     if target is None and job.to is None:
         if merged is None:
             raise OutputError(f"{job.origin}: says neither `output` nor `push_to`; name a folder or a repository.")
-        name = merged.pinned.name
+        name = merged.snapshot.name
         where = f"{parameter('push_to', name)}, or {parameter('output', 'FOLDER')}"
         raise PushError(f"{name}: lies on the Hub; say where the result goes: {where}.")
     if target is None and options.resume:
@@ -216,7 +216,7 @@ def _carry_out(job: Job, merged: Merged | None, here: Session, started: float) -
     stays = False
     if merged is not None and to is not None:
         to = own_destination(merged, to)
-        stays = target is None and to.repo_id.lower() == merged.pinned.name.lower()
+        stays = target is None and to.repo_id.lower() == merged.snapshot.name.lower()
     with _folder_for(target, change.plan, here, device, replace=replaced_one is not None) as place:
         change, learned = _with_weights(change, merged, place, here)
         made = _run(change, merged, place, here, learned, stays=stays)
@@ -341,8 +341,8 @@ def _run(
         places = local_sources(plan, entry, merged)
         here.on_main(partial(note_places, entry, place.output, places))
     left_out = [
-        f"{delta.source.pinned.label}: in {count} parameters its change is a combination of those of earlier models, "
-        f"so {plan.method.name} leaves it out there."
+        f"{delta.source.snapshot.label}: in {count} parameters its change is a combination of those of earlier "
+        f"models, so {plan.method.name} leaves it out there."
         for delta, count in zip(plan.deltas, outcome.dependent, strict=True)
         if count
     ]

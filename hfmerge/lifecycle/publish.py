@@ -27,7 +27,7 @@ from hfmerge.hub.client import hub_api, hub_errors, patiently
 from hfmerge.hub.commits import commit_once, moved, tag_once, upload
 from hfmerge.hub.download import pin
 from hfmerge.hub.privacy import restricted
-from hfmerge.hub.reference import Pinned, Place
+from hfmerge.hub.reference import ModelRef, Snapshot
 from hfmerge.hub.state_branch import (
     STATE_BRANCH,
     bring_states_back,
@@ -110,9 +110,9 @@ def open_push(folder: Path, to: Destination, written: Sequence[str] = ()) -> Ope
             read the inputs.
         SourceError: no right, no connection.
     """
-    pinned = pin(Place(str(folder), None, None, folder))
-    entries, history = ledger_in(pinned)
-    inputs = with_snapshots(parts(entries[-1]), noted_places(pinned, entries[-1]))
+    snapshot = pin(ModelRef(str(folder), None, None, folder))
+    entries, history = ledger_in(snapshot)
+    inputs = with_snapshots(parts(entries[-1]), noted_places(snapshot, entries[-1]))
     levels = restricted(part.identity for part in inputs)
     notes = []
     target = find_target(to)
@@ -246,24 +246,24 @@ def _untagged(api: Any, repo_id: str) -> list[str]:
     return [f"deleted the tags of the merge that was there before: {', '.join(gone)}"] if gone else []
 
 
-def finish_push(pinned: Pinned, last: Entry, to: Destination) -> Pushed:
+def finish_push(snapshot: Snapshot, last: Entry, to: Destination) -> Pushed:
     """Finish a push that ended after its commit: set the tag, and delete obsolete states from their branch.
 
     Args:
-        pinned: the repository.
+        snapshot: the repository.
         last: the last entry of its ledger.
         to: the destination with the consents of the user.
 
     Raises:
         PushError: somebody else uses the branch. SourceError: no right, no connection.
     """
-    api, repo_id, notes = hub_api(), pinned.name, list[str]()
+    api, repo_id, notes = hub_api(), snapshot.name, list[str]()
     strange, note = check_branch(to)
     notes.extend([note] if note is not None else ())
-    oid = commit_of(pinned, last.file)
+    oid = commit_of(snapshot, last.file)
     with hub_errors(repo_id, "write"):
         tag = _tag(api, repo_id, oid, last, notes)
-        _tidy(api, repo_id, str(pinned.commit), last, strange)
+        _tidy(api, repo_id, str(snapshot.commit), last, strange)
     return Pushed(repo_id, oid, f"{api.endpoint}/{repo_id}/commit/{oid}", None, tag, tuple(notes))
 
 
@@ -327,10 +327,10 @@ def _listed_states(repo_id: str) -> list[str]:
     Raises:
         LedgerError: it has one that cannot be read. SourceError: the Hub cannot be asked.
     """
-    pinned = pin(Place(repo_id, repo_id, None, None))
-    if not any(name.startswith(f"{FOLDER}/") for name in pinned.files):
+    snapshot = pin(ModelRef(repo_id, repo_id, None, None))
+    if not any(name.startswith(f"{FOLDER}/") for name in snapshot.files):
         return []
-    return list(ledger_in(pinned)[0][-1].beside)
+    return list(ledger_in(snapshot)[0][-1].beside)
 
 
 def upload_weights(

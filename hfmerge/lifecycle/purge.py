@@ -85,7 +85,7 @@ def purge(
     """
     # what interrupted commands left is dropped with the history
     merged = _published(repo_id, strays=False)
-    repo_id, api = merged.pinned.name, hub_api()
+    repo_id, api = merged.snapshot.name, hub_api()
     with hub_errors(repo_id):
         if strange := strange_files(api, repo_id):
             raise PushError(
@@ -102,7 +102,7 @@ def purge(
 
 def _published(repo_id: str, *, strays: bool = True) -> Merged:
     merged = open_merged(repo_id)
-    if merged.pinned.folder is not None or merged.pinned.place.revision not in (None, "main"):
+    if merged.snapshot.folder is not None or merged.snapshot.ref.revision not in (None, "main"):
         raise HfMergeError(f"{repo_id}: name a repository on the Hub, `org/name`, without a revision.")
     report = check_merged(merged, strays=strays)
     if not report.ok:
@@ -111,7 +111,7 @@ def _published(repo_id: str, *, strays: bool = True) -> Merged:
 
 
 def _plan(api: Any, merged: Merged, delete_files: bool) -> PurgePlan:
-    repo_id, earlier = merged.pinned.name, earlier_files(merged.entries)
+    repo_id, earlier = merged.snapshot.name, earlier_files(merged.entries)
     refs = patiently(lambda: api.list_repo_refs(repo_id, include_pull_requests=True))
     commits = {
         branch.name: _history(api, repo_id, branch.target_commit)
@@ -135,7 +135,7 @@ def _plan(api: Any, merged: Merged, delete_files: bool) -> PurgePlan:
     children = patiently(lambda: [str(model.id) for model in api.list_models(filter=f"base_model:{repo_id}")])
     return PurgePlan(
         repo_id,
-        str(merged.pinned.commit),
+        str(merged.snapshot.commit),
         {name: len(ids) for name, ids in commits.items()},
         tuple(own),
         files,
@@ -197,7 +197,7 @@ def _purged(api: Any, merged: Merged, plan: PurgePlan) -> Purged:
     after = _published(repo_id)
     if after.history != merged.history:
         raise VerificationError(f"{repo_id}: squashed, but the ledger is another now; somebody pushed meanwhile.")
-    name, commit = f"step-{last.step:04d}", str(after.pinned.commit)
+    name, commit = f"step-{last.step:04d}", str(after.snapshot.commit)
     other = tag_once(api, repo_id, name, commit, "", [last.file, *last.products])
     notes = [OUT_OF_REACH]
     if other is not None:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from hfmerge.checkpoint.digests import folder_digest
+from hfmerge.checkpoint.model import Model
 from hfmerge.checkpoint.side_files import is_asset
-from hfmerge.checkpoint.source import Source
 from hfmerge.checkpoint.streaming.session import streamed_name
 from hfmerge.engine.environment import differences
 from hfmerge.engine.executor import Outcome
@@ -21,7 +21,7 @@ from hfmerge.engine.run_files import STATE_FOLDER
 from hfmerge.errors import HfMergeError, LedgerError, OutputError
 from hfmerge.evaluation.plots.embedding import FIGURES, drawn, embed_learning
 from hfmerge.hub.download import fetch, pin
-from hfmerge.hub.reference import Place
+from hfmerge.hub.reference import ModelRef
 from hfmerge.ledger.card import FILE, card_facts, card_pointer, combine_cards, licence_note, parse_card, render_card
 from hfmerge.ledger.card_sections import PREFIX, with_part, without_scores
 from hfmerge.ledger.entry import Entry, Material, MethodUsed, RunScalars, same_prefix, settings_of
@@ -107,7 +107,7 @@ def readable_card(opened: Merged) -> str | None:
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise LedgerError(f"{opened.pinned.label}: {FILE} is not UTF-8; save it as UTF-8.") from error
+        raise LedgerError(f"{opened.snapshot.label}: {FILE} is not UTF-8; save it as UTF-8.") from error
     parse_card(text)
     return text
 
@@ -194,7 +194,7 @@ def entry_of(
 
 
 def _material(
-    source: Source,
+    source: Model,
     files: Mapping[str, str],
     weight: Weight,
     squared_norm: float | None,
@@ -202,36 +202,36 @@ def _material(
     notes: list[str],
 ) -> Material:
     """What the ledger says of one source; `doubtful` are streamed files whose digests were not checked."""
-    commit = source.pinned.commit
+    commit = source.snapshot.commit
     under = source.beneath
     beneath = None
     if under is not None:
         own = {name[1:]: value for name, value in files.items() if name.startswith("+")}
-        beneath = f"{under.name}@{under.pinned.commit or 'sha256:' + folder_digest(own)}"
+        beneath = f"{under.name}@{under.snapshot.commit or 'sha256:' + folder_digest(own)}"
     digest = None if commit else folder_digest({k: v for k, v in files.items() if not k.startswith("+")})
-    unchecked = [file for file in source.streams if streamed_name(source.pinned, file) in doubtful]
+    unchecked = [file for file in source.streams if streamed_name(source.snapshot, file) in doubtful]
     if under is not None:
-        unchecked += [f"+{file}" for file in under.streams if streamed_name(under.pinned, file) in doubtful]
-    ledger, parts = parts_of(source.pinned, notes)
+        unchecked += [f"+{file}" for file in under.streams if streamed_name(under.snapshot, file) in doubtful]
+    ledger, parts = parts_of(source.snapshot, notes)
     if under is not None:
-        parts = tuple(dict.fromkeys((*parts, *parts_of(under.pinned, notes)[1])))
+        parts = tuple(dict.fromkeys((*parts, *parts_of(under.snapshot, notes)[1])))
     return Material(
         source.name, commit, digest, source.kind, weight, dict(files), beneath, squared_norm,
         license=_license(source), unverified=tuple(sorted(unchecked)), ledger=ledger, contains=parts,
     )  # fmt: skip
 
 
-def _front_matter(source: Source) -> dict[str, Any]:
-    if FILE not in source.pinned.files:
+def _front_matter(source: Model) -> dict[str, Any]:
+    if FILE not in source.snapshot.files:
         return {}
     try:
-        text = read_limited(fetch(source.pinned, FILE), CARD_BYTES).decode("utf-8", errors="replace")
+        text = read_limited(fetch(source.snapshot, FILE), CARD_BYTES).decode("utf-8", errors="replace")
         return parse_card(text)[0]
     except (LedgerError, ValueError):
         return {}  # somebody else's card that nobody can read says nothing, and a missing licence is warned of
 
 
-def _license(source: Source) -> str | None:
+def _license(source: Model) -> str | None:
     return _said(_front_matter(source).get("license"))
 
 
@@ -243,9 +243,9 @@ def _said(value: Any) -> str | None:
         return None
 
 
-def _card_settings(base: Source) -> dict[str, Any]:
+def _card_settings(base: Model) -> dict[str, Any]:
     front = _front_matter(base)
-    library = "sentence-transformers" if "modules.json" in base.pinned.files else "transformers"
+    library = "sentence-transformers" if "modules.json" in base.snapshot.files else "transformers"
     return {
         "library_name": _said(front.get("library_name")) or library, "pipeline_tag": _said(front.get("pipeline_tag")),
     }  # fmt: skip
@@ -268,7 +268,7 @@ def _carry_states_over(
     for state in opened.last.states:
         if state.count in have or not same_prefix(opened.last, entry.models, state.count):
             continue
-        path = state_path(opened.pinned, state, [])
+        path = state_path(opened.snapshot, state, [])
         if path is not None:
             (folder / STATE_FOLDER).mkdir(exist_ok=True)
             shutil.copyfile(path, folder / state.file)
@@ -286,14 +286,14 @@ def local_sources(planned: Plan, entry: Entry, opened: Merged | None) -> dict[st
         (entry.base, *entry.models), (planned.base, *(d.source for d in planned.deltas)), strict=True
     ):
         for place, identity in ((source, material.identity), (source.beneath, material.beneath)):
-            if place is not None and place.pinned.commit is None and identity is not None:
-                places[identity] = known.get(identity, str(place.pinned.folder))
+            if place is not None and place.snapshot.commit is None and identity is not None:
+                places[identity] = known.get(identity, str(place.snapshot.folder))
     return places
 
 
 def adopt_card(folder: Path, repo_id: str) -> None:
     """After a push the folder's card names its repository too."""
-    entries, _ = ledger_in(pin(Place(str(folder), None, None, folder)))
+    entries, _ = ledger_in(pin(ModelRef(str(folder), None, None, folder)))
     path = folder / FILE
     text = combine_cards(path.read_text(encoding="utf-8"), render_card(entries, card_facts(entries[-1], repo_id)))
     path.write_text(text, encoding="utf-8")
@@ -304,7 +304,7 @@ def keep_foreign_files(opened: Merged, folder: Path) -> None:
 
     Links stay links, so that nothing is read through them.
     """
-    here = opened.pinned.folder
+    here = opened.snapshot.folder
     assert here is not None
     for name in _foreign(opened):
         target = folder / name
@@ -329,7 +329,7 @@ def refuse_unknown_files(opened: Merged) -> None:
     for name in _foreign(opened):
         if not is_asset(name):
             raise OutputError(
-                f"{opened.pinned.label}: holds {name}, which the ledger does not know and this change would lose; "
+                f"{opened.snapshot.label}: holds {name}, which the ledger does not know and this change would lose; "
                 f"move it out of the folder, or name another {parameter('output')}."
             )
 
@@ -338,7 +338,7 @@ def _foreign(opened: Merged) -> Iterator[str]:
     """Files in a merge's folder that hfmerge did not put there."""
     own = {name for entry in opened.entries for name in (entry.file, *entry.products)} | {FILE, "LICENSE.md"}
     own |= {*drawn(readable_card(opened))}
-    for name in opened.pinned.files:
+    for name in opened.snapshot.files:
         if name not in own and not name.startswith((f"{STATE_FOLDER}/", PREFIX)):
             yield name
 

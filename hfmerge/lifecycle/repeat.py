@@ -18,7 +18,7 @@ from hfmerge.engine.run_files import STATE_FOLDER
 from hfmerge.engine.workspace import clear
 from hfmerge.errors import HfMergeError, LedgerError
 from hfmerge.hub.download import pin
-from hfmerge.hub.reference import Place, parse_ref
+from hfmerge.hub.reference import ModelRef, parse_ref
 from hfmerge.ledger.entry import Material, contained
 from hfmerge.ledger.repository import Merged
 from hfmerge.lifecycle.admission import admit_change
@@ -31,11 +31,11 @@ from hfmerge.recipe.weights import Weight
 
 def in_place(opened: Merged, output: str | Path | None, to: Destination | None) -> bool:
     """Whether the result of a change replaces the merge that is changed."""
-    folder = opened.pinned.folder
+    folder = opened.snapshot.folder
     if folder is not None:
         return output is None or Path(output).resolve() == folder
-    own = to is not None and not to.create_pr and to.repo_id.lower() == opened.pinned.name.lower()
-    return own and output is None and opened.pinned.place.revision in (None, "main")
+    own = to is not None and not to.create_pr and to.repo_id.lower() == opened.snapshot.name.lower()
+    return own and output is None and opened.snapshot.ref.revision in (None, "main")
 
 
 def added(opened: Merged, models: Sequence[ModelEntry]) -> bool:
@@ -83,12 +83,12 @@ def _is(opened: Merged, held: Material, ref: str) -> bool:
     return names == [*([held.beneath] if held.beneath else []), held.identity]
 
 
-def _identity(place: Place, held: Material | None) -> str:
-    pinned = pin(place)
-    if pinned.commit is not None:
-        return f"{pinned.name}@{pinned.commit}"
+def _identity(place: ModelRef, held: Material | None) -> str:
+    snapshot = pin(place)
+    if snapshot.commit is not None:
+        return f"{snapshot.name}@{snapshot.commit}"
     source = with_beside(describe(place.text), () if held is None else held.files)
-    return f"{pinned.name}@sha256:{folder_digest(digests(source))}"
+    return f"{snapshot.name}@sha256:{folder_digest(digests(source))}"
 
 
 def finish(opened: Merged, to: Destination | None, ranks: Ranks) -> MergeResult:
@@ -101,11 +101,11 @@ def finish(opened: Merged, to: Destination | None, ranks: Ranks) -> MergeResult:
 
 
 def _finish(opened: Merged, to: Destination | None, ranks: Ranks) -> MergeResult:
-    folder, last, pushed = opened.pinned.folder, opened.last, None
+    folder, last, pushed = opened.snapshot.folder, opened.last, None
     if folder is None:
-        to = to or Destination(opened.pinned.name)
-        require_writer(opened.pinned.name)
-        pushed = finish_push(opened.pinned, last, to)
+        to = to or Destination(opened.snapshot.name)
+        require_writer(opened.snapshot.name)
+        pushed = finish_push(opened.snapshot, last, to)
     else:
         admit_change(opened, to, Ranks(), DEFAULT)()
         clear(folder)

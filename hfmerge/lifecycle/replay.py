@@ -230,9 +230,9 @@ def _why_different(merged: Merged, folder: Path, name: str, bounds: Mapping[str,
     """
     if not (folder / name).is_file():
         return ", or not at all"
-    if bounds is None or name not in merged.last.products or name not in merged.pinned.files:
+    if bounds is None or name not in merged.last.products or name not in merged.snapshot.files:
         return ""
-    reason = far_apart(fetch(merged.pinned, name), folder / name, bounds)
+    reason = far_apart(fetch(merged.snapshot, name), folder / name, bounds)
     return None if reason is None else f": {reason}"
 
 

@@ -21,7 +21,7 @@ from hfmerge.errors import CorruptFileError, LedgerError, NotFoundError, PushErr
 from hfmerge.hashing import sha256_file
 from hfmerge.hub.client import hub_api, hub_errors
 from hfmerge.hub.download import fetch, pin
-from hfmerge.hub.reference import Pinned, Place, checked_path, is_hub_id
+from hfmerge.hub.reference import ModelRef, Snapshot, checked_path, is_hub_id
 from hfmerge.hub.state_branch import find_states
 from hfmerge.ledger.card import card_pointer
 from hfmerge.ledger.entry import ARCHIVES, Entry
@@ -45,13 +45,13 @@ class Earlier:
 
     Attributes:
         entry: the new ledger entry of the restoration.
-        pinned: the commit with the files of the step.
+        snapshot: the commit with the files of the step.
         states: kept state or copy of a source -> commit of the state branch that holds it.
         notes: remarks on files that cannot be restored.
     """
 
     entry: Entry
-    pinned: Pinned
+    snapshot: Snapshot
     states: Mapping[str, str]
     notes: tuple[str, ...]
 
@@ -68,10 +68,10 @@ def restore_step(job: Job, options: RunOptions) -> MergeResult:
     recover(merged)
     opened = open_merged(merged)
     refuse_rewritten(opened)
-    folder = opened.pinned.folder
+    folder = opened.snapshot.folder
     target = Path(output) if output is not None else folder
     if target is None and to is None:
-        name = opened.pinned.name
+        name = opened.snapshot.name
         where = f"{parameter('push_to', name)}, or {parameter('output', 'FOLDER')}"
         raise PushError(f"{name}: lies on the Hub; say where the result goes: {where}.")
     if in_place(opened, output, to) and restored(opened, step):
@@ -86,11 +86,11 @@ def restore_step(job: Job, options: RunOptions) -> MergeResult:
     _check_code(earlier, options)
     places = _places(opened, earlier.entry, job.sources)
     to = own_destination(opened, to) if to is not None else None
-    if target is None and to is not None and to.repo_id.lower() == opened.pinned.name.lower():
+    if target is None and to is not None and to.repo_id.lower() == opened.snapshot.name.lower():
         pushed: Pushed | None = _on_the_hub(opened, earlier, to)
     else:
         pushed = None
-        whole = sum(info.size for name, info in earlier.pinned.files.items() if name in earlier.entry.products)
+        whole = sum(info.size for name, info in earlier.snapshot.files.items() if name in earlier.entry.products)
         work = {"restore": earlier.entry.digest}
         with tempfile.TemporaryDirectory(prefix="hfmerge-") as spare:
             place = target or Path(spare) / "merged"
@@ -115,8 +115,8 @@ def _check_code(earlier: Earlier, options: RunOptions) -> None:
     names = [name for name in sorted(earlier.entry.products) if is_code(name)]
     if names and not options.trust_remote_code:
         raise UnsupportedError(
-            f"{earlier.pinned.label}: step {earlier.entry.restored} brings code ({listed_names(names)}), which would "
-            f"be copied; pass {parameter('trust_remote_code', True)} if you trust its author."
+            f"{earlier.snapshot.label}: step {earlier.entry.restored} brings code ({listed_names(names)}), which "
+            f"would be copied; pass {parameter('trust_remote_code', True)} if you trust its author."
         )
 
 
@@ -130,28 +130,28 @@ def find_earlier(opened: Merged, step: int, card: str | None) -> Earlier:
     Raises:
         LedgerError: there is no such step or no repository, or the files are not those that the ledger names.
     """
-    label, entries = opened.pinned.label, opened.entries
+    label, entries = opened.snapshot.label, opened.entries
     if not 1 <= step <= len(entries):
         raise LedgerError(f"{label}: has no step {step}; its ledger has steps 1 to {len(entries)}.")
     wanted = entries[step - 1]
     if wanted.products == opened.last.products and wanted.models == opened.last.models:
         raise LedgerError(f"{label}: is as it was at step {step} already.")
     repository = _repository(opened, wanted, card)
-    pinned = _commit_with(repository, wanted)
+    snapshot = _commit_with(repository, wanted)
     with hub_errors(repository.name):
         states = find_states(hub_api(), repository.name, list(wanted.beside))
     counts = {state.file: f"after model {state.count}" for state in wanted.states}
     lost = [file for file in wanted.beside if file not in states]
     notes = [f"{file} ({counts.get(file, 'the copy of a source')}) is gone, and not kept." for file in lost]
-    how = f"brought back from the commit {str(pinned.commit)[:12]} of step {step}; nothing was computed"
+    how = f"brought back from the commit {str(snapshot.commit)[:12]} of step {step}; nothing was computed"
     entry = replace(
         wanted.holding(states), step=len(entries) + 1, parent=opened.last.digest, action="restore",
         subjects=(), how=how, restored=step,
     )  # fmt: skip
-    return Earlier(entry, pinned, states, tuple(notes))
+    return Earlier(entry, snapshot, states, tuple(notes))
 
 
-def _commit_with(repository: Pinned, wanted: Entry) -> Pinned:
+def _commit_with(repository: Snapshot, wanted: Entry) -> Snapshot:
     """The commit that brought a step, or, where a squash has made another one of it, what the step's tag still holds.
 
     Raises:
@@ -160,39 +160,39 @@ def _commit_with(repository: Pinned, wanted: Entry) -> Pinned:
     lost = ""
     for revision in (commit_of(repository, wanted.file), f"step-{wanted.step:04d}"):
         try:
-            pinned = pin(Place(f"{repository.name}@{revision}", repository.name, revision, None))
+            snapshot = pin(ModelRef(f"{repository.name}@{revision}", repository.name, revision, None))
         except NotFoundError:
             continue  # no such tag
-        lost = next((name for name in wanted.products if not _has(pinned, name, wanted.products[name])), "")
+        lost = next((name for name in wanted.products if not _has(snapshot, name, wanted.products[name])), "")
         if not lost:
-            return pinned
+            return snapshot
     raise LedgerError(
         f"{repository.name}: {lost} of step {wanted.step} is not in its history any more, which was squashed or "
         "rewritten; merge, add and unmerge can make the step again from its sources."
     )
 
 
-def _has(pinned: Pinned, name: str, digest: str) -> bool:
-    info = pinned.files.get(name)
-    return info is not None and digest == (info.sha256 or sha256_file(fetch(pinned, name)))
+def _has(snapshot: Snapshot, name: str, digest: str) -> bool:
+    info = snapshot.files.get(name)
+    return info is not None and digest == (info.sha256 or sha256_file(fetch(snapshot, name)))
 
 
-def _repository(opened: Merged, wanted: Entry, card: str | None) -> Pinned:
+def _repository(opened: Merged, wanted: Entry, card: str | None) -> Snapshot:
     """Where earlier weights may be: the merge's own repository, or the one a folder was pushed to."""
-    if opened.pinned.folder is None:
-        return opened.pinned
+    if opened.snapshot.folder is None:
+        return opened.snapshot
     name = card_pointer(card or "").get("repo")
     if not is_hub_id(name):
         raise LedgerError(
-            f"{opened.pinned.label}: a folder keeps only its present weights, and this one was never pushed; only on "
-            "the Hub are older ones kept; `hfmerge unmerge`, `add` and `replace` can make the step again from its "
+            f"{opened.snapshot.label}: a folder keeps only its present weights, and this one was never pushed; only "
+            "on the Hub are older ones kept; `hfmerge unmerge`, `add` and `replace` can make the step again from its "
             "sources."
         )
-    repository = pin(Place(str(name), str(name), None, None))
+    repository = pin(ModelRef(str(name), str(name), None, None))
     listed = wanted.file in repository.files
     if not listed or fetch(repository, wanted.file).read_bytes() != opened.history[wanted.file]:
         raise LedgerError(
-            f"{opened.pinned.label}: step {wanted.step} was never pushed to {name}, which its card names; older "
+            f"{opened.snapshot.label}: step {wanted.step} was never pushed to {name}, which its card names; older "
             "weights are only on the Hub."
         )
     return repository
@@ -202,8 +202,8 @@ def _places(opened: Merged, entry: Entry, sources: Mapping[str, str]) -> dict[st
     """Where the folders lie, as far as known, that the restored step was merged from."""
     identities = [one for m in (entry.base, *entry.models) for one in (m.identity, m.beneath)]
     wanted = opened.entries[(entry.restored or 1) - 1]
-    known = noted_places(opened.pinned, opened.last) | noted_places(opened.pinned, wanted)
-    known |= known_places(opened.pinned, entry, sources)
+    known = noted_places(opened.snapshot, opened.last) | noted_places(opened.snapshot, wanted)
+    known |= known_places(opened.snapshot, entry, sources)
     return {identity: known[identity] for identity in identities if identity is not None and identity in known}
 
 
@@ -211,7 +211,7 @@ def _on_the_hub(opened: Merged, earlier: Earlier, to: Destination) -> Pushed:
     """Copy the files within the repository; nothing but ledger and card is sent."""
     from huggingface_hub import CommitOperationCopy
 
-    commit = earlier.pinned.commit
+    commit = earlier.snapshot.commit
     copies = [CommitOperationCopy(file, file, src_revision=commit) for file in sorted(earlier.entry.products)]
     with tempfile.TemporaryDirectory(prefix="hfmerge-") as folder:
         write_record(Path(folder), earlier.entry, opened, None)
@@ -220,12 +220,12 @@ def _on_the_hub(opened: Merged, earlier: Earlier, to: Destination) -> Pushed:
 
 def _fill(folder: Path, earlier: Earlier, opened: Merged, existing: str | None) -> None:
     """Everything of the step into a folder, compared with its digests on the way."""
-    files = {name: (fetch(earlier.pinned, name), digest) for name, digest in earlier.entry.products.items()}
+    files = {name: (fetch(earlier.snapshot, name), digest) for name, digest in earlier.entry.products.items()}
     for file, digest in earlier.entry.beside.items():
-        branch = Place(file, earlier.pinned.name, earlier.states[file], None)
+        branch = ModelRef(file, earlier.snapshot.name, earlier.states[file], None)
         files[file] = (fetch(pin(branch), file), digest)
     for name, (path, digest) in files.items():
-        target = folder / checked_path(name, earlier.pinned.label)
+        target = folder / checked_path(name, earlier.snapshot.label)
         target.parent.mkdir(parents=True, exist_ok=True)
         if name.startswith(f"{ARCHIVES}/"):
             private_folder(target.parent)

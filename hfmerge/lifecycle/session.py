@@ -95,8 +95,8 @@ class Session:
         ref = self.pinned(merged)
         opened = self.each(lambda: open_merged(ref, sources, self.options.consent))
         # as it was asked for: a history is remembered by its branch, not by the commit that stands for it in this run
-        asked = dataclasses.replace(opened.pinned, place=parse_ref(merged)[0])
-        self.on_main(partial(refuse_rewritten, dataclasses.replace(opened, pinned=asked)))
+        asked = dataclasses.replace(opened.snapshot, ref=parse_ref(merged)[0])
+        self.on_main(partial(refuse_rewritten, dataclasses.replace(opened, snapshot=asked)))
         return opened
 
     def pinned(self, ref: str) -> str:
@@ -130,7 +130,7 @@ def _pin_text(ref: str) -> str:
     except HfMergeError:
         # planning meets the same fault and reports it together with all others
         return ref
-    return "+".join(f"{p.name}@{p.commit}" if p.commit else p.place.text for p in places)
+    return "+".join(f"{p.name}@{p.commit}" if p.commit else p.ref.text for p in places)
 
 
 def given_recipe(recipe: Recipe | str | Path, consent: Consent = NO_CONSENT) -> tuple[Recipe, str]:

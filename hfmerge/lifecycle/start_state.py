@@ -58,7 +58,7 @@ def starts(
         if covered and cost < total:
             found.append((cost, len(found), entry, state, covered, held))
     for _, _, entry, state, covered, held in sorted(found, key=lambda each: each[:2]):
-        path = state_path(merged.pinned, state, warnings)
+        path = state_path(merged.snapshot, state, warnings)
         if path is None:
             continue
         models = entry.models[: state.count]

@@ -22,7 +22,7 @@ from hfmerge.engine.workspace import leftovers, recover
 from hfmerge.errors import LedgerError, NotFoundError
 from hfmerge.hashing import sha256_file
 from hfmerge.hub.download import cached, fetch, pin
-from hfmerge.hub.reference import Pinned, Place
+from hfmerge.hub.reference import ModelRef, Snapshot
 from hfmerge.hub.state_branch import ATTRIBUTES, STATE_BRANCH
 from hfmerge.ledger.card import BEGIN, FILE, card_differs, card_pointer, licence_note
 from hfmerge.ledger.card_sections import PREFIX
@@ -168,19 +168,19 @@ def check_merged(
     """
     checks = [Check("ledger", True, f"{len(merged.entries)} entries, each names its parent's digest")]
     checks.append(_history(merged, accept_rewritten))
-    download = download and merged.pinned.folder is None
+    download = download and merged.snapshot.folder is None
     files, read = _downloaded(merged) if download else _digests(merged)
     card, licences = merged.read(FILE), merged.read(LICENCES)
     checks.extend(check_contents(merged.entries, files, card, licences, read=read, downloaded=download))
     checks.extend(_pointers(merged))
     checks.extend(_materials(merged.last))
     checks.extend(_copies(merged, files) if download else ())
-    checks.extend(_published_states(merged, download) if merged.pinned.folder is None else [])
+    checks.extend(_published_states(merged, download) if merged.snapshot.folder is None else [])
     checks.extend(left_behind(merged) if strays else [])
     checks.extend(also(merged) if also is not None else ())
     if replay:
         checks.extend(_replay(merged, device))
-    return Report(merged.pinned.label, tuple(checks), merged.pinned.commit)
+    return Report(merged.snapshot.label, tuple(checks), merged.snapshot.commit)
 
 
 def check_contents(
@@ -271,25 +271,27 @@ def _foreign(name: str) -> str | None:
 
 def _digests(merged: Merged) -> tuple[dict[str, str | None], int]:
     """Path -> SHA-256 of what the ledger names, by LFS id or else read, None of all else; and how many were read."""
-    last, found, read = merged.last, {name: info.sha256 for name, info in merged.pinned.files.items()}, 0
+    last, found, read = merged.last, {name: info.sha256 for name, info in merged.snapshot.files.items()}, 0
     for name in (*last.products, *last.beside):
         if name in found and found[name] is None:
-            found[name], read = sha256_file(fetch(merged.pinned, name)), read + 1
+            found[name], read = sha256_file(fetch(merged.snapshot, name)), read + 1
     return found, read
 
 
 def _downloaded(merged: Merged) -> tuple[dict[str, str | None], int]:
     """As `_digests`, of what the Hub serves; also of the ledger and of what people read."""
-    pinned, last = merged.pinned, merged.last
-    names = [name for name in (*last.products, *last.beside, *merged.history, FILE, LICENCES) if name in pinned.files]
-    served = served_digests(pinned, names)
-    return {name: served.get(name) for name in pinned.files}, len(names)
+    snapshot, last = merged.snapshot, merged.last
+    names = [
+        name for name in (*last.products, *last.beside, *merged.history, FILE, LICENCES) if name in snapshot.files
+    ]
+    served = served_digests(snapshot, names)
+    return {name: served.get(name) for name in snapshot.files}, len(names)
 
 
 def _copies(merged: Merged, served: Mapping[str, str | None]) -> Iterator[Check]:
     """Whether this machine's cache, from which the ledger was read and models are loaded, has what the Hub serves."""
     for name, digest in served.items():
-        copy = cached(merged.pinned, name) if digest is not None else None
+        copy = cached(merged.snapshot, name) if digest is not None else None
         if copy is not None and sha256_file(copy) != digest:
             what = f"the cache of this machine holds other bytes than the Hub serves; delete {copy.resolve()}"
             yield Check(name, False, what)
@@ -328,12 +330,12 @@ def _materials(last: Entry) -> Iterator[Check]:
 
 def _pointers(merged: Merged) -> Iterator[Check]:
     """Whether what is loaded names a file that the ledger does not have, such as a picture that holds weights."""
-    last, files = merged.last, merged.pinned.files
+    last, files = merged.last, merged.snapshot.files
     for name in last.products:
         if name not in files or not name.endswith(POINTERS):
             continue
         try:
-            values = _texts(read_limited(fetch(merged.pinned, name), INDEX_BYTES))
+            values = _texts(read_limited(fetch(merged.snapshot, name), INDEX_BYTES))
         except (ValueError, RecursionError) as error:
             yield Check(name, False, f"cannot be read: {type(error).__name__}: {error}")
             continue
@@ -362,9 +364,9 @@ def _kind(name: str) -> str:
     return "a copy of a source" if name.startswith(f"{ARCHIVES}/") else "a state"
 
 
-def _state_branch(merged: Merged) -> Pinned | None:
+def _state_branch(merged: Merged) -> Snapshot | None:
     try:
-        return pin(Place(merged.pinned.place.text, merged.pinned.name, STATE_BRANCH, None))
+        return pin(ModelRef(merged.snapshot.ref.text, merged.snapshot.name, STATE_BRANCH, None))
     except NotFoundError:
         return None
 
@@ -390,12 +392,12 @@ def _published_states(merged: Merged, download: bool) -> list[Check]:
 
 def left_behind(merged: Merged) -> list[Check]:
     """What interrupted commands left on the branch of states or beside the folder; it may hold a removed model."""
-    folder = merged.pinned.folder
+    folder = merged.snapshot.folder
     if folder is not None:
         left = "left beside the folder by a killed run; repeat its command, or delete it"
         return [Check(name, False, left) for name in leftovers(folder)]
     # an earlier commit is not what the branch goes with
-    if merged.pinned.place.revision not in (None, "main") or (branch := _state_branch(merged)) is None:
+    if merged.snapshot.ref.revision not in (None, "main") or (branch := _state_branch(merged)) is None:
         return []
     what = (
         f"on the branch {STATE_BRANCH}: {{}} that the ledger does not know; repeat the command that was interrupted, "

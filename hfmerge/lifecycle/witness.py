@@ -115,10 +115,10 @@ class Log:
 
     def problem(self, merged: Merged) -> str | None:
         """What the log knows of a merge that does not hold of it now, in words; None if all holds."""
-        mine = [record for record in self.records if record.merge["place"] == place_of(merged.pinned)]
+        mine = [record for record in self.records if record.merge["place"] == place_of(merged.snapshot)]
         last = max((i for i, record in enumerate(mine) if record.did == "accepted"), default=0)
         seen = {(record.ledger["step"], record.ledger["sha256"]): record for record in reversed(mine[last:])}
-        apart = first_apart(seen, digests_of(merged), older=may_be_older(merged.pinned))
+        apart = first_apart(seen, digests_of(merged), older=may_be_older(merged.snapshot))
         if apart is None:
             return None
         step, then, now = apart
@@ -131,7 +131,7 @@ class Log:
 
     def summary(self, merged: Merged) -> str:
         """The log in a few words."""
-        mine = [record for record in self.records if record.merge["place"] == place_of(merged.pinned)]
+        mine = [record for record in self.records if record.merge["place"] == place_of(merged.snapshot)]
         torn = f"; {self._repair()}" if self.torn else ""
         return f"{len(self.records)} records hold, {len(mine)} of them of this merge{torn}"
 
@@ -168,17 +168,17 @@ def append(path: str | Path, merged: Merged, did: str, *, certificate: str | Non
         LedgerError: the log is broken, or knows another history. OutputError: the file cannot be written.
     """
     file = Path(path).expanduser()
-    pinned, last = merged.pinned, merged.last
+    snapshot, last = merged.snapshot, merged.last
     with _held(file, fcntl.LOCK_EX) as handle:
         log = _checked(file, _bytes(file, handle))
         if did != "accepted" and (problem := log.problem(merged)) is not None:
-            raise LedgerError(f"{pinned.label}: {problem}.")
+            raise LedgerError(f"{snapshot.label}: {problem}.")
         record = Record(
             number=len(log.records) + 1,
             previous=log.head,
             time=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
             did=did,
-            merge={"name": pinned.name, "place": place_of(pinned), "commit": pinned.commit},
+            merge={"name": snapshot.name, "place": place_of(snapshot), "commit": snapshot.commit},
             ledger={"file": last.file, "sha256": digests_of(merged)[-1], "step": last.step},
             certificate=certificate,
         )

@@ -84,7 +84,7 @@ def test_rows_that_are_surveyed_are_read_once_if_there_is_room(
     stored, read = Reader.stored, {"rows": 0}
 
     def counted(reader: Reader, key: str, rows: Rows | None = None) -> torch.Tensor:
-        if key == UP and reader.source.pinned.name != "base":
+        if key == UP and reader.source.snapshot.name != "base":
             read["rows"] += 8500 if rows is None else rows[1] - rows[0]
         return stored(reader, key, rows)
 

@@ -270,7 +270,7 @@ FAULTS: dict[str, tuple[Callable[[Any], object], str]] = {
     "no plan": (lambda d: d.pop("plan"), "lacks the key plan"),
     "a list": (lambda d: d.update(plan=[]), "must be a mapping, not a list"),
     "an unknown field": (lambda d: d["plan"].update(parms=1), 'has the unknown field "parms"; did you mean "params"?'),
-    "a field of a field": (lambda d: at(d, "plan", "base", "pinned").update(x=1), "pinned: has the unknown field"),
+    "a field of a field": (lambda d: at(d, "plan", "base", "snapshot").update(x=1), "snapshot: has the unknown field"),
     "a missing field": (lambda d: at(d, "plan", "params", 3).pop("slot"), "params: item 3: lacks the field slot"),
     "text for a number": (lambda d: at(d, "plan", "estimate").update(seconds="1"), "seconds: must be a number, not"),
     "a truth for a number": (lambda d: at(d, "plan", "estimate").update(read=True), "read: must be a whole number"),

@@ -139,7 +139,7 @@ def test_a_merge_is_read_once_for_all_tasks(world: Path, monkeypatch: pytest.Mon
     stored = loading.stored
 
     def counted(source: Any) -> Any:
-        reads.append(source.pinned.name)
+        reads.append(source.snapshot.name)
         return stored(source)
 
     monkeypatch.setattr(loading, "stored", counted)

@@ -358,10 +358,10 @@ def test_the_clip_suites_run_on_stand_ins_under_their_own_ids(world: World, tmp_
     # which commits `main` was is in the results, and pinned they ask for the same
     assert {task.head_commit for task in matrix.tasks} == {tower}
     tiny.done("suites", "--pin", _shorter(tmp_path / "short.yaml", suite), "--output", tmp_path / "pinned.yaml")
-    pinned = load_suite(tmp_path / "pinned.yaml")
-    assert [t.dataset for t in pinned.tasks] == [f"{task.dataset}@{task.commit}" for task in matrix.tasks]
-    assert {task.head for task in pinned.tasks} == {f"openai/clip-vit-base-patch32@{tower}"}
-    assert [replace(p, dataset="", head="") for p in pinned.tasks] == [
+    snapshot = load_suite(tmp_path / "pinned.yaml")
+    assert [t.dataset for t in snapshot.tasks] == [f"{task.dataset}@{task.commit}" for task in matrix.tasks]
+    assert {task.head for task in snapshot.tasks} == {f"openai/clip-vit-base-patch32@{tower}"}
+    assert [replace(p, dataset="", head="") for p in snapshot.tasks] == [
         replace(t, dataset="", head="") for t in suite.tasks
     ]
     full = hfmerge.evaluate(["openai/clip-vit-base-patch32"], "clip-8", tasks=["mnist", "dtd"], settings=FRESH)

@@ -257,7 +257,7 @@ def test_kept_tokens_bound_the_whole_divergence_from_below() -> None:
 
 
 def test_common_tokens_are_drawn_more_often(tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(open_subject(str(classifier(tmp_path / "model"))).places[0])
+    tokenizer = load_tokenizer(open_subject(str(classifier(tmp_path / "model"))).snapshots[0])
     words = read_vocabulary(tokenizer, tiny.WORDS, "it")
     assert words.before == (2,) and words.after == (3,) and words.mask == 4
     assert words.weights[:6].eq(0).all() and (words.weights[6:].diff() < 0).all() and len(words.weights) == tiny.WORDS

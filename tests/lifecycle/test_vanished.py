@@ -11,9 +11,9 @@ import pytest
 from huggingface_hub import HfApi
 
 import hfmerge
-from hfmerge.checkpoint.source import Source
+from hfmerge.checkpoint.model import Model
 from hfmerge.errors import CorruptFileError
-from hfmerge.hub.reference import FileInfo, Pinned, Place
+from hfmerge.hub.reference import FileInfo, ModelRef, Snapshot
 from hfmerge.hubserver.importer import import_folder
 from hfmerge.hubserver.serve import HubServer
 from hfmerge.ledger.entry import Material
@@ -156,13 +156,13 @@ def test_a_copy_in_the_cache_is_compared_with_the_ledger(
 
 def test_other_bytes_under_the_same_commit() -> None:
     """What no honest Hub gives: the commit is there, and lists another digest."""
-    place, commit = Place("org/a", "org/a", "0" * 40, None), "0" * 40
+    place, commit = ModelRef("org/a", "org/a", "0" * 40, None), "0" * 40
     files = {"config.json": "1" * 64, "model.safetensors": "2" * 64}
     material = Material("org/a", commit, None, "full", 1.0, files)
 
-    def source(digest: str) -> Source:
+    def source(digest: str) -> Model:
         infos = {name: FileInfo(9, value) for name, value in {**files, "model.safetensors": digest}.items()}
-        return Source("org/a", Pinned(place, "org/a", commit, None, infos), "full", {}, None, {})
+        return Model("org/a", Snapshot(place, "org/a", commit, None, infos), "full", {}, None, {})
 
     assert check_unchanged(material, source("2" * 64)) == []
     with pytest.raises(CorruptFileError, match="org/a@00000000: model.safetensors is not the file that was merged"):

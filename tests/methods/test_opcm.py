@@ -321,7 +321,7 @@ def test_adapters_are_folded_without_reading_the_base(tmp_path: Path, monkeypatc
     read, rescale = Reader.stored, Visit.rescale
 
     def reading(self: Reader, key: str, rows: tuple[int, int] | None = None) -> Tensor:
-        events.append(f"{Path(self.source.pinned.label).name}: {key}")
+        events.append(f"{Path(self.source.snapshot.label).name}: {key}")
         return read(self, key, rows)
 
     def writing(self: Visit, scale: float) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from hfmerge.errors import OfflineError
 from hfmerge.hub.client import hub_errors
 from hfmerge.hub.ranges import RangedFile, Traffic
-from hfmerge.hub.reference import Pinned
+from hfmerge.hub.reference import Snapshot
 from hfmerge.validation.wording import parameter
 
 
@@ -19,11 +19,11 @@ BLOCK = 1 << 24
 """Bytes of one request."""
 
 
-def served_digests(pinned: Pinned, files: Sequence[str]) -> dict[str, str]:
+def served_digests(snapshot: Snapshot, files: Sequence[str]) -> dict[str, str]:
     """Path -> SHA-256 of what the Hub sends for it.
 
     Args:
-        pinned: a repository at one commit.
+        snapshot: a repository at one commit.
         files: paths in it.
 
     Raises:
@@ -32,21 +32,21 @@ def served_digests(pinned: Pinned, files: Sequence[str]) -> dict[str, str]:
     from huggingface_hub import hf_hub_url
     from huggingface_hub.utils import tqdm
 
-    if pinned.offline or pinned.gone:
+    if snapshot.offline or snapshot.gone:
         raise OfflineError(
-            f"{pinned.label}: the Hub does not serve it now; run again online, or without "
+            f"{snapshot.label}: the Hub does not serve it now; run again online, or without "
             f"{parameter('download', True)}."
         )
     otherwise = f"without {parameter('download', True)} (the digests that the Hub lists are then believed)"
-    total, traffic, found = sum(pinned.files[file].size for file in files), Traffic(), {}
+    total, traffic, found = sum(snapshot.files[file].size for file in files), Traffic(), {}
     with (
-        hub_errors(pinned.label),
+        hub_errors(snapshot.label),
         tqdm(total=total, desc="Downloading", unit="B", unit_scale=True, name="hfmerge", disable=None) as bar,
     ):
         for file in files:
-            url, size = hf_hub_url(pinned.name, file, revision=pinned.commit), pinned.files[file].size
+            url, size = hf_hub_url(snapshot.name, file, revision=snapshot.commit), snapshot.files[file].size
             # without a digest, so that what the answer says of itself is not looked at
-            ranged = RangedFile(f"{pinned.label}: {file}", url, size, None, traffic, otherwise=otherwise)
+            ranged = RangedFile(f"{snapshot.label}: {file}", url, size, None, traffic, otherwise=otherwise)
             found[file] = _hashed(ranged, bar.update)
     return found
 

@@ -11,12 +11,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from hfmerge.checkpoint.headers import MET_AT_ONCE, Header, header_length, parse_header
-from hfmerge.checkpoint.source import Source
+from hfmerge.checkpoint.model import Model
 from hfmerge.checkpoint.streaming.blocks import BlockStore
 from hfmerge.checkpoint.streaming.remote_file import RemoteFile
 from hfmerge.hub.client import Patience
 from hfmerge.hub.ranges import RangedFile, Traffic
-from hfmerge.hub.reference import Pinned
+from hfmerge.hub.reference import Snapshot
 
 
 WAITING = 8
@@ -77,18 +77,18 @@ class Streaming:
         self._traffic, self._patience = Traffic(), patience
         self._files: dict[Name, RemoteFile] = {}
 
-    def open(self, pinned: Pinned, file: str) -> RemoteFile:
+    def open(self, snapshot: Snapshot, file: str) -> RemoteFile:
         """A file of a pinned repository, its header read; the one that is open already, if it is.
 
         Raises:
             SourceError: unreachable, refused, or no safetensors file.
         """
-        name = (pinned.name, pinned.commit, file)
+        name = (snapshot.name, snapshot.commit, file)
         if name in self._files:
             return self._files[name]
-        sha256 = pinned.files[file].sha256
+        sha256 = snapshot.files[file].sha256
         assert sha256 is not None
-        ranged = ranged_file(pinned, file, self._traffic, self._patience)
+        ranged = ranged_file(snapshot, file, self._traffic, self._patience)
         header, head = remote_header(ranged, file)
         self._files[name] = RemoteFile(self.store, ranged, header, head, sha256)
         self.store.sources = len({(repository, commit) for repository, commit, _ in self._files})
@@ -159,35 +159,35 @@ def leave_session(streaming: Streaming) -> None:
         one.close()
 
 
-def take_session(sources: Iterable[Source]) -> Streaming:
+def take_session(sources: Iterable[Model]) -> Streaming:
     """The latest session left with exactly the files that these sources stream, or a new one; nobody else has it.
 
     Raises:
         SourceError: a file has to be opened and cannot be.
     """
-    files = {(one.pinned.name, one.pinned.commit, file): one.pinned for one in sources for file in one.streams}
+    files = {(one.snapshot.name, one.snapshot.commit, file): one.snapshot for one in sources for file in one.streams}
     with _guard:
         for at in reversed(range(len(_waiting))):
             if _waiting[at].names == files.keys():
                 return _waiting.pop(at)
     fresh = Streaming()
-    for (_, _, file), pinned in files.items():
-        fresh.open(pinned, file)
+    for (_, _, file), snapshot in files.items():
+        fresh.open(snapshot, file)
     return fresh
 
 
-def streamed_name(pinned: Pinned, file: str) -> str:
+def streamed_name(snapshot: Snapshot, file: str) -> str:
     """What messages and `Streamed` call a file: `org/name@0123abcd: model.safetensors`."""
-    return f"{pinned.label}: {file}"
+    return f"{snapshot.label}: {file}"
 
 
-def ranged_file(pinned: Pinned, file: str, traffic: Traffic, patience: Patience | None = None) -> RangedFile:
+def ranged_file(snapshot: Snapshot, file: str, traffic: Traffic, patience: Patience | None = None) -> RangedFile:
     """A file of a pinned repository, to read ranges of."""
     from huggingface_hub import hf_hub_url
 
-    info = pinned.files[file]
-    url = hf_hub_url(pinned.name, file, revision=pinned.commit)
-    return RangedFile(streamed_name(pinned, file), url, info.size, info.sha256, traffic, patience)
+    info = snapshot.files[file]
+    url = hf_hub_url(snapshot.name, file, revision=snapshot.commit)
+    return RangedFile(streamed_name(snapshot, file), url, info.size, info.sha256, traffic, patience)
 
 
 def remote_header(ranged: RangedFile, file: str) -> tuple[Header, bytes]:

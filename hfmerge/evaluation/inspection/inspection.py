@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hfmerge.checkpoint.source import Source
+from hfmerge.checkpoint.model import Model
 from hfmerge.checkpoint.streaming.session import Streaming, take_session
 from hfmerge.engine.estimate import stream_memory, stream_readers
 from hfmerge.engine.options import RunOptions
@@ -173,9 +173,9 @@ def inspect_models(
     )
 
 
-def public_name(source: Source) -> str:
+def public_name(source: Model) -> str:
     """A model as results name it: pinned to its commit, or a folder by its last part, since paths are nobody's."""
-    commit = source.pinned.commit
+    commit = source.snapshot.commit
     return f"{source.name}@{commit}" if commit else source.name
 
 

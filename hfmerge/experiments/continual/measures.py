@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from hfmerge.checkpoint.digests import digests, folder_digest
-from hfmerge.checkpoint.source import Source
+from hfmerge.checkpoint.model import Model
 from hfmerge.evaluation.results import Score
 from hfmerge.experiments.continual import metrics
 
 
-def identity(source: Source) -> str:
+def identity(source: Model) -> str:
     """What a model is, wherever it lies: commit on the Hub, or digest of its files; an adapter with its base."""
-    own = source.pinned.commit or folder_digest(digests(source))
+    own = source.snapshot.commit or folder_digest(digests(source))
     beneath = "" if source.beneath is None else f"{identity(source.beneath)}+"
     return f"{beneath}{source.kind}:{own}"
 

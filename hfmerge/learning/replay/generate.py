@@ -16,7 +16,7 @@ from hfmerge.evaluation.models import Subject
 from hfmerge.evaluation.processors import (
     IMAGE_FILES,
     TOKENIZER_FILES,
-    find_place,
+    find_snapshot,
     load_images,
     load_tokenizer,
     longest,
@@ -111,7 +111,7 @@ class _Maker:
         self.passes = 0
         self._subject, self._spare, self._model, self._kind = subject, spare, model, kind
         self._scores, self._asked, self._steps, self._update = scores, asked, steps, update
-        self._places = (*subject.places, *(spare.places if spare is not None else ()))
+        self._snapshots = (*subject.snapshots, *(spare.snapshots if spare is not None else ()))
         self._random: Generator = torch.Generator().manual_seed(asked.seed)
         self._log_chances = torch.nn.functional.logsigmoid if scores == "labels" else _log_softmax
 
@@ -125,7 +125,7 @@ class _Maker:
         import torch
 
         label, asked = self._subject.info.label, self._asked
-        tokenizer = load_tokenizer(find_place(self._places, TOKENIZER_FILES, "tokenizer", label))
+        tokenizer = load_tokenizer(find_snapshot(self._snapshots, TOKENIZER_FILES, "tokenizer", label))
         writer = self._writer(tokenizer)
         models = [model for model in (self._model, writer) if model is not None]
         known = min(model.get_input_embeddings().weight.shape[0] for model in models)
@@ -169,7 +169,9 @@ class _Maker:
         import torch
 
         asked = self._asked
-        processor = load_images(find_place(self._places, IMAGE_FILES, "image processor", self._subject.info.label))
+        processor = load_images(
+            find_snapshot(self._snapshots, IMAGE_FILES, "image processor", self._subject.info.label)
+        )
         size = images.probe(processor)
         values = images.noise(processor, size, asked.rows, self._random)
         goal = math.log(asked.confidence) if asked.confidence > 0 else float("-inf")
@@ -205,7 +207,7 @@ class _Maker:
                 "head; name its base, or take contrast or unigram."
             )
         name = self._spare.info.label
-        if load_tokenizer(find_place(self._spare.places, TOKENIZER_FILES, "tokenizer", name)).get_vocab() != (
+        if load_tokenizer(find_snapshot(self._spare.snapshots, TOKENIZER_FILES, "tokenizer", name)).get_vocab() != (
             tokenizer.get_vocab()
         ):
             raise HfMergeError(f"{name}: its tokenizer has other tokens than {self._subject.info.label}'s.")

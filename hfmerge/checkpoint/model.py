@@ -1,4 +1,4 @@
-"""A source: one model as a plan needs it, described by its small files and the headers of its weights."""
+"""A model as a plan needs it: described by its small files and the headers of its weights."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hfmerge.checkpoint.headers import TensorEntry
-from hfmerge.hub.reference import Pinned
+from hfmerge.hub.reference import Snapshot
 
 
 @dataclass(frozen=True)
-class Source:
+class Model:
     """A model described by its small files and headers: everything a plan needs.
 
     Attributes:
         ref: as written in the recipe.
-        pinned: where it lies.
+        snapshot: where it lies.
         kind: "full" or "adapter".
         config: config.json; for an adapter, what its own config.json adds (label names), or {}.
         adapter: adapter_config.json of an adapter.
@@ -28,20 +28,20 @@ class Source:
     """
 
     ref: str
-    pinned: Pinned
+    snapshot: Snapshot
     kind: str
     config: Mapping[str, Any] = field(repr=False)
     adapter: Mapping[str, Any] | None = field(repr=False)
     tensors: Mapping[str, TensorEntry] = field(repr=False)
     pickled: bool = False
-    beneath: Source | None = None
+    beneath: Model | None = None
     streams: tuple[str, ...] = field(default=(), repr=False)
     beside: Mapping[str, Mapping[str, TensorEntry]] = field(default_factory=dict, repr=False)
 
     @property
     def name(self) -> str:
         """Repository ID or folder name, the adapter's for an adapter."""
-        return self.pinned.name
+        return self.snapshot.name
 
     @property
     def slug(self) -> str:
@@ -59,9 +59,9 @@ class Source:
         return sum(entry.nbytes for entry in entries if entry.file in self.streams)
 
 
-def weight_files(source: Source) -> list[str]:
+def weight_files(source: Model) -> list[str]:
     """Every file of a source that a merge depends on, in order: configuration first, then weights, then others."""
     small = ["config.json", "adapter_config.json"]
-    files = [name for name in small if name in source.pinned.files]
+    files = [name for name in small if name in source.snapshot.files]
     files += sorted({entry.file for entry in source.tensors.values()})
     return list(dict.fromkeys([*files, *source.beside]))
