@@ -95,8 +95,8 @@ class Session:
         ref = self.pinned(merged)
         opened = self.each(lambda: open_merged(ref, sources, self.options.consent))
         # as it was asked for: a history is remembered by its branch, not by the commit that stands for it in this run
-        asked = dataclasses.replace(opened.snapshot, ref=parse_ref(merged)[0])
-        self.on_main(partial(refuse_rewritten, dataclasses.replace(opened, snapshot=asked)))
+        as_named = dataclasses.replace(opened.snapshot, ref=parse_ref(merged)[0])
+        self.on_main(partial(refuse_rewritten, dataclasses.replace(opened, snapshot=as_named)))
         return opened
 
     def pinned(self, ref: str) -> str:
