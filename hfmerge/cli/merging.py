@@ -14,7 +14,7 @@ from hfmerge.cli.shared import (
     push_arguments,
     push_flags,
     run_flags,
-    run_options,
+    run_options_from_flags,
     size,
 )
 from hfmerge.recipe.keys import keys_of
@@ -84,7 +84,7 @@ def _asked(args: argparse.Namespace) -> Recipe:
 def _merge(args: argparse.Namespace) -> int:
     from hfmerge import api
 
-    result = api.merge(_asked(args), **push_arguments(args), options=run_options(args))
+    result = api.merge(_asked(args), **push_arguments(args), options=run_options_from_flags(args))
     return print_result(args, result)
 
 

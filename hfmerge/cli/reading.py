@@ -82,7 +82,7 @@ def register(command: Command) -> None:
 
 def _history(args: argparse.Namespace) -> int:
     from hfmerge.engine.workspace import recover
-    from hfmerge.ledger.log import method, steps_of, tree
+    from hfmerge.ledger.log import method_line, steps_of, tree
     from hfmerge.ledger.repository import open_merged
     from hfmerge.ledger.seen import acceptance, rewritten
     from hfmerge.recipe.weights import shown
@@ -102,7 +102,7 @@ def _history(args: argparse.Namespace) -> int:
         say(*tree(steps))
     else:
         say(*_table(steps))
-        say("", f"now: {merged.last.base.label} with {method(merged.last)} of")
+        say("", f"now: {merged.last.base.label} with {method_line(merged.last)} of")
         for label, norm in steps[-1].norms.items():
             model = next(one for one in merged.last.models if one.label == label)
             say(f"  {label:<48} {model.kind}, weight {shown(model.weight)}, norm {norm:.4g}")
@@ -111,7 +111,7 @@ def _history(args: argparse.Namespace) -> int:
 
 def _table(steps: Sequence[Step]) -> list[str]:
     """One line per step. The norm of a new model is printed behind its name."""
-    from hfmerge.ledger.log import method
+    from hfmerge.ledger.log import method_line
 
     rows = [["step", "action", "digest", "method", "norm", "when", "who", "models (norm)"]]
     for step in steps:
@@ -122,7 +122,16 @@ def _table(steps: Sequence[Step]) -> list[str]:
         who = ", ".join(commit.authors) if commit else "-"
         did = ", ".join(names) or f"as step {entry.restored}"
         rows.append(
-            [str(entry.step), entry.action, step.digest[:12], method(entry), f"{step.merged_norm:.4g}", when, who, did]
+            [
+                str(entry.step),
+                entry.action,
+                step.digest[:12],
+                method_line(entry),
+                f"{step.merged_norm:.4g}",
+                when,
+                who,
+                did,
+            ]
         )
     if all(step.commit is None for step in steps):
         rows = [[*row[:5], row[7]] for row in rows]

@@ -96,7 +96,7 @@ def change_arguments(args: argparse.Namespace) -> dict[str, Any]:
         **push_arguments(args),
         "sources": given_sources(args),
         **({"stream": args.stream} if "stream" in args else {}),
-        "options": run_options(args),
+        "options": run_options_from_flags(args),
     }
 
 
@@ -146,7 +146,7 @@ def log_flag(sub: argparse.ArgumentParser) -> None:
     )
 
 
-def run_options(args: argparse.Namespace) -> RunOptions:
+def run_options_from_flags(args: argparse.Namespace) -> RunOptions:
     memory = parse_size(args.max_memory) if args.max_memory is not None else None
     return RunOptions(args.storage, args.resume, memory, notify, device=args.device, **given_consent(args))
 

@@ -61,7 +61,7 @@ class Buffers:
             self.views = [bytes_of(row) for row in self.stored]
 
 
-class Memory(threading.local):
+class ThreadBuffers(threading.local):
     """The buffers of each thread, one set for the dtypes that it met last."""
 
     def __init__(self) -> None:
@@ -76,7 +76,7 @@ class Memory(threading.local):
 
 
 @dataclass(frozen=True)
-class Merged:
+class MergedRows:
     """The result of a fold on some rows of a tensor.
 
     Attributes:
@@ -90,18 +90,18 @@ class Merged:
     sum: Tensor | None
 
 
-def merged(
+def merge_rows(
     method: PlainSum,
     models: Sequence[DeltaReader],
     names: Sequence[str],
     base: Tensor,
     first: int,
     weights: Sequence[float],
-    memory: Memory,
+    memory: ThreadBuffers,
     *,
     dtype: torch.dtype,
     keep: bool,
-) -> Merged | None:
+) -> MergedRows | None:
     """Sum and read-out of all models in some rows of a tensor, bit for bit as by `step` and `emit`, model by model.
 
     Args:
@@ -166,4 +166,4 @@ def merged(
     bound = math.fsum(abs(weight) * math.sqrt(square) for weight, square in zip(weights, squares, strict=True))
     if not bound <= method.limit:
         return None
-    return Merged(change.view(base.shape), squares, None if total is None else total.view(base.shape))
+    return MergedRows(change.view(base.shape), squares, None if total is None else total.view(base.shape))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hfmerge.checkpoint.model import Model, weight_files
-from hfmerge.checkpoint.vocabulary import TOKENIZER_FILES
+from hfmerge.checkpoint.vocabulary import VOCABULARY_FILES
 from hfmerge.engine.device import Device
 from hfmerge.engine.environment import environment
 from hfmerge.engine.plan import Plan
@@ -57,7 +57,7 @@ def _identity(source: Model) -> list[Any]:
     under = _identity(source.beneath) if source.beneath is not None else None
     if snapshot.folder is None or snapshot.commit is not None:
         return [snapshot.name, snapshot.commit, under]
-    names = dict.fromkeys([*weight_files(source), *(name for name in TOKENIZER_FILES if name in snapshot.files)])
+    names = dict.fromkeys([*weight_files(source), *(name for name in VOCABULARY_FILES if name in snapshot.files)])
     return [str(snapshot.folder), [[name, *_last_change(snapshot.folder / name)] for name in names], under]
 
 

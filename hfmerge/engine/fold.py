@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from hfmerge.checkpoint.reader import Rows
 from hfmerge.checkpoint.writer import SIZES, TORCH_NAMES, SafetensorsWriter
-from hfmerge.engine.batched_sum import merged
+from hfmerge.engine.batched_sum import merge_rows
 from hfmerge.engine.device import CPU, Device
 from hfmerge.engine.partition import visit_bytes
 from hfmerge.engine.plan import Param, state_name
@@ -145,7 +145,7 @@ class Folding:
         writers = [writer for writer in (files.states.get(count), files.scratch) if writer is not None]
         dtype = torch.float32 if SIZES[param.slot.dtype] < 4 else torch.float64
         weights = self.plan.weights_of(param)
-        found = merged(
+        found = merge_rows(
             plain,
             files.models,
             names,

@@ -8,10 +8,9 @@ from typing import Any
 
 from hfmerge.checkpoint.delta import Delta, adapter_delta, full_delta
 from hfmerge.checkpoint.heads import Head, adapter_head, full_head
-from hfmerge.checkpoint.layout import Layout, Origin, match
-from hfmerge.checkpoint.layout import describe as describe_layout
+from hfmerge.checkpoint.layout import Layout, Origin, describe_layout, match
 from hfmerge.checkpoint.layout.cache import relevant
-from hfmerge.checkpoint.lora import PREFIX, AdapterMap, map_adapter
+from hfmerge.checkpoint.lora import PEFT_PREFIX, AdapterMap, map_adapter
 from hfmerge.checkpoint.model import Model
 from hfmerge.checkpoint.vocabulary import same_tokens
 from hfmerge.errors import CorruptFileError, ShapeError, SourceError, UnsupportedError
@@ -71,7 +70,7 @@ def _own_head(mapped: AdapterMap, source: Model, base: Model, layout: Layout) ->
     if source.config.get("id2label") and _labels(source.config) == _labels(base.config):
         return mapped
     own = {t: key for t, key in mapped.replaced.items() if t in layout.heads and t not in layout.vocab_axis}
-    heads = {**mapped.heads, **{key: key.removeprefix(PREFIX) for key in own.values()}}
+    heads = {**mapped.heads, **{key: key.removeprefix(PEFT_PREFIX) for key in own.values()}}
     return AdapterMap(mapped.lora, {t: key for t, key in mapped.replaced.items() if t not in own}, heads)
 
 

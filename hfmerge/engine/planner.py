@@ -21,11 +21,11 @@ from hfmerge.checkpoint.layout import Layout
 from hfmerge.checkpoint.model import Model
 from hfmerge.checkpoint.side_files import side_files
 from hfmerge.checkpoint.streaming.session import Streaming, leave_session
-from hfmerge.checkpoint.vocabulary import Vocabulary, align
+from hfmerge.checkpoint.vocabulary import MergedVocabulary, align
 from hfmerge.checkpoint.writer import Slot, shard_names
 from hfmerge.engine.estimate import with_estimate
 from hfmerge.engine.model_match import Layouts, match_source, some
-from hfmerge.engine.plan import DTYPES, BaseLayout, Estimate, Param, Plan, Prior
+from hfmerge.engine.plan import SAFETENSORS_DTYPES, BaseLayout, Estimate, Param, Plan, Prior
 from hfmerge.errors import HfMergeError, Problem, RecipeError, UnsupportedError
 from hfmerge.methods import MergeMethod, registry
 from hfmerge.recipe.recipe import ModelEntry, Recipe
@@ -206,7 +206,7 @@ def _vocabulary(
     *,
     leaving: bool,
     origin: str,
-) -> Vocabulary | None:
+) -> MergedVocabulary | None:
     """How rows of differing vocabularies meet; None where all have the base's.
 
     Raises:
@@ -300,7 +300,7 @@ def _params(
     layout: Layout,
     deltas: Sequence[Delta],
     leaving: Sequence[Delta],
-    vocabulary: Vocabulary | None,
+    vocabulary: MergedVocabulary | None,
     warnings: list[str],
 ) -> tuple[Param, ...]:
     """One entry per tensor of the base, in stored order: the output's keys are the base's keys."""
@@ -323,7 +323,7 @@ def _params(
     for key, entry in base.tensors.items():
         dtype, shape = entry.dtype, entry.shape
         if entry.floating and recipe.dtype is not None:
-            dtype = DTYPES[recipe.dtype]
+            dtype = SAFETENSORS_DTYPES[recipe.dtype]
         axis = layout.vocab_axis.get(key)
         if vocabulary is not None and vocabulary.added and axis is not None:
             shape = (*shape[:axis], vocabulary.size, *shape[axis + 1 :])

@@ -222,7 +222,7 @@ def _meet(wanted: int) -> Store:
     return distributed.PrefixStore("hfmerge", store)
 
 
-def shares(costs: Sequence[float], world: int, allowed: Sequence[Sequence[int]] | None = None) -> list[int]:
+def assign_owners(costs: Sequence[float], world: int, allowed: Sequence[Sequence[int]] | None = None) -> list[int]:
     """Owner of each piece of work: the largest first, each to the process with least so far; equal on every rank.
 
     Args:

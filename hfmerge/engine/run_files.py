@@ -12,7 +12,7 @@ from hfmerge.checkpoint.model import Model
 from hfmerge.checkpoint.reader import Reader, Rows
 from hfmerge.checkpoint.streaming.session import Streaming
 from hfmerge.checkpoint.writer import SafetensorsWriter, Slot, bytes_of
-from hfmerge.engine.batched_sum import Memory
+from hfmerge.engine.batched_sum import ThreadBuffers
 from hfmerge.engine.journal import Finished, Journal, Key, checksum
 from hfmerge.engine.partition import Chunk
 from hfmerge.engine.plan import KeptState, Param, Plan, needs_two_passes
@@ -58,7 +58,7 @@ class RunFiles:
     ):
         self.plan, self.folder, self.ranks, self.journal, self.pin = plan, folder, ranks, journal, pin
         self.start = plan.start
-        self.memory = Memory()
+        self.memory = ThreadBuffers()
         self.base = Reader(plan.base, streaming)
         readers = open_deltas(plan, (*plan.deltas, *plan.leaving), streaming)
         self.models, self.leaving = readers[: len(plan.deltas)], readers[len(plan.deltas) :]

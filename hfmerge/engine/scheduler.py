@@ -17,13 +17,13 @@ from itertools import chain
 from typing import Any
 
 from hfmerge.engine.device import CPU, Device
-from hfmerge.engine.environment import environment, fingerprint
+from hfmerge.engine.environment import arithmetic_fingerprint, environment
 from hfmerge.engine.estimate import stream_memory
 from hfmerge.engine.journal import Finished, Key, Region
 from hfmerge.engine.options import RunOptions
 from hfmerge.engine.partition import Chunk, ahead, alike, chunks, cost, held, visit_bytes
 from hfmerge.engine.plan import Plan, needs_two_passes
-from hfmerge.engine.ranks import Ranks, shares
+from hfmerge.engine.ranks import Ranks, assign_owners
 from hfmerge.engine.run_files import RunFiles
 from hfmerge.engine.storage import disk_of_files
 from hfmerge.engine.tasks import Norms, Visit
@@ -168,7 +168,7 @@ class Passes:
     def _environment(self) -> dict[str, Any]:
         """Versions, device and arithmetic of all processes."""
         moved = any(self.ranks.gather(self.moved))
-        mixed = len(set(self.ranks.gather(fingerprint(self.device.place)))) > 1
+        mixed = len(set(self.ranks.gather(arithmetic_fingerprint(self.device.place)))) > 1
         return environment(self.device, moved=moved, mixed=mixed)
 
     def _note_moved(self) -> None:
@@ -229,7 +229,7 @@ class Passes:
             sum(CHECKING * chunk.nbytes if known else cost(self.plan, chunk) for chunk in group)
             for group, known in zip(groups, noted, strict=True)
         ]
-        owners = shares(costs, self.ranks.world, [crews[at[group[0].param.file]] for group in groups])
+        owners = assign_owners(costs, self.ranks.world, [crews[at[group[0].param.file]] for group in groups])
         mine = [i for i, owner in enumerate(owners) if owner == self.ranks.rank]
         self.files.expect([chunk.param.key for i in mine if not noted[i] for chunk in groups[i]])
         parts = self.ranks.together(

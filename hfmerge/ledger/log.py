@@ -25,7 +25,7 @@ from hfmerge.errors import OfflineError
 from hfmerge.hub.client import hub_api, hub_errors, patiently
 from hfmerge.hub.reference import Snapshot
 from hfmerge.ledger.diff import compare
-from hfmerge.ledger.entry import FOLDER, Entry, Material, short
+from hfmerge.ledger.entry import LEDGER_FOLDER, Entry, Material, short
 from hfmerge.ledger.repository import Merged
 from hfmerge.recipe.weights import shown
 
@@ -106,7 +106,7 @@ def _commits(merged: Merged) -> dict[str, _Commit]:
     """Ledger file -> the commit that brought it: the only one that ever touched it, since no entry is ever changed."""
     api, name, revision = hub_api(), merged.snapshot.name, merged.snapshot.commit
     with hub_errors(merged.snapshot.label):
-        tree = patiently(lambda: list(api.list_repo_tree(name, FOLDER, revision=revision, expand=True)))
+        tree = patiently(lambda: list(api.list_repo_tree(name, LEDGER_FOLDER, revision=revision, expand=True)))
         history = patiently(lambda: list(api.list_repo_commits(name, revision=revision)))
     known = {str(commit.commit_id): commit for commit in history}
     found = {}
@@ -150,14 +150,14 @@ def tree(steps: Sequence[Step]) -> list[str]:
 
 def title(step: Step) -> str:
     """Number, action, digest, method, norm, and who and when where that is known, of one step."""
-    words = [f"{step.entry.step} {step.entry.action}", step.digest[:12], method(step.entry)]
+    words = [f"{step.entry.step} {step.entry.action}", step.digest[:12], method_line(step.entry)]
     words.append(f"norm {step.merged_norm:.4g}")
     if step.commit is not None:
         words += [", ".join(step.commit.authors), f"{step.commit.date:%Y-%m-%d %H:%M}"]
     return "  ".join(words)
 
 
-def method(entry: Entry) -> str:
+def method_line(entry: Entry) -> str:
     """A method with its options, in one line."""
     options = " ".join(f"{name}={value}" for name, value in entry.method.options.items())
     rescaled = "" if entry.method.norm == "none" else f"norm={entry.method.norm}"

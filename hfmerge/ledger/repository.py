@@ -20,7 +20,7 @@ from hfmerge.hub.client import hub_errors
 from hfmerge.hub.download import fetch, pin
 from hfmerge.hub.reference import Snapshot, parse_ref
 from hfmerge.hub.state_branch import STATE_BRANCH
-from hfmerge.ledger.entry import FOLDER, Entry, Material, check_chain, check_size, contained, ledger_files
+from hfmerge.ledger.entry import LEDGER_FOLDER, Entry, Material, check_chain, check_size, contained, ledger_files
 from hfmerge.recipe.weights import stored
 from hfmerge.user_files import home, keep_note, private_folder
 from hfmerge.validation.folders import file_in
@@ -96,7 +96,7 @@ def parts_of(snapshot: Snapshot, warnings: list[str]) -> tuple[str | None, tuple
 
     A broken ledger gives a warning and counts as no ledger.
     """
-    if not any(name.startswith(f"{FOLDER}/") for name in snapshot.files):
+    if not any(name.startswith(f"{LEDGER_FOLDER}/") for name in snapshot.files):
         return None, ()
     try:
         entries, _ = ledger_in(snapshot)

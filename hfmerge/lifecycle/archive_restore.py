@@ -25,7 +25,7 @@ from hfmerge.hub.client import hub_errors, patiently
 from hfmerge.hub.reference import is_hub_id, is_identity
 from hfmerge.hub.state_branch import STATE_BRANCH
 from hfmerge.ledger.card import FILE, card_pointer
-from hfmerge.ledger.entry import Material, archive_file, reference, short
+from hfmerge.ledger.entry import Material, archive_file, material_reference, short
 from hfmerge.ledger.repository import Merged, check_folders, folders_of
 from hfmerge.lifecycle.missing_sources import lost_places, naming_vanished
 from hfmerge.user_files import home, private_folder
@@ -125,7 +125,7 @@ def _downloaded(repository: str, file: str) -> Path:
 def _folders_back(merged: Merged, material: Material, found: _Found) -> None:
     """Make sure of the folders of a material, with kept copies in the place of those that are not as they were."""
     try:
-        reference(material, found.refs)
+        material_reference(material, found.refs)
         check_folders(found.refs, material, allow_pickle=merged.consent.allow_pickle)
     except LedgerError as error:
         if material.kept is None:
@@ -196,7 +196,9 @@ class _Base:
             _folders_back(self._merged, last.base, found)
             _hub_back(self._merged, last.base, found)
             allow_pickle = self._merged.consent.allow_pickle
-            source = describe(reference(last.base, found.refs), allow_pickle=allow_pickle, copies=found.copies)
+            source = describe(
+                material_reference(last.base, found.refs), allow_pickle=allow_pickle, copies=found.copies
+            )
             self._reader = self._stack.enter_context(Reader(source))
         return self._reader
 

@@ -39,7 +39,7 @@ from typing import Any
 from hfmerge.errors import CertificateError
 from hfmerge.hashing import canonical_json
 from hfmerge.ledger.entry import Entry
-from hfmerge.ledger.removal import Removal, find_removed
+from hfmerge.ledger.removal import RemovedModel, find_removed
 from hfmerge.ledger.repository import Merged
 from hfmerge.lifecycle.dsse import IN_TOTO, Envelope
 from hfmerge.lifecycle.keys import Trusted
@@ -125,7 +125,9 @@ class Told:
         return told
 
 
-def statement_of(merged: Merged, removal: Removal, *, recomputed: str | None, days: float | None) -> dict[str, Any]:
+def statement_of(
+    merged: Merged, removal: RemovedModel, *, recomputed: str | None, days: float | None
+) -> dict[str, Any]:
     """The statement about a merge that has lost a model; see the module's docstring.
 
     Args:
@@ -139,12 +141,12 @@ def statement_of(merged: Merged, removal: Removal, *, recomputed: str | None, da
     return _statement(merged, removal, told)
 
 
-def _statement(merged: Merged, removal: Removal, told: Told) -> dict[str, Any]:
+def _statement(merged: Merged, removal: RemovedModel, told: Told) -> dict[str, Any]:
     """The one statement that is true of a merge, a removal, and what the signer says."""
     base = merged.last.base.label
     names = ", ".join(model.label for model in merged.last.models)
     claim = (
-        f"The subjects are the weights of a merge of {names} into {base}. {removal.part.label} is none of these "
+        f"The subjects are the weights of a merge of {names} into {base}. {removal.model.label} is none of these "
         f"materials; it was taken out by step {removal.removed} of the ledger."
     )
     return {
@@ -182,11 +184,11 @@ def _subjects_of(entry: Entry) -> list[dict[str, Any]]:
     return [{"name": name, "digest": {"sha256": sha256}} for name, sha256 in _weights(entry).items()]
 
 
-def _removed_of(removal: Removal) -> dict[str, Any]:
+def _removed_of(removal: RemovedModel) -> dict[str, Any]:
     return {
-        "identity": removal.part.identity,
-        "role": removal.part.role,
-        "files": dict(removal.part.files),
+        "identity": removal.model.identity,
+        "role": removal.model.role,
+        "files": dict(removal.model.files),
         "firstStep": removal.first,
         "lastStep": removal.last,
         "removedByStep": removal.removed,
@@ -303,7 +305,7 @@ def _removed(payload: bytes, statement: Mapping[str, Any], told: Told, merged: M
         found = find_removed(merged.entries, removed["identity"], merged.snapshot.label)
     except CertificateError as error:
         return [Check("removed", False, plain(error))]
-    label = found.part.label
+    label = found.model.label
     if not _same(removed, _removed_of(found)):
         return [Check("removed", False, f"the ledger tells {label} otherwise than the certificate")]
     gone = f"{label} was taken out by step {found.removed} and is not in the merge"

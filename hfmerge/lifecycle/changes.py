@@ -16,7 +16,7 @@ from hfmerge.checkpoint.model import Model
 from hfmerge.engine.plan import Plan
 from hfmerge.engine.planner import make_plan
 from hfmerge.errors import HfMergeError, LedgerError
-from hfmerge.ledger.entry import Entry, Material, recipe_of, reference, short
+from hfmerge.ledger.entry import Entry, Material, material_reference, recipe_of, short
 from hfmerge.ledger.repository import Merged
 from hfmerge.lifecycle.archive_restore import planned_from
 from hfmerge.lifecycle.missing_sources import check_unchanged
@@ -241,7 +241,7 @@ def _made_without(last: Entry, plan: Plan, count: int) -> bool:
 
 
 def _entry(model: Material, refs: Mapping[str, str]) -> ModelEntry:
-    return ModelEntry(reference(model, refs), model.weight, model.subtracted)
+    return ModelEntry(material_reference(model, refs), model.weight, model.subtracted)
 
 
 def _unchanged(

@@ -14,7 +14,7 @@ from pathlib import Path
 from hfmerge.engine.ranks import Ranks
 from hfmerge.errors import HfMergeError, LedgerError, NotFoundError
 from hfmerge.hub.reference import parse_ref
-from hfmerge.ledger.entry import Entry, Material, contained, named, reference, same_model
+from hfmerge.ledger.entry import Entry, Material, contained, material_reference, named, same_model
 from hfmerge.ledger.repository import Merged, open_merged
 from hfmerge.lifecycle.job import Job
 from hfmerge.lifecycle.push_target import destination
@@ -110,7 +110,7 @@ def _inner_job(job: Job, merged: Merged, i: int, identities: Sequence[str]) -> J
             f"{what}: lies in a merge beneath the adapter {model.label}; unmerge {model.name} as a whole."
         )
     try:
-        inner = open_merged(reference(model, merged.refs))
+        inner = open_merged(material_reference(model, merged.refs))
     except HfMergeError as error:
         raise LedgerError(
             f"{what}: is a part of the merge {model.label}, which cannot be read to take it out there: {error}"
@@ -137,7 +137,7 @@ def _inner_job(job: Job, merged: Merged, i: int, identities: Sequence[str]) -> J
     on_hub = parse_ref(place)[0].folder is None
     return Job(
         "unmerge",
-        merged=reference(model, merged.refs),
+        merged=material_reference(model, merged.refs),
         names=tuple(identities),
         inner_to=f"{place}-inner" if direct.within else None,
         output=None if on_hub else place,

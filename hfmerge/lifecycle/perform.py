@@ -50,10 +50,10 @@ from hfmerge.lifecycle.record import (
     local_sources,
     other_arithmetic,
     readable_card,
-    record,
+    record_result,
     refuse_unknown_files,
 )
-from hfmerge.lifecycle.repeat import added, finish, in_place, replaced
+from hfmerge.lifecycle.repeat import already_added, already_replaced, finish, in_place
 from hfmerge.lifecycle.restore import restore_step
 from hfmerge.lifecycle.session import MergeResult, Session, push_written, session
 from hfmerge.validation.wording import parameter
@@ -74,9 +74,9 @@ PLANS: Mapping[str, Callable[[Job, Merged], Change]] = {
 }
 """Action -> the plan of a job that changes a merge."""
 DONE: Mapping[str, Callable[[Job, Merged], bool]] = {
-    "add": lambda job, merged: added(merged, job.models),
+    "add": lambda job, merged: already_added(merged, job.models),
     "unmerge": lambda job, merged: removed_already(merged, job.names),
-    "replace": lambda job, merged: replaced(merged, job.names[0], job.models[0].model, job.weight),
+    "replace": lambda job, merged: already_replaced(merged, job.names[0], job.models[0].model, job.weight),
 }
 """Action -> whether the merge's last step is this very job, for actions that may be repeated."""
 
@@ -336,7 +336,9 @@ def _run(
         gap = here.on_main(partial(gap_of, plan, outcome, place.folder, change.exact)) if plan.subtracted else None
         known = here.on_main(partial(learned.keep, place.folder)) if learned is not None else None
         entry, notes = here.on_main(
-            partial(record, change, place.folder, outcome, merged, existing, gap=gap, copies=copies, learned=known)
+            partial(
+                record_result, change, place.folder, outcome, merged, existing, gap=gap, copies=copies, learned=known
+            )
         )
         places = local_sources(plan, entry, merged)
         here.on_main(partial(note_places, entry, place.output, places))

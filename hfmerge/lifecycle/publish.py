@@ -37,10 +37,10 @@ from hfmerge.hub.state_branch import (
     withdraw_states,
 )
 from hfmerge.ledger.card import FILE, card_facts, combine_cards, render_card
-from hfmerge.ledger.card_sections import PREFIX, carried_scores, part, with_part
-from hfmerge.ledger.entry import FOLDER, Entry
+from hfmerge.ledger.card_sections import RESULTS_PREFIX, carried_scores, part, with_part
+from hfmerge.ledger.entry import LEDGER_FOLDER, Entry
 from hfmerge.ledger.log import commit_of
-from hfmerge.ledger.removal import parts
+from hfmerge.ledger.removal import contained_models
 from hfmerge.ledger.repository import ledger_in, noted_places
 from hfmerge.ledger.seen import remember_steps, repository_place
 from hfmerge.lifecycle.push_target import (
@@ -112,7 +112,7 @@ def open_push(folder: Path, to: Destination, written: Sequence[str] = ()) -> Ope
     """
     snapshot = pin(ModelRef(str(folder), None, None, folder))
     entries, history = ledger_in(snapshot)
-    inputs = with_snapshots(parts(entries[-1]), noted_places(snapshot, entries[-1]))
+    inputs = with_snapshots(contained_models(entries[-1]), noted_places(snapshot, entries[-1]))
     levels = restricted(part.identity for part in inputs)
     notes = []
     target = find_target(to)
@@ -210,7 +210,7 @@ def _after_commit(
         The tag, or None.
     """
     entries, history, last, tag = opened.entries, opened.history, opened.entries[-1], None
-    if any(name.startswith(f"{FOLDER}/") for name in opened.lost):
+    if any(name.startswith(f"{LEDGER_FOLDER}/") for name in opened.lost):
         notes.extend(_untagged(api, repo_id))
     advice = f"push the folder to {repo_id} again to make up for it"
     try:
@@ -328,7 +328,7 @@ def _listed_states(repo_id: str) -> list[str]:
         LedgerError: it has one that cannot be read. SourceError: the Hub cannot be asked.
     """
     snapshot = pin(ModelRef(repo_id, repo_id, None, None))
-    if not any(name.startswith(f"{FOLDER}/") for name in snapshot.files):
+    if not any(name.startswith(f"{LEDGER_FOLDER}/") for name in snapshot.files):
         return []
     return list(ledger_in(snapshot)[0][-1].beside)
 
@@ -387,7 +387,7 @@ def _stale(remote: Mapping[str, Any], entries: Sequence[Entry], pictures: Sequen
     """Files of the repository that its last step left: products, licences, pictures, scores."""
     there = [entry for entry in entries if entry.file in remote]
     former = {*pictures, *(made_by(there[-1]) if there else ())}
-    return [name for name in remote if name in former or name.startswith(PREFIX)]
+    return [name for name in remote if name in former or name.startswith(RESULTS_PREFIX)]
 
 
 def with_disks(ranks: Ranks, target: str | Path | None, storage: str) -> Ranks:

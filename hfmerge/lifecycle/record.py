@@ -23,7 +23,7 @@ from hfmerge.evaluation.plots.embedding import FIGURES, drawn, embed_learning
 from hfmerge.hub.download import fetch, pin
 from hfmerge.hub.reference import ModelRef
 from hfmerge.ledger.card import FILE, card_facts, card_pointer, combine_cards, licence_note, parse_card, render_card
-from hfmerge.ledger.card_sections import PREFIX, with_part, without_scores
+from hfmerge.ledger.card_sections import RESULTS_PREFIX, with_part, without_scores
 from hfmerge.ledger.entry import Entry, Material, MethodUsed, RunScalars, same_prefix, settings_of
 from hfmerge.ledger.repository import Merged, ledger_in, parts_of, state_path
 from hfmerge.lifecycle.changes import Change
@@ -35,7 +35,7 @@ from hfmerge.validation.values import plain_text
 from hfmerge.validation.wording import parameter
 
 
-def record(
+def record_result(
     change: Change,
     folder: Path,
     outcome: Outcome,
@@ -148,7 +148,7 @@ def entry_of(
     """The ledger entry of a run, without states of earlier steps, kept copies, and the record of learning.
 
     Args:
-        change, opened: see `record`.
+        change, opened: see `record_result`.
         notes: list to which warnings are added.
         gap: more scalars.
     """
@@ -339,7 +339,7 @@ def _foreign(opened: Merged) -> Iterator[str]:
     own = {name for entry in opened.entries for name in (entry.file, *entry.products)} | {FILE, "LICENSE.md"}
     own |= {*drawn(readable_card(opened))}
     for name in opened.snapshot.files:
-        if name not in own and not name.startswith((f"{STATE_FOLDER}/", PREFIX)):
+        if name not in own and not name.startswith((f"{STATE_FOLDER}/", RESULTS_PREFIX)):
             yield name
 
 

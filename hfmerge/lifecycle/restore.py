@@ -33,7 +33,7 @@ from hfmerge.lifecycle.job import Job
 from hfmerge.lifecycle.publish import Pushed, push_folder
 from hfmerge.lifecycle.push_target import Destination
 from hfmerge.lifecycle.record import keep_foreign_files, readable_card, refuse_unknown_files, write_record
-from hfmerge.lifecycle.repeat import finish, in_place, restored
+from hfmerge.lifecycle.repeat import already_restored, finish, in_place
 from hfmerge.lifecycle.session import MergeResult, push_written
 from hfmerge.user_files import private_file, private_folder
 from hfmerge.validation.wording import parameter
@@ -74,7 +74,7 @@ def restore_step(job: Job, options: RunOptions) -> MergeResult:
         name = opened.snapshot.name
         where = f"{parameter('push_to', name)}, or {parameter('output', 'FOLDER')}"
         raise PushError(f"{name}: lies on the Hub; say where the result goes: {where}.")
-    if in_place(opened, output, to) and restored(opened, step):
+    if in_place(opened, output, to) and already_restored(opened, step):
         return finish(opened, to, Ranks())
     if 1 <= step <= len(opened.entries):
         admit_change(opened, to, Ranks(), options, entry=opened.entries[step - 1])()

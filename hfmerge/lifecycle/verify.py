@@ -25,9 +25,9 @@ from hfmerge.hub.download import cached, fetch, pin
 from hfmerge.hub.reference import ModelRef, Snapshot
 from hfmerge.hub.state_branch import ATTRIBUTES, STATE_BRANCH
 from hfmerge.ledger.card import BEGIN, FILE, card_differs, card_pointer, licence_note
-from hfmerge.ledger.card_sections import PREFIX
-from hfmerge.ledger.entry import ARCHIVES, FOLDER, Entry
-from hfmerge.ledger.removal import parts
+from hfmerge.ledger.card_sections import RESULTS_PREFIX
+from hfmerge.ledger.entry import ARCHIVES, LEDGER_FOLDER, Entry
+from hfmerge.ledger.removal import contained_models
 from hfmerge.ledger.repository import Merged, open_merged
 from hfmerge.ledger.seen import acceptance, acquaintance, remember, rewritten
 from hfmerge.lifecycle.witness import append, read_log
@@ -254,9 +254,9 @@ def _foreign(name: str) -> str | None:
     Those are the files for the card and for git (see `is_asset`), and the scores that hfmerge puts beside the ledger.
     Whatever else there is, some loader may read.
     """
-    if name.startswith(f"{FOLDER}/"):
+    if name.startswith(f"{LEDGER_FOLDER}/"):
         return "is no entry of the ledger"
-    if is_asset(name) or re.fullmatch(rf"{re.escape(PREFIX)}[^/]+\.yaml", name):
+    if is_asset(name) or re.fullmatch(rf"{re.escape(RESULTS_PREFIX)}[^/]+\.yaml", name):
         return None
     if name.startswith("merge_state/"):
         return f"{_kind(name)} that the ledger does not know"
@@ -322,7 +322,7 @@ def _card(entries: Sequence[Entry], text: bytes | None, licences: bytes | None) 
 
 def _materials(last: Entry) -> Iterator[Check]:
     """Of folders that were merged: whether the digests of their files give the digest by which they are known."""
-    for part in parts(last):
+    for part in contained_models(last):
         _, folder, digest = part.identity.rpartition("@sha256:")
         if folder and part.read and folder_digest(part.files) != digest:
             yield Check("materials", False, f"{part.label}: the digests of its files do not give its own")

@@ -33,9 +33,9 @@ from typing import Any
 
 from hfmerge.errors import LedgerError, OutputError
 from hfmerge.hashing import sha256_bytes
-from hfmerge.ledger.entry import FOLDER
+from hfmerge.ledger.entry import LEDGER_FOLDER
 from hfmerge.ledger.repository import Merged
-from hfmerge.ledger.seen import digests_of, first_apart, may_be_older, place_of, recall, remember_steps
+from hfmerge.ledger.seen import digests_of, first_apart, may_be_older, place_of, recall_seen, remember_steps
 from hfmerge.validation.limits import LOG_BYTES, LOG_LINE
 from hfmerge.validation.strict_json import read_json, read_limited_stream
 
@@ -82,7 +82,7 @@ class Record:
             and {*ledger} == {"file", "sha256", "step"}
             and type(record.number) is type(step) is int
             and step > 0
-            and ledger["file"] == f"{FOLDER}/{step:04d}.json"
+            and ledger["file"] == f"{LEDGER_FOLDER}/{step:04d}.json"
             and _SHA256.fullmatch(ledger["sha256"])
             and record.did in DID
             and (record.certificate is None or _SHA256.fullmatch(record.certificate))
@@ -277,7 +277,7 @@ def _checked(file: Path, data: bytes) -> Log:
         except LedgerError:
             pass  # the first part of a record
     digests = [*(record.previous for record in records[1:]), head] if records else []
-    seen = recall(_place(file))
+    seen = recall_seen(_place(file))
     apart = first_apart(seen.steps.items(), [str(one) for one in digests], older=False) if seen is not None else None
     if apart is not None:
         what = "is another one now" if apart[2] is not None else f"is missing: the log ends with record {len(records)}"

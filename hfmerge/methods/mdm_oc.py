@@ -74,7 +74,7 @@ class MdmOc(JointMethod):
         """M with `c = M a`, whose columns are the shares of unit weights; from the Gram matrix."""
         if found is None:
             return None
-        columns = [shares(found, [float(i == t) for i in range(models)]) for t in range(models)]
+        columns = [coefficients(found, [float(i == t) for i in range(models)]) for t in range(models)]
         return [list(row) for row in zip(*columns, strict=True)]
 
     def dependent(self, found: Sequence[float]) -> tuple[int, ...]:
@@ -92,7 +92,7 @@ class MdmOc(JointMethod):
         import torch
 
         total: TaskVector | None = None
-        for i, share in enumerate(shares(self.examine(taus) if found is None else found, weights)):
+        for i, share in enumerate(coefficients(self.examine(taus) if found is None else found, weights)):
             if share == 0.0:
                 continue
             tau = taus[i]
@@ -167,7 +167,7 @@ def gram(taus: Sequence[TaskVector]) -> list[float]:
     return _square(triangle, len(taus))
 
 
-def shares(found: Sequence[float], weights: Sequence[float]) -> list[float]:
+def coefficients(found: Sequence[float], weights: Sequence[float]) -> list[float]:
     """The coefficients `c` of the task vectors from their Gram matrix and the coefficients `a` of the `d_t`."""
     lower, independent = _orthogonal(found)
     result = [weight if one else 0.0 for weight, one in zip(weights, independent, strict=True)]

@@ -39,7 +39,7 @@ def kept(count: int, density: float) -> int:
     return min(count, max(1, round(density * count)))
 
 
-def parts(values: Tensor) -> Iterator[Tensor]:
+def flat_pieces(values: Tensor) -> Iterator[Tensor]:
     """A tensor as flat pieces of `PART` elements, one at least, without copying what is contiguous."""
     flat = values.reshape(-1)
     return (flat[at : at + PART] for at in range(0, max(1, flat.numel()), PART))
@@ -56,7 +56,7 @@ def kth_magnitude(values: Tensor, density: float) -> float:
     flat = values.reshape(-1)
     search = KthMagnitude([thinned(flat, flat.numel())], flat.numel(), density)
     while search.value is None:
-        for part in parts(flat):
+        for part in flat_pieces(flat):
             search.add(part)
         search.settle()
     return search.value

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import hfmerge
-from hfmerge.methods.mdm_oc import MdmOc, ModelProducts, Products, gram, shares
+from hfmerge.methods.mdm_oc import MdmOc, ModelProducts, Products, coefficients, gram
 from hfmerge.recipe.recipe import parse_recipe
 from hfmerge.task_vector import Dense, LowRank, TaskVector, zero
 from tests.fixtures import tiny
@@ -71,7 +71,7 @@ def test_it_is_gram_schmidt(models: int) -> None:
     # what each model adds is orthogonal to all before it
     found = gram([Dense(tau) for tau in taus])
     units = [[float(i == t) for i in range(models)] for t in range(models)]
-    parts = [sum(c * tau.double() for c, tau in zip(shares(found, unit), taus, strict=True)) for unit in units]
+    parts = [sum(c * tau.double() for c, tau in zip(coefficients(found, unit), taus, strict=True)) for unit in units]
     for t, part in enumerate(parts):
         for tau in taus[:t]:
             assert abs(float((part * tau).sum())) < 1e-10 * float(part.norm() * tau.norm())
