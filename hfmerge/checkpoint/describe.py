@@ -166,7 +166,7 @@ def _check_online(snapshot: Snapshot, file: str) -> None:
     Raises:
         OfflineError: the Hub could not be asked. NotFoundError: it no longer has the commit.
     """
-    if snapshot.gone:
+    if snapshot.vanished:
         raise NotFoundError(
             f"{snapshot.label}: the Hub no longer has this repository or commit, and {file} is not in the cache."
         )

@@ -153,31 +153,35 @@ def _diff(args: argparse.Namespace) -> int:
     return 0
 
 
-def _differences(found: Difference) -> Iterator[str]:
+def _differences(difference: Difference) -> Iterator[str]:
     """One line a difference: `-` of A alone, `+` of B alone, `~` of both."""
     from hfmerge.recipe.weights import shown
 
-    yield f"A: step {found.before.step}, {found.before.digest[:12]}"
-    yield f"B: step {found.after.step}, {found.after.digest[:12]}"
-    if found.base is not None:
-        yield f"~ base      {found.base[0].label} -> {found.base[1].label}"
-    for sign, models in (("-", found.removed), ("+", found.added)):
+    yield f"A: step {difference.before.step}, {difference.before.digest[:12]}"
+    yield f"B: step {difference.after.step}, {difference.after.digest[:12]}"
+    if difference.base is not None:
+        yield f"~ base      {difference.base[0].label} -> {difference.base[1].label}"
+    for sign, models in (("-", difference.removed), ("+", difference.added)):
         yield from (f"{sign} model     {model.label}" for model in models)
-    for model in found.subtracted:
+    for model in difference.subtracted:
         yield f"~ model     {model.label}: approximately subtracted"
-    for old, new in found.replaced:
+    for old, new in difference.replaced:
         yield f"~ model     {old.label} -> {new.label}"
-    if found.order is not None:
-        yield f"~ order     {', '.join(found.order[0])} -> {', '.join(found.order[1])}"
-    for model, weight in found.weights:
+    if difference.order is not None:
+        yield f"~ order     {', '.join(difference.order[0])} -> {', '.join(difference.order[1])}"
+    for model, weight in difference.weights:
         yield f"~ weight    {model.label}: {shown(weight)} -> {shown(model.weight)}"
-    for kind, values in (("method", found.method), ("setting", found.settings), ("with", found.environment)):
+    for kind, values in (
+        ("method", difference.method),
+        ("setting", difference.settings),
+        ("with", difference.environment),
+    ):
         yield from (f"~ {kind:<9} {name}: {a} -> {b}" for name, (a, b) in values.items())
-    for name, (a, b) in found.norms.items():
+    for name, (a, b) in difference.norms.items():
         yield f"~ norm      {name}: {a:.6g} -> {b:.6g}"
     signs = {"added": "+", "removed": "-", "changed": "~"}
-    yield from (f"{signs[how]} file      {name}" for name, how in found.products.items())
-    if found.same:
+    yield from (f"{signs[how]} file      {name}" for name, how in difference.products.items())
+    if difference.same:
         yield "= all files have the same bytes"
 
 

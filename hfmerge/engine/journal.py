@@ -51,7 +51,7 @@ class Region:
 class Finished:
     """A finished step: its results, as JSON gives them back, and the regions that it wrote."""
 
-    found: Any
+    result: Any
     wrote: tuple[Region, ...] = ()
 
 
@@ -156,7 +156,7 @@ class Journal:
         """
         wrote = [(region.file, region.tensor, region.checksum) for region in done.wrote]
         # floats come back from JSON as they were, bit for bit
-        text = json.dumps([*key, done.found, wrote], separators=(",", ":")).encode()
+        text = json.dumps([*key, done.result, wrote], separators=(",", ":")).encode()
         line = b"%08x %s\n" % (zlib.crc32(text), text)
         with self._lock, disk_errors(self._path):
             while line:

@@ -107,7 +107,7 @@ def _cut(plan: Plan, param: Param) -> list[Chunk]:
 
 
 def alike(
-    method: MergeMethod, found: Iterable[Chunk], room: int | None, place: Callable[[Chunk], object]
+    method: MergeMethod, candidates: Iterable[Chunk], room: int | None, place: Callable[[Chunk], object]
 ) -> list[tuple[Chunk, ...]]:
     """Chunks in groups whose matrices an accelerator takes apart together, as one of them would not fill it.
 
@@ -119,7 +119,7 @@ def alike(
     """
     groups: list[list[Chunk]] = []
     begun: dict[Any, list[Chunk]] = {}
-    for chunk in found:
+    for chunk in candidates:
         blocks = chunk.param.blocks
         shapes = tuple((block.shape(chunk.shape), block.matrix) for block in blocks)
         key = (chunk.shape, shapes, chunk.param.ranks, place(chunk))

@@ -124,8 +124,8 @@ class RunFiles:
         for count in self.plan.keep:
             wanted.append(self._state(count))
             named = journal.past.finished.get(_naming(count))
-            if named is not None and (self.folder / named.found).exists():
-                (self.folder / named.found).rename(self._state(count))
+            if named is not None and (self.folder / named.result).exists():
+                (self.folder / named.result).rename(self._state(count))
         for path in sorted(self.folder.rglob("*"), reverse=True):
             if path.is_dir():
                 if not any(path in file.parents for file in wanted):

@@ -90,11 +90,11 @@ def _or_copy(work: Callable[[Visit], Norms | None]) -> Callable[[Visit], Norms |
     return either
 
 
-def _changes(plan: Plan, found: Sequence[tuple[Chunk, Norms | None]], scale: float) -> dict[str, float]:
+def _changes(plan: Plan, visited: Sequence[tuple[Chunk, Norms | None]], scale: float) -> dict[str, float]:
     """`executor.Outcome.changes`, from what the first pass found out about all chunks."""
     params = {param.key: param for param in plan.params if param.touched}
     squares: dict[str, list[list[float]]] = {key: [] for key in params}
-    for chunk, norms in found:
+    for chunk, norms in visited:
         if norms is not None:
             squares[chunk.param.key].append([math.fsum(norms.read_out), *map(math.fsum, norms.models)])
     changes: dict[str, float] = {}
@@ -196,7 +196,7 @@ class Passes:
         if measure is None:
             return None
         if MEASURED in self.past:
-            return list(self.past[MEASURED].found)
+            return list(self.past[MEASURED].result)
         known = self._measured(measure)
         if journal is not None and self.ranks.main:
             journal.note(MEASURED, Finished(known))
@@ -256,7 +256,7 @@ class Passes:
         """Do the work on a group, unless an earlier attempt did all of it: bytes may tell what goes into one call."""
         done = self._noted(each, group)
         if done is not None and self.files.intact(done):
-            return [(None if noted.found is None else Norms.of(noted.found), True) for _, noted in done]
+            return [(None if noted.result is None else Norms.of(noted.result), True) for _, noted in done]
         visits = [partial(self._visit, each, work, chunk) for chunk in group]
         return self.device.together(visits) if len(visits) > 1 else [visits[0](self.device)]
 

@@ -82,7 +82,7 @@ class Subject:
     device: str = "cpu"
     dtype: str | None = None
     source: Model | None = field(default=None, repr=False)
-    given: PreTrainedModel | None = field(default=None, repr=False)
+    loaded: PreTrainedModel | None = field(default=None, repr=False)
     _kept: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -111,8 +111,8 @@ class Subject:
     def _read(self) -> dict[str, Tensor]:
         import torch
 
-        if self.given is not None:
-            state = self.given.state_dict()
+        if self.loaded is not None:
+            state = self.loaded.state_dict()
         elif self.source is not None and self.source.kind == "adapter":
             state = loading.adapter_weights(self.source, self.config)
         else:
@@ -127,8 +127,8 @@ class Subject:
     def head_names(self) -> frozenset[str]:
         """Names of this model's own head: what its class has and the bare encoder has not."""
         shapes: dict[str, tuple[int, ...]] = {}
-        if self.given is not None:
-            shapes = {name: tuple(value.shape) for name, value in self.given.state_dict().items()}
+        if self.loaded is not None:
+            shapes = {name: tuple(value.shape) for name, value in self.loaded.state_dict().items()}
         for source in (self.source, self.source and self.source.beneath):
             shapes |= {} if source is None else source.shapes
         return _head_names(self.config, shapes, self.info.label)

@@ -66,7 +66,7 @@ def _asked(ref: ModelRef, repo_id: str) -> Snapshot:
         files = _cached_files(repo_id, str(revision)) if is_commit(revision) else {}
         if not revision or not files:
             raise
-        return Snapshot(ref, repo_id, revision, None, files, gone=True)
+        return Snapshot(ref, repo_id, revision, None, files, vanished=True)
     except (ConnectionError, httpx2.TransportError, HfHubHTTPError) as error:
         if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
             raise

@@ -92,7 +92,7 @@ def steps_of(merged: Merged) -> tuple[tuple[Step, ...], tuple[str, ...]]:
     commits: Mapping[str, _Commit] = {}
     if merged.snapshot.folder is None:
         try:
-            if merged.snapshot.offline or merged.snapshot.gone:
+            if merged.snapshot.offline or merged.snapshot.vanished:
                 raise OfflineError(f"{merged.snapshot.label}: the Hub cannot be asked")
             commits = _commits(merged)
         except OfflineError as error:

@@ -122,7 +122,7 @@ def find_removed(entries: Sequence[Entry], model: str, where: str) -> RemovedMod
     return RemovedModel(part, held[0], held[-1], held[-1] + 1)
 
 
-def check_no_copy(gone: ContainedModel, present: Sequence[ContainedModel], model: str, where: str) -> None:
+def check_no_copy(removed: ContainedModel, present: Sequence[ContainedModel], model: str, where: str) -> None:
     """Check that no file of the merge's models has the digest of a weight file of a removed model.
 
     Args:
@@ -132,7 +132,7 @@ def check_no_copy(gone: ContainedModel, present: Sequence[ContainedModel], model
         CertificateError: a file has such a digest.
     """
     for other in present:
-        if not gone.weights.isdisjoint(other.files.values()):
+        if not removed.weights.isdisjoint(other.files.values()):
             raise CertificateError(
                 f"{model}: left {where} under this name, but the same weights are still in it as {other.label} "
                 f"({other.role})."

@@ -33,7 +33,7 @@ from hfmerge.validation.folders import file_in
 
 
 @dataclasses.dataclass
-class _Found:
+class _Places:
     """Where sources of a merge are read from, as it is found out.
 
     Attributes:
@@ -63,23 +63,23 @@ def planned_from(
         LedgerError: a folder has moved or changed, and there is no kept copy. NotFoundError: a model is gone from the
             Hub, and there is no kept copy. Other errors: see `make`.
     """
-    found, useless = _Found(dict(merged.refs)), dict[str, str]()
+    places, useless = _Places(dict(merged.refs)), dict[str, str]()
     for material in materials:
-        _folders_back(merged, material, found)
+        _folders_back(merged, material, places)
     plan: Plan | None = None
     if any(material.kept is not None for material in materials):
         try:
-            plan = make(found.refs, found.copies)
+            plan = make(places.refs, places.copies)
         except RecipeError:
             for material in materials:
                 try:
-                    _hub_back(merged, material, found)
+                    _hub_back(merged, material, places)
                 except HfMergeError as error:
                     useless[material.identity] = str(error).rstrip(".")
     if plan is None:
         with naming_vanished(merged, materials, useless):
-            plan = make(found.refs, found.copies)
-    return dataclasses.replace(plan, warnings=(*found.notes, *plan.warnings))
+            plan = make(places.refs, places.copies)
+    return dataclasses.replace(plan, warnings=(*places.notes, *plan.warnings))
 
 
 def archive_path(merged: Merged, digest: str) -> Path:
@@ -122,34 +122,34 @@ def _downloaded(repository: str, file: str) -> Path:
         )
 
 
-def _folders_back(merged: Merged, material: Material, found: _Found) -> None:
+def _folders_back(merged: Merged, material: Material, places: _Places) -> None:
     """Make sure of the folders of a material, with kept copies in the place of those that are not as they were."""
     try:
-        material_reference(material, found.refs)
-        check_folders(found.refs, material, allow_pickle=merged.consent.allow_pickle)
+        material_reference(material, places.refs)
+        check_folders(places.refs, material, allow_pickle=merged.consent.allow_pickle)
     except LedgerError as error:
         if material.kept is None:
             raise
         try:
-            _bring_back(merged, material, folders_of(material), found)
+            _bring_back(merged, material, folders_of(material), places)
         except HfMergeError as other:
             raise LedgerError(f"{error} The copy that was kept cannot take its place: {other}") from error
 
 
-def _hub_back(merged: Merged, material: Material, found: _Found) -> None:
+def _hub_back(merged: Merged, material: Material, places: _Places) -> None:
     """Bring back what the Hub no longer has of a material."""
     if material.kept is not None:
-        gone = [identity for identity, _, _ in lost_places(material) if identity not in found.copies]
+        gone = [identity for identity, _, _ in lost_places(material) if identity not in places.copies]
         if gone:
-            _bring_back(merged, material, gone, found)
+            _bring_back(merged, material, gone, places)
 
 
-def _bring_back(merged: Merged, material: Material, identities: Sequence[str], found: _Found) -> None:
+def _bring_back(merged: Merged, material: Material, identities: Sequence[str], places: _Places) -> None:
     """Unpack the kept copy of a material, or of the model beneath it.
 
     Args:
         identities: of what is wanted.
-        found: learns where it comes to lie, and says so.
+        places: learns where it comes to lie, and says so.
 
     Raises:
         SourceError: there is no intact copy, or the base that it was packed with cannot be had.
@@ -171,12 +171,12 @@ def _bring_back(merged: Merged, material: Material, identities: Sequence[str], f
                 private_folder(place)
                 with contextlib.ExitStack() as stack:
                     targets = {name: place / name.removeprefix(mark) for name in names}
-                    unpack(archive, manifest, targets, _Base(merged, manifest, found, stack))
+                    unpack(archive, manifest, targets, _Base(merged, manifest, places, stack))
             if "@sha256:" in identity:
-                found.refs[identity] = str(place)
+                places.refs[identity] = str(place)
             else:
-                found.copies[identity] = place
-            found.notes.append(
+                places.copies[identity] = place
+            places.notes.append(
                 f"{short(identity)} is gone; the copy of it that the merge keeps is used, from {place}."
             )
 
@@ -184,20 +184,20 @@ def _bring_back(merged: Merged, material: Material, identities: Sequence[str], f
 class _Base:
     """Opens the base that tensors were packed with, at the first one."""
 
-    def __init__(self, merged: Merged, manifest: Manifest, found: _Found, stack: contextlib.ExitStack):
-        self._merged, self._manifest, self._found, self._stack = merged, manifest, found, stack
+    def __init__(self, merged: Merged, manifest: Manifest, places: _Places, stack: contextlib.ExitStack):
+        self._merged, self._manifest, self._places, self._stack = merged, manifest, places, stack
         self._reader: Reader | None = None
 
     def __call__(self) -> Reader:
         if self._reader is None:
-            last, found = self._merged.last, self._found
+            last, places = self._merged.last, self._places
             if self._manifest.base != last.base.identity:
                 raise CorruptFileError(f"it was packed with the base {self._manifest.base}, which is another one.")
-            _folders_back(self._merged, last.base, found)
-            _hub_back(self._merged, last.base, found)
+            _folders_back(self._merged, last.base, places)
+            _hub_back(self._merged, last.base, places)
             allow_pickle = self._merged.consent.allow_pickle
             source = describe(
-                material_reference(last.base, found.refs), allow_pickle=allow_pickle, copies=found.copies
+                material_reference(last.base, places.refs), allow_pickle=allow_pickle, copies=places.copies
             )
             self._reader = self._stack.enter_context(Reader(source))
         return self._reader

@@ -312,9 +312,9 @@ def _removed(payload: bytes, statement: Mapping[str, Any], told: Told, merged: M
     return [Check("removed", True, gone), _words(payload, statement, _statement(merged, found, told))]
 
 
-def _words(payload: bytes, given: Mapping[str, Any], wanted: Mapping[str, Any]) -> Check:
+def _words(payload: bytes, statement: Mapping[str, Any], wanted: Mapping[str, Any]) -> Check:
     """Whether a statement is, byte for byte, the one that follows from the merge."""
-    theirs, ours = _flat(given), _flat(wanted)
+    theirs, ours = _flat(statement), _flat(wanted)
     for name in sorted({*theirs, *ours}):
         if name not in theirs:
             return Check("statement", False, f"the certificate lacks {name}")

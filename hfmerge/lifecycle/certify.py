@@ -119,7 +119,7 @@ def make_certificate(
     return Certificate(envelope, statement, removal, keyid, tuple(warnings))
 
 
-def copies_inside(merged: Merged, gone: ContainedModel, model: str, seen: set[str] | None = None) -> list[str]:
+def copies_inside(merged: Merged, removed: ContainedModel, model: str, seen: set[str] | None = None) -> list[str]:
     """Look into the ledgers of merges that were merged for the weights of a model that has left, under any name.
 
     Args:
@@ -141,11 +141,11 @@ def copies_inside(merged: Merged, gone: ContainedModel, model: str, seen: set[st
         try:
             opened = open_merged(merged.refs.get(inner, inner))
         except HfMergeError as error:
-            notes.append(f"copies of {gone.name} were not looked for in {short(inner)}, a merge itself: {error}")
+            notes.append(f"copies of {removed.name} were not looked for in {short(inner)}, a merge itself: {error}")
             continue
         found = [replace(part, role=f"{part.role} of {short(inner)}") for part in contained_models(opened.last)]
-        check_no_copy(gone, found, model, merged.snapshot.label)
-        notes += copies_inside(opened, gone, model, seen)
+        check_no_copy(removed, found, model, merged.snapshot.label)
+        notes += copies_inside(opened, removed, model, seen)
     return notes
 
 

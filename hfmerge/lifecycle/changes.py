@@ -349,12 +349,12 @@ def plan_rebase(merged: Merged, base: str, *, stream: bool = False) -> Change:
 
 
 def plan_without(
-    merged: Merged, gone: Sequence[int], parts: Mapping[int, str], subjects: Sequence[str], *, stream: bool = False
+    merged: Merged, removed: Sequence[int], parts: Mapping[int, str], subjects: Sequence[str], *, stream: bool = False
 ) -> Change:
     """Plan to remove models, and to replace inner merges by merges without some of their models.
 
     Args:
-        gone: indices of models that leave as a whole.
+        removed: indices of models that leave as a whole.
         parts: index of an inner merge -> reference of the same merge without some of its models.
         subjects: names of all removed models, those of inner merges included.
         stream: see `Recipe.stream`.
@@ -363,12 +363,12 @@ def plan_without(
         LedgerError: nothing would be left.
     """
     models = merged.last.models
-    stay = [i for i in range(len(models)) if i not in gone]
+    stay = [i for i in range(len(models)) if i not in removed]
     if not stay:
         raise LedgerError(f"{merged.snapshot.label}: holds no other model; {merged.last.base.label} is what is left.")
     wanted = [ModelEntry(parts[i], models[i].weight) if i in parts else models[i] for i in stay]
     plan, how = plan_models(merged, wanted, stream=stream)
-    notes = [f"{models[i].label} taken out" for i in gone]
+    notes = [f"{models[i].label} taken out" for i in removed]
     for at, i in enumerate(stay):
         if i in parts:
             notes.append(f"{models[i].label} replaced by {_label(plan.deltas[at].source)}, the same merge without it")

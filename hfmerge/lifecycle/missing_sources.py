@@ -68,7 +68,7 @@ def check_unchanged(material: Material, source: Model) -> list[str]:
                     f"{snapshot.label}: {name} is not the file that was merged (sha256 {found[:12]}..., the ledger "
                     f"says {digest[:12]}...); somebody has changed what this commit gives, so it cannot be used."
                 )
-        if snapshot.gone:
+        if snapshot.vanished:
             warnings.append(f"{snapshot.label} is gone from the Hub; the copy in this machine's cache is used.")
     return warnings
 
@@ -86,7 +86,7 @@ def _listed_digest(snapshot: Snapshot, name: str) -> str | None:
     info = snapshot.files.get(name)
     if info is None:
         return None
-    if info.sha256 is None and (snapshot.gone or (info.size <= _SMALL and not snapshot.offline)):
+    if info.sha256 is None and (snapshot.vanished or (info.size <= _SMALL and not snapshot.offline)):
         return sha256_file(fetch(snapshot, name))
     return info.sha256
 
@@ -116,7 +116,7 @@ def _reach(snapshot: Snapshot, files: Mapping[str, str]) -> None:
     for name in files:
         if cached(snapshot, name) is not None:
             continue
-        if snapshot.gone:
+        if snapshot.vanished:
             raise NotFoundError(f"{snapshot.label}: no such repository or commit, and {name} is not in the cache here")
         url = hf_hub_url(snapshot.name, name, revision=snapshot.commit)
         with hub_errors(snapshot.label):

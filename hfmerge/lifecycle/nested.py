@@ -28,12 +28,12 @@ class Removal:
     """The models that a removal takes out, of the merge and of its inner merges.
 
     Attributes:
-        gone: indices of models that leave as a whole.
+        removed: indices of models that leave as a whole.
         within: index of an inner merge -> identities of the models that leave this inner merge.
         subjects: names of all models that leave.
     """
 
-    gone: tuple[int, ...]
+    removed: tuple[int, ...]
     within: dict[int, tuple[str, ...]]
     subjects: tuple[str, ...]
 
@@ -117,7 +117,7 @@ def _inner_job(job: Job, merged: Merged, i: int, identities: Sequence[str]) -> J
         ) from error
     _check_is_its_ledger(inner, model, what)
     direct = find_removal(inner.last, identities)
-    rest = [one for k, one in enumerate(inner.last.models) if k not in direct.gone]
+    rest = [one for k, one in enumerate(inner.last.models) if k not in direct.removed]
     if not rest:
         return None
     folder = Path(job.output) if job.output is not None else merged.snapshot.folder

@@ -169,7 +169,7 @@ def _plan_unmerge(job: Job, merged: Merged) -> Change:
     if not job.parts:
         return plan_unmerge(merged, job.names, stream=job.stream)
     removal = find_removal(merged.last, job.names)
-    gone = sorted({*removal.gone, *(i for i, ref in job.parts.items() if ref is None)})
+    gone = sorted({*removal.removed, *(i for i, ref in job.parts.items() if ref is None)})
     parts = {i: ref for i, ref in job.parts.items() if ref is not None}
     return plan_without(merged, gone, parts, removal.subjects, stream=job.stream)
 

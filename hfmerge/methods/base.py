@@ -343,7 +343,7 @@ class Measure(ABC):
         """The measurement of one piece, from one task vector per model, each read when indexed; pure."""
 
     @abstractmethod
-    def add(self, found: Any) -> None:
+    def add(self, measured: Any) -> None:
         """Add one result of `find`."""
 
     @abstractmethod

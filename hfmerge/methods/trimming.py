@@ -177,8 +177,9 @@ class Histograms(Measure):
     def find(self, taus: Sequence[TaskVector]) -> Iterator[tuple[int, Tensor]]:
         return ((model, magnitude_histogram(tau.to_dense())) for model, tau in enumerate(taus))
 
-    def add(self, found: tuple[int, Tensor]) -> None:
-        self._totals[found[0]].add_(found[1])
+    def add(self, measured: tuple[int, Tensor]) -> None:
+        model, histogram = measured
+        self._totals[model].add_(histogram)
 
     def join(self, other: Histograms) -> None:
         for total, more in zip(self._totals, other._totals, strict=True):

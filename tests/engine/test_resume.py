@@ -581,7 +581,7 @@ def test_a_journal_gives_back_what_was_noted(tmp_path: Path) -> None:
         thread.join()
     first.close()
     past = read_past(folder)
-    assert past.attempts == 1 and {key: done.found for key, done in past.finished.items()} == steps
+    assert past.attempts == 1 and {key: done.result for key, done in past.finished.items()} == steps
     assert all(done.wrote == (Region("f", key[1], 7),) for key, done in past.finished.items())
     second = Journal(folder, 3, past)
     second.note(("copied", "x", None), Finished(None))

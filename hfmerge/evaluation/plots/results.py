@@ -150,12 +150,12 @@ def _over(variant: Mapping[str, Any], step: int, field: str) -> list[float]:
     return [value for value in found if value is not None]
 
 
-def _mean(found: Sequence[float]) -> float | None:
-    return sum(found) / len(found) if found else None
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
-def _range(found: Sequence[float]) -> tuple[float, float]:
-    return (min(found), max(found)) if found else (float("nan"), float("nan"))
+def _range(values: Sequence[float]) -> tuple[float, float]:
+    return (min(values), max(values)) if values else (float("nan"), float("nan"))
 
 
 def _least(row: Sequence[float | None]) -> float:
