@@ -168,7 +168,7 @@ class DeltaReader:
                     f"{key}: base {tuple(origin.shape)} but {self.delta.source.snapshot.label} {tuple(value.shape)}"
                 )
             else:
-                # the value is this call's own memory
+                # the value is a fresh tensor of this call, so it may be changed in place
                 result = Dense(value.sub_(origin))
         if key in self.delta.lora:
             factors = self.delta.lora[key].read(self.reader)

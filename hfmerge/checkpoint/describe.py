@@ -104,7 +104,7 @@ def _headers(
     """Tensors of a checkpoint from its headers, in stored order, whether it is pickled, and the files streamed."""
     for suffix, pickled in (("safetensors", False), ("bin", True)):
         single, index = f"{stem}.{suffix}", f"{stem}.{suffix}.index.json"
-        if single in snapshot.files:  # which loaders read first
+        if single in snapshot.files:  # loaders read this file first
             weight_map, files = None, [single]
         elif index in snapshot.files:
             weight_map = read_snapshot_json(snapshot, index)["weight_map"]
@@ -161,7 +161,7 @@ def _beside(snapshot: Snapshot, file: str) -> Mapping[str, TensorEntry]:
 
 
 def _check_online(snapshot: Snapshot, file: str) -> None:
-    """What the cache does not hold may well be on the Hub.
+    """Check that the Hub was asked for a file that the cache does not hold.
 
     Raises:
         OfflineError: the Hub could not be asked. NotFoundError: it no longer has the commit.

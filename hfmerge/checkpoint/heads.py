@@ -161,7 +161,7 @@ def load_with_head(model: str | Path, source: str, **options: Any) -> PreTrained
     cls, settings = found
     rows = backbone.config.get("vocab_size")
     if rows is not None and hasattr(settings, "vocab_size"):
-        settings.vocab_size = rows  # the backbone's, where vocabularies were aligned
+        settings.vocab_size = rows  # the backbone may have other rows, where vocabularies were aligned
     shapes = dict(backbone.shapes)
     shapes |= {key: entry.shape for key, entry in read_header(fetch(snapshot, file), file).entries.items()}
     state: dict[str, Any] = {}

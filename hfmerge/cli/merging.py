@@ -120,7 +120,7 @@ def _plan(args: argparse.Namespace) -> int:
     if planned.recipe.keep_sources:
         say(f"sources  copies are kept beside the state and published with it: at most {size(need.sources)}")
     if planned.recipe.stream:
-        say(f"stream   {size(need.stream)} from the Hub as they are needed; nothing is stored but the result")
+        say(f"stream   {size(need.stream)} from the Hub as they are needed; only the result is stored")
     say(f"needs    disk {size(need.disk)}, memory about {size(need.memory)}, time about {need.seconds:.0f} s")
     return 0
 

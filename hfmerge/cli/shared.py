@@ -204,7 +204,10 @@ def print_result(args: argparse.Namespace, result: Any, more: Mapping[str, Any] 
         )
         return 0
     if result.repeated:
-        say(f"{entry.action}: done already by step {entry.step}; nothing was computed, what it had left is cleaned up")
+        say(
+            f"{entry.action}: step {entry.step} did this before, so nothing was computed; "
+            "files left over from that run were deleted"
+        )
         if pushed is not None:
             say(f"published at {pushed.url}")
         return 0
@@ -214,17 +217,23 @@ def print_result(args: argparse.Namespace, result: Any, more: Mapping[str, Any] 
         say(f"  {model.label:<48} weight {shown(model.weight):<6} norm {(model.squared_norm or 0.0) ** 0.5:.4g}")
     say(f"  norm of the merged change: {entry.scalars.merged_norm:.4g}")
     if entry.scalars.deviation is not None:
-        say(f"  off the exact last step by up to {entry.scalars.deviation:.1e} of a change, by sample")
+        say(
+            f"  greatest difference from the exact last step, in sampled parameters: {entry.scalars.deviation:.1e} "
+            "of the change"
+        )
     if entry.action == "subtract":
-        bound = f"up to {entry.scalars.gap_bound:.3g}" if entry.scalars.gap_bound is not None else "an unknown part"
+        bound = f"at most {entry.scalars.gap_bound:.3g}" if entry.scalars.gap_bound is not None else "an unknown part"
         measured = f"measured {entry.scalars.gap:.3g}" if entry.scalars.gap is not None else "not measured"
-        say(f"  NOT a removal: off the merge that never saw them by {bound} of the merged change ({measured})")
+        say(
+            f"  this is NOT a removal: the difference from a merge without these models is {bound} "
+            f"of the merged change ({measured})"
+        )
     if (streamed := result.streamed) is not None:
         checked, files = len(streamed.verified), len(streamed.verified) + len(streamed.unverified)
         say(
-            f"streamed {size(streamed.received)} in {streamed.requests} requests, {streamed.failures} repeated: "
-            f"{size(streamed.again)} more than once, {size(streamed.beyond)} beyond need; {checked} of {files} "
-            "files compared with their digests"
+            f"streamed {size(streamed.received)} in {streamed.requests} requests, of which {streamed.failures} were "
+            f"repeated; received twice: {size(streamed.again)}, not needed: {size(streamed.beyond)}; {checked} of "
+            f"{files} files compared with their digests"
         )
     if result.folder:
         say(f"written to {result.folder}")

@@ -202,7 +202,7 @@ def _tensor_apart(claimed: torch.Tensor, made: torch.Tensor, change: float | Non
     limits = torch.finfo(made.dtype)
     step = limits.eps * b.abs().clamp(min=limits.tiny)
     apart = (a - b).abs()
-    # a comparison with NaN is false, and so refused
+    # a comparison with NaN is false, so NaN is refused
     if bool((apart <= step + TOLERANCE * change).all()):
         return None
     return f"differs by up to {float(apart.max()):.3g}"

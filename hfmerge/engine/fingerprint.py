@@ -37,14 +37,14 @@ def work_of(plan: Plan, device: Device | None = None) -> dict[str, str]:
         "base": _identity(plan.base),
         "models": models,
         "method": [method.name, method.version, repr(method), plan.norm],
-        # weights that are learned follow from all of this and from how they are learned
+        # learned weights follow from all these values and from the `learn` section
         "learning": None if recipe.learn is None else recipe.learn.to_dict(),
         "settings": [getattr(recipe, key.name) for key in keys_of(Recipe) if key.declared.get("result")],
         "side files": plan.side_files,
         # streamed bytes are checked at the end of the run that reads them
         "streaming": recipe.stream,
         "kept states": plan.keep,
-        # a state's file is called by its digest
+        # the name of a state's file is its digest
         "state it continues from": prior and [prior.count, prior.path.name, prior.squared_norms, prior.held],
         "models that leave": [*leaving, plan.subtracted],
         "tensors": repr((plan.params, plan.vocabulary)),

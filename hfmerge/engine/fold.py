@@ -125,7 +125,7 @@ class Folding:
         return squares, [carry for carry in carries if carry is not None], deviation
 
     def _at_once(self) -> Folded | None:
-        """All models in few calls; None where they have to come one by one."""
+        """Fold all models in few calls; None where they have to be folded one by one."""
         import torch
 
         method = self.method
@@ -206,7 +206,7 @@ class Folding:
         }
 
     def _read_out(self, carries: Sequence[Carry]) -> list[TaskVector]:
-        """The merged change of every block; approximately without what the recipe subtracts."""
+        """The merged change of every block; models that the recipe subtracts are approximately removed from it."""
         import torch
 
         param, weights = self.chunk.param, self.plan.weights_of(self.chunk.param)
@@ -218,7 +218,7 @@ class Folding:
                 if tau is not None:
                     carry = self.method.unstep(carry, self._there(cut(tau, block)), weight, matrix=block.matrix)
             change = self.method.emit(carry, counted, matrix=block.matrix)
-            # what is rounded to 16 bits does not need more, and twice the bytes take twice the time
+            # an output of 16 bits needs no more than float32, and float64 would take twice the time
             change = change.to(torch.float32) if SIZES[param.slot.dtype] < 4 else change
             changes.append(change if self._place == CPU else change.to(CPU))
         return changes

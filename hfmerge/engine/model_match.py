@@ -75,7 +75,7 @@ def _own_head(mapped: AdapterMap, source: Model, base: Model, layout: Layout) ->
 
 
 def _check_adapter_base(base: Model, source: Model) -> None:
-    """An adapter says which model it was trained on; the merge's base, or the model beneath, must be that one."""
+    """Check that the base, or the model beneath, is the model that the adapter says it was trained on."""
     under = source.beneath or base
     named = str((source.adapter or {}).get("base_model_name_or_path") or "")
     is_path = not named or named.startswith((".", "/", "~")) or named.count("/") != 1
@@ -139,7 +139,7 @@ def _match_full(
         size = min(layout.shapes[key][axis] for key, axis in layout.vocab_axis.items())
     if size is not None and recipe.vocabulary is None:
         rows = min(layout.shapes[key][axis] for key, axis in layout.vocab_axis.items())
-        what = f"{size} rows, the base {rows}" if size != rows else "the same number of tokens but other ones"
+        what = f"{size} rows, the base {rows}" if size != rows else "as many tokens as the base's, but other ones"
         raise ShapeError(
             f"{label}: its vocabulary has {what}; set `vocabulary: base` (the base's tokens) or `vocabulary: union`."
         )

@@ -207,7 +207,7 @@ def _vocabulary(
     leaving: bool,
     origin: str,
 ) -> MergedVocabulary | None:
-    """How rows of differing vocabularies meet; None where all have the base's.
+    """How the rows of different vocabularies are aligned; None if all models have the base's vocabulary.
 
     Raises:
         RecipeError: they cannot be aligned.
@@ -227,7 +227,7 @@ def _vocabulary(
 
 
 def _code_problems(places: Sequence[str], sources: Sequence[Model | None], base: Model | None) -> Iterator[Problem]:
-    """Models with code of their own, which is not trusted."""
+    """Models that bring code of their own, which the recipe does not allow to run."""
     for place, source in zip(places, sources, strict=True):
         try:
             if source is not None:
@@ -336,7 +336,7 @@ def _params(
         else:
             ranks = tuple(delta.rank(key) for delta in deltas)
             gone = tuple(delta.rank(key) for delta in leaving)
-            # element by element, the matrices inside a tensor do not matter
+            # a method of single elements ignores the matrices inside a tensor
             blocks = (WHOLE,) if elementwise else layout.blocks[key]
             params.append(Param(key, file, slot, "merge", None, blocks, ranks, axis, gone))
     warnings.extend(f"pattern {pattern!r} matches no parameter." for pattern, hit in used.items() if not hit)

@@ -220,7 +220,7 @@ class StateReader:
 
 
 def _naming(count: int) -> Key:
-    """The journal's key of giving a state its last name."""
+    """The journal's key of the step that renames a finished state."""
     return ("name", str(count), None)
 
 

@@ -113,7 +113,7 @@ class Passes:
     def __init__(self, plan: Plan, files: RunFiles, ranks: Ranks, options: RunOptions, device: Device):
         self.plan, self.files, self.ranks, self.notify = plan, files, ranks, options.notify
         self.max_memory = options.max_memory
-        self.resident = resident_memory()  # before the first visit: what visits free is theirs to use again
+        self.resident = resident_memory()  # measured before the first visit, because visits use freed memory again
         self.past = files.journal.past.finished if files.journal is not None else {}
         self.reused = 0
         self.moved = MOVED in self.past
@@ -172,7 +172,7 @@ class Passes:
         return environment(self.device, moved=moved, mixed=mixed)
 
     def _note_moved(self) -> None:
-        """So that the ledger says it, even if this run is killed and another goes on."""
+        """Note it in the journal, so that the ledger says it even if this run is killed and another continues."""
         if not self.moved and self.files.journal is not None:
             self.files.journal.note(MOVED, Finished(None))
         self.moved = True
@@ -190,7 +190,7 @@ class Passes:
         self.notify(f"resuming: {', '.join(parts)}")
 
     def _known(self) -> list[float] | None:
-        """What a joint method that measures needs to know before the first pass."""
+        """The numbers that a joint method with a `measure` needs before the first pass."""
         method, journal = self.plan.method, self.files.journal
         measure = method.measure(len(self.files.models))
         if measure is None:
@@ -241,7 +241,7 @@ class Passes:
         return [(chunk, norms) for result in results for chunk, (norms, _) in result]
 
     def _groups(self, each: _Pass, at: Mapping[str, int]) -> list[_Group]:
-        """What is visited together: chunks one by one, but on an accelerator matrices of equal shape."""
+        """Groups of chunks: one chunk each; on an accelerator, matrices of equal shape together."""
         # streamed files pass by in their own order
         if self.device.place == CPU or each.name is None or self.plan.recipe.stream:
             return [(chunk,) for chunk in each.chunks]
@@ -300,7 +300,7 @@ class Passes:
         """About the bytes that a group's visits hold in the CPU's memory at their peak."""
         if len(group) == 1:
             return held(self.plan, group[0])
-        # what is float64 lies on the accelerator
+        # the float64 values are on the accelerator
         return sum(visit_bytes(chunk.param, chunk.shape, None) for chunk in group)
 
     def _budget(self, largest: int) -> int | None:

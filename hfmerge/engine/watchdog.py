@@ -73,7 +73,7 @@ class Watch:
         self._thread.join()
         for link in self._links.values():
             if orderly:
-                with contextlib.suppress(OSError):  # it has ended before
+                with contextlib.suppress(OSError):  # it had ended in order before
                     link.sendall(BYE)
             link.close()
         self._woken.close()
@@ -110,7 +110,7 @@ class Watch:
             tell(f"hfmerge: {self._text(lost_rank)}")
             for rank, link in self._links.items():
                 if rank != lost_rank:
-                    with contextlib.suppress(OSError):  # lost as well
+                    with contextlib.suppress(OSError):  # that process is lost as well
                         link.sendall(LOST + lost_rank.to_bytes(4, "big"))
         self._lost = lost_rank
         self._known.set()

@@ -69,7 +69,9 @@ def with_base(source: Model) -> Model:
     if not base:
         raise SourceError(f"{source.snapshot.label}: names no base model; write `base+adapter`.")
     if source.snapshot.commit is not None and not is_hub_id(base):
-        raise SourceError(f"{source.snapshot.label}: names the base {base!r}, no repository; write `base+adapter`.")
+        raise SourceError(
+            f"{source.snapshot.label}: names the base {base!r}, which is not a repository; write `base+adapter`."
+        )
     revision = adapter.get("revision")
     return dataclasses.replace(source, beneath=describe(f"{base}@{revision}" if revision else str(base)))
 

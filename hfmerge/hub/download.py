@@ -44,7 +44,7 @@ def _held(folder: Path) -> dict[str, FileInfo]:
 
 
 def _asked(ref: ModelRef, repo_id: str) -> Snapshot:
-    """A repository as the Hub says now, or, where it cannot be reached, as the cache remembers.
+    """Commit and files of a repository from the Hub or, if the Hub cannot be reached, from the cache.
 
     A commit by its full name is the same in the cache, even if its repository was deleted or its history rewritten.
     """

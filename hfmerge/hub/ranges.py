@@ -221,8 +221,8 @@ class RangedFile:
             asked = asked_wait(headers)
             if asked is not None and asked > self._patience.asked:
                 raise OfflineError(
-                    f"{self.where}: the Hub answered HTTP {status} and wants no request for {asked:.0f} s; run again "
-                    f"then, or {self._otherwise}."
+                    f"{self.where}: the Hub answered HTTP {status} and asks to wait {asked:.0f} s; run again "
+                    f"after that, or {self._otherwise}."
                 )
             raise _Fault(f"HTTP {status}", asked or None)
         if status == 416:

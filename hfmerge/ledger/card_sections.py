@@ -81,7 +81,7 @@ def with_scores(text: str, body: str | None, entries: Sequence[Mapping[str, Any]
     if wanted != front:
         entry = dump_yaml({"model-index": index}) if index else ""
         edited = _INDEX.sub(lambda _: entry, head, count=1) if _INDEX.search(head) else head + entry
-        # where the key is written in an unusual way, what the text says is kept and how it was written is not
+        # a key written in an unusual way is parsed and written anew: its content stays, its layout does not
         head = edited if read_front(edited) == wanted else dump_yaml(wanted)
     return (f"---\n{head}---\n" if head.strip() else "") + with_part(rest, RESULTS, body)
 

@@ -304,7 +304,7 @@ class Entry:
             return hits[0]
         if hits:
             marks = " or ".join(self.models[i].label for i in hits)
-            raise LedgerError(f"{name}: in the merge {len(hits)} times; name its commit: {marks}.")
+            raise LedgerError(f"{name}: is in the merge {len(hits)} times; name its commit: {marks}.")
         for model in self.models:
             if model.beneath and named(name, [model.beneath]):
                 raise LedgerError(f"{name}: lies beneath the adapter {model.label}; name that one.")
@@ -397,7 +397,7 @@ def check_chain(files: Mapping[str, bytes], where: str) -> tuple[Entry, ...]:
             )
         known = entry.restored is None if entry.action != "restore" else 0 < (entry.restored or 0) < step
         if not known:
-            raise LedgerError(f"{where}: {name}: restores step {entry.restored}, which is none before it.")
+            raise LedgerError(f"{where}: {name}: restores step {entry.restored}, but there is no such step before it.")
         entries.append(entry)
         parent = entry.digest
     return tuple(entries)

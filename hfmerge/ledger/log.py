@@ -96,7 +96,7 @@ def steps_of(merged: Merged) -> tuple[tuple[Step, ...], tuple[str, ...]]:
                 raise OfflineError(f"{merged.snapshot.label}: the Hub cannot be asked")
             commits = _commits(merged)
         except OfflineError as error:
-            notes.append(f"who and when are not known ({str(error).rstrip('.')}).")
+            notes.append(f"authors and dates are not known ({str(error).rstrip('.')}).")
     entries = merged.entries
     steps = tuple(Step(entry, entry.digest, commits.get(entry.file)) for entry in entries)
     return steps, tuple(notes)
@@ -202,7 +202,7 @@ def _model(sign: str, model: Material) -> Iterator[str]:
 
 
 def _parts(base: Material) -> Iterator[str]:
-    """What a base that is itself a merge was made of."""
+    """The models of a base that is itself a merge."""
     if base.ledger is not None:
         yield f"|\\   itself a merge, ledger {base.ledger[:12]}, of"
         yield from (f"| o  {short(identity)}" for identity in base.contains)

@@ -95,10 +95,10 @@ def find_removed(entries: Sequence[Entry], model: str, where: str) -> RemovedMod
     steps = [contained_models(entry) for entry in entries]
     known: dict[str, ContainedModel] = {}
     for part in (part for step in steps for part in step):
-        # as a part of another merge it has no files; as a model of its own it may have had some
+        # a model inside an inner merge has no files here; prefer the record in which it was read itself
         if part.read or part.identity not in known:
             known[part.identity] = part
-    now = {part.identity: part for part in reversed(steps[-1])}  # of several roles the first counts
+    now = {part.identity: part for part in reversed(steps[-1])}  # if a model has several roles, the first counts
     identities = list(known)
     hits = [model] if model in known else [identities[i] for i in named(model, identities)]
     if not hits:
@@ -109,7 +109,7 @@ def find_removed(entries: Sequence[Entry], model: str, where: str) -> RemovedMod
     gone = [identity for identity in hits if identity not in now]
     if not gone:
         part = now[hits[0]]
-        todo = "only a merge on another base, or of other models, would be without it"
+        todo = "to be without it, merge on another base, or merge models that do not contain it"
         if part.role in ("model", SUBTRACTED):
             todo = f"{call('unmerge', where.partition('@')[0], remove=part.name)} takes it out"
         raise CertificateError(f"{model}: still in {where} ({part.label}, {part.role}); {todo}.")

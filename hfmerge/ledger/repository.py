@@ -101,7 +101,7 @@ def parts_of(snapshot: Snapshot, warnings: list[str]) -> tuple[str | None, tuple
     try:
         entries, _ = ledger_in(snapshot)
     except LedgerError as error:
-        warnings.append(f"{snapshot.name}: taken as a model of its own, since its ledger says nothing: {error}")
+        warnings.append(f"{snapshot.name}: treated as a single model, because its ledger cannot be read: {error}")
         return None, ()
     return entries[-1].digest, contained(entries[-1])
 
@@ -173,7 +173,7 @@ def note_places(entry: Entry, folder: Path | None, places: Mapping[str, str]) ->
             others = {}  # a note that cannot be read is written anew
         absolute = {identity: str(Path(place).expanduser().absolute()) for identity, place in places.items()}
         notes = {**dict(list(others.items())[1 - COPIES :]), where: absolute}
-        with contextlib.suppress(OSError):  # told by `keep_note`
+        with contextlib.suppress(OSError):  # `keep_note` has logged the error
             private_folder(_note(entry).parent)
         keep_note(_note(entry), notes, NOTES)
 

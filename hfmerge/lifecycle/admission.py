@@ -116,7 +116,7 @@ def _tell(options: RunOptions, note: str | None) -> None:
 
 
 def _without(entry: Entry, names: Sequence[str]) -> Entry:
-    """An entry without models of some names, and without them in the merges that were merged."""
+    """The entry without the models of some names, also in its list of what inner merges contain."""
 
     def left(identities: Sequence[str]) -> tuple[str, ...]:
         return tuple(one for one in identities if not any(named(name, [one]) for name in names))
@@ -126,7 +126,7 @@ def _without(entry: Entry, names: Sequence[str]) -> Entry:
 
 
 def _parts(ref: str, role: str) -> list[ContainedModel]:
-    """What a reference brings into a merge, as far as it can be read; planning reports what cannot, all at once."""
+    """The models that a reference brings into a merge, as far as they can be read; planning reports all faults."""
     try:
         places = [pin(place) for place in parse_ref(ref)]
         inner = [one for place in places for one in parts_of(place, [])[1]]

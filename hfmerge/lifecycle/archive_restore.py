@@ -34,7 +34,7 @@ from hfmerge.validation.folders import file_in
 
 @dataclasses.dataclass
 class _Places:
-    """Where sources of a merge are read from, as it is found out.
+    """The places that sources of a merge are read from; filled as they are restored.
 
     Attributes:
         refs: see `Merged.refs`.
@@ -137,7 +137,7 @@ def _folders_back(merged: Merged, material: Material, places: _Places) -> None:
 
 
 def _hub_back(merged: Merged, material: Material, places: _Places) -> None:
-    """Bring back what the Hub no longer has of a material."""
+    """Restore the parts of a material that the Hub no longer has."""
     if material.kept is not None:
         gone = [identity for identity, _, _ in lost_places(material) if identity not in places.copies]
         if gone:
@@ -165,7 +165,7 @@ def _bring_back(merged: Merged, material: Material, identities: Sequence[str], p
                 manifest = _checked(archive, wanted)
                 check_total(manifest, archive, sum(info.size for info in merged.snapshot.files.values()))
                 names = [name for name in manifest.files if name.startswith("+") == bool(mark)]
-                # what the merge was made of comes last: where it is, all the rest is there too
+                # the files that were merged are unpacked last: where they are, the others are there too
                 names.sort(key=lambda name: (name in material.files, name))
                 shutil.rmtree(place, ignore_errors=True)
                 private_folder(place)
@@ -213,16 +213,16 @@ def _checked(archive: Path, wanted: Mapping[str, str]) -> Manifest:
 
 
 def _intact(place: Path, wanted: Mapping[str, str], mark: str) -> bool:
-    """Whether all files that were merged are there already, from an earlier time."""
+    """Whether an earlier run has unpacked all files that were merged."""
     paths = {place / name.removeprefix(mark): digest for name, digest in wanted.items()}
     return all(path.is_file() and sha256_file(path) == digest for path, digest in paths.items())
 
 
 def _place(kept: str, identity: str, mark: str) -> Path:
-    """Where a model comes to lie; digest and name are from a ledger that anybody may have written."""
+    """The folder to unpack a model into; digest and name come from a ledger that anybody may have written."""
     if not is_identity(identity):
         raise LedgerError(f"{identity!r}: is no name of a model.")
-    # a folder's own name is a part of what a ledger knows it by
+    # the ledger's identity of a folder contains the folder's name
     name = identity.rpartition("@sha256:")[0] or identity.rpartition("@")[0].replace("/", "--")
     return _kept_folder(kept) / ("beneath" if mark else "own") / name
 

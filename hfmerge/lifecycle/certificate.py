@@ -63,7 +63,7 @@ BASES: Sequence[tuple[Any, str]] = (
         "byte",
     ),
     (False, "compared with the ledger, and not merged again"),
-    (True, "merged again from the materials"),  # of versions that did not tell exact from approximate
+    (True, "merged again from the materials"),  # written by versions that did not distinguish exact from approximate
 )
 """Values of `recomputed` -> words of the claim: what the signer did with the subjects before signing."""
 NOT_PROVED = (
@@ -146,8 +146,8 @@ def _statement(merged: Merged, removal: RemovedModel, told: Told) -> dict[str, A
     base = merged.last.base.label
     names = ", ".join(model.label for model in merged.last.models)
     claim = (
-        f"The subjects are the weights of a merge of {names} into {base}. {removal.model.label} is none of these "
-        f"materials; it was taken out by step {removal.removed} of the ledger."
+        f"The subjects are the weights of a merge of {names} into {base}. {removal.model.label} is neither one of "
+        f"these models nor the base; it was taken out by step {removal.removed} of the ledger."
     )
     return {
         "_type": STATEMENT,
@@ -200,7 +200,7 @@ def _weights(entry: Entry) -> dict[str, str]:
 
 
 def _of_ledger(entry: Entry) -> dict[str, Any]:
-    """What of the predicate follows from the ledger's last entry."""
+    """The fields of the predicate that follow from the ledger's last entry."""
     recorded = json.loads(entry.to_bytes())
     return {
         "ledger": {"file": entry.file, "sha256": entry.digest},
@@ -269,7 +269,7 @@ def _validity(told: Told, now: datetime) -> Check:
 
 
 def _subjects(subjects: Sequence[Mapping[str, Any]], merged: Merged) -> Check:
-    """The files themselves are compared with the ledger by `verify`; here the ledger with the certificate."""
+    """Compare the ledger's digests with the certificate; `verify` compares the files with the ledger."""
     names = [str(one["name"]) for one in subjects]
     named = {str(one["name"]): str(one["digest"]["sha256"]) for one in subjects}
     here = _weights(merged.last)
@@ -307,7 +307,7 @@ def _removed(payload: bytes, statement: Mapping[str, Any], told: Told, merged: M
         return [Check("removed", False, plain(error))]
     label = found.model.label
     if not _same(removed, _removed_of(found)):
-        return [Check("removed", False, f"the ledger tells {label} otherwise than the certificate")]
+        return [Check("removed", False, f"the ledger records {label} differently from the certificate")]
     gone = f"{label} was taken out by step {found.removed} and is not in the merge"
     return [Check("removed", True, gone), _words(payload, statement, _statement(merged, found, told))]
 
@@ -334,8 +334,8 @@ def _flat(statement: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _recomputed(told: Told, replay: bool) -> Check:
-    """What the signer did is the signer's word; only a replay of one's own shows what comes out."""
-    here = "the check `replay` of this run shows what comes out"
+    """What the signer says of a replay is not checked; only a replay by the reader shows its result."""
+    here = "the check `replay` of this run shows the result"
     shows = here if replay else f"not checked here; {parameter('replay', True)} checks it"
     return Check("recomputed", True, f"the signer says that the subjects were {_basis(told.recomputed)}; {shows}")
 

@@ -145,7 +145,7 @@ def _never(left: Merged, device: str | None) -> Plan:
         return plan
     from hfmerge.learning.learn import learn
 
-    # replay rows are each model's own, and those that stay are kept
+    # each model has replay rows of its own; keep those of the models that stay
     return learn(plan, Ranks(), opened=left, device=device)[0]
 
 

@@ -113,7 +113,8 @@ def _inner_job(job: Job, merged: Merged, i: int, identities: Sequence[str]) -> J
         inner = open_merged(material_reference(model, merged.refs))
     except HfMergeError as error:
         raise LedgerError(
-            f"{what}: is a part of the merge {model.label}, which cannot be read to take it out there: {error}"
+            f"{what}: is a part of the merge {model.label}, which cannot be read, "
+            f"so the model cannot be taken out of it: {error}"
         ) from error
     _check_is_its_ledger(inner, model, what)
     direct = find_removal(inner.last, identities)
@@ -171,11 +172,11 @@ def _beside(folder: Path | None, model: Material, identities: Sequence[str]) -> 
 
 
 def _already(place: str, inner: Merged, rest: Sequence[Material]) -> Merged | None:
-    """What is at `place`, if it is a later step of the same ledger that holds exactly the models that stay."""
+    """The merge at `place`, if it is a later step of the same ledger and holds exactly the models that stay."""
     try:
         later = open_merged(place)
     except (LedgerError, NotFoundError):
-        return None  # nothing is there yet, or something else
+        return None  # there is nothing at the place yet, or no merge
     ours, theirs = inner.last, later.last
     grown = later.entries[: len(inner.entries)] == inner.entries and len(later.entries) > len(inner.entries)
     alike = len(theirs.models) == len(rest) and all(map(same_model, theirs.models, rest))

@@ -175,7 +175,7 @@ def _plan_unmerge(job: Job, merged: Merged) -> Change:
 
 
 def _target(job: Job, merged: Merged | None) -> Path | None:
-    """Folder of the result; None where it only goes to the Hub."""
+    """Folder of the result; None if the result is only published."""
     if job.output is not None:
         return Path(job.output)
     return merged.snapshot.folder if merged is not None else None
@@ -195,7 +195,8 @@ def _check_place(job: Job, merged: Merged | None, options: RunOptions) -> None:
         raise PushError(f"{name}: lies on the Hub; say where the result goes: {where}.")
     if target is None and options.resume:
         raise OutputError(
-            "cannot resume: what only goes to the Hub is not kept here; name an output folder, or start anew."
+            "cannot resume: a run that only publishes leaves no unfinished work here; "
+            "name an output folder, or start anew."
         )
 
 
@@ -247,11 +248,13 @@ def _announce(change: Change, merged: Merged | None, device: Device, here: Sessi
     """Tell the user what a removal reads, and warn if the kept state was computed with other arithmetic."""
     if change.action in ("unmerge", "subtract"):
         need = change.plan.estimate
-        here.tell(f"{change.action}: {change.how}; reads {need.read / 1e9:.2f} GB, {need.download / 1e9:.2f} to load")
+        here.tell(
+            f"{change.action}: {change.how}; reads {need.read / 1e9:.2f} GB, downloads {need.download / 1e9:.2f} GB"
+        )
     if merged is not None and (apart := other_arithmetic(change.plan, merged, environment(device))):
         here.tell(
-            f"the kept state was made with {'; '.join(apart)}: the last bits will be of both. Compute where it was "
-            "made, or merge all models again, for bytes that one of them gives alone."
+            f"the kept state was made with {'; '.join(apart)}: the last bits of the result will depend on both. "
+            "For bytes that depend on one alone, compute where the state was made, or merge all models again."
         )
 
 
@@ -260,7 +263,7 @@ def _folder_for(
     target: Path | None, plan: Plan, here: Session, device: Device, *, replace: bool
 ) -> Iterator[Workspace]:
     """The folder to build in, held by one process a disk: a workspace that becomes `target`, or a temporary one."""
-    # the folder may be the current one, which is another once it was replaced
+    # the target may be the current folder, which is a different folder after it was replaced
     made, ranks = None if target is None else target.absolute(), here.ranks
     with contextlib.ExitStack() as stack:
 
@@ -297,7 +300,7 @@ def _temporary(plan: Plan) -> Iterator[Workspace]:
 def _with_weights(
     change: Change, merged: Merged | None, place: Workspace, here: Session
 ) -> tuple[Change, Learned | None]:
-    """A change whose plan has learned weights, if its recipe asks for them, and what is kept of learning.
+    """The change with learned weights in its plan, if its recipe asks for them, and the record of learning.
 
     The progress of learning is noted in the journal of `place`, so that a killed run can be continued.
     """

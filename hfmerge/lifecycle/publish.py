@@ -160,7 +160,7 @@ def push_folder(
     entries, history, remote, head = opened.entries, opened.history, opened.target.files, opened.target.head
     existing = card_there(repo_id, opened.target)
     card = combine_cards(existing, render_card(entries, card_facts(entries[-1], repo_id)))
-    # pictures and scores are those of the folder, or none
+    # pictures and scores come from the folder, never from the repository
     mine = files[FILE].read_text(encoding="utf-8") if FILE in files else ""
     card = carried_scores(mine, with_part(card, FIGURES, part(mine, FIGURES)))
     new = [CommitOperationAdd(name, str(path)) for name, path in files.items() if name != FILE and name not in given]
@@ -171,8 +171,8 @@ def push_folder(
     states = {name: held[name] for name in sorted(last.beside) if name in held}
     if create_pr and states:
         notes.append(
-            f"the kept state stays here: a pull request cannot carry the branch {STATE_BRANCH}; once it is merged, "
-            "repeat the command as a direct push, which drops the state of the step before"
+            f"the kept state was not published: a pull request cannot change the branch {STATE_BRANCH}. When the pull "
+            "request is merged, push directly; that publishes the state, and deletes the state of the step before"
         )
 
     def publish_states() -> None:
@@ -201,7 +201,7 @@ def push_folder(
 def _after_commit(
     api: Any, repo_id: str, oid: str, opened: Opened, again: Callable[[], None] | None, notes: list[str]
 ) -> str | None:
-    """Tag the commit, clear the branch of states and remember the history. What fails is said in a note.
+    """Tag the commit, clear the branch of states and remember the history. A failure adds a note.
 
     Args:
         again: publishes the states once more.
@@ -212,7 +212,7 @@ def _after_commit(
     entries, history, last, tag = opened.entries, opened.history, opened.entries[-1], None
     if any(name.startswith(f"{LEDGER_FOLDER}/") for name in opened.lost):
         notes.extend(_untagged(api, repo_id))
-    advice = f"push the folder to {repo_id} again to make up for it"
+    advice = f"push the folder to {repo_id} again to correct this"
     try:
         with hub_errors(repo_id):
             tag = _tag(api, repo_id, oid, last, notes)
@@ -290,7 +290,7 @@ def _taken_back(api: Any, repo_id: str, states: Sequence[str]) -> Iterator[None]
     try:
         yield
     except OfflineError:
-        raise  # nobody can be asked to take anything back; `verify` names what is left
+        raise  # the Hub cannot be reached to delete them; `verify` names the files that are left
     except HfMergeError as error:
         try:
             with hub_errors(repo_id, "write"):
@@ -302,7 +302,7 @@ def _taken_back(api: Any, repo_id: str, states: Sequence[str]) -> Iterator[None]
 
 
 def _tidy(api: Any, repo_id: str, commit: str, last: Entry, strange: Sequence[str]) -> None:
-    """Delete obsolete states, and none that somebody publishes meanwhile.
+    """Delete obsolete states, but no state that somebody else publishes meanwhile.
 
     Who pushes publishes states, then a ledger that lists them, then again those that are missing. So states of a
     ledger that comes while this deletes are either put back by who pushes, or seen afterwards and brought back here.

@@ -213,7 +213,7 @@ def require_writer(repo_id: str, user: str | None = None) -> None:
 
 
 def _user(to: Destination) -> Mapping[str, Any]:
-    """What the Hub says of the token's user, whose name is at `name`."""
+    """The Hub's answer on the token's user; the key `name` holds the name."""
     from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
     from huggingface_hub.utils import validate_repo_id
 
@@ -409,7 +409,7 @@ def _is_again(theirs: Mapping[str, bytes], again: Callable[[Entry], bool]) -> bo
 
 
 def _changed_since(target: Target, repo_id: str, theirs: Mapping[str, bytes], ours: Mapping[str, bytes]) -> list[str]:
-    """Files that a push would replace or delete, or that are loaded, and that are of neither of two ledgers.
+    """Files that a push would replace or delete, or that a loader reads, and that neither ledger lists.
 
     Args:
         theirs: path -> bytes of the ledger there.

@@ -79,7 +79,7 @@ def _is(opened: Merged, held: Material, ref: str) -> bool:
         places = parse_ref(ref)
         names = [_identity(place, held if place is places[-1] else None) for place in places]
     except HfMergeError:
-        return False  # the change itself says what is wrong with it
+        return False  # planning the change reports what is wrong with the reference
     return names == [*([held.beneath] if held.beneath else []), held.identity]
 
 

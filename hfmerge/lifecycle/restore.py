@@ -107,7 +107,7 @@ def restore_step(job: Job, options: RunOptions) -> MergeResult:
 
 
 def _check_code(earlier: Earlier, options: RunOptions) -> None:
-    """Copy no code into an output whose maker has not allowed it.
+    """Refuse to copy code into an output unless the caller allows it.
 
     Raises:
         UnsupportedError: the step has files of code; names the repository, the files, and how to allow it.
@@ -162,7 +162,7 @@ def _commit_with(repository: Snapshot, wanted: Entry) -> Snapshot:
         try:
             snapshot = pin(ModelRef(f"{repository.name}@{revision}", repository.name, revision, None))
         except NotFoundError:
-            continue  # no such tag
+            continue  # there is no such tag
         lost = next((name for name in wanted.products if not _has(snapshot, name, wanted.products[name])), "")
         if not lost:
             return snapshot
@@ -219,7 +219,7 @@ def _on_the_hub(opened: Merged, earlier: Earlier, to: Destination) -> Pushed:
 
 
 def _fill(folder: Path, earlier: Earlier, opened: Merged, existing: str | None) -> None:
-    """Everything of the step into a folder, compared with its digests on the way."""
+    """Copy all files of the step into a folder, and compare their digests."""
     files = {name: (fetch(earlier.snapshot, name), digest) for name, digest in earlier.entry.products.items()}
     for file, digest in earlier.entry.beside.items():
         branch = ModelRef(file, earlier.snapshot.name, earlier.states[file], None)

@@ -137,9 +137,9 @@ class Log:
 
     def _repair(self) -> str:
         what = (
-            "lacked its end, which was added"
+            "was incomplete and was completed"
             if self.missing_end
-            else f"was torn ({len(self.torn)} bytes), and cut off"
+            else f"was incomplete ({len(self.torn)} bytes) and was deleted"
         )
         return f"its last line {what}"
 
@@ -201,7 +201,7 @@ def _line(record: Record) -> bytes:
 
 
 def _write(file: Path, handle: int, log: Log, data: bytes) -> None:
-    """Put an unfinished line right, and add a whole one, or nothing."""
+    """Repair an unfinished last line and add a whole line; if that fails, add nothing."""
     end = log.whole + (len(log.torn) if log.missing_end else 0)
     data = b"\n" + data if log.missing_end else data
     try:
@@ -228,7 +228,7 @@ def _sync_folder(folder: Path) -> None:
 
 @contextmanager
 def _held(file: Path, how: int) -> Iterator[int]:
-    """The log's file under a lock, made where it is to be written and is not there."""
+    """Open the log's file under a lock; a missing file is created if it is to be written."""
     writes = how == fcntl.LOCK_EX
     if file.exists() and not file.is_file():
         raise OutputError(f"{file}: is not a regular file; choose another one for the log.")
@@ -304,5 +304,5 @@ def _next(file: Path, line: bytes, number: int, previous: str | None) -> Record:
 
 
 def _place(file: Path) -> str:
-    """What the log's own head is remembered under."""
+    """The name under which the log's own head is remembered."""
     return f"log:{sha256_bytes(os.path.realpath(file).encode('utf-8', 'surrogateescape'))}"

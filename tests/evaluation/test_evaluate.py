@@ -180,7 +180,7 @@ def test_heads_are_found_by_their_labels(world: Path, tmp_path: Path) -> None:
         hfmerge.evaluate([world / "topic", world / "base"], suite(), settings=skip)
     with pytest.raises(HeadError, match="no label 'art' in the head of mood"):
         hfmerge.evaluate([world / "mood"], suite(), settings=FRESH)
-    with pytest.raises(HeadError, match="no classification head to lend"):
+    with pytest.raises(HeadError, match="has no classification head; name a model that has one"):
         hfmerge.evaluate([world / "mood"], suite(head=str(world / "base")), settings=FRESH)
     two = evaluating.suite(
         tmp_path / "two.yaml",

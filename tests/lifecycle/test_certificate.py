@@ -150,7 +150,7 @@ def serialized(line: str) -> ed25519.Ed25519PublicKey:
 def test_another_checks_it_with_the_key_and_recomputes_the_weights(made: Path) -> None:
     run = verify(made, "--public-key", made / "key.pub", "--replay")
     assert run.code == 0, run.out
-    assert "ok   signature: made by key@here (SHA256:" in run.out and "come out with the same bytes" in run.out
+    assert "ok   signature: made by key@here (SHA256:" in run.out and "files with the same bytes" in run.out
     assert "ok   removed: m1@" in run.out and "was taken out by step 2" in run.out
     report = hfmerge.verify(made / "merged", certificate=made / "certificate.json", public_key=made / "key.pub")
     assert report.ok and [check.what for check in report.checks if check.what in STATED] == list(STATED)
@@ -248,8 +248,8 @@ LIES: list[tuple[str, Callable[[dict[str, Any]], object], str]] = [
     ("machine", lambda s: s["predicate"]["environment"].update(torch="0"), "environment are not those"),
     ("settings", lambda s: s["predicate"]["settings"].update(dtype="float16"), "settings are not those"),
     ("never in", lambda s: s["predicate"]["removed"].update(identity="m9@sha256:00"), "never was in"),
-    ("other bytes", lambda s: s["predicate"]["removed"]["files"].update(x="0"), "otherwise than the certificate"),
-    ("other step", lambda s: s["predicate"]["removed"].update(removedByStep=7), "otherwise than the certificate"),
+    ("other bytes", lambda s: s["predicate"]["removed"]["files"].update(x="0"), "differently from the certificate"),
+    ("other step", lambda s: s["predicate"]["removed"].update(removedByStep=7), "differently from the certificate"),
     ("predicate", lambda s: s.update(predicateType="https://slsa.dev/provenance/v1"), "this version reads"),
     ("type", lambda s: s.update(_type="https://in-toto.io/Statement/v0.1"), "not an in-toto statement"),
     ("empty", lambda s: s["predicate"].clear(), "not a whole certificate"),

@@ -73,7 +73,7 @@ def test_a_name_that_is_there_twice(out: Path) -> None:
     second = dataclasses.replace(first, commit="b2" * 20)
     twice: Entry = dataclasses.replace(entry, models=(first, entry.models[1], second))
     with pytest.raises(
-        LedgerError, match="org/x: in the merge 2 times; name its commit: org/x@a1a1a1a1 or org/x@b2b2"
+        LedgerError, match="org/x: is in the merge 2 times; name its commit: org/x@a1a1a1a1 or org/x@b2b2"
     ):
         twice.find("org/x")
     assert twice.find("org/x@b2") == 2 and twice.find("org/x@a1a1") == 0

@@ -149,7 +149,7 @@ def describe_layout(
         ShapeError: tensors do not have the shapes that config.json describes.
         CorruptFileError: a parameter is stored twice in different layouts.
     """
-    if config.get("auto_map"):  # what code of its own says is its own
+    if config.get("auto_map"):  # the answer depends on code of the model's own, so it is not cached
         return _described(config, shapes, origin, trust_remote_code)
     fresh: list[Layout] = []
 

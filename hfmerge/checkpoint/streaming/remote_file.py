@@ -66,7 +66,7 @@ class RemoteFile:
                         dict.fromkeys(range(block_at(bounds, start), block_at(bounds, start + entry.nbytes - 1) + 1))
                     )
             for block in self._held:
-                self._store.read(self._number, block)  # what was read ahead for nothing may go
+                self._store.read(self._number, block)  # blocks that were read ahead and not used may be dropped
             self._order, self._mark = list(order), 0
             self._place = {block: place for place, block in enumerate(self._order)}
             self._reach = [0, *accumulate(self._length(block) for block in self._order)]
@@ -165,7 +165,7 @@ class RemoteFile:
                 self._times[block] += 1
                 self._digest.add(block, part)
                 if block not in self._place:
-                    self._store.read(self._number, block)  # nobody will
+                    self._store.read(self._number, block)  # counts as read: nobody will read it
             behind = self._digest.waiting > self._store.memory // 4
         # a digest that is slower than the network holds it up
         (self._digest.settle if behind else self._digest.advance)()
@@ -226,7 +226,7 @@ class RemoteFile:
             if self._digest.given_up is None and not self._spend(sum(self._length(block) for block in missing)):
                 unread = sum(self._length(block) for block in missing if not self._times[block])
                 self._digest.give_up(
-                    f"the merge had no need of {unread} of its {self._ranged.size} bytes"
+                    f"the merge did not read {unread} of its {self._ranged.size} bytes"
                     if unread
                     else "it was read in another order than it is stored in, and memory to hash it ran out"
                 )
