@@ -178,30 +178,7 @@ def print_result(args: argparse.Namespace, result: Any, more: Mapping[str, Any] 
         tell(f"warning: {warning}")
     pushed = result.pushed
     if args.json:
-        print_json(
-            {
-                "output": str(result.folder) if result.folder else None,
-                "step": entry.step,
-                "action": entry.action,
-                "models": [model.identity for model in entry.models],
-                "how": entry.how,
-                "products": dict(entry.products),
-                "scale": entry.scalars.scale,
-                "merged_norm": entry.scalars.merged_norm,
-                "deviation": entry.scalars.deviation,
-                "gap": entry.scalars.gap,
-                "gap_bound": entry.scalars.gap_bound,
-                "norms": [(model.squared_norm or 0.0) ** 0.5 for model in entry.models],
-                "seconds": dict(result.seconds),
-                "processes": result.processes,
-                "reused": result.reused,
-                "repeated": result.repeated,
-                "streamed": None if result.streamed is None else dataclasses.asdict(result.streamed),
-                "warnings": list(result.warnings),
-                "pushed": None if pushed is None else {**vars(pushed), "notes": list(pushed.notes)},
-                **(more or {}),
-            }
-        )
+        print_json({**_result_data(result), **(more or {})})
         return 0
     if result.repeated:
         say(
@@ -242,6 +219,32 @@ def print_result(args: argparse.Namespace, result: Any, more: Mapping[str, Any] 
         for note in pushed.notes:
             tell(f"note: {note}")
     return 0
+
+
+def _result_data(result: Any) -> dict[str, Any]:
+    """The result of a verb as JSON values."""
+    entry, pushed = result.entry, result.pushed
+    return {
+        "output": str(result.folder) if result.folder else None,
+        "step": entry.step,
+        "action": entry.action,
+        "models": [model.identity for model in entry.models],
+        "how": entry.how,
+        "products": dict(entry.products),
+        "scale": entry.scalars.scale,
+        "merged_norm": entry.scalars.merged_norm,
+        "deviation": entry.scalars.deviation,
+        "gap": entry.scalars.gap,
+        "gap_bound": entry.scalars.gap_bound,
+        "norms": [(model.squared_norm or 0.0) ** 0.5 for model in entry.models],
+        "seconds": dict(result.seconds),
+        "processes": result.processes,
+        "reused": result.reused,
+        "repeated": result.repeated,
+        "streamed": None if result.streamed is None else dataclasses.asdict(result.streamed),
+        "warnings": list(result.warnings),
+        "pushed": None if pushed is None else {**vars(pushed), "notes": list(pushed.notes)},
+    }
 
 
 def size(count: int) -> str:

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from hfmerge.checkpoint.reader import Rows
 from hfmerge.checkpoint.writer import SIZES, TORCH_NAMES, SafetensorsWriter
-from hfmerge.engine.batched_sum import merge_rows
+from hfmerge.engine.batched_sum import Term, merge_rows
 from hfmerge.engine.device import CPU, Device
 from hfmerge.engine.partition import visit_bytes
 from hfmerge.engine.plan import Param, state_name
@@ -138,24 +138,18 @@ class Folding:
         if self.plan.vocabulary is not None and param.vocab_axis is not None:
             return None
         entry = self.plan.base.tensors[param.key]
-        names = [name for model in files.models if (name := model.lies_as(param.key, entry)) is not None]
-        if len(names) < count:
+        weights = self.plan.weights_of(param)
+        terms = [
+            Term(model, name, weight)
+            for model, weight in zip(files.models, weights, strict=True)
+            if (name := model.lies_as(param.key, entry)) is not None
+        ]
+        if len(terms) < count:
             return None
         first = 0 if self.chunk.rows is None else self.chunk.rows[0] * math.prod(entry.shape[1:])
         writers = [writer for writer in (files.states.get(count), files.scratch) if writer is not None]
         dtype = torch.float32 if SIZES[param.slot.dtype] < 4 else torch.float64
-        weights = self.plan.weights_of(param)
-        found = merge_rows(
-            plain,
-            files.models,
-            names,
-            self.data.base(),
-            first,
-            weights,
-            files.memory,
-            dtype=dtype,
-            keep=bool(writers),
-        )
+        found = merge_rows(plain, terms, self.data.base(), first, files.memory, dtype=dtype, keep=bool(writers))
         if found is None:
             return None
         if found.sum is not None:

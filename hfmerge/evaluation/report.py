@@ -11,7 +11,7 @@ from hfmerge.evaluation.models import open_subject
 from hfmerge.evaluation.results import Matrix, ModelInfo, Score, TaskInfo, markdown_table
 from hfmerge.evaluation.suite import KINDS
 from hfmerge.hub.client import hub_api, hub_errors, patiently
-from hfmerge.hub.commits import Commit, commit_once, download, listed
+from hfmerge.hub.commits import Commit, NewCommit, commit_once, download, listed
 from hfmerge.ledger.card import FILE, card_pointer
 from hfmerge.ledger.card_sections import RESULTS_PREFIX, TOOL, with_scores
 from hfmerge.validation.folders import file_in
@@ -120,11 +120,12 @@ def push_results(matrix: Matrix, repo_id: str, *, create_pr: bool = False) -> Co
         adds = {FILE: card.encode()}
         if entries := benchmark_entries(matrix, info.label):
             adds[f"{RESULTS_PREFIX}{matrix.suite}.yaml"] = dump_yaml(entries).encode()
-        return commit_once(
-            api, repo_id, [CommitOperationAdd(name, data) for name, data in adds.items()],
+        new = NewCommit(
+            [CommitOperationAdd(name, data) for name, data in adds.items()],
             title=f"Results on {matrix.suite} with hfmerge", description=f"{len(matrix.tasks)} tasks",
             parent=head, proof={FILE: card.encode()}, create_pr=create_pr,
         )  # fmt: skip
+        return commit_once(api, repo_id, new)
 
 
 def benchmark_entries(matrix: Matrix, label: str) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ from hfmerge.errors import HfMergeError, OfflineError, OutputError, PushError
 from hfmerge.evaluation.plots.embedding import FIGURES, drawn
 from hfmerge.hashing import sha256_bytes
 from hfmerge.hub.client import hub_api, hub_errors, patiently
-from hfmerge.hub.commits import commit_once, moved, tag_once, upload
+from hfmerge.hub.commits import NewCommit, commit_once, moved, tag_once, upload
 from hfmerge.hub.download import pin
 from hfmerge.hub.privacy import restricted
 from hfmerge.hub.reference import ModelRef, Snapshot
@@ -187,11 +187,12 @@ def push_folder(
         for operation in new:
             if operation.path_in_repo.endswith(".safetensors"):
                 upload(api, repo_id, operation, create_pr=create_pr)
-        made = commit_once(
-            api, repo_id, [*adds, *gone], title=_message(last),
+        commit = NewCommit(
+            [*adds, *gone], title=_message(last),
             description="\n".join([f"{markdown(last.how)}.", f"Ledger: {last.file}", *opened.notes]),
             parent=head, proof={last.file: history[last.file]}, create_pr=create_pr,
         )  # fmt: skip
+        made = commit_once(api, repo_id, commit)
     tag = None
     if not create_pr:
         tag = _after_commit(api, repo_id, made.oid, opened, publish_states if kept else None, notes)

@@ -421,7 +421,11 @@ def test_replay_of_a_merge_made_elsewhere_allows_for_other_arithmetic_and_no_mor
     assert "other bytes" in tiny.cli("verify", out, "--replay").out
     rewrite_last(out, device="another device", fingerprint="of another device")
     run = tiny.cli("verify", out, "--replay")
-    assert run.code == 3 and "of the change but with other bytes" in run.out and "device another device, here cpu" in run.out
+    assert (
+        run.code == 3
+        and "of the change but with other bytes" in run.out
+        and "device another device, here cpu" in run.out
+    )
     tiny.edit(out, lambda held: held.update({name: held[name] * 1.01}))
     rewrite_last(out, device="another device", fingerprint="of another device")
     run = tiny.cli("verify", out, "--replay")
