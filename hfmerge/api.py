@@ -20,7 +20,7 @@ from hfmerge.errors import LedgerError, OutputError, VerificationError
 from hfmerge.ledger.diff import Difference, compare
 from hfmerge.ledger.entry import Entry, recipe_of
 from hfmerge.ledger.log import Step, steps_of
-from hfmerge.ledger.removal import parts
+from hfmerge.ledger.removal import contained_models
 from hfmerge.ledger.repository import Merged, open_merged
 from hfmerge.lifecycle.admission import admit_change
 from hfmerge.lifecycle.certify import Certificate, given_certificate, make_certificate
@@ -422,7 +422,7 @@ def push(
     to = Destination(repo_id, private, create_pr, None, overwrite, tuple(publish_private))
     recover(folder)
     opened = open_merged(str(Path(folder).absolute()))
-    inputs = with_snapshots(parts(opened.last), opened.refs)
+    inputs = with_snapshots(contained_models(opened.last), opened.refs)
     level, _ = admit(to, inputs, history=opened.history)
     check_readers(to, level, inputs)
     if check:

@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("HFMERGE_DEBUG"):
             raise
         if isinstance(error, LostProcessError) and error.reported:
-            pass  # said already, by the first process to know
+            pass  # the first process that noticed has printed it
         elif not first_process():
             # rank 0 raises the same error, unless it is gone itself
             tell(f"hfmerge (process {os.environ.get('RANK')}): {error}")

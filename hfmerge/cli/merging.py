@@ -14,7 +14,7 @@ from hfmerge.cli.shared import (
     push_arguments,
     push_flags,
     run_flags,
-    run_options,
+    run_options_from_flags,
     size,
 )
 from hfmerge.recipe.keys import keys_of
@@ -84,7 +84,7 @@ def _asked(args: argparse.Namespace) -> Recipe:
 def _merge(args: argparse.Namespace) -> int:
     from hfmerge import api
 
-    result = api.merge(_asked(args), **push_arguments(args), options=run_options(args))
+    result = api.merge(_asked(args), **push_arguments(args), options=run_options_from_flags(args))
     return print_result(args, result)
 
 
@@ -120,7 +120,7 @@ def _plan(args: argparse.Namespace) -> int:
     if planned.recipe.keep_sources:
         say(f"sources  copies are kept beside the state and published with it: at most {size(need.sources)}")
     if planned.recipe.stream:
-        say(f"stream   {size(need.stream)} from the Hub as they are needed; nothing is stored but the result")
+        say(f"stream   {size(need.stream)} from the Hub as they are needed; only the result is stored")
     say(f"needs    disk {size(need.disk)}, memory about {size(need.memory)}, time about {need.seconds:.0f} s")
     return 0
 

@@ -29,7 +29,7 @@ TURNS = 2
 USABLE = 0.9
 """Share of an accelerator's memory that matrices may fill."""
 ERRORS = (RuntimeError, AssertionError, TypeError, AttributeError, NotImplementedError)
-"""Each kind of device, and of missing device, has an error of its own."""
+"""torch raises a different error for each kind of device and of missing device."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Device:
         with self._turns:
             with contextlib.suppress(torch.OutOfMemoryError):
                 return work(self.place)
-            # only now is nothing held any more of what that try had made
+            # only here are the tensors of the failed try freed
             torch.get_device_module(self.place).empty_cache()
         leave()
         self._say(f"{what} found no room in the memory of")
@@ -93,7 +93,7 @@ class Device:
         import torch
 
         company = Company(len(works))
-        # they have their turn together
+        # all matrices of the group share one turn
         inside = replace(self, _turns=contextlib.nullcontext())
         with self._turns, ThreadPoolExecutor(len(works), "hfmerge", torch.set_num_threads, (1,)) as pool:
             return list(pool.map(company.run, range(len(works)), [partial(work, inside) for work in works]))
@@ -151,7 +151,7 @@ def name_of(place: str) -> str:
     if place == CPU:
         return CPU
     kind = place.partition(":")[0]
-    # Apple's devices tell no name
+    # Apple's devices have no name that torch can ask for
     tell = getattr(torch.get_device_module(kind), "get_device_name", None)
     return kind if tell is None else str(tell(place))
 
@@ -182,9 +182,9 @@ def repeatable(place: str) -> Iterator[None]:
         return
     before = torch.are_deterministic_algorithms_enabled()
     warned = torch.is_deterministic_algorithms_warn_only_enabled()
-    # cuBLAS wants it said there, and before its first product
+    # cuBLAS reads this variable before its first product
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    # what can be had in no other way is done as it can, and torch warns of it
+    # an operation without a deterministic form runs all the same, and torch warns
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         with full_float32(place):

@@ -10,20 +10,20 @@ from pathlib import Path
 from hfmerge.checkpoint.delta import Delta
 from hfmerge.checkpoint.heads import Head
 from hfmerge.checkpoint.model import Model
-from hfmerge.checkpoint.vocabulary import Vocabulary
+from hfmerge.checkpoint.vocabulary import MergedVocabulary
 from hfmerge.checkpoint.writer import Slot
 from hfmerge.errors import LedgerError
 from hfmerge.hashing import is_digest
 from hfmerge.methods import FoldMethod, MergeMethod
-from hfmerge.recipe.learning import HELD
+from hfmerge.recipe.learning import HELD_BYTES
 from hfmerge.recipe.recipe import Recipe
 from hfmerge.recipe.weights import Weight, weight_at
 from hfmerge.task_vector import Segment
 
 
-DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
+SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 
-DTYPE_NAMES = {short: long for long, short in DTYPES.items()}
+DTYPE_NAMES = {short: long for long, short in SAFETENSORS_DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class Plan:
     deltas: tuple[Delta, ...] = field(repr=False)
     params: tuple[Param, ...] = field(repr=False)
     heads: tuple[tuple[int, Head], ...]
-    vocabulary: Vocabulary | None = field(repr=False)
+    vocabulary: MergedVocabulary | None = field(repr=False)
     side_files: tuple[str, ...]
     keep: tuple[int, ...]
     prior: Prior | None
@@ -206,8 +206,8 @@ class Plan:
         size = 4 * sum(math.prod(param.slot.shape) for param in self.params if param.touched)
         parts = size * len(self.deltas)
         # the base under all heads, the merged values, their gradient; with consolidation also values and information
-        memory = min(HELD, parts) + size * (5 if learn.ewc else 3)
-        return memory, max(0, parts - HELD) if self.method.in_parts else 0
+        memory = min(HELD_BYTES, parts) + size * (5 if learn.ewc else 3)
+        return memory, max(0, parts - HELD_BYTES) if self.method.in_parts else 0
 
     def _learning(self) -> list[str]:
         """What learning the weights needs, if they are learned."""

@@ -176,7 +176,7 @@ class Tasks:
             other = self._other(head_of)
             head = other.own_head()
             if head is None:
-                raise HeadError(f"{self._where(task)}: {head_of} has no classification head to lend.")
+                raise HeadError(f"{self._where(task)}: {head_of} has no classification head; name one that has.")
             return head, other
         own = subject.own_head()
         heads = [*([own] if own is not None else []), *(subject.head_of(owner) for owner in subject.held)]
@@ -205,16 +205,16 @@ class Tasks:
         result: Answers = self._remember(("answers", task.name), read)
         return result
 
-    def _compare(self, task: Task, head: TaskHead, found: Sequence[int]) -> Score:
+    def _compare(self, task: Task, head: TaskHead, predictions: Sequence[int]) -> Score:
         """Rows of the head as labels of the data; a row whose label no data has counts as wrong."""
         where = self._where(task)
         if task.by_index:
             answers = numbered_answers(task, self.rows(task)[task.label], head.labels, where)
-            return scored(task.metric, found, answers.values, seed=self._seed)
+            return scored(task.metric, predictions, answers.values, seed=self._seed)
         answers = self._answers(task)
         rows = head_rows(answers.used, head.labels, where, head.owner)
         labels = {row: answers.names.index(name) for name, row in rows.items()}
-        return scored(task.metric, [labels.get(row, -1) for row in found], answers.values, seed=self._seed)
+        return scored(task.metric, [labels.get(row, -1) for row in predictions], answers.values, seed=self._seed)
 
     def _tokens(self, task: Task, snapshot: Any, subject: Subject) -> tuple[list[Any], list[Any] | None, int]:
         def make() -> tuple[list[Any], list[Any] | None, int]:

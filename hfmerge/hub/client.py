@@ -59,7 +59,7 @@ def asked_wait(headers: Mapping[str, str]) -> float | None:
     try:
         moment = email.utils.parsedate_to_datetime(text) if text else None
     except ValueError:
-        return None  # neither a number nor a date: no wish at all
+        return None  # neither a number nor a date: the header asks for no wait
     return max(0.0, moment.timestamp() - time.time()) if moment is not None else None
 
 

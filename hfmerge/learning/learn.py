@@ -25,9 +25,9 @@ from hfmerge.learning.progress import Progress
 from hfmerge.learning.replay.dataset import Replay, load_replay, save_replay
 from hfmerge.learning.replay.generate import generate
 from hfmerge.learning.space import Space
-from hfmerge.learning.student import Student, check_tokens, reference, references, students
+from hfmerge.learning.student import Student, check_tokens, references, source_reference, students
 from hfmerge.ledger.repository import Merged, state_path
-from hfmerge.recipe.learning import HELD, Learning
+from hfmerge.recipe.learning import HELD_BYTES, Learning
 from hfmerge.validation.wording import parameter
 
 
@@ -126,7 +126,7 @@ def learn(
     with contextlib.ExitStack() as stack:
         stack.enter_context(repeatable(place))
         replays, rows = _rows(plan, learning, earlier, progress, ranks, notify, place)
-        space = stack.enter_context(Space(plan, groups=learning.groups, budget=HELD, scratch=journal))
+        space = stack.enter_context(Space(plan, groups=learning.groups, budget=HELD_BYTES, scratch=journal))
         keys = [param.key for param in space.params]
         with memory_for(learning):
             merge = students(plan, keys, rows, checkpointing=learning.checkpointing, place=place)
@@ -234,7 +234,7 @@ def _rows(
             spare = None
             if learning.replay.generator == "masked":
                 spare = open_subject(
-                    reference(plan.base.snapshot), device=subject.device, dtype="float32", copies=plan.copies
+                    source_reference(plan.base.snapshot), device=subject.device, dtype="float32", copies=plan.copies
                 )
             own = generate(subject, kind_of(subject), learning.replay, spare=spare, progress=True)
             progress.keep_replay(model, learning.replay, own)

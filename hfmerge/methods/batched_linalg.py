@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _Found = TypeVar("_Found")
 
 _MINE: ContextVar[tuple[Company, int] | None] = ContextVar("company", default=None)
-"""Of which company a thread is a member, and which."""
+"""The company that a thread belongs to, and its number there."""
 
 
 def apart(function: Callable[[Tensor], _Found], matrix: Tensor) -> _Found:
@@ -86,7 +86,7 @@ class Company:
             self._meet()
 
     def _meet(self) -> None:
-        """If everyone present has asked, answer all, whoever's thread this is."""
+        """If all members wait for an answer, compute all answers on this thread."""
         if not self._asked or len(self._asked) < len(self._present):
             return
         alike: dict[Any, list[tuple[Tensor, Future[Any]]]] = {}
@@ -106,7 +106,7 @@ def _answer(function: Callable[[Tensor], Any], waiting: list[tuple[Tensor, Futur
         try:
             found = function(torch.stack([matrix for matrix, _ in waiting]))
         except lapack_error():
-            pass  # one of them does not converge; each alone shows which
+            pass  # one matrix does not converge; decompose each alone to find out which
         except Exception as error:  # whatever it is, it is the members' to handle
             for _, answer in waiting:
                 answer.set_exception(error)

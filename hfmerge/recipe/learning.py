@@ -16,7 +16,7 @@ from hfmerge.validation.values import Section, show
 Loss = Literal["distill", "labels", "mixed"]
 Groups = Literal["parameter", "layer", "model"]
 
-HELD = 1 << 30
+HELD_BYTES = 1 << 30
 """Bytes of changes that stay in memory between steps; more are read again for every step."""
 
 

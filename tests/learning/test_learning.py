@@ -160,7 +160,7 @@ def test_the_plan_says_what_learning_takes(
     assert planned(models).learning_bytes == (6 * weights, 0) == planned(models, name="gram").learning_bytes
     held = planned(models, learn={**QUICK, "ewc": 1.0})
     assert held.learning_bytes == (8 * weights, 0) and held.estimate.memory > 8 * weights
-    monkeypatch.setattr("hfmerge.engine.plan.HELD", 0)
+    monkeypatch.setattr("hfmerge.engine.plan.HELD_BYTES", 0)
     plan = planned(models, name="gram")
     assert plan.learning_bytes == (3 * weights, 3 * weights) and plan.estimate.disk >= 3 * weights
     with Space(plan, groups="layer", budget=0, scratch=tmp_path) as space:

@@ -22,7 +22,7 @@ from hfmerge.engine.options import RunOptions
 from hfmerge.engine.partition import visit_bytes
 from hfmerge.engine.plan import Param, Plan
 from hfmerge.engine.planner import build_method, make_plan
-from hfmerge.engine.ranks import Ranks, shares
+from hfmerge.engine.ranks import Ranks, assign_owners
 from hfmerge.engine.threads import AHEAD, core_count, overlapped, resident_memory
 from hfmerge.errors import Problem, RecipeError
 from hfmerge.evaluation.inspection.spectra import Detail, Spectrum
@@ -140,7 +140,7 @@ def inspect_models(
     detail = Detail(True, TOPS, alpha, variant)
     plain = dataclasses.replace(detail, spectral=False)
     apart = chosen if spectral else set[str]()
-    owners = shares([_cost(param, param.key in apart) for param in touched], ranks.world)
+    owners = assign_owners([_cost(param, param.key in apart) for param in touched], ranks.world)
 
     def mine() -> dict[str, Measured]:
         own = [param for param, owner in zip(touched, owners, strict=True) if owner == ranks.rank]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hfmerge.methods.opcm import project
-from hfmerge.methods.spectral import Variant
+from hfmerge.methods.spectral import OpcmVariant
 from hfmerge.task_vector import Core, LowRank, Segment, TaskVector, cut
 
 
@@ -55,7 +55,7 @@ class Detail:
     spectral: bool
     tops: tuple[int, ...]
     alpha: float
-    variant: Variant
+    variant: OpcmVariant
 
 
 def take_apart(

@@ -33,7 +33,7 @@ from hfmerge.evaluation.weight_distance import distance, relative, same_weights
 from hfmerge.experiments.continual import metrics
 from hfmerge.experiments.continual.config import Variant, arranged, check_variants, pair
 from hfmerge.experiments.continual.config import orders as drawn_orders
-from hfmerge.experiments.continual.measures import PeakMemory, identity, summed_up, values
+from hfmerge.experiments.continual.measures import PeakMemory, model_identity, summed_up, values
 from hfmerge.hashing import canonical_json, sha256_bytes
 from hfmerge.ledger.repository import open_merged
 from hfmerge.methods import registry
@@ -137,8 +137,8 @@ class _Run:
         self.cells.mkdir(parents=True, exist_ok=True)
         # the same rows for all orders: they depend on the model alone
         self.options = RunOptions(rows=folder / "rows")
-        self.identities = [identity(delta.source) for delta in plan.deltas]
-        self.base = identity(plan.base)
+        self.identities = [model_identity(delta.source) for delta in plan.deltas]
+        self.base = model_identity(plan.base)
         self.rows: dict[str, list[Any]] = {}
         self.standing: list[Any] | None = None
         self.left()

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from hfmerge.evaluation.batches import cut, padded
+from hfmerge.evaluation.batches import length_batches, padded
 from hfmerge.learning.replay.words import Vocabulary
 
 
@@ -121,7 +121,7 @@ def _look(
     scores, slopes = [0.0] * len(rows), [torch.empty(0)] * len(rows)
     hook = model.get_input_embeddings().register_forward_hook(catch)
     try:
-        for batch in cut([len(row) for row in rows], batch_size):
+        for batch in length_batches([len(row) for row in rows], batch_size):
             tokens, mask = padded([rows[i] for i in batch], pad, str(model.device))
             logits = model(input_ids=tokens, attention_mask=mask).logits.float()
             reached = log_chances(logits).gather(1, wanted[batch].to(logits.device)[:, None])[:, 0]
