@@ -136,6 +136,6 @@ def _hub(argv: list[str]) -> int:
     }
     if argv[:1] and argv[0] in commands:
         return commands[argv[0]](argv[1:])
-    asked = argv[:1] in (["--help"], ["-h"])
-    say(*usage.split("\n"), serve.PURPOSE, file=sys.stdout if asked else sys.stderr)
-    return 0 if asked else 2
+    help_asked = argv[:1] in (["--help"], ["-h"])
+    say(*usage.split("\n"), serve.PURPOSE, file=sys.stdout if help_asked else sys.stderr)
+    return 0 if help_asked else 2

@@ -277,11 +277,11 @@ def evaluate_suite(
     Raises:
         HfMergeError: see `Evaluator`.
     """
-    asked = suite if isinstance(suite, Suite) else load_suite(suite)
+    suite = suite if isinstance(suite, Suite) else load_suite(suite)
     if not models:
         raise HfMergeError("no model to evaluate; name at least one.")
-    asked = asked.select(tasks) if tasks else asked
-    return Evaluator(asked, settings, heads=heads, ranks=ranks, progress=progress).matrix(models)
+    suite = suite.select(tasks) if tasks else suite
+    return Evaluator(suite, settings, heads=heads, ranks=ranks, progress=progress).matrix(models)
 
 
 def _check_installed() -> None:

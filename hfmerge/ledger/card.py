@@ -187,8 +187,8 @@ def _learned(entry: Entry) -> str:
     """One sentence on how the weights were learned; "" if they were not."""
     if entry.learned is None:
         return ""
-    asked = entry.settings["learn"]
-    rows = "rows that each model made itself" if asked["loss"] == "distill" else f"labelled rows of {asked['suite']}"
+    learn = entry.settings["learn"]
+    rows = "rows that each model made itself" if learn["loss"] == "distill" else f"labelled rows of {learn['suite']}"
     return f"The weights were learned by gradient from {rows} ({entry.learned['how']})."
 
 

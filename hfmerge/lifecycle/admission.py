@@ -44,15 +44,15 @@ def admit_job(job: Job, merged: Merged | None, here: Session) -> Callable[[], No
     return admit_change(merged, job.to, here.ranks, here.options, new=new, without=leaving, base=job.base)
 
 
-def _admit_merge(asked: Recipe, to: Destination, options: RunOptions) -> None:
-    inputs = [*_parts(asked.base, "base"), *(part for m in asked.models for part in _parts(m.model, "model"))]
+def _admit_merge(recipe: Recipe, to: Destination, options: RunOptions) -> None:
+    inputs = [*_parts(recipe.base, "base"), *(part for m in recipe.models for part in _parts(m.model, "model"))]
 
     def again(entry: Entry) -> bool:
         """Whether an entry is this very merge, as far as the recipe says."""
         method, weights = entry.method, [model.weight for model in entry.models]
-        alike = entry.action == "merge" and (method.name, method.norm) == (asked.method.name, asked.method.norm)
-        alike = alike and all(method.options.get(k) == v for k, v in asked.method.options.items())
-        alike = alike and (asked.learn is not None or weights == [model.weight for model in asked.models])
+        alike = entry.action == "merge" and (method.name, method.norm) == (recipe.method.name, recipe.method.norm)
+        alike = alike and all(method.options.get(k) == v for k, v in recipe.method.options.items())
+        alike = alike and (recipe.learn is not None or weights == [model.weight for model in recipe.models])
         return alike and {p.name for p in contained_models(entry)} == {p.name for p in inputs if p.role != SNAPSHOT}
 
     level, note = admit(to, inputs, history={}, again=again)

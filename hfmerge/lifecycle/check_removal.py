@@ -102,17 +102,17 @@ def check_removal(
     Raises:
         HfMergeError: no task of the suite is a removed model's; or what evaluating and merging raise.
     """
-    asked = load_suite(suite) if not isinstance(suite, Suite) else suite
+    suite = load_suite(suite) if not isinstance(suite, Suite) else suite
     last = opened.last
     gone = [last.models[last.find(name)] for name in names]
-    owners = {task.name: _owner(task, last.models) for task in asked.tasks}
+    owners = {task.name: _owner(task, last.models) for task in suite.tasks}
     removed = tuple(task for task, owner in owners.items() if owner in gone)
     if not removed:
         raise HfMergeError(
-            f"suite {asked.name}: no task says `head: {gone[0].name}`, so it cannot tell what leaves with that model."
+            f"suite {suite.name}: no task says `head: {gone[0].name}`, so it cannot tell what leaves with that model."
         )
     heads = {task: material_reference(owner, opened.refs) for task, owner in owners.items() if owner is not None}
-    evaluator = Evaluator(asked, settings, heads=heads, progress=True)
+    evaluator = Evaluator(suite, settings, heads=heads, progress=True)
     rows = {"base": material_reference(last.base, opened.refs), "before": _where(opened)}
     subjects = [_called(evaluator.open(ref), label) for label, ref in rows.items()]
     # scored now: a folder is about to be replaced

@@ -46,7 +46,7 @@ def already_added(opened: Merged, models: Sequence[ModelEntry]) -> bool:
     if len(last) != len(before) + len(models):
         return False
     new = zip(last[len(before) :], models, strict=True)
-    return all(held.weight == asked.weight and _is(opened, held, asked.model) for held, asked in new)
+    return all(held.weight == new_model.weight and _is(opened, held, new_model.model) for held, new_model in new)
 
 
 def already_replaced(opened: Merged, old: str, new: str, weight: Weight | None) -> bool:

@@ -95,8 +95,8 @@ class Session:
         ref = self.pinned(merged)
         opened = self.each(lambda: open_merged(ref, sources, self.options.consent))
         # a history is remembered under the branch that the user named, not under the commit that this run pinned
-        asked = dataclasses.replace(opened.snapshot, ref=parse_ref(merged)[0])
-        self.on_main(partial(refuse_rewritten, dataclasses.replace(opened, snapshot=asked)))
+        as_named = dataclasses.replace(opened.snapshot, ref=parse_ref(merged)[0])
+        self.on_main(partial(refuse_rewritten, dataclasses.replace(opened, snapshot=as_named)))
         return opened
 
     def pinned(self, ref: str) -> str:

@@ -26,7 +26,7 @@ from tests.fixtures.shell import upload
 pytestmark = pytest.mark.slow
 DATA = random.Random(0).randbytes(3_000_000)
 SHA256 = hashlib.sha256(DATA).hexdigest()
-QUICK = Patience(tries=4, first=0.01, longest=0.02, asked=5.0)
+QUICK = Patience(tries=4, first=0.01, longest=0.02, longest_retry_after=5.0)
 
 
 @dataclass(frozen=True)

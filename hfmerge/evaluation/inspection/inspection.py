@@ -25,7 +25,7 @@ from hfmerge.engine.planner import build_method, make_plan
 from hfmerge.engine.ranks import Ranks, assign_owners
 from hfmerge.engine.threads import AHEAD, core_count, overlapped, resident_memory
 from hfmerge.errors import Problem, RecipeError
-from hfmerge.evaluation.inspection.spectra import Asked, Spectrum
+from hfmerge.evaluation.inspection.spectra import Detail, Spectrum
 from hfmerge.evaluation.inspection.statistics import HELD, Changes, Measured, measure
 from hfmerge.methods.opcm import OPCM
 from hfmerge.recipe.recipe import MethodChoice, Recipe
@@ -137,8 +137,8 @@ def inspect_models(
         raise RecipeError(
             [Problem(parameter("matrices"), f"{', '.join(matrices)} match no matrix that a model changes")], origin
         )
-    asked = Asked(True, TOPS, alpha, variant)
-    plain = dataclasses.replace(asked, spectral=False)
+    detail = Detail(True, TOPS, alpha, variant)
+    plain = dataclasses.replace(detail, spectral=False)
     apart = chosen if spectral else set[str]()
     owners = assign_owners([_cost(param, param.key in apart) for param in touched], ranks.world)
 
@@ -150,7 +150,7 @@ def inspect_models(
 
             def work(param: Param) -> Measured:
                 ranks.check()
-                return measure(changes, param, asked if param.key in apart else plain)
+                return measure(changes, param, detail if param.key in apart else plain)
 
             changes.expect(own)
             return {one.key: one for one in _over(plan, own, work, options, bar=ranks.main)}

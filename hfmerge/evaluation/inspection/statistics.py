@@ -16,7 +16,7 @@ from hfmerge.checkpoint.streaming.session import Streaming
 from hfmerge.checkpoint.vocabulary import extended_base
 from hfmerge.engine.plan import Param, Plan
 from hfmerge.engine.plan_readers import open_deltas
-from hfmerge.evaluation.inspection.spectra import Asked, Spectrum, take_apart
+from hfmerge.evaluation.inspection.spectra import Detail, Spectrum, take_apart
 from hfmerge.task_vector import LowRank, TaskVector
 
 
@@ -121,7 +121,7 @@ class Changes:
         return [(at, min(at + step, shape[0])) for at in range(0, shape[0], step)]
 
 
-def measure(changes: Changes, param: Param, asked: Asked) -> Measured:
+def measure(changes: Changes, param: Param, detail: Detail) -> Measured:
     """Measure one parameter.
 
     Raises:
@@ -139,11 +139,11 @@ def measure(changes: Changes, param: Param, asked: Asked) -> Measured:
         if not math.isfinite(sums.gram[i][i]):
             changes.check_finite(i, param.key)
     matrices, spectra = [(0.0, 0.0)] * count, []
-    for block in param.blocks if asked.spectral else ():
+    for block in param.blocks if detail.spectral else ():
         if block.matrix and len(block.shape(param.slot.shape)) == 2:
             # what was too much to hold is read once more, one model at a time
             source = whole if whole is not None else changes.task_vectors(param)
-            parts, found = take_apart(param.key, block, source, weights, asked)
+            parts, found = take_apart(param.key, block, source, weights, detail)
             matrices = [(a + c, b + d) for (a, b), (c, d) in zip(matrices, parts, strict=True)]
             spectra.extend(found)
     return Measured(
