@@ -26,7 +26,7 @@ from hfmerge.validation.strict_json import read_json_file
 
 
 if TYPE_CHECKING:
-    from hfmerge.evaluation.inspection.inspection import Inspection, Part, Square
+    from hfmerge.evaluation.inspection.inspection import Inspection, LayerStatistics, Square
     from hfmerge.recipe.recipe import Recipe
 
 
@@ -197,12 +197,12 @@ def _print(inspection: Inspection) -> None:
     say("", f"{inspection.seconds:.1f} s")
 
 
-def _cell(part: Part, model: int) -> str:
+def _cell(part: LayerStatistics, model: int) -> str:
     share = part.interference[model]
     return f"{part.norms[model]:>6.3g} {'' if share is None else format(share, '.0%'):>5}"
 
 
-def _mean_cosine(part: Part) -> str:
+def _mean_cosine(part: LayerStatistics) -> str:
     """Mean over pairs; the highest one is in the JSON."""
     pairs = [value for i, row in enumerate(part.cosine) for value in row[:i] if value is not None]
     return f"{sum(pairs) / len(pairs):.3f}" if pairs else "-"

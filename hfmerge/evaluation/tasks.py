@@ -176,7 +176,9 @@ class Tasks:
             other = self._other(head_of)
             head = other.own_head()
             if head is None:
-                raise HeadError(f"{self._where(task)}: {head_of} has no classification head; name one that has.")
+                raise HeadError(
+                    f"{self._where(task)}: {head_of} has no classification head; name a model that has one."
+                )
             return head, other
         own = subject.own_head()
         heads = [*([own] if own is not None else []), *(subject.head_of(owner) for owner in subject.held)]

@@ -221,8 +221,8 @@ class RangedFile:
             retry_after = asked_wait(headers)
             if retry_after is not None and retry_after > self._patience.longest_retry_after:
                 raise OfflineError(
-                    f"{self.where}: the Hub answered HTTP {status} and asks to wait {retry_after:.0f} s; run again "
-                    f"after that, or {self._otherwise}."
+                    f"{self.where}: the Hub answered HTTP {status} and asks to wait {retry_after:.0f} s; run "
+                    f"again after that, or {self._otherwise}."
                 )
             raise _Fault(f"HTTP {status}", retry_after or None)
         if status == 416:

@@ -20,7 +20,7 @@ from hfmerge.evaluation.suite import load_suite
 from hfmerge.hashing import canonical_json, sha256_bytes, sha256_file
 from hfmerge.learning.fisher import FISHER_ROWS, fisher, load_fisher, save_fisher
 from hfmerge.learning.labelled import labelled_rows, task_of
-from hfmerge.learning.optimise import Anchor, Found, memory_for, optimise
+from hfmerge.learning.optimise import Anchor, Optimum, memory_for, optimise
 from hfmerge.learning.progress import Progress
 from hfmerge.learning.replay.dataset import Replay, load_replay, save_replay
 from hfmerge.learning.replay.generate import generate
@@ -46,7 +46,7 @@ class Learned:
     Attributes:
         replays: of each model in order; None where it has none.
         fisher: carried Fisher information, or None.
-        found: weights and curve; None where the weights stayed as they were.
+        optimum: weights and curve; None where the weights stayed as they were.
         how: one line on how the weights were found.
         groups: names of the groups of parameters that have a weight of their own.
         device: name of the device that learned: "cpu", or the model of an accelerator.
@@ -54,7 +54,7 @@ class Learned:
 
     replays: tuple[Replay | None, ...]
     fisher: Mapping[str, Tensor] | None = field(repr=False)
-    found: Found | None
+    optimum: Optimum | None
     how: str
     groups: tuple[str, ...] = ()
     device: str = CPU
@@ -73,8 +73,8 @@ class Learned:
             save_fisher(self.fisher, place)
             kept = sha256_file(place)
             place.rename(folder / state_file(kept))
-        curve = [] if self.found is None else [list(point[:3]) + [list(point[3])] for point in self.found.curve]
-        steps = 0 if self.found is None else self.found.steps
+        curve = [] if self.optimum is None else [list(point[:3]) + [list(point[3])] for point in self.optimum.curve]
+        steps = 0 if self.optimum is None else self.optimum.steps
         return {
             "how": self.how, "groups": list(self.groups), "steps": steps, "curve": curve, "replay": rows,
             "fisher": kept, "device": self.device,
@@ -154,12 +154,12 @@ def learn(
     return _warned(plan, warnings), Learned(replays, information, found, how, space.groups, name_of(place))
 
 
-def _faults(found: Found, space: Space) -> Iterator[str]:
+def _faults(optimum: Optimum, space: Space) -> Iterator[str]:
     """What the user should know of how learning ended."""
-    if found.fault is not None:
-        yield f"{found.fault} No further steps were made: the weights are the best of the {found.steps} before."
-    if found.idle:
-        names = some([space.groups[i] for i in found.idle])
+    if optimum.fault is not None:
+        yield f"{optimum.fault} No further steps were made: the weights are the best of the {optimum.steps} before."
+    if optimum.idle:
+        names = some([space.groups[i] for i in optimum.idle])
         yield f"learn: no loss depends on {names}; the weights there stay where they started."
 
 
@@ -261,7 +261,7 @@ def _optimised(
     ranks: Ranks,
     anchor: Anchor | None,
     progress: Progress,
-) -> Found:
+) -> Optimum:
     from huggingface_hub.utils import tqdm
 
     with tqdm(
@@ -305,14 +305,14 @@ def _anchor(
 
 
 def _information(
-    space: Space, merge: Sequence[Student], found: Found, anchor: Anchor | None, learning: Learning, ranks: Ranks
+    space: Space, merge: Sequence[Student], optimum: Optimum, anchor: Anchor | None, learning: Learning, ranks: Ranks
 ) -> dict[str, Tensor] | None:
     """Fisher information of the new merge, with what is carried of the earlier ones; on rank 0."""
 
     def made() -> dict[str, Tensor] | None:
         if not ranks.main:
             return None
-        new = _fisher(merge, space.merged(found.weights), learning)
+        new = _fisher(merge, space.merged(optimum.weights), learning)
         if anchor is not None:
             for key, value in new.items():
                 value.add_(anchor.fisher[key], alpha=learning.gamma)

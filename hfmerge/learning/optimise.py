@@ -62,7 +62,7 @@ class Anchor:
 
 
 @dataclass(frozen=True)
-class Found:
+class Optimum:
     """The result of the optimisation.
 
     Attributes:
@@ -91,7 +91,7 @@ def optimise(
     anchor: Anchor | None = None,
     progress: Progress = NOTHING,
     tick: Callable[[int], object] = lambda count: None,
-) -> Found:
+) -> Optimum:
     """Minimise the mean loss of all models over the weights, within their bounds.
 
     Every process does the rows of some models; only the gradient in the weights crosses processes. Which rows a step
@@ -130,7 +130,7 @@ def optimise(
         if not course.step:
             raise
         fault = str(error)
-    return Found(course.best, tuple(course.curve), course.step, fault, course.idle())
+    return Optimum(course.best, tuple(course.curve), course.step, fault, course.idle())
 
 
 class _Course:

@@ -192,8 +192,8 @@ def _places(
             continue
         if not places or any(shape != tuple(value.shape) for _, _, shape in places):
             raise UnsupportedError(
-                f"learn: {type(model).__name__} holds {key} otherwise than the base's file does, which learning "
-                "cannot follow; merge without `learn`, or leave it to the base with `exclude`."
+                f"learn: {type(model).__name__} stores {key} in another form than the base's file, which "
+                "learning cannot follow; merge without `learn`, or leave it to the base with `exclude`."
             )
         found[key] = tuple((module, name) for module, name, _ in places)
     return found

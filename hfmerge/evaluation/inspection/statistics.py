@@ -27,7 +27,7 @@ Number = TypeVar("Number", int, float)
 
 HELD = 1 << 25
 """Elements of all models' changes of one parameter that are held at once; more are read some rows at a time."""
-TILE = 1 << 20
+_TILE = 1 << 20
 """Elements of one model's change that signs are compared in at a time."""
 
 
@@ -181,7 +181,7 @@ class _Sums:
             self._add_signs(models, piece)
 
     def _add_signs(self, models: Sequence[int], piece: Sequence[Tensor]) -> None:
-        """Flat pieces of at most `TILE` elements: counts up to 2^24 are exact in float32."""
+        """Flat pieces of at most `_TILE` elements: counts up to 2^24 are exact in float32."""
         import torch
 
         signs = torch.stack([change.sign() for change in piece])
@@ -198,14 +198,14 @@ class _Sums:
 
 
 def _pieces(taus: Sequence[TaskVector]) -> Iterator[list[Tensor]]:
-    """The same elements of every change, flat, at most `TILE` (or one row) at a time."""
+    """The same elements of every change, flat, at most `_TILE` (or one row) at a time."""
     if not taus:
         return
     shape = taus[0].shape
     if len(shape) < 2:
         yield [tau.to_dense().reshape(-1) for tau in taus]
         return
-    step = max(1, TILE // math.prod(shape[1:]))
+    step = max(1, _TILE // math.prod(shape[1:]))
     for at in range(0, shape[0], step):
         yield [_rows(tau, at, at + step).reshape(-1) for tau in taus]
 

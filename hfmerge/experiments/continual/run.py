@@ -229,17 +229,17 @@ class _Run:
         key = ["step", self._merge_of(variant.recipe, seen), [[self.tasks[i], i] for i in (*seen, *upcoming)]]
         return self._cell(f"{variant.label}: {len(seen)} models", key, work)
 
-    def removal(self, variant: Variant, order: Sequence[int], gone: int) -> dict[str, Any]:
+    def removal(self, variant: Variant, order: Sequence[int], removed: int) -> dict[str, Any]:
         """Take one model out of the whole merge, and compare with the merge that never saw it."""
 
         def work() -> dict[str, Any]:
             self._stand_at(variant.recipe, order)
             options = self._options(variant.recipe)
-            name = open_merged(str(self.place)).last.models[order.index(gone)].name
+            name = open_merged(str(self.place)).last.models[order.index(removed)].name
             with tempfile.TemporaryDirectory(dir=self.place.parent) as folder:
                 out, never = Path(folder) / "unmerged", Path(folder) / "never"
                 result = api.unmerge(self.place, name, output=out, mode=self.experiment.mode, options=options)
-                rest = arranged(variant.recipe, [i for i in order if i != gone])
+                rest = arranged(variant.recipe, [i for i in order if i != removed])
                 other = api.merge(rest, output=never, options=options)
                 identical = same_weights(result.entry.products, other.entry.products)
                 first = self._evaluate(str(out), order)
@@ -247,14 +247,14 @@ class _Run:
                 norm = float(other.entry.scalars.merged_norm)
                 apart = 0.0 if identical else relative(distance(out, never), norm)
             found = metrics.fidelity(
-                name, gone, values(first), values(second),
+                name, removed, values(first), values(second),
                 identical=identical, distance=apart, seconds=result.seconds["total"],
             )  # fmt: skip
             return {**asdict(found), "how": result.entry.how}
 
-        key = ["removal", self._merge_of(variant.recipe, order), list(self.tasks), gone]
+        key = ["removal", self._merge_of(variant.recipe, order), list(self.tasks), removed]
         key += [self.experiment.mode] if self.experiment.mode != "exact" else []
-        return self._cell(f"{variant.label}: without {self.tasks[gone]}", key, work)
+        return self._cell(f"{variant.label}: without {self.tasks[removed]}", key, work)
 
     def inspection(self, variant: Variant, order: Sequence[int]) -> dict[str, Any]:
         """Cosine of task vectors, and what OPCM clears of each model in this order; listed as in the recipe."""

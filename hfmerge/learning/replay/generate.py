@@ -23,7 +23,7 @@ from hfmerge.evaluation.processors import (
 )
 from hfmerge.learning.replay import images, sampling
 from hfmerge.learning.replay.dataset import Replay
-from hfmerge.learning.replay.search import search, shared_out
+from hfmerge.learning.replay.search import Schedule, search, shared_out
 from hfmerge.learning.replay.targets import token_targets
 from hfmerge.learning.replay.words import Vocabulary, read_vocabulary
 from hfmerge.recipe.replay import ReplaySettings
@@ -148,9 +148,8 @@ class _Maker:
             rows = words.spans(settings.rows, fewest, length, self._random)
         if settings.generator == "contrast":
             rows = search(
-                self._model, rows, self._logits(rows, words.pad), words, self._log_chances,
-                confidence=settings.confidence, steps=self._steps, batch_size=settings.batch_size,
-                generator=self._random, tick=self._tick,
+                self._model, rows, self._logits(rows, words.pad), words, self._log_chances, self._schedule(),
+                confidence=settings.confidence,
             )  # fmt: skip
         if writer is not None:
             rows = sampling.filled(
@@ -188,12 +187,14 @@ class _Maker:
 
         if settings.generator != "noise" and self._steps:
             values = images.convinced(
-                self._model, values, shared_out(self._log_chances(seen(values))), size, loss, steps=self._steps,
-                batch_size=settings.batch_size, statistics=settings.generator == "statistics", generator=self._random,
-                tick=self._tick,
+                self._model, values, shared_out(self._log_chances(seen(values))), size, loss, self._schedule(),
+                statistics=settings.generator == "statistics",
             )  # fmt: skip
         stored = values.to(torch.float16)
         return {"pixel_values": stored}, {"logits": seen(stored)}, None
+
+    def _schedule(self) -> Schedule:
+        return Schedule(self._steps, self._asked.batch_size, self._random, self._tick)
 
     def _writer(self, tokenizer: Any) -> PreTrainedModel | None:
         """The masked language model that writes the rows, if one does."""
