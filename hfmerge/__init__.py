@@ -154,6 +154,11 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+    """The public names, also those that were not used yet."""
+    return sorted(__all__)
+
+
 def __getattr__(name: str) -> Any:
     # no module of the package may be called like a public name: importing it would hide the name
     for home, names in _HOMES.items():

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from hfmerge.engine.options import DEFAULT, Consent, RunOptions
 from hfmerge.engine.plan import Plan
@@ -30,9 +30,9 @@ from hfmerge.lifecycle.publish import Pushed, push_folder
 from hfmerge.lifecycle.purge import Purged, PurgePlan, purge
 from hfmerge.lifecycle.push_target import Destination, admit, check_readers, destination, with_snapshots
 from hfmerge.lifecycle.record import adopt_card
-from hfmerge.lifecycle.session import MergeResult, given_recipe, session
+from hfmerge.lifecycle.session import AnyRecipe, MergeResult, given_recipe, session
 from hfmerge.lifecycle.verify import Report, verify_merge
-from hfmerge.recipe.recipe import ModelEntry, Recipe
+from hfmerge.recipe.recipe import MethodChoice, ModelEntry, read_models
 
 
 if TYPE_CHECKING:
@@ -44,66 +44,96 @@ if TYPE_CHECKING:
     from hfmerge.evaluation.suite import Suite
     from hfmerge.lifecycle.check_removal import Behaviour
 
+AnyModel = str | Path | Mapping[str, Any] | ModelEntry
+"""A model as a verb takes it: a reference, or a model of a recipe."""
+AnyMethod = str | Mapping[str, Any] | MethodChoice
+"""A method as a verb takes it: a name, or the method of a recipe."""
 
-def plan(recipe: Recipe | str | Path) -> Plan:
+
+def plan(
+    recipe: AnyRecipe | None = None,
+    *,
+    base: str | Path | None = None,
+    models: Sequence[AnyModel] | None = None,
+    method: AnyMethod | None = None,
+    **keys: Any,
+) -> Plan:
     """Plan a merge from headers alone; downloads no weights.
+
+    Args:
+        recipe, base, models, method, keys: as for `merge`.
+
+    Examples:
+        >>> plan = hfmerge.plan(base="org/base", models=["org/tuned-a", "org/tuned-b"], method="opcm")
+        >>> plan.estimate.download, plan.estimate.memory, plan.estimate.seconds
 
     Raises:
         RecipeError: every problem of the recipe and its models at once.
     """
-    given, origin = given_recipe(recipe)
+    given, origin = given_recipe(recipe, base=base, models=models, method=method, **keys)
     return make_plan(given, origin=origin)
 
 
 def merge(
-    recipe: Recipe | str | Path,
+    recipe: AnyRecipe | None = None,
     *,
+    base: str | Path | None = None,
+    models: Sequence[AnyModel] | None = None,
+    method: AnyMethod | None = None,
     output: str | Path | None = None,
     push_to: str | None = None,
-    private: bool | None = None,
-    create_pr: bool = False,
-    overwrite: bool = False,
-    publish_private: Sequence[str] = (),
     options: RunOptions = DEFAULT,
+    **more: Any,
 ) -> MergeResult:
-    """Merge the models of a recipe into a new folder, with ledger and card, and publish it if asked.
+    """Merge models into a new folder, with ledger and card, and publish it if asked.
 
     Args:
-        recipe: a `Recipe` or the path of a YAML file.
-        output, push_to, private: instead of the recipe's.
-        create_pr, overwrite, publish_private: see `ChangeOptions`.
+        recipe: the path of a YAML file, its keys as a mapping, or a `Recipe`. None: the other arguments say all.
+        base: the model that all others were tuned from: `org/name[@revision]` or a folder.
+        models: in order of arrival. Each is a reference, or a mapping such as `{"model": "org/name", "weight": 0.5}`.
+        method: its name, or a mapping of name and options, such as `{"name": "opcm", "alpha": 0.4}`.
+        output: new folder for the result.
+        push_to: repository to publish to.
         options: how the run uses the machine.
+        more: `create_pr`, `overwrite` and `publish_private` (see `ChangeOptions`), and all other keys of a recipe, such
+            as `dtype`, `exclude` or `private` (see the reference of recipes). A key that is given here counts instead
+            of the recipe's own.
+
+    Examples:
+        >>> import hfmerge
+        >>> result = hfmerge.merge(
+        ...     base="google-bert/bert-base-uncased",
+        ...     models=["org/tuned-a", {"model": "org/tuned-b", "weight": 0.5}],
+        ...     method="opcm",
+        ...     output="merged",
+        ... )
+        >>> hfmerge.unmerge("merged", "org/tuned-a")
 
     Raises:
-        HfMergeError: see `hfmerge.errors`; nothing half-written remains.
+        RecipeError: all problems of the recipe at once. HfMergeError: see `hfmerge.errors`; nothing half-written
+            remains.
     """
-    given, origin = given_recipe(recipe, options.consent)
-    target = output or given.output
-    to = destination(
-        push_to or given.push_to,
-        private=given.private if private is None else private,
-        create_pr=create_pr,
-        overwrite=overwrite,
-        publish_private=publish_private,
-    )
-    job = Job("merge", recipe=given, origin=origin, output=None if target is None else str(target), to=to)
-    return perform(job, options)
+    allowed = {name: more.pop(name) for name in ("create_pr", "overwrite", "publish_private") if name in more}
+    keys = {"base": base, "models": models, "method": method, "output": output, "push_to": push_to, **more}
+    given, origin = given_recipe(recipe, options.consent, **keys)
+    to = destination(given.push_to, private=given.private, **allowed)
+    return perform(Job("merge", recipe=given, origin=origin, output=given.output, to=to), options)
 
 
-def add(merged: str | Path, models: Sequence[str | ModelEntry], **options: Unpack[ChangeOptions]) -> MergeResult:
+def add(merged: str | Path, models: AnyModel | Sequence[AnyModel], **options: Unpack[ChangeOptions]) -> MergeResult:
     """Merge further models into an existing merge, continuing from its carried state.
 
     Args:
         merged: `org/name[@revision]` or a folder.
-        models: references, or entries with a weight.
+        models: one or several, each as in `merge`.
         options: where the result goes and how the run uses the machine (see `ChangeOptions`).
 
     Raises:
-        HfMergeError: see `hfmerge.errors`; the existing merge stays as it was.
+        RecipeError: what is no model or no weight. HfMergeError: see `hfmerge.errors`; the existing merge stays as it
+            was.
     """
-    entries = tuple(model if isinstance(model, ModelEntry) else ModelEntry(model) for model in models)
     job = change_job("add", merged, **options)
-    return perform(dataclasses.replace(job, models=entries), run_options(options))
+    return perform(dataclasses.replace(job, models=read_models(models, "add")), run_options(options))
 
 
 def unmerge(
@@ -435,7 +465,7 @@ def push(
 
 
 def inspect(
-    models: Recipe | str | Path,
+    models: AnyRecipe,
     *,
     matrices: Sequence[str] | None = None,
     spectral: bool = True,
@@ -445,7 +475,7 @@ def inspect(
     """Compare models without merging them: similarity, norms, signs, spectra, predicted interference.
 
     Args:
-        models: a `Recipe`, the path of a YAML file, or a merge by ID or folder, whose sources are then compared.
+        models: a recipe as `merge` takes it, or a merge by ID or folder, whose sources are then compared.
         matrices: fnmatch patterns of tensors whose matrices are decomposed; None: all.
         spectral: decompose matrices. False: only one pass over the elements is made.
         sources: as for `add`.
@@ -457,7 +487,7 @@ def inspect(
     from hfmerge.evaluation.inspection.inspection import inspect_models
 
     with session(options) as here:
-        if not isinstance(models, Recipe) and not str(models).endswith((".yaml", ".yml")):
+        if isinstance(models, str | Path) and not str(models).endswith((".yaml", ".yml")):
             ref = here.pinned(str(models))
             opened = here.each(lambda: open_merged(ref, sources))
             recipe, origin = recipe_of(opened.last, opened.refs, options.consent), opened.snapshot.label
