@@ -95,7 +95,7 @@ def merge(
         output: new folder for the result.
         push_to: repository to publish to.
         options: how the run uses the machine.
-        more: `create_pr`, `overwrite` and `publish_private` (see `ChangeOptions`), and all other keys of a recipe, such
+        more: `create_pr`, `overwrite`, `publish_private` (see `ChangeOptions`), and all other keys of a recipe, such
             as `dtype`, `exclude` or `private` (see the reference of recipes). A key that is given here counts instead
             of the recipe's own.
 
