@@ -5,7 +5,6 @@ Merging does not import the libraries that only evaluation and inspection need.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,23 +15,33 @@ from hfmerge.engine.plan import Plan
 from hfmerge.engine.planner import make_plan
 from hfmerge.engine.ranks import Ranks, processes
 from hfmerge.engine.workspace import recover
-from hfmerge.errors import LedgerError, OutputError, VerificationError
+from hfmerge.errors import LedgerError, OutputError
 from hfmerge.ledger.diff import Difference, compare
 from hfmerge.ledger.entry import Entry, recipe_of
 from hfmerge.ledger.log import Step, steps_of
-from hfmerge.ledger.removal import parts
 from hfmerge.ledger.repository import Merged, open_merged
 from hfmerge.lifecycle.admission import admit_change
 from hfmerge.lifecycle.certify import Certificate, given_certificate, make_certificate
-from hfmerge.lifecycle.job import ChangeOptions, Job, change_job, run_options
+from hfmerge.lifecycle.forecast import Forecast, admit_push, forecast, forecast_push
+from hfmerge.lifecycle.job import ChangeOptions, change_job, run_options
+from hfmerge.lifecycle.jobs import (
+    JOBS,
+    add_job,
+    merge_job,
+    rebase_job,
+    reorder_job,
+    replace_job,
+    restore_job,
+    unmerge_job,
+)
 from hfmerge.lifecycle.perform import perform
 from hfmerge.lifecycle.publish import Pushed, push_folder
 from hfmerge.lifecycle.purge import Purged, PurgePlan, purge
-from hfmerge.lifecycle.push_target import Destination, admit, check_readers, destination, with_snapshots
+from hfmerge.lifecycle.push_target import Destination
 from hfmerge.lifecycle.record import adopt_card
 from hfmerge.lifecycle.session import AnyRecipe, MergeResult, given_recipe, session
 from hfmerge.lifecycle.verify import Report, verify_merge
-from hfmerge.recipe.recipe import MethodChoice, ModelEntry, read_models
+from hfmerge.recipe.recipe import MethodChoice, ModelEntry
 
 
 if TYPE_CHECKING:
@@ -95,9 +104,9 @@ def merge(
         output: new folder for the result.
         push_to: repository to publish to.
         options: how the run uses the machine.
-        more: `create_pr`, `overwrite`, `publish_private` (see `ChangeOptions`), and all other keys of a recipe, such
-            as `dtype`, `exclude` or `private` (see the reference of recipes). A key that is given here counts instead
-            of the recipe's own.
+        more: `create_pr`, `commit_message`, `overwrite`, `publish_private` (see `ChangeOptions`), and all other keys
+            of a recipe, such as `dtype`, `exclude` or `private` (see the reference of recipes). A key that is given
+            here counts instead of the recipe's own.
 
     Examples:
         >>> import hfmerge
@@ -113,11 +122,8 @@ def merge(
         RecipeError: all problems of the recipe at once. HfMergeError: see `hfmerge.errors`; nothing half-written
             remains.
     """
-    allowed = {name: more.pop(name) for name in ("create_pr", "overwrite", "publish_private") if name in more}
     keys = {"base": base, "models": models, "method": method, "output": output, "push_to": push_to, **more}
-    given, origin = given_recipe(recipe, options.consent, **keys)
-    to = destination(given.push_to, private=given.private, **allowed)
-    return perform(Job("merge", recipe=given, origin=origin, output=given.output, to=to), options)
+    return perform(*merge_job(recipe, options=options, **keys))
 
 
 def add(merged: str | Path, models: AnyModel | Sequence[AnyModel], **options: Unpack[ChangeOptions]) -> MergeResult:
@@ -132,8 +138,7 @@ def add(merged: str | Path, models: AnyModel | Sequence[AnyModel], **options: Un
         RecipeError: what is no model or no weight. HfMergeError: see `hfmerge.errors`; the existing merge stays as it
             was.
     """
-    job = change_job("add", merged, **options)
-    return perform(dataclasses.replace(job, models=read_models(models, "add")), run_options(options))
+    return perform(*add_job(merged, models, **options))
 
 
 def unmerge(
@@ -165,12 +170,7 @@ def unmerge(
     Raises:
         LedgerError: a name is not in the merge, or no model would be left. HfMergeError: see `hfmerge.errors`.
     """
-    if measure and mode == "exact":
-        raise LedgerError("unmerge: there is no gap to measure unless models are subtracted (mode: subtract).")
-    names = (remove,) if isinstance(remove, str) else tuple(remove)
-    job = change_job("subtract" if mode == "subtract" else "unmerge", merged, **options)
-    job = dataclasses.replace(job, names=names, inner_to=inner_to, measure=measure)
-    return perform(job, run_options(options))
+    return perform(*unmerge_job(merged, remove, inner_to=inner_to, mode=mode, measure=measure, **options))
 
 
 def replace(
@@ -190,9 +190,7 @@ def replace(
         LedgerError: `old` is not in the merge, or `new` is there already. HfMergeError: see `hfmerge.errors`; the
             merge stays as it was.
     """
-    job = change_job("replace", merged, **options)
-    job = dataclasses.replace(job, names=(old,), models=(ModelEntry(new),), weight=weight)
-    return perform(job, run_options(options))
+    return perform(*replace_job(merged, old, new, weight=weight, **options))
 
 
 def reorder(merged: str | Path, models: Sequence[str], **options: Unpack[ChangeOptions]) -> MergeResult:
@@ -205,8 +203,7 @@ def reorder(merged: str | Path, models: Sequence[str], **options: Unpack[ChangeO
     Raises:
         LedgerError: a name is missing, twice, or not in the merge. HfMergeError: see `hfmerge.errors`.
     """
-    job = change_job("reorder", merged, **options)
-    return perform(dataclasses.replace(job, names=tuple(models)), run_options(options))
+    return perform(*reorder_job(merged, models, **options))
 
 
 def rebase(merged: str | Path, base: str, **options: Unpack[ChangeOptions]) -> MergeResult:
@@ -219,8 +216,7 @@ def rebase(merged: str | Path, base: str, **options: Unpack[ChangeOptions]) -> M
     Raises:
         LedgerError: `base` is the base already. RecipeError: a model does not fit the new base.
     """
-    job = change_job("rebase", merged, **options)
-    return perform(dataclasses.replace(job, base=base), run_options(options))
+    return perform(*rebase_job(merged, base, **options))
 
 
 def restore(merged: str | Path, step: int, **options: Unpack[ChangeOptions]) -> MergeResult:
@@ -234,8 +230,28 @@ def restore(merged: str | Path, step: int, **options: Unpack[ChangeOptions]) -> 
     Raises:
         LedgerError: no such step, or no repository that still holds it.
     """
-    job = change_job("restore", merged, **options)
-    return perform(dataclasses.replace(job, step=step), run_options(options))
+    return perform(*restore_job(merged, step, **options))
+
+
+def dry_run(verb: str, *operands: Any, **named: Any) -> Forecast:
+    """Say what a verb would do, from headers alone: its way, what it reads, what it needs. Nothing is changed.
+
+    Args:
+        verb: "merge", "add", "unmerge", "replace", "reorder", "rebase", "restore" or "push".
+        operands, named: the arguments of the verb.
+
+    Examples:
+        >>> forecast = hfmerge.dry_run("unmerge", "merged", remove="org/tuned-a")
+        >>> forecast.how, forecast.starts, forecast.need.read
+
+    Raises:
+        HfMergeError: whatever the verb itself would raise before its work. ValueError: there is no such verb.
+    """
+    if verb == "push":
+        return forecast_push(*operands, **named)
+    if verb not in JOBS:
+        raise ValueError(f"{verb}: has no dry run; these have: {', '.join(JOBS)}, push.")
+    return forecast(*JOBS[verb](*operands, **named))
 
 
 def history(merged: str | Path) -> tuple[Step, ...]:
@@ -370,7 +386,7 @@ def verify(
 
 def certify(
     merged: str | Path,
-    removed: str,
+    remove: str,
     *,
     key: str | Path | None = None,
     output: str | Path | None = None,
@@ -386,7 +402,7 @@ def certify(
     """Certify that a merge no longer holds a model: an in-toto statement in an envelope (see `lifecycle.certificate`).
 
     Args:
-        removed: the model, as the ledger names it.
+        remove: the model, as the ledger names it.
         key: ed25519 private key (OpenSSH or PEM); its passphrase is in `HFMERGE_KEY_PASSPHRASE`, or asked for.
         output: file for the certificate.
         days: number of days for which the certificate is valid; None: for ever.
@@ -402,7 +418,7 @@ def certify(
         VerificationError: the merge is not what its ledger says.
     """
     made = make_certificate(
-        str(merged), removed, key=key, days=days, replay=replay, accept_approximate=accept_approximate,
+        str(merged), remove, key=key, days=days, replay=replay, accept_approximate=accept_approximate,
         device=device, sources=sources, log=log, consent=Consent(trust_remote_code, allow_pickle),
     )  # fmt: skip
     if output is not None:
@@ -437,28 +453,22 @@ def push(
     private: bool | None = None,
     create_pr: bool = False,
     overwrite: bool = False,
+    commit_message: str | None = None,
     publish_private: Sequence[str] = (),
     check: bool = True,
 ) -> Pushed:
     """Publish a merge folder.
 
     Args:
-        private, create_pr, overwrite, publish_private: as for `merge`.
+        private, create_pr, commit_message, overwrite, publish_private: as for `merge`.
         check: verify the folder first, so that only a folder that its ledger describes is published.
 
     Raises:
         VerificationError: the folder is not what its ledger says. PushError: see `lifecycle.publish.push_folder`.
     """
-    to = Destination(repo_id, private, create_pr, None, overwrite, tuple(publish_private))
+    to = Destination(repo_id, private, create_pr, None, overwrite, tuple(publish_private), commit_message)
     recover(folder)
-    opened = open_merged(str(Path(folder).absolute()))
-    inputs = with_snapshots(parts(opened.last), opened.refs)
-    level, _ = admit(to, inputs, history=opened.history)
-    check_readers(to, level, inputs)
-    if check:
-        report = verify_merge(str(folder))
-        if not report.ok:
-            raise VerificationError(f"{folder}: not pushed; {report.culprits[0]}")
+    admit_push(Path(folder), to, check=check)
     pushed = push_folder(Path(folder), to)
     adopt_card(Path(folder), repo_id)
     return pushed
