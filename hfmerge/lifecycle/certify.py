@@ -143,8 +143,8 @@ def copies_inside(merged: Merged, removed: ContainedModel, model: str, seen: set
         except HfMergeError as error:
             notes.append(f"copies of {removed.name} were not looked for in {short(inner)}, a merge itself: {error}")
             continue
-        found = [replace(part, role=f"{part.role} of {short(inner)}") for part in contained_models(opened.last)]
-        check_no_copy(removed, found, model, merged.snapshot.label)
+        inside = [replace(part, role=f"{part.role} of {short(inner)}") for part in contained_models(opened.last)]
+        check_no_copy(removed, inside, model, merged.snapshot.label)
         notes += copies_inside(opened, removed, model, seen)
     return notes
 

@@ -208,10 +208,10 @@ def check_contents(
         wanted |= last.beside
     good = True
     for name, digest in wanted.items():
-        found = files.get(name)
-        if found != digest:
+        actual = files.get(name)
+        if actual != digest:
             good = False
-            what = f"sha256 is {found[:12]}..., the ledger says {digest[:12]}..." if found else "missing"
+            what = f"sha256 is {actual[:12]}..., the ledger says {digest[:12]}..." if actual else "missing"
             yield Check(name, False, what)
     history = {entry.file for entry in entries}
     for name in files:
