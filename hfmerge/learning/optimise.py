@@ -265,12 +265,8 @@ class _Work:
                 with contextlib.ExitStack() as stack:
                     for student in dict.fromkeys(part.student for part in parts[some]):
                         stack.enter_context(student.holding(leaves))
-                    values = [
-                        loss * count
-                        for loss, count in zip(
-                            together(parts[some], self.learning.precision), counts[some], strict=True
-                        )
-                    ]
+                    raw = together(parts[some], self.learning.precision)
+                    values = [loss * count for loss, count in zip(raw, counts[some], strict=True)]
                     torch.stack(values).sum().backward()
                 for part, value in zip(parts[some], values, strict=True):
                     losses.append((f"{part.student.name}, rows {list(part.rows)}", float(value.detach())))

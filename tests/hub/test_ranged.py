@@ -123,7 +123,7 @@ LASTING = {
     "gated": ("hub", Fault(status=403, headers={"X-Error-Code": "GatedRepo"}), AccessError, "gated"),
     "gone": ("hub", Fault(status=404, headers={"X-Error-Code": "EntryNotFound"}), NotFoundError, "no such file"),
     "teapot": ("hub", Fault(status=418), SourceError, "HTTP 418"),
-    "long wait": ("hub", Fault(status=429, headers={"Retry-After": "3600"}), OfflineError, "no request for 3600 s"),
+    "long wait": ("hub", Fault(status=429, headers={"Retry-After": "3600"}), OfflineError, "asks to wait 3600 s"),
     "round and round": ("hub", Fault(status=302, headers={"Location": "/x"}), SourceError, "redirects without end"),
 }
 
