@@ -116,7 +116,7 @@ def merge_of_recipe(stem: Path, sources: list[str], work: Path, hfmerge: Callabl
     hfmerge("merge", "recipes/quickstart/recipe.yaml", "--output", str(merged), "-q")
     asked = ["--suite", "quickstart", *(word for task in RECIPE_TASKS for word in ("--task", task)), "-q"]
     hfmerge("evaluate", MERGED, *sources, *asked, "--output", str(stem))
-    hfmerge("inspect", MERGED, "--save", inspected, "-q")
+    hfmerge("inspect", MERGED, "--output", inspected, "-q")
     hfmerge("plot", inspected, results, "--card", str(merged))
     hfmerge("push", str(merged), MERGED)
     hfmerge("evaluate", MERGED, *sources, *asked, "--output", str(stem), "--push", MERGED)

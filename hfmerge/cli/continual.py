@@ -34,7 +34,7 @@ def register(command: Command) -> None:
         metavar="PATH=V1,V2",
         help="compare these values of a key, such as method.options.alpha=0.1,0.5",
     )
-    sub.add_argument("--task", action="append", default=[], metavar="TASK=MODEL", help="model that a task belongs to")
+    sub.add_argument("--head", action="append", default=[], metavar="TASK=MODEL", help="model whose head a task uses")
     sub.add_argument("--limit", type=int, metavar="ROWS", help="rows of each task, a seeded sample (default: all)")
     sub.add_argument("--batch-size", type=int, default=32, metavar="ROWS", help="rows in a batch (default: 32)")
     sub.add_argument(
@@ -71,9 +71,9 @@ def _continual(args: argparse.Namespace) -> int:
         )
     if args.orders < 1:
         raise HfMergeError(f"--orders {args.orders}: at least one order is needed.")
-    pairs = [item.partition("=") for item in args.task]
-    if bad := [item for item in args.task if "=" not in item]:
-        raise HfMergeError(f"--task {bad[0]}: write TASK=MODEL.")
+    pairs = [item.partition("=") for item in args.head]
+    if bad := [item for item in args.head if "=" not in item]:
+        raise HfMergeError(f"--head {bad[0]}: write TASK=MODEL.")
     several = len(args.recipes) > 1
     variants = []
     for path in args.recipes:

@@ -48,12 +48,13 @@ def register(command: Command) -> None:
         "--no-spectra", action="store_true", help="compute no spectra and no interference, which is faster"
     )
     sub.add_argument(
-        "--alpha", metavar="SHARE", help="alpha of OPCM, for the interference (default: the recipe's, or 0.5)"
+        "--option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="option of OPCM, for the interference: alpha, variant (default: the recipe's)",
     )
-    sub.add_argument(
-        "--variant", metavar="NAME", help="variant of OPCM, for the interference (default: the recipe's, or code)"
-    )
-    sub.add_argument("--save", metavar="FILE", help="write the result as JSON, for `hfmerge plot`")
+    sub.add_argument("--output", metavar="FILE", help="write the result as JSON, for `hfmerge plot`")
     sub.add_argument("--plot", metavar="FOLDER", help="draw PNG and SVG pictures into this folder")
     sub.add_argument("--card", metavar="FOLDER", help="draw them into this merge's figures/ and its card")
     sub.add_argument("--include", action="append", metavar="PATTERN", help="only parameters with these names")
@@ -90,8 +91,8 @@ def _inspect(args: argparse.Namespace) -> int:
     for warning in found.warnings:
         tell(f"warning: {warning}")
     data = found.to_dict()
-    if args.save is not None:
-        _save(data, Path(args.save))
+    if args.output is not None:
+        _save(data, Path(args.output))
     if args.json:
         print_json(data)
     else:
@@ -113,20 +114,18 @@ def _asked(args: argparse.Namespace) -> Recipe | str:
     from hfmerge.recipe.recipe import load_recipe
 
     items = list(args.items)
-    changes = (args.alpha, args.variant, args.include, args.exclude, args.vocabulary, args.stream)
+    changes = (args.option or None, args.include, args.exclude, args.vocabulary, args.stream)
     if len(items) == 1 and args.base is None and not items[0].endswith((".yaml", ".yml")):
         if any(value is not None for value in changes):
             raise HfMergeError(f"{items[0]}: a merge is inspected as it was made; give its models and --base instead.")
         return items[0]
     recipe = load_recipe(items.pop(0)) if items[0].endswith((".yaml", ".yml")) else None
-    given = (("alpha", args.alpha), ("variant", args.variant))
-    options = [f"{name}={value}" for name, value in given if value is not None]
     return apply_overrides(
         recipe,
         base=args.base,
         models=items or None,
-        method="opcm" if recipe is None or options else None,
-        options=options,
+        method="opcm" if recipe is None or args.option else None,
+        options=args.option,
         include=args.include,
         exclude=args.exclude,
         vocabulary=args.vocabulary,

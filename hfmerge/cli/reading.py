@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from hfmerge.cli.hub_settings import revision_flag
 from hfmerge.cli.shared import (
     Command,
     consent_flags,
@@ -39,11 +40,13 @@ def register(command: Command) -> None:
         "history", "Print the steps of a merge as a table or a tree; on the Hub with authors and dates.", _history
     )
     sub.add_argument("merged", metavar="MERGED")
+    revision_flag(sub)
     sub.add_argument(
         "--graph", action="store_true", help="draw a tree of the models that joined and left at each step"
     )
     sub = command("diff", "Print what differs between two steps of a merge, or between two merges.", _diff)
     sub.add_argument("merged", metavar="MERGED")
+    revision_flag(sub)
     sub.add_argument(
         "steps", nargs="*", metavar="A B | OTHER",
         help="numbers of two steps (negative ones count from the end; default: the last two), or another merge",
@@ -55,6 +58,7 @@ def register(command: Command) -> None:
         _verify,
     )
     sub.add_argument("merged", metavar="MERGED")
+    revision_flag(sub)
     sub.add_argument(
         "--download",
         action="store_true",

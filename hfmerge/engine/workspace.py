@@ -57,8 +57,7 @@ def workspace(
     _check_own(output, links=True)
     if output.is_symlink() or output.name in ("", ".."):
         output = output.resolve()
-    if output.exists() and not output.is_dir():
-        raise OutputError(f"{output}: is a file; choose a folder for {parameter('output')}.")
+    check_output(output, replace=True)
     partial, old, journal = (_beside(output, part) for part in ("partial", "old", "journal"))
     with _locked(output):
         for folder in (partial, old, journal):
@@ -66,8 +65,7 @@ def workspace(
         _recover(output, old)
         if not partial.is_dir():
             _remove(journal)
-        if not replace and output.exists() and any(output.iterdir()):
-            raise OutputError(f"{output}: the folder is not empty; empty it, or choose another {parameter('output')}.")
+        check_output(output, replace=replace)
         left = work_in(journal)
         if resume and left != work:
             raise OutputError(_not_resumable(output, left, work))
@@ -94,6 +92,22 @@ def workspace(
         finally:
             if not keep:
                 _remove(journal, partial)
+
+
+def check_output(output: Path, *, replace: bool) -> None:
+    """Whether a result may become this folder.
+
+    Args:
+        replace: what is in the folder may be replaced.
+
+    Raises:
+        OutputError: a file, or a folder with something in it.
+    """
+    output = output.absolute()
+    if output.exists() and not output.is_dir():
+        raise OutputError(f"{output}: is a file; choose a folder for {parameter('output')}.")
+    if not replace and output.exists() and any(output.iterdir()):
+        raise OutputError(f"{output}: the folder is not empty; empty it, or choose another {parameter('output')}.")
 
 
 def _not_resumable(output: Path, left: Mapping[str, str] | None, work: Mapping[str, str]) -> str:

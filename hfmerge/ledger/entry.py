@@ -291,8 +291,12 @@ class Entry:
             raise LedgerError(f"{where} is not in canonical form; it was edited by hand.")
         return entry
 
-    def find(self, name: str) -> int:
+    def find(self, name: str, *, guess: bool = False) -> int:
         """Index of the model called `name` (`org/name`, with or without `@revision`, or a folder's name or path).
+
+        Args:
+            guess: also take the only model whose name is this one but for its owner, its revision and the case of its
+                letters. What deletes nothing may guess.
 
         Raises:
             LedgerError: not in the merge (nearest names suggested), named twice, or a part of another model.
@@ -310,11 +314,21 @@ class Entry:
                 raise LedgerError(f"{name}: lies beneath the adapter {model.label}; name that one.")
             if named(name, model.contains):
                 raise LedgerError(f"{name}: is a part of the merge {model.label}, not a model of its own here.")
+        alike = [i for i, model in enumerate(self.models) if _loosely(model.name) == _loosely(name)]
+        if len(alike) == 1:
+            if guess:
+                return alike[0]
+            raise LedgerError(f"{name}: not in this merge; did you mean {self.models[alike[0]].name}?")
         names = list(dict.fromkeys(model.name for model in self.models))
         wanted = name.rstrip("/").partition("@")[0]
         near = difflib.get_close_matches(wanted, names, n=3, cutoff=0.5)
         hint = f" Did you mean {' or '.join(near)}?" if near else ""
         raise LedgerError(f"{name}: not in this merge, which holds {', '.join(names)}.{hint}")
+
+
+def _loosely(name: str) -> str:
+    """A name without owner, revision and case."""
+    return Path(name.rstrip("/").partition("@")[0]).name.lower()
 
 
 def named(name: str, identities: Sequence[str]) -> list[int]:

@@ -319,7 +319,7 @@ def plan_reorder(merged: Merged, names: Sequence[str], *, stream: bool = False) 
         LedgerError: a name is not in the merge, is given twice, is missing, or the order is the present one.
     """
     models = merged.last.models
-    order = [merged.last.find(name) for name in names]
+    order = [merged.last.find(name, guess=True) for name in names]
     if twice := [names[at] for at, i in enumerate(order) if i in order[:at]]:
         raise LedgerError(f"reorder: {twice[0]} is named twice.")
     if absent := [model.name for i, model in enumerate(models) if i not in order]:

@@ -79,12 +79,13 @@ def removed_already(opened: Merged, names: Sequence[str]) -> bool:
         return False
 
 
-def inner_jobs(job: Job, merged: Merged, removal: Removal) -> dict[int, Job | str | None]:
+def inner_jobs(job: Job, merged: Merged, removal: Removal, *, finishing: bool = True) -> dict[int, Job | str | None]:
     """The jobs that make the inner merges again without the models that leave.
 
     Args:
         job: the removal from the outer merge.
         merged: the outer merge.
+        finishing: finish the clean-up of an inner merge that an earlier run made.
 
     Returns:
         Index of an inner merge in the outer one -> one of three: a job; the reference of a new inner merge that an
@@ -99,10 +100,10 @@ def inner_jobs(job: Job, merged: Merged, removal: Removal) -> dict[int, Job | st
             f"{parameter('inner_to')} names one place, and {names} have to be merged again. Take the models out one "
             "by one."
         )
-    return {i: _inner_job(job, merged, i, identities) for i, identities in removal.within.items()}
+    return {i: _inner_job(job, merged, i, identities, finishing=finishing) for i, identities in removal.within.items()}
 
 
-def _inner_job(job: Job, merged: Merged, i: int, identities: Sequence[str]) -> Job | str | None:
+def _inner_job(job: Job, merged: Merged, i: int, identities: Sequence[str], *, finishing: bool) -> Job | str | None:
     model = merged.last.models[i]
     what = " and ".join(identity.rpartition("@")[0] for identity in identities)
     if model.ledger is None:
@@ -132,7 +133,7 @@ def _inner_job(job: Job, merged: Merged, i: int, identities: Sequence[str]) -> J
         for candidate in dict.fromkeys((place, inner.snapshot.name if inner.snapshot.commit else place)):
             if (later := _already(candidate, inner, rest)) is not None:
                 # a run that was killed may have left something there
-                if candidate == place and (later.snapshot.folder is not None or left_behind(later)):
+                if finishing and candidate == place and (later.snapshot.folder is not None or left_behind(later)):
                     finish(later, destination(place) if later.snapshot.commit else None, Ranks())
                 return f"{later.snapshot.name}@{later.snapshot.commit}" if later.snapshot.commit else candidate
     on_hub = parse_ref(place)[0].folder is None

@@ -106,29 +106,29 @@ def perform(job: Job, options: RunOptions = DEFAULT) -> MergeResult:
             return here.on_main(partial(restore_step, job, options))
     started = time.monotonic()
     if job.recipe is not None:
-        _check_place(job, None, options)
+        check_place(job, None, options)
         with session(options) as here, Digester() as digester:
             snapshot = dataclasses.replace(job, recipe=here.pinned_recipe(job.recipe))
             return _carry_out(snapshot, None, dataclasses.replace(here, digester=digester), started)
     with session(options) as here:
         merged = here.open(str(job.merged), job.sources)
-        job = _pinned(job, here)
+        job = pinned_job(job, here)
         done = DONE.get(job.action)
         if done is not None and in_place(merged, job.output, job.to) and here.on_main(partial(done, job, merged)):
             return finish(merged, job.to, here.ranks)
         removal = find_removal(merged.last, job.names) if job.action == "unmerge" else None
         if removal is None or not removal.within:
-            _check_place(job, merged, options)
+            check_place(job, merged, options)
             return _carry_out(job, merged, here, started)
         admit_job(job, merged, here)()
     # an inner merge is made anew by a job of its own, which opens a session of its own
     job = dataclasses.replace(job, parts=_inner_made(job, merged, removal, options))
     with session(options) as here:
-        _check_place(job, merged, options)
+        check_place(job, merged, options)
         return _carry_out(job, merged, here, started)
 
 
-def _pinned(job: Job, here: Session) -> Job:
+def pinned_job(job: Job, here: Session) -> Job:
     """A job with all references of new models pinned to commits."""
     base = None if job.base is None else here.pinned(job.base)
     return dataclasses.replace(job, models=tuple(map(here.pinned_model, job.models)), base=base)
@@ -151,7 +151,7 @@ def _inner_made(job: Job, merged: Merged, removal: Removal, options: RunOptions)
     return parts
 
 
-def _plan(job: Job, merged: Merged | None, here: Session) -> Change:
+def planned(job: Job, merged: Merged | None, here: Session) -> Change:
     """The plan of a job, the same on all ranks.
 
     Raises:
@@ -174,19 +174,19 @@ def _plan_unmerge(job: Job, merged: Merged) -> Change:
     return plan_without(merged, gone, parts, removal.subjects, stream=job.stream)
 
 
-def _target(job: Job, merged: Merged | None) -> Path | None:
+def target_of(job: Job, merged: Merged | None) -> Path | None:
     """Folder of the result; None if the result is only published."""
     if job.output is not None:
         return Path(job.output)
     return merged.snapshot.folder if merged is not None else None
 
 
-def _lies_at(merged: Merged, folder: Path) -> bool:
+def lies_at(merged: Merged, folder: Path) -> bool:
     return folder.resolve() == merged.snapshot.folder
 
 
-def _check_place(job: Job, merged: Merged | None, options: RunOptions) -> None:
-    target = _target(job, merged)
+def check_place(job: Job, merged: Merged | None, options: RunOptions) -> None:
+    target = target_of(job, merged)
     if target is None and job.to is None:
         if merged is None:
             raise OutputError(f"{job.origin}: says neither `output` nor `push_to`; name a folder or a repository.")
@@ -202,14 +202,14 @@ def _check_place(job: Job, merged: Merged | None, options: RunOptions) -> None:
 
 def _carry_out(job: Job, merged: Merged | None, here: Session, started: float) -> MergeResult:
     """Plan, run, record and publish a job that is neither done already nor holds other jobs."""
-    target, to, options = _target(job, merged), job.to, here.options
+    target, to, options = target_of(job, merged), job.to, here.options
     # the merge whose folder the result replaces
-    replaced_one = merged if merged is not None and target is not None and _lies_at(merged, target) else None
+    replaced_one = merged if merged is not None and target is not None and lies_at(merged, target) else None
     if replaced_one is not None:
         here.on_main(partial(refuse_unknown_files, replaced_one))
     check_readers = admit_job(job, merged, here)
     here = dataclasses.replace(here, ranks=with_disks(here.ranks, target, options.storage))
-    change = here.each(partial(_plan, job, merged, here))
+    change = here.each(partial(planned, job, merged, here))
     check_readers()
     device = here.each(lambda: device_for(options.device, spectral=change.plan.method.needs == "matrix"))
     change = dataclasses.replace(change, plan=for_machines(change.plan, here.ranks, device))

@@ -188,7 +188,7 @@ def push_folder(
             if operation.path_in_repo.endswith(".safetensors"):
                 upload(api, repo_id, operation, create_pr=create_pr)
         commit = NewCommit(
-            [*adds, *deletions], title=_message(last),
+            [*adds, *deletions], title=plain(to.message) if to.message else _message(last),
             description="\n".join([f"{markdown(last.how)}.", f"Ledger: {last.file}", *opened.notes]),
             parent=head, proof={last.file: history[last.file]}, create_pr=create_pr,
         )  # fmt: skip

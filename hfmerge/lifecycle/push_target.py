@@ -44,6 +44,7 @@ class Destination:
         parent_commit: commit that `main` must be at; None: its commit when the push begins.
         overwrite: replace files of the repository that are not of this merge.
         publish_private: names of inputs whose merge more people may read than may read the input.
+        message: first line of the commit; None: what was done.
     """
 
     repo_id: str
@@ -52,6 +53,7 @@ class Destination:
     parent_commit: str | None = None
     overwrite: bool = False
     publish_private: tuple[str, ...] = ()
+    message: str | None = None
 
     def withheld(self, levels: Mapping[str, int], level: int) -> list[str]:
         """Inputs that are more private than a repository of `level`, without those in `publish_private`."""
@@ -76,11 +78,12 @@ def destination(
     create_pr: bool = False,
     overwrite: bool = False,
     publish_private: Sequence[str] = (),
+    commit_message: str | None = None,
 ) -> Destination | None:
     """The destination of a verb's arguments; None if nothing is to be published."""
     if push_to is None:
         return None
-    return Destination(push_to, private, create_pr, None, overwrite, tuple(publish_private))
+    return Destination(push_to, private, create_pr, None, overwrite, tuple(publish_private), commit_message)
 
 
 def find_target(to: Destination) -> Target | None:

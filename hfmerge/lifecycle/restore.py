@@ -83,7 +83,7 @@ def restore_step(job: Job, options: RunOptions) -> MergeResult:
     if replacing:
         refuse_unknown_files(opened)
     earlier = find_earlier(opened, step, existing)
-    _check_code(earlier, options)
+    check_code(earlier, options)
     places = _places(opened, earlier.entry, job.sources)
     to = own_destination(opened, to) if to is not None else None
     if target is None and to is not None and to.repo_id.lower() == opened.snapshot.name.lower():
@@ -106,7 +106,7 @@ def restore_step(job: Job, options: RunOptions) -> MergeResult:
     return MergeResult(target, earlier.entry, earlier.notes, pushed, {"merging": 0.0, "total": seconds})
 
 
-def _check_code(earlier: Earlier, options: RunOptions) -> None:
+def check_code(earlier: Earlier, options: RunOptions) -> None:
     """Refuse to copy code into an output unless the caller allows it.
 
     Raises:

@@ -49,7 +49,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "key").write_bytes(private_bytes(KEY))
     (root / "key.pub").write_text(public_line(KEY))
     tiny.done(
-        "certify", root / "merged", "--removed", "m1", "--key", root / "key", "--output", root / "certificate.json"
+        "certify", root / "merged", "--remove", "m1", "--key", root / "key", "--output", root / "certificate.json"
     )
     return root
 
@@ -339,7 +339,7 @@ def test_the_home_notices_that_a_published_history_was_rewritten(
         ("add", published, MODELS[1], "--push-to", published),
         ("unmerge", published, "--remove", MODELS[0], "--push-to", published),
         ("restore", published, "--step", "1", "--output", tmp_path / "restored"),
-        ("certify", published, "--removed", MODELS[1]),
+        ("certify", published, "--remove", MODELS[1]),
         ("purge-history", published, "--yes"),
     ):
         run = tiny.cli(*command)
@@ -410,7 +410,7 @@ def witnessed(made: Path, folder: Path) -> tuple[Path, Path]:
     shutil.copytree(made / "merged", folder / "merged")
     log, certificate = folder / "log.jsonl", folder / "c.json"
     tiny.done(
-        "certify", folder / "merged", "--removed", "m1", "--key", made / "key", "--output", certificate, "--log", log
+        "certify", folder / "merged", "--remove", "m1", "--key", made / "key", "--output", certificate, "--log", log
     )
     tiny.done("verify", folder / "merged", "--log", log)
     flags = ("--certificate", certificate, "--public-key", made / "key.pub")
@@ -442,7 +442,7 @@ def test_the_log_notices_that_a_published_history_was_rewritten(
     before = log.read_bytes()
     (line,) = failed(tiny.cli("verify", published, "--log", log))
     assert line.startswith("log: the history was rewritten at step 2 or before: record 1 of ")
-    run = tiny.cli("certify", published, "--removed", MODELS[1], "--log", log)
+    run = tiny.cli("certify", published, "--remove", MODELS[1], "--log", log)
     assert run.code == 1 and "not certified; the history was rewritten" in run.err and log.read_bytes() == before
     tiny.done("verify", published, "--log", log, "--accept-rewritten")
     assert json.loads(log.read_bytes().splitlines()[-1])["did"] == "accepted"
@@ -468,7 +468,7 @@ def test_a_log_that_was_edited_is_refused(made: Path, tmp_path: Path, how: str) 
     before = log.read_bytes()
     (line,) = failed(tiny.cli("verify", merged, "--log", log))
     assert line.startswith(f"log: {log}: ") and log.read_bytes() == before
-    run = tiny.cli("certify", merged, "--removed", "m1", "--log", log)
+    run = tiny.cli("certify", merged, "--remove", "m1", "--log", log)
     assert run.code == 1 and str(log) in run.err and log.read_bytes() == before
 
 

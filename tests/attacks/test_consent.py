@@ -121,7 +121,7 @@ COMMANDS: Mapping[str, tuple[str, ...]] = {
     "reorder": ("reorder", "{merged}", "m2", "m1", "m0", "--output", "{out}"),
     "rebase": ("rebase", "{merged}", "--base", "{root}/base2", "--output", "{out}"),
     "inspect": ("inspect", "{merged}", "--no-spectra"),
-    "certify": ("certify", "{lost}", "--removed", "m2", "--replay", "--key", "{key}", "--output", "{out}"),
+    "certify": ("certify", "{lost}", "--remove", "m2", "--replay", "--key", "{key}", "--output", "{out}"),
 }
 
 

@@ -587,7 +587,7 @@ def test_what_is_left_in_and_beside_a_folder(world: World, tmp_path: Path) -> No
     run = tiny.cli("verify", out)
     wanted = [".merged.hfmerge-old", ".merged.hfmerge-partial", "merge_state/left.pt", "merge_state/sources/left"]
     assert run.code == 1 and all(f"FAIL {name}: " in run.out for name in wanted), run.out
-    assert tiny.cli("certify", out, "--removed", "a").code == 1
+    assert tiny.cli("certify", out, "--remove", "a").code == 1
     run = tiny.done(*command)
     assert "did this before" in run.out
     assert tiny.everything(out) == clean and tiny.done("verify", out).code == 0

@@ -104,7 +104,7 @@ def refused(out: Path, *flags: object) -> str:
 
 
 def certify(root: Path, out: Path, *flags: object, model: str = "m1") -> tiny.Run:
-    return tiny.cli("certify", out, "--removed", model, "--key", root / "key", "--replay", *flags)
+    return tiny.cli("certify", out, "--remove", model, "--key", root / "key", "--replay", *flags)
 
 
 @pytest.mark.parametrize("told", [{"fingerprint": "0" * 64}, {"fingerprint": None}, {}, {"torch": "9.9"}])
@@ -189,13 +189,13 @@ def test_a_certificate_over_approximate_weights_is_asked_for_and_says_so(
     assert run.code == 1 and "not certified" in run.err and "--accept-approximate" in run.err and not run.out
     file = tmp_path / "certificate.json"
     said = tiny.done(
-        "certify", out, "--removed", "m1", "--key", root / "key", "--replay", "--accept-approximate", "--output", file,
+        "certify", out, "--remove", "m1", "--key", root / "key", "--replay", "--accept-approximate", "--output", file,
         "--json",
     ).json["statement"]["predicate"]  # fmt: skip
     assert said["recomputed"] == "approximate" and "not byte for byte" in said["claim"]
     run = tiny.done("verify", out, "--certificate", file, "--public-key", root / "key.pub")
     assert "ok   recomputed: " in run.out and "not byte for byte" in run.out
-    exact = tiny.done("certify", root / "merged", "--removed", "m1", "--replay", "--output", file, "--json").json
+    exact = tiny.done("certify", root / "merged", "--remove", "m1", "--replay", "--output", file, "--json").json
     assert exact["statement"]["predicate"]["recomputed"] == "exact"
 
 
@@ -280,7 +280,7 @@ def test_a_removed_model_under_another_name_within_an_inner_merge(root: Path, tm
     before = merge(root, tmp_path / "before", str(inner), "m0", "m1")
     out = merge(root, tmp_path / "out", str(inner), "m0")
     claim_removal(out, before, "m1")
-    for run in (certify(root, out), tiny.cli("certify", out, "--removed", "m1")):
+    for run in (certify(root, out), tiny.cli("certify", out, "--remove", "m1")):
         assert run.code == 1 and "the same weights are still in it as innocent@" in run.err, run.err
 
 
@@ -290,11 +290,11 @@ def test_a_folder_s_digests_have_to_give_its_own(root: Path, tmp_path: Path) -> 
     before = merge(root, tmp_path / "before", "m0", "m1")
     out = merge(root, tmp_path / "out", "m0", str(copy))
     claim_removal(out, before, "m1")
-    run = tiny.cli("certify", out, "--removed", "m1")
+    run = tiny.cli("certify", out, "--remove", "m1")
     assert run.code == 1 and "the same weights are still in it as innocent@" in run.err
     with pytest.raises(AssertionError, match="FAIL materials: innocent@"):
         forge(out, lambda record: record["materials"]["models"][1]["files"].pop("model.safetensors"))
-    assert tiny.cli("certify", out, "--removed", "m1").code == 1
+    assert tiny.cli("certify", out, "--remove", "m1").code == 1
 
 
 # On the Hub models are known by their commit, so that the ledger alone says what their files were.

@@ -592,7 +592,7 @@ def test_interrupted_by_hand(root: Path, tmp_path: Path) -> None:
     assert (tmp_path / ".out.hfmerge-partial").is_dir()
     child.signal(signal.SIGINT)
     run = child.end()
-    assert run.code == 1 and run.err == "hfmerge: interrupted; nothing was written.\n"
+    assert run.code == 130 and run.err == "hfmerge: interrupted; nothing was written.\n"
     assert all(name.startswith("child-") for name in listing(tmp_path))
 
 
@@ -646,7 +646,7 @@ def test_adding_what_cannot_be_added(root: Path, tmp_path: Path, merged: Path, b
     assert "is models[0] again" in refused(tmp_path, "add", merged, root / "m0")
     assert "no such folder" in refused(tmp_path, "add", merged, tmp_path / "none")
     assert "1 given for 2 models" in refused(tmp_path, "add", merged, root / "m2", root / "a0", "--weight", "2")
-    assert "finite number" in refused(tmp_path, "add", merged, root / "m2", "--weight", "nan")
+    assert "finite number" in refused(tmp_path, "add", merged, root / "m2", "--weight", ".nan")
     put(NORM, float("nan"))(bad)
     assert "--allow-nonfinite" in refused(tmp_path, "add", merged, bad)
     message = refused(tmp_path, "add", merged, root / "m2", "--output", root / "base")
@@ -751,4 +751,4 @@ def test_the_command_itself(tmp_path: Path) -> None:
     wrong, usage = (tiny.finish(child) for child in children)
     assert wrong.code == 1 and wrong.out == ""
     assert wrong.err == "hfmerge: command line: 1 problem, nothing downloaded: base: is missing\n"
-    assert usage.code == 2 and "usage: hfmerge" in usage.err and not (tmp_path / "out").exists()
+    assert usage.code == 2 and usage.err.startswith("usage: hfmerge") and not (tmp_path / "out").exists()

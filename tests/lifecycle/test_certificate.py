@@ -72,7 +72,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def certify(root: Path, name: str, *flags: object) -> tuple[object, ...]:
-    return "certify", root / "merged", "--removed", "m1", "--output", root / name, *flags
+    return "certify", root / "merged", "--remove", "m1", "--output", root / name, *flags
 
 
 def verify(root: Path, *flags: object, merged: str = "merged", certificate: str = "certificate.json") -> tiny.Run:
@@ -164,7 +164,7 @@ def test_with_replay_the_signer_merges_again_and_says_so(made: Path) -> None:
 
 
 def test_without_output_it_is_printed(made: Path) -> None:
-    run = tiny.done("certify", made / "merged", "--removed", "m1", "--key", made / "key")
+    run = tiny.done("certify", made / "merged", "--remove", "m1", "--key", made / "key")
     assert Envelope.from_bytes(run.out.encode(), "stdout").signatures
 
 
@@ -321,7 +321,7 @@ def test_a_merge_that_is_not_what_its_ledger_says_is_not_certified(made: Path, t
     shutil.copytree(made / "merged", tmp_path / "merged")
     weights = tmp_path / "merged" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
-    run = tiny.cli("certify", tmp_path / "merged", "--removed", "m1", "--key", made / "key")
+    run = tiny.cli("certify", tmp_path / "merged", "--remove", "m1", "--key", made / "key")
     assert run.code == 1 and "not certified; model.safetensors: sha256 is" in run.err and not run.out
 
 
@@ -336,7 +336,7 @@ def test_a_merge_that_is_not_what_its_ledger_says_is_not_certified(made: Path, t
     ],
 )
 def test_only_what_has_left_can_be_certified(made: Path, model: str, reason: str) -> None:
-    run = tiny.cli("certify", made / "merged", "--removed", model, "--key", made / "key")
+    run = tiny.cli("certify", made / "merged", "--remove", model, "--key", made / "key")
     assert run.code == 1 and reason in run.err and len(run.err.strip().splitlines()) == 1
 
 

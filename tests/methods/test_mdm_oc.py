@@ -335,7 +335,7 @@ def test_models_can_be_added_after_a_subtraction(root: Path, tmp_path: Path) -> 
     tiny.done("add", out, root / "m2", "--weight", WEIGHTS[2])
     hfmerge.merge(recipe(root, FULL, (0.0, *WEIGHTS[1:])), output=tmp_path / "zero")
     assert tiny.files(out) == tiny.files(tmp_path / "zero")
-    refused = tiny.cli("certify", out, "--removed", "m0", "--output", tmp_path / "certificate.json")
+    refused = tiny.cli("certify", out, "--remove", "m0", "--output", tmp_path / "certificate.json")
     assert refused.code == 1 and "still in" in refused.err
 
 
