@@ -21,7 +21,7 @@ MOST = {
     "packages directly under hfmerge/": 13,
     "cycles of modules, imports for type checking counted": 0,
     "public names with two meanings": 0,
-    "functions with more than 8 parameters": 4,
+    "functions with more than 8 parameters": 3,
     "lines of the longest function": 71,
     "flags of the command line named outside of it": 0,
     "places outside methods/ that ask for a method's type or name": 0,

@@ -147,9 +147,9 @@ def _run(
         outcome = Passes(plan, files, ranks, options, device).merge()
         hashed = trail.digests() if trail is not None else {}
         parts = ranks.together(lambda: {i: future.result() for i, future in mine.items()})
-        found = _one_answer(parts, wanted)
+        answers = _one_answer(parts, wanted)
     known = tuple(
-        found[0] if i == 0 else found.get(i - start) if i > start else None for i in range(len(plan.deltas) + 1)
+        answers[0] if i == 0 else answers.get(i - start) if i > start else None for i in range(len(plan.deltas) + 1)
     )
     made = ranks.together(
         lambda: finish_folder(plan, folder, hashed, streaming) if ranks.main else _weight_digests(plan, folder, ranks)

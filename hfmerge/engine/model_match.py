@@ -111,13 +111,13 @@ def _match_full(
     other = layouts.of(source)
     if other.missing:
         raise CorruptFileError(f"{label} lacks {some(other.missing)} of its own class {other.architecture}.")
-    found = match(layout, other)
+    matched = match(layout, other)
     labels_differ = _labels(base.config) != _labels(source.config)
-    heads = list(found.extra)
+    heads = list(matched.extra)
     origins: dict[str, Origin] = {}
     wrong: list[str] = []
     size: int | None = None
-    for key, where in found.origins.items():
+    for key, where in matched.origins.items():
         wanted, got = layout.shapes[key], _origin_shape(where, other, layout, key)
         axis = layout.vocab_axis.get(key)
         if got == wanted:
@@ -143,11 +143,11 @@ def _match_full(
         raise ShapeError(
             f"{label}: its vocabulary has {what}; set `vocabulary: base` (the base's tokens) or `vocabulary: union`."
         )
-    if found.absent:
-        merged = len(found.origins)
+    if matched.absent:
+        merged = len(matched.origins)
         warnings.append(
-            f"{label} ({other.architecture}) has no {some(found.absent)}: it changes {merged} of "
-            f"{merged + len(found.absent)} parameters, the others keep the base's value as far as it is concerned."
+            f"{label} ({other.architecture}) has no {some(matched.absent)}: it changes {merged} of "
+            f"{merged + len(matched.absent)} parameters, the others keep the base's value as far as it is concerned."
         )
     if strange := [key for key in other.unexpected if key in heads]:
         heads = [key for key in heads if key not in strange]

@@ -335,10 +335,10 @@ def _params(
             params.append(Param(key, file, slot, "copy", vocab_axis=axis))
         else:
             ranks = tuple(delta.rank(key) for delta in deltas)
-            gone = tuple(delta.rank(key) for delta in leaving)
+            leaving_ranks = tuple(delta.rank(key) for delta in leaving)
             # a method of single elements ignores the matrices inside a tensor
             blocks = (WHOLE,) if elementwise else layout.blocks[key]
-            params.append(Param(key, file, slot, "merge", None, blocks, ranks, axis, gone))
+            params.append(Param(key, file, slot, "merge", None, blocks, ranks, axis, leaving_ranks))
     warnings.extend(f"pattern {pattern!r} matches no parameter." for pattern, hit in used.items() if not hit)
     return tuple(params)
 

@@ -39,7 +39,7 @@ def starts(
     if last.settings["vocabulary"] == "union" or "learn" in last.settings:
         # the rows of the output, or all weights, depend on all models, so no earlier state fits
         return
-    found: list[tuple[int, int, Entry, KeptState, int, list[int | None]]] = []
+    candidates: list[tuple[int, int, Entry, KeptState, int, list[int | None]]] = []
     for entry, state in _kept(merged):
         models = entry.models[: state.count]
         if method.additive:
@@ -56,8 +56,8 @@ def starts(
         gone = [model for model, i in zip(models, held, strict=True) if i is None]
         cost = total - covered + sum(not _left_out(model) for model in gone)
         if covered and cost < total:
-            found.append((cost, len(found), entry, state, covered, held))
-    for _, _, entry, state, covered, held in sorted(found, key=lambda each: each[:2]):
+            candidates.append((cost, len(candidates), entry, state, covered, held))
+    for _, _, entry, state, covered, held in sorted(candidates, key=lambda each: each[:2]):
         path = state_path(merged.snapshot, state, warnings)
         if path is None:
             continue

@@ -157,8 +157,8 @@ def describe_layout(
         fresh.append(_described(config, shapes, origin, trust_remote_code))
         return _plain(fresh[0])
 
-    found = cached_answer("layouts", [relevant(config), [[key, list(shape)] for key, shape in shapes.items()]], ask)
-    return fresh[0] if fresh else _layout(found, origin, partial(_skeleton, config, shapes, origin))
+    answer = cached_answer("layouts", [relevant(config), [[key, list(shape)] for key, shape in shapes.items()]], ask)
+    return fresh[0] if fresh else _layout(answer, origin, partial(_skeleton, config, shapes, origin))
 
 
 def _described(config: Mapping[str, Any], shapes: Mapping[str, Shape], origin: str, trust_remote_code: bool) -> Layout:

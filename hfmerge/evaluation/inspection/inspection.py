@@ -158,16 +158,16 @@ def inspect_models(
     everyone: dict[str, Measured] = {}
     for part in ranks.together(mine):
         everyone |= part
-    found = [everyone[param.key] for param in touched]
+    measured = [everyone[param.key] for param in touched]
     return Inspection(
         base=public_name(plan.base),
         models=tuple(public_name(delta.source) for delta in plan.deltas),
         names=tuple(delta.source.slug for delta in plan.deltas),
         alpha=alpha,
         variant=variant,
-        whole=_part("model", found),
-        layers=tuple(_part(name, parts) for name, parts in by_layer(found).items()),
-        spectra=tuple(spectrum for one in found for spectrum in one.spectra),
+        whole=_part("model", measured),
+        layers=tuple(_part(name, parts) for name, parts in by_layer(measured).items()),
+        spectra=tuple(spectrum for one in measured for spectrum in one.spectra),
         seconds=time.monotonic() - start,
         warnings=plan.warnings,
     )
