@@ -25,6 +25,7 @@ class Model:
         beneath: for `base+adapter` on another model than the merge's base: that model.
         streams: weight files that are read from the Hub piece by piece; others are read on this machine.
         beside: further file that the method reads -> what each tensor in it is.
+        doubled: key of `tensors` that no file holds -> stored key whose values it has: the other end of a tie.
     """
 
     ref: str
@@ -37,6 +38,7 @@ class Model:
     beneath: Model | None = None
     streams: tuple[str, ...] = field(default=(), repr=False)
     beside: Mapping[str, Mapping[str, TensorEntry]] = field(default_factory=dict, repr=False)
+    doubled: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @property
     def name(self) -> str:
@@ -52,6 +54,10 @@ class Model:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Stored key -> shape."""
         return {key: entry.shape for key, entry in self.tensors.items()}
+
+    def stored_key(self, key: str) -> str:
+        """Name, in its file, of what a key of `tensors` stands for."""
+        return self.doubled.get(key, key)
 
     def streamed_bytes(self, keys: Iterable[str]) -> int:
         """Bytes of those of the tensors that are streamed."""

@@ -33,6 +33,7 @@ from hfmerge.engine.ranks import Ranks
 from hfmerge.engine.run_files import STATE_FOLDER, RunFiles
 from hfmerge.engine.scheduler import Passes
 from hfmerge.engine.storage import own_params
+from hfmerge.engine.untying import TEXT_SECTION, TIE_FLAG
 from hfmerge.errors import CorruptFileError, UnsupportedError
 from hfmerge.hashing import sha256_file
 from hfmerge.hub.download import fetch
@@ -263,6 +264,11 @@ def finish_folder(
             changes["text_config"] = {**text, "vocab_size": plan.vocabulary.size}
         else:
             changes["vocab_size"] = plan.vocabulary.size
+    if plan.untied:
+        changes = {
+            **{key: plan.base.config[key] for key in (TIE_FLAG, TEXT_SECTION) if key in plan.base.config},
+            **changes,
+        }
     code = plan.recipe.trust_remote_code
     copy_side_files(plan.base.snapshot, list(plan.side_files), folder, changes, remote_code=code)
     if plan.vocabulary is not None and plan.vocabulary.added:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from hfmerge.checkpoint.delta import Delta, adapter_delta, full_delta
@@ -11,7 +12,7 @@ from hfmerge.checkpoint.heads import Head, adapter_head, full_head
 from hfmerge.checkpoint.layout import Layout, Origin, match
 from hfmerge.checkpoint.layout import describe as describe_layout
 from hfmerge.checkpoint.layout.cache import relevant
-from hfmerge.checkpoint.lora import PREFIX, AdapterMap, map_adapter
+from hfmerge.checkpoint.lora import NO_ENDS, PREFIX, AdapterMap, Ends, map_adapter
 from hfmerge.checkpoint.model import Model
 from hfmerge.checkpoint.vocabulary import same_tokens
 from hfmerge.errors import CorruptFileError, ShapeError, SourceError, UnsupportedError
@@ -43,13 +44,23 @@ class Layouts:
 
 
 def match_source(
-    recipe: Recipe, base: Model, layouts: Layouts, layout: Layout, source: Model, warnings: list[str]
+    recipe: Recipe,
+    base: Model,
+    layouts: Layouts,
+    layout: Layout,
+    source: Model,
+    warnings: list[str],
+    ends: Ends = NO_ENDS,
 ) -> tuple[Delta, Head | None, int | None]:
-    """One model in the base's layout: its delta, its head, and its embedding rows where its vocabulary differs."""
+    """One model in the base's layout: its delta, its head, and its embedding rows where its vocabulary differs.
+
+    Args:
+        ends: see `map_adapter`.
+    """
     if source.kind == "adapter":
         _check_adapter_base(base, source)
-        mapped = _own_head(map_adapter(source, layout), source, base, layout)
-        beneath: dict[str, Origin] = {}
+        mapped = _own_head(map_adapter(source, layout, ends), source, base, layout)
+        under: Delta | None = None
         if source.beneath is not None:
             under, _, rows = _match_full(recipe, base, layouts, layout, source.beneath, warnings)
             if rows is not None:
@@ -58,9 +69,8 @@ def match_source(
                     "beneath "
                     "an adapter; merge the adapter into it with peft (merge_and_unload) and give the full model."
                 )
-            beneath = dict(under.full)
         head = adapter_head(source, base.config, mapped.heads) if mapped.heads else None
-        return adapter_delta(source, mapped, beneath), head, None
+        return adapter_delta(source, mapped, under), head, None
     delta, head_keys, size = _match_full(recipe, base, layouts, layout, source, warnings)
     head = full_head(source, head_keys) if head_keys else None
     return delta, head, size
@@ -72,7 +82,7 @@ def _own_head(mapped: AdapterMap, source: Model, base: Model, layout: Layout) ->
         return mapped
     own = {t: key for t, key in mapped.replaced.items() if t in layout.heads and t not in layout.vocab_axis}
     heads = {**mapped.heads, **{key: key.removeprefix(PREFIX) for key in own.values()}}
-    return AdapterMap(mapped.lora, {t: key for t, key in mapped.replaced.items() if t not in own}, heads)
+    return replace(mapped, replaced={t: key for t, key in mapped.replaced.items() if t not in own}, heads=heads)
 
 
 def _check_adapter_base(base: Model, source: Model) -> None:
@@ -153,7 +163,12 @@ def _match_full(
     if strange := [key for key in other.unexpected if key in heads]:
         heads = [key for key in heads if key not in strange]
         warnings.append(f"{label}: {some(strange)} belongs to no part of {other.architecture} and is left out.")
-    return full_delta(source, origins, dict(other.tied)), tuple(heads), size
+    apart = tuple(key for key in heads if other.canonical[key] in layout.memory.ties)
+    return (
+        full_delta(source, origins, dict(other.tied), apart),
+        tuple(key for key in heads if key not in apart),
+        size,
+    )
 
 
 def _origin_shape(where: Origin, other: Layout, base: Layout, key: str) -> tuple[int, ...]:

@@ -124,6 +124,7 @@ class Plan:
 
     A plan is plain data. It holds no open file and no built model.
     `leaving` are models that the prior state holds and that are subtracted from it, with their weights.
+    `untied` are the models for which the base is untied (see `engine.untying`); `base` then has all ends of its ties.
     """
 
     recipe: Recipe
@@ -141,6 +142,7 @@ class Plan:
     warnings: tuple[str, ...]
     leaving: tuple[Delta, ...] = field(default=(), repr=False)
     leaving_weights: tuple[Weight, ...] = ()
+    untied: tuple[int, ...] = ()
 
     def weights_of(self, param: Param) -> tuple[float, ...]:
         """The models' weights in one merged parameter, in order."""

@@ -177,5 +177,5 @@ def pairs_of(delta: Delta, base: Model) -> dict[str, dict[str, str]]:
         for tensor, key in sorted(found.items()):
             own, other = place.tensors[tensor], base.tensors[key]
             if (own.dtype, own.shape) == (other.dtype, other.shape):
-                result.setdefault(mark + own.file, {})[tensor] = key
+                result.setdefault(mark + own.file, {})[tensor] = base.stored_key(key)
     return result
