@@ -86,6 +86,7 @@ class AdapterMap:
         tied: adapter key of a second copy of a tied weight -> adapter key of the first copy; the two must be equal.
         apart: parameters, in the adapter's names, that the base ties and the adapter changes at this end alone. They
             are in no other field: the base has to be untied before their change has a place.
+        notes: what of the adapter is left out, and why; one sentence each.
     """
 
     lora: dict[str, LoraOrigin] = field(default_factory=dict)
@@ -93,6 +94,7 @@ class AdapterMap:
     heads: dict[str, str] = field(default_factory=dict)
     tied: dict[str, str] = field(default_factory=dict)
     apart: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def check_plain(source: Model) -> None:
@@ -146,6 +148,7 @@ class _Mapping:
         self.heads: dict[str, str] = {}
         self.tied: dict[str, str] = {}
         self.apart: list[str] = []
+        self.notes: list[str] = []
 
     def map(self) -> AdapterMap:
         """Sort all tensors."""
@@ -179,7 +182,7 @@ class _Mapping:
                     self.tied.setdefault(self.shared[end], key)
         if not self.lora and not replaced and not self.apart:
             raise UnsupportedError(f"{self.label}: changes no parameter of the base {self.base.architecture}.")
-        return AdapterMap(self.lora, replaced, self.heads, self.tied, tuple(self.apart))
+        return AdapterMap(self.lora, replaced, self.heads, self.tied, tuple(self.apart), tuple(self.notes))
 
     def _is_tied(self, target: str) -> bool:
         return self.base.canonical[target] in self.base.memory.ties.values()
@@ -193,6 +196,9 @@ class _Mapping:
         base, shape = self.base, self.source.tensors[key].shape
         target = base.parameter_of_module(path)
         own_head = target in base.heads and target not in base.vocab_axis
+        if target is None and self.source.is_of_module(key):
+            self.notes.append(f"{self.label}: {key} belongs to a module that the base does not have; it is left out.")
+            return
         if target is None or (own_head and shape != base.shapes[target]):
             self.heads[key] = path
             return

@@ -208,7 +208,7 @@ class Reader:
                 if file in self.source.streams:
                     stream = self._stream(file)
                     self._open[file] = _Opened(stream, stream.header)
-                elif self.source.pickled:
+                elif self.source.pickled and not file.endswith(".safetensors"):
                     self._open[file] = load_pickle(fetch(self.source.snapshot, file), where, device="cpu")
                 else:
                     path = fetch(self.source.snapshot, file)

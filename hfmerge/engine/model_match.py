@@ -9,7 +9,7 @@ from typing import Any
 
 from hfmerge.checkpoint.delta import Delta, adapter_delta, full_delta
 from hfmerge.checkpoint.heads import Head, adapter_head, full_head
-from hfmerge.checkpoint.layout import Layout, Origin, match
+from hfmerge.checkpoint.layout import Layout, Origin, match, with_modules
 from hfmerge.checkpoint.layout import describe as describe_layout
 from hfmerge.checkpoint.layout.cache import relevant
 from hfmerge.checkpoint.lora import NO_ENDS, PREFIX, AdapterMap, Ends, map_adapter
@@ -29,17 +29,19 @@ class Layouts:
 
     def of(self, source: Model) -> Layout:
         """The layout of a full checkpoint."""
+        shapes = {key: shape for key, shape in source.shapes.items() if not source.is_of_module(key)}
         config = relevant(source.config)
         # code of a repository's own is its own, whatever its configuration says; it is that of the whole commit's id,
         # since a branch may be called like the beginning of one
         snapshot = source.snapshot
         label = f"{snapshot.name}@{snapshot.commit}" if snapshot.commit else snapshot.label
         own = label if config.get("auto_map") else ""
-        key = json.dumps([own, config, sorted(source.shapes.items())], sort_keys=True)
+        key = json.dumps([own, config, sorted(source.shapes.items()), source.modules], sort_keys=True)
         if key not in self._known:
-            self._known[key] = describe_layout(
-                source.config, source.shapes, origin=own or snapshot.label, trust_remote_code=self._trust
+            layout = describe_layout(
+                source.config, shapes, origin=own or snapshot.label, trust_remote_code=self._trust
             )
+            self._known[key] = with_modules(layout, {k: s for k, s in source.shapes.items() if k not in shapes})
         return self._known[key]
 
 
@@ -60,6 +62,7 @@ def match_source(
     if source.kind == "adapter":
         _check_adapter_base(base, source)
         mapped = _own_head(map_adapter(source, layout, ends), source, base, layout)
+        warnings.extend(mapped.notes)
         under: Delta | None = None
         if source.beneath is not None:
             under, _, rows = _match_full(recipe, base, layouts, layout, source.beneath, warnings)
@@ -80,7 +83,11 @@ def _own_head(mapped: AdapterMap, source: Model, base: Model, layout: Layout) ->
     """The adapter's copy of the base's head is its own head unless a config.json beside it names the same labels."""
     if source.config.get("id2label") and _labels(source.config) == _labels(base.config):
         return mapped
-    own = {t: key for t, key in mapped.replaced.items() if t in layout.heads and t not in layout.vocab_axis}
+    own = {
+        t: key
+        for t, key in mapped.replaced.items()
+        if t in layout.heads and t not in layout.vocab_axis and not base.is_of_module(t)
+    }
     heads = {**mapped.heads, **{key: key.removeprefix(PREFIX) for key in own.values()}}
     return replace(mapped, replaced={t: key for t, key in mapped.replaced.items() if t not in own}, heads=heads)
 
@@ -132,7 +139,7 @@ def _match_full(
         wanted, got = layout.shapes[key], _origin_shape(where, other, layout, key)
         axis = layout.vocab_axis.get(key)
         if got == wanted:
-            if key in layout.heads and axis is None and labels_differ:
+            if key in layout.heads and axis is None and labels_differ and not base.is_of_module(key):
                 heads.extend(where.keys)
             else:
                 origins[key] = where

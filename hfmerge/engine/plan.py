@@ -263,6 +263,11 @@ def state_name(param: Param, block: Segment, name: str) -> str:
     return f"{param.key}#{block.label}:{name}" if block.label else f"{param.key}:{name}"
 
 
+def folder_of(file: str) -> str:
+    """The folder of a module's weight file, with a slash, with which the keys of its tensors begin; "" in the root."""
+    return file[: file.rfind("/") + 1]
+
+
 def needs_two_passes(plan: Plan) -> bool:
     """True when a number over all parameters is needed before anything can be written."""
     return plan.norm != "none"

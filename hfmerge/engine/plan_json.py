@@ -95,9 +95,8 @@ def _check_consistent(plan: Plan) -> None:
     if not all(0 <= model < count for model in plan.untied):
         raise ValueError(f"{show(list(plan.untied))} are not all models that untie the base")
     for source in plan.sources:
-        for key, held in source.doubled.items():
-            if held in source.doubled or any(name not in source.tensors for name in (key, held)):
-                raise ValueError(f"{show(key)} is said to have the values of {show(held)}")
+        if strange := [key for key in source.renamed if key not in source.tensors]:
+            raise ValueError(f"{show(strange[0])} is no tensor of {show(source.name)}")
     for param in plan.params:
         if param.mode == "merge" and (len(param.ranks), len(param.leaving)) != (count, gone):
             raise ValueError(f"{show(param.key)} has {len(param.ranks)} and {len(param.leaving)} ranks")

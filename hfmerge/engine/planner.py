@@ -23,10 +23,10 @@ from hfmerge.checkpoint.model import Model
 from hfmerge.checkpoint.side_files import side_files
 from hfmerge.checkpoint.streaming.session import Streaming, leave_session
 from hfmerge.checkpoint.vocabulary import Vocabulary, align
-from hfmerge.checkpoint.writer import Slot, shard_names
+from hfmerge.checkpoint.writer import SINGLE, Slot, shard_names
 from hfmerge.engine.estimate import with_estimate
 from hfmerge.engine.model_match import Layouts, match_source, some
-from hfmerge.engine.plan import DTYPES, BaseLayout, Estimate, Param, Plan, Prior
+from hfmerge.engine.plan import DTYPES, BaseLayout, Estimate, Param, Plan, Prior, folder_of
 from hfmerge.engine.untying import TIE_FLAG, one_sided, untie
 from hfmerge.errors import HfMergeError, Problem, RecipeError, UnsupportedError
 from hfmerge.methods import MergeMethod, registry
@@ -111,7 +111,10 @@ def make_plan(
         raise RecipeError([Problem("models", "no model changes any parameter that is merged")], origin)
     _check_beside(params, whole, origin)
     keep = _kept_states(recipe, method, len(whole), prior.count if prior else 0)
-    sides = tuple(side_files(base.snapshot, remote_code=recipe.trust_remote_code))
+    written = {param.file for param in params}
+    sides = tuple(
+        name for name in side_files(base.snapshot, remote_code=recipe.trust_remote_code) if name not in written
+    )
     needed = _as_needed(recipe, base, whole)
     known = BaseLayout(layout.architecture, layout.tied, layout.missing, layout.unexpected)
     plan = Plan(
@@ -210,12 +213,32 @@ def _matched(
         found.deltas.append(delta)
         if head is not None and i < len(recipe.models) and not recipe.models[i].subtracted:
             found.heads.append((i, head))
+    found.warnings += _lost_beneath(base, sources)
     for one in (base, *sources):
         if one is not None and one.pickled:
             found.warnings.append(
                 f"{one.snapshot.label}: pickled weights have no header, so the file was fetched to read it."
             )
     return found
+
+
+def _lost_beneath(base: Model, sources: Sequence[Model | None]) -> Iterator[str]:
+    """Adapters that were trained on another adapter, which the merge does not hold."""
+    there = {one.snapshot.folder.resolve() for one in sources if one is not None and one.snapshot.folder is not None}
+    for source in sources:
+        named = (source.adapter or {}).get("base_model_name_or_path") if source is not None else None
+        if source is None or not named or source.beneath is not None or base.snapshot.folder is None:
+            continue
+        folder = Path(str(named)).expanduser()
+        try:
+            is_adapter = (folder / "adapter_config.json").is_file()
+        except (OSError, ValueError):  # a text that can be no path on this machine
+            continue
+        if is_adapter and folder.resolve() not in there:
+            yield (
+                f"{source.snapshot.label} was trained on top of the adapter {show(folder.name)}, whose change is not "
+                "in this merge; name that adapter as a model too, or merge it into the base first."
+            )
 
 
 def _with_ends(
@@ -351,7 +374,10 @@ def _params(
     warnings: list[str],
 ) -> tuple[Param, ...]:
     """One entry per tensor of the base, in stored order: the output's keys are the base's keys."""
-    files = shard_names(sorted({entry.file for entry in base.tensors.values()}))
+    files = shard_names(sorted({entry.file for key, entry in base.tensors.items() if not base.is_of_module(key)}))
+    files |= {
+        entry.file: f"{folder_of(entry.file)}{SINGLE}" for key, entry in base.tensors.items() if base.is_of_module(key)
+    }
     elementwise = build_method(recipe).needs == "elements"
     params = []
     for key, entry in base.tensors.items():

@@ -29,7 +29,7 @@ class Untied:
     """A base as if it had been saved untied.
 
     Attributes:
-        base: with a tensor for every end of a tie (see `Model.doubled`), and its configuration.
+        base: with a tensor for every end of a tie (see `Model.renamed`), and its configuration.
         layout: of `base`.
         ends: stored key -> all keys that were tied with it, the one that is stored first.
     """
@@ -70,7 +70,9 @@ def untie(base: Model, layout: Layout, layouts: Layouts, names: Sequence[str]) -
                 if (shared := _shared(layout, end.removeprefix(skeleton.prefix))) in held
             }
             entries = {end: base.tensors[key] for end, key in doubled.items()}
-            untied = replace(base, config=config, tensors={**base.tensors, **entries}, doubled=doubled)
+            untied = replace(
+                base, config=config, tensors={**base.tensors, **entries}, renamed={**base.renamed, **doubled}
+            )
             found = layouts.of(untied)
         except HfMergeError as error:
             why = str(error)

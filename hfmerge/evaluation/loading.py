@@ -71,7 +71,9 @@ def with_base(source: Model) -> Model:
     if source.snapshot.commit is not None and not is_hub_id(base):
         raise SourceError(f"{source.snapshot.label}: names the base {base!r}, no repository; write `base+adapter`.")
     revision = adapter.get("revision")
-    return dataclasses.replace(source, beneath=describe(f"{base}@{revision}" if revision else str(base)))
+    return dataclasses.replace(
+        source, beneath=describe(f"{base}@{revision}" if revision else str(base), modules=False)
+    )
 
 
 def adapter_config(source: Model) -> dict[str, Any]:

@@ -10,8 +10,8 @@ transformers itself about a finished folder. `cache` keeps what transformers sai
 """
 
 from hfmerge.checkpoint.layout.correspondence import Convert, Match, Origin, match
-from hfmerge.checkpoint.layout.layout import Layout, describe
+from hfmerge.checkpoint.layout.layout import Layout, describe, with_modules
 from hfmerge.checkpoint.layout.load_check import load_back
 
 
-__all__ = ["Convert", "Layout", "Match", "Origin", "describe", "load_back", "match"]
+__all__ = ["Convert", "Layout", "Match", "Origin", "describe", "load_back", "match", "with_modules"]
