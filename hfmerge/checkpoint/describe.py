@@ -148,6 +148,11 @@ def _headers(
         single, index = f"{stem}.{suffix}", f"{stem}.{suffix}.index.json"
         if single in snapshot.files:  # which loaders read first
             weight_map, files = None, [single]
+            if index in snapshot.files and {*read_json(snapshot, index)["weight_map"].values()} != {single}:
+                raise UnsupportedError(
+                    f"{snapshot.label}: holds {single} and {index}, which names other files; transformers would load "
+                    f"{single} alone. Keep one of the two, in a folder or revision of its own."
+                )
         elif index in snapshot.files:
             weight_map = read_json(snapshot, index)["weight_map"]
             if not weight_map:
@@ -189,7 +194,8 @@ def _headers(
         name for name in snapshot.files if name.endswith((".gguf", ".h5", ".msgpack", ".onnx", ".safetensors", ".bin"))
     ]
     what = f"only {', '.join(held[:3])}" if held else "no weights"
-    raise UnsupportedError(f"{snapshot.label}: {what}; a {stem}.safetensors or its index is needed.")
+    wanted = stem.removeprefix("pytorch_")
+    raise UnsupportedError(f"{snapshot.label}: {what}; a {wanted}.safetensors or its index is needed.")
 
 
 def _beside(snapshot: Snapshot, file: str) -> Mapping[str, TensorEntry]:

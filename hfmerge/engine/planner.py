@@ -24,6 +24,7 @@ from hfmerge.checkpoint.side_files import side_files
 from hfmerge.checkpoint.streaming.session import Streaming, leave_session
 from hfmerge.checkpoint.vocabulary import Vocabulary, align
 from hfmerge.checkpoint.writer import SINGLE, Slot, shard_names
+from hfmerge.engine.adapter_chain import below_adapters
 from hfmerge.engine.estimate import with_estimate
 from hfmerge.engine.model_match import Layouts, match_source, some
 from hfmerge.engine.plan import DTYPES, BaseLayout, Estimate, Param, Plan, Prior, folder_of
@@ -213,32 +214,15 @@ def _matched(
         found.deltas.append(delta)
         if head is not None and i < len(recipe.models) and not recipe.models[i].subtracted:
             found.heads.append((i, head))
-    found.warnings += _lost_beneath(base, sources)
+    below = below_adapters(base, sources)
+    found.problems += below.problems
+    found.warnings += below.warnings
     for one in (base, *sources):
         if one is not None and one.pickled:
             found.warnings.append(
                 f"{one.snapshot.label}: pickled weights have no header, so the file was fetched to read it."
             )
     return found
-
-
-def _lost_beneath(base: Model, sources: Sequence[Model | None]) -> Iterator[str]:
-    """Adapters that were trained on another adapter, which the merge does not hold."""
-    there = {one.snapshot.folder.resolve() for one in sources if one is not None and one.snapshot.folder is not None}
-    for source in sources:
-        named = (source.adapter or {}).get("base_model_name_or_path") if source is not None else None
-        if source is None or not named or source.beneath is not None or base.snapshot.folder is None:
-            continue
-        folder = Path(str(named)).expanduser()
-        try:
-            is_adapter = (folder / "adapter_config.json").is_file()
-        except (OSError, ValueError):  # a text that can be no path on this machine
-            continue
-        if is_adapter and folder.resolve() not in there:
-            yield (
-                f"{source.snapshot.label} was trained on top of the adapter {show(folder.name)}, whose change is not "
-                "in this merge; name that adapter as a model too, or merge it into the base first."
-            )
 
 
 def _with_ends(

@@ -110,13 +110,3 @@ def test_a_pickled_module_needs_consent_and_becomes_safetensors(root: Path, tmp_
     tiny.done(*arguments, "--allow-pickle")
     assert torch.allclose(dense(tmp_path / "out")["linear.weight"], dense(root / "a")["linear.weight"], atol=1e-6)
     assert not (tmp_path / "out" / "2_Dense" / "pytorch_model.bin").exists()
-
-
-def test_an_adapter_on_an_adapter_is_said_to_lack_it(tmp_path: Path) -> None:
-    base = tiny.save(tiny.build("LlamaForCausalLM", tiny.config("llama")), tmp_path / "base")
-    first = tiny.adapter(tmp_path / "first", tiny.attention(), 1)
-    second = tiny.adapter(tmp_path / "second", tiny.attention(), 2, base_model_name_or_path=str(first))
-    alone = merge(tmp_path / "alone", base, second)
-    assert "second was trained on top of the adapter" in alone.err and '"first"' in alone.err
-    both = merge(tmp_path / "both", base, first, second)
-    assert "on top of the adapter" not in both.err
