@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from hfmerge.checkpoint.lora_targets import Targets
 from hfmerge.checkpoint.model import Model
 from hfmerge.checkpoint.patterns import Patterns
 from hfmerge.errors import CorruptFileError, ShapeError, UnsupportedError
@@ -149,6 +150,9 @@ class _Mapping:
         self.tied: dict[str, str] = {}
         self.apart: list[str] = []
         self.notes: list[str] = []
+        self.targets = Targets(self.config, self.patterns)
+        self.skipped: list[str] = []
+        self.unread: str | None = None
 
     def map(self) -> AdapterMap:
         """Sort all tensors."""
@@ -167,6 +171,18 @@ class _Mapping:
             else:
                 # the embedding that PEFT saves beneath a LoRA of it is loaded in place of the base's
                 self._add_copy(key, path.replace(".base_layer.weight", ".weight"))
+        if self.skipped:
+            names = self.skipped
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            self.notes.append(
+                f"{self.label}: adapter_config.json does not name {', '.join(names[:3])}{more}, for which the file has "
+                "factors; they are left out, as PEFT does."
+            )
+        if self.unread is not None:
+            self.notes.append(
+                f"{self.label}: which modules adapter_config.json names cannot be told here ({self.unread}); all "
+                "factors in the file are merged."
+            )
         ups = {up for down, up in _pairs(self.source)}
         for key in self.source.tensors:
             if key.endswith((".lora_B.weight", ".lora_embedding_B")) and key not in ups:
@@ -232,11 +248,15 @@ class _Mapping:
             raise CorruptFileError(f"{self.label}: {down_key} has no lora_B beside it; the adapter is incomplete.")
         if target is None:
             raise ShapeError(f"{self.label}: changes {module}, which the base {self.base.architecture} does not have.")
+        tied = self._keeps_ties() and (self._is_tied(target) or target in self.ends)
+        if not tied and not self._is_targeted(module):
+            self.skipped.append(module)
+            return
         origin = self._origin(module, target, down_key, up_key)
         if self._is_tied(target) and not self._keeps_ties():
             self.apart.append(f"{module}.weight")
             return
-        if self._keeps_ties() and (self._is_tied(target) or target in self.ends):
+        if tied:
             # PEFT makes the factors of all ends out of the same two tensors, and saves them once for each end
             for end in self.ends.get(target, (target,)):
                 self.lora.setdefault(end, origin)
@@ -247,6 +267,14 @@ class _Mapping:
                 f"it out with `exclude: [{target}]`."
             )
         self.lora[target] = origin
+
+    def _is_targeted(self, module: str) -> bool:
+        """Whether PEFT gives factors to a module; it ignores those that the file has for any other one."""
+        try:
+            return self.targets.has(module)
+        except ValueError as error:
+            self.unread = f"{error}"
+            return True
 
     def _origin(self, module: str, target: str, down_key: str, up_key: str) -> LoraOrigin:
         """The factors of one module, if they fit its stored tensor."""
