@@ -141,7 +141,7 @@ def load_with_head(model: str | Path, source: str, **options: Any) -> PreTrained
     import transformers
     from safetensors.torch import load_file
 
-    backbone = describe(str(model))
+    backbone = describe(str(model), modules=False)
     snapshot = backbone.snapshot
     slug = source.partition("@")[0].rstrip("/").replace("/", "--")
     prefix = f"{HEADS_FOLDER}/{slug}/"

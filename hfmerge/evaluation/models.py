@@ -278,7 +278,7 @@ def open_subject(
     Raises:
         SourceError: it cannot be named, found, reached or read.
     """
-    source = describe(ref, copies=copies)
+    source = describe(ref, copies=copies, modules=False)
     config: Mapping[str, Any] = source.config
     snapshots: tuple[Snapshot, ...] = (source.snapshot,)
     digest = loading.digest_of(source)

@@ -195,6 +195,10 @@ def plan_models(
         if _made_without(last, plan, start.prior.count):
             warnings.append("the kept state was made without code of the models' own, so the models are read instead.")
             continue
+        if start.untied != bool(plan.untied):
+            # an end of a tie has sums of its own in one of them alone
+            warnings.append("the kept state is of a merge with other tied weights, so the models are read instead.")
+            continue
         break
     else:
         start, plan = None, _plan_from(merged, None, wanted, base, stream)

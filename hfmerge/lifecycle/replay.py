@@ -18,7 +18,7 @@ from typing import Any, Literal
 from hfmerge.engine.environment import TOLERANCE, excuses, far_apart
 from hfmerge.engine.executor import Outcome, run
 from hfmerge.engine.options import RunOptions
-from hfmerge.engine.plan import Plan
+from hfmerge.engine.plan import Plan, folder_of
 from hfmerge.errors import HfMergeError
 from hfmerge.hub.download import fetch
 from hfmerge.ledger.entry import Entry, Material
@@ -162,7 +162,7 @@ def _bounds(plan: Plan, outcome: Outcome) -> dict[str, dict[str, float]]:
         change = outcome.changes.get(param.owner or param.key)
         changes = found.setdefault(param.file, {})
         if change is not None:
-            changes[param.key] = change
+            changes[param.key.removeprefix(folder_of(param.file))] = change
     return found
 
 

@@ -13,10 +13,15 @@ from hfmerge.methods import MergeMethod
 
 @dataclass(frozen=True)
 class Start:
-    """A state to continue from, and the models in it that are subtracted, as `Prior.held` counts them."""
+    """A state to continue from, and the models in it that are subtracted, as `Prior.held` counts them.
+
+    Attributes:
+        untied: see `Entry.is_untied`.
+    """
 
     prior: Prior
     leaving: tuple[Material, ...] = ()
+    untied: bool = False
 
 
 def starts(
@@ -72,7 +77,7 @@ def starts(
             tuple(norms[i] for i in range(covered)),
             () if order == tuple(range(covered)) else order,
         )
-        yield Start(prior, leaving)
+        yield Start(prior, leaving, entry.is_untied)
 
 
 def _kept(merged: Merged) -> list[tuple[Entry, KeptState]]:

@@ -152,8 +152,6 @@ CASES: list[Any] = [
     pytest.param("bert", lora(lora_dropout=0.3), 4, id="dropout"),
     pytest.param("llama", lora(target_modules=["lm_head"]), 1, id="lm_head with its weight", marks=EMBEDDINGS),
     pytest.param("llama", lora(target_modules=["embed_tokens"]), 1, id="embedding with its weight", marks=EMBEDDINGS),
-    pytest.param("qwen3", lora(target_modules=["embed_tokens"]), 2, id="tied embedding", marks=[EMBEDDINGS, TIED]),
-    pytest.param("qwen3", lora(target_modules=["lm_head"]), 2, id="tied lm_head", marks=[EMBEDDINGS, TIED]),
     pytest.param(
         "qwen3",
         lora(target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True),
@@ -176,9 +174,8 @@ def test_adapters_change_what_peft_changes(
 
 @pytest.mark.parametrize(
     ("kind", "target"),
-    [("bert", "word_embeddings"), ("llama", "embed_tokens"), ("gpt2", "wte"), ("qwen3", "embed_tokens")],
+    [("bert", "word_embeddings"), ("llama", "embed_tokens")],
 )
-@TIED
 def test_adapters_of_embeddings(bases: dict[str, Path], tmp_path: Path, kind: str, target: str) -> None:
     adapter = trained(kind, tmp_path / "adapter", lora(target_modules=[target]), save_embedding_layers=False)
     assert len(load_file(adapter / "adapter_model.safetensors")) == 2
@@ -355,27 +352,6 @@ REAL: list[Any] = [
     ),
     pytest.param(
         "llama", lora(target_modules=[], target_parameters=["q_proj.weight"]), "`target_parameters", id="parameters"
-    ),
-    pytest.param(
-        "qwen3",
-        lora(target_modules=["q_proj"], modules_to_save=["embed_tokens"]),
-        r"model\.embed_tokens\.weight apart from what the base ties it to \(`ensure_weight_tying` is not set\)",
-        id="saved half of a tied pair",
-        marks=TIED,
-    ),
-    pytest.param(
-        "qwen3",
-        lora(target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"]),
-        "apart from what the base ties it to",
-        id="saved tied pair",
-        marks=TIED,
-    ),
-    pytest.param(
-        "qwen3",
-        lora(target_modules=["embed_tokens", "lm_head"]),
-        "shares its weight with another module that the adapter changes too",
-        id="both of a tied pair",
-        marks=[TIED, EMBEDDINGS],
     ),
 ]
 
