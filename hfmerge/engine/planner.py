@@ -112,10 +112,7 @@ def make_plan(
         raise RecipeError([Problem("models", "no model changes any parameter that is merged")], origin)
     _check_beside(params, whole, origin)
     keep = _kept_states(recipe, method, len(whole), prior.count if prior else 0)
-    written = {param.file for param in params}
-    sides = tuple(
-        name for name in side_files(base.snapshot, remote_code=recipe.trust_remote_code) if name not in written
-    )
+    sides = _side_files(recipe, base, params)
     needed = _as_needed(recipe, base, whole)
     known = BaseLayout(layout.architecture, layout.tied, layout.missing, layout.unexpected)
     plan = Plan(
@@ -127,6 +124,13 @@ def make_plan(
     if streaming is not None:
         leave_session(streaming)
     return plan
+
+
+def _side_files(recipe: Recipe, base: Model, params: Sequence[Param]) -> tuple[str, ...]:
+    """The side files of the base that the merge copies: those that it does not write itself."""
+    written = {param.file for param in params}
+    names = side_files(base.snapshot, remote_code=recipe.trust_remote_code)
+    return tuple(name for name in names if name not in written)
 
 
 def _described(
