@@ -14,8 +14,8 @@ from hfmerge.checkpoint.layout.cache import relevant
 from hfmerge.checkpoint.lora import NO_ENDS, PEFT_PREFIX, AdapterMap, Ends, map_adapter
 from hfmerge.checkpoint.model import Model
 from hfmerge.checkpoint.vocabulary import same_tokens
-from hfmerge.errors import CorruptFileError, ShapeError, SourceError, UnsupportedError
-from hfmerge.hub.client import hub_api, hub_errors
+from hfmerge.engine.named_base import compare_base
+from hfmerge.errors import CorruptFileError, ShapeError, UnsupportedError
 from hfmerge.recipe.recipe import Recipe
 
 
@@ -59,7 +59,8 @@ def match_source(
         ends: see `map_adapter`.
     """
     if source.kind == "adapter":
-        _check_adapter_base(base, source)
+        said = compare_base(source.beneath or base, source, strict=recipe.strict_base)
+        warnings.extend([said] if said else [])
         mapped = _own_head(map_adapter(source, layout, ends), source, base, layout)
         warnings.extend(mapped.notes)
         under: Delta | None = None
@@ -89,30 +90,6 @@ def _own_head(mapped: AdapterMap, source: Model, base: Model, layout: Layout) ->
     }
     heads = {**mapped.heads, **{key: key.removeprefix(PEFT_PREFIX) for key in own.values()}}
     return replace(mapped, replaced={t: key for t, key in mapped.replaced.items() if t not in own}, heads=heads)
-
-
-def _check_adapter_base(base: Model, source: Model) -> None:
-    """Check that the base, or the model beneath, is the model that the adapter says it was trained on."""
-    under = source.beneath or base
-    named = str((source.adapter or {}).get("base_model_name_or_path") or "")
-    is_path = not named or named.startswith((".", "/", "~")) or named.count("/") != 1
-    if is_path or under.snapshot.folder is not None:
-        return
-    if named.lower() != under.name.lower():
-        raise SourceError(
-            f"{source.snapshot.label} was trained on {named}, not on {under.name}; use that base, or write `{named}+"
-            f"{source.name}` to merge the pair."
-        )
-    revision = (source.adapter or {}).get("revision")
-    if revision and under.snapshot.commit:
-        with hub_errors(f"{named}@{revision}"):
-            commit = hub_api().resolve_revision(named, revision=str(revision)).resolved
-        if commit != under.snapshot.commit:
-            raise SourceError(
-                f"{source.snapshot.label} was trained on {named}@{commit[:8]}, the base is at "
-                f"{under.snapshot.commit[:8]}; "
-                f"pin it: `{named}@{commit[:8]}`."
-            )
 
 
 def _match_full(

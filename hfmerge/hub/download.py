@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hfmerge.errors import NotFoundError, SourceError
 from hfmerge.hub.client import hub_api, hub_errors, patiently
 from hfmerge.hub.reference import FileInfo, ModelRef, Snapshot, checked_path, is_commit, is_segment
 from hfmerge.validation.folders import files_in
 from hfmerge.validation.limits import FILES
+
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelInfo
 
 
 def pin(ref: ModelRef, copies: Mapping[str, Path] | None = None) -> Snapshot:
@@ -79,6 +85,15 @@ def _asked(ref: ModelRef, repo_id: str) -> Snapshot:
         # so that the cache knows the branch's commit when the Hub is out of reach; nothing depends on it now
         with contextlib.suppress(RevisionResolutionError):
             api.resolve_revision(repo_id, revision=revision)
+    return dataclasses.replace(snapshot_of(ref, info), name=repo_id)
+
+
+def snapshot_of(ref: ModelRef, info: ModelInfo) -> Snapshot:
+    """What the Hub tells of a repository, under the name that it has there now.
+
+    Raises:
+        SourceError: it lists more files than the limit. CorruptFileError: a path leads out of the repository.
+    """
     files = {
         checked_path(item.rfilename, ref.text): FileInfo(
             item.size or 0, item.lfs.sha256 if item.lfs else None, item.blob_id
@@ -86,7 +101,7 @@ def _asked(ref: ModelRef, repo_id: str) -> Snapshot:
         for item in info.siblings or ()
     }
     _check_count(files, ref)
-    return Snapshot(ref, repo_id, str(info.sha), None, files)
+    return Snapshot(ref, info.id, str(info.sha), None, files)
 
 
 def _check_count(files: Mapping[str, FileInfo], ref: ModelRef) -> None:

@@ -135,7 +135,8 @@ def block(entries: Sequence[Entry], facts: Mapping[str, Any]) -> str:
                 "link": _link(m),
                 "pin": _pin(m),
                 "kind": ("LoRA adapter" if m.kind == "adapter" else "full model")
-                + (", approximately subtracted" if m.subtracted else ""),
+                + (", approximately subtracted" if m.subtracted else "")
+                + _other_base(m, last.base),
                 "weight": _weight(m.weight),
                 "norm": f"{(m.squared_norm or 0.0) ** 0.5:.4g}",
                 "head": code(m.head) if m.head else "-",
@@ -163,6 +164,17 @@ def block(entries: Sequence[Entry], facts: Mapping[str, Any]) -> str:
         citations=fenced("\n".join(c.bibtex for c in method.citations) if method else "", "bibtex"),
     )
     return f"{BEGIN}\n{text.rstrip()}\n{END}\n"
+
+
+def _other_base(model: Material, base: Material) -> str:
+    """What an adapter names as its base, where that is not the name of the model that it was merged onto."""
+    onto = model.beneath.rpartition("@")[0] if model.beneath else base.name
+    named = model.trained_on
+    return (
+        ""
+        if named is None or named.lower() == onto.removesuffix("@sha256").lower()
+        else f", names {named} as its base"
+    )
 
 
 def public_recipe(entry: Entry) -> dict[str, Any]:

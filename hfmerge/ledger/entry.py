@@ -54,6 +54,7 @@ class Material:
         contains: if the model is itself a merge, or lies on one: identities of all models in that merge (see
             `contained`).
         subtracted: the model is still in the carried state and was approximately subtracted from the merged change.
+        trained_on: the base that an adapter's configuration names: a Hub ID, or a folder's own name. It is a claim.
         untied: the model changes one end of a weight that the base ties, so the merge has a tensor for every end.
         kept: SHA-256 of the kept copy of the model, which lies beside the carried states.
     """
@@ -74,6 +75,7 @@ class Material:
     contains: tuple[str, ...] = ()
     subtracted: bool = False
     untied: bool = False
+    trained_on: str | None = None
     kept: str | None = None
 
     @property
@@ -104,6 +106,8 @@ class Material:
             data["subtracted"] = True
         if self.untied:
             data["untied"] = True
+        if self.trained_on is not None:
+            data["trained_on"] = self.trained_on
         if self.kept is not None:
             data["kept"] = self.kept
         return data

@@ -146,6 +146,7 @@ _MATERIAL = record(
         "contains": items(identity, FILES),
         "subtracted": flag,
         "untied": flag,
+        "trained_on": model_name,
         "kept": sha256,
     },
 )

@@ -16,6 +16,7 @@ from hfmerge.checkpoint.side_files import is_asset
 from hfmerge.checkpoint.streaming.session import streamed_name
 from hfmerge.engine.environment import differences
 from hfmerge.engine.executor import Outcome
+from hfmerge.engine.named_base import name_of_base
 from hfmerge.engine.plan import Plan
 from hfmerge.engine.run_files import STATE_FOLDER
 from hfmerge.errors import HfMergeError, LedgerError, OutputError
@@ -220,6 +221,7 @@ def _material(
     return Material(
         source.name, commit, digest, source.kind, weight, dict(files), beneath, squared_norm,
         license=_license(source), unverified=tuple(sorted(unchecked)), ledger=ledger, contains=parts,
+        trained_on=name_of_base(source.adapter) if source.adapter else None,
     )  # fmt: skip
 
 

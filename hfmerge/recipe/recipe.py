@@ -86,6 +86,8 @@ class Recipe:
         allow_pickle: read pickled checkpoints.
         trust_remote_code: run code from model repositories, and copy that of the base. This key and `allow_pickle`
             are consents for this run, by the person who gives the recipe. Changes and replays need them again.
+        strict_base: refuse an adapter whose configuration names another base than the one it is merged onto, or one
+            that cannot be told to be the same. Otherwise this is a warning.
         stream: read weights from the Hub as they are needed instead of downloading them; the result is the same.
         keep_sources: keep a compressed copy of base and models beside the states, and publish it with them, so that
             the merge can be changed after they have vanished.
@@ -155,6 +157,10 @@ class Recipe:
             help="run code from the models' repositories in this run; a ledger cannot give this consent",
             recorded="always",
         ),
+    )
+    strict_base: bool = field(
+        default=False,
+        metadata=Declared(help="refuse an adapter that names another base, instead of a warning"),
     )
     stream: bool = field(
         default=False,
