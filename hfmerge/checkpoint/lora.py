@@ -175,8 +175,8 @@ class _Mapping:
             names = self.skipped
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             self.notes.append(
-                f"{self.label}: adapter_config.json does not name {', '.join(names[:3])}{more}, for which the file has "
-                "factors; they are left out, as PEFT does."
+                f"{self.label}: adapter_config.json does not name {', '.join(names[:3])}{more}, for which the file "
+                "has factors; they are left out, as PEFT does."
             )
         if self.unread is not None:
             self.notes.append(

@@ -14,7 +14,7 @@ from hfmerge.checkpoint.layout import describe as describe_layout
 from hfmerge.checkpoint.layout.cache import relevant
 from hfmerge.checkpoint.lora import NO_ENDS, PREFIX, AdapterMap, Ends, map_adapter
 from hfmerge.checkpoint.model import Model
-from hfmerge.checkpoint.vocabulary import same_tokens
+from hfmerge.checkpoint.vocabulary import in_padding, same_tokens
 from hfmerge.errors import CorruptFileError, ShapeError, SourceError, UnsupportedError
 from hfmerge.hub.client import hub_api, hub_errors
 from hfmerge.recipe.recipe import Recipe
@@ -155,6 +155,16 @@ def _match_full(
         raise ShapeError(f"{label}: {wrong[0]}{more}; not a fine-tune of {base.snapshot.label}.")
     if layout.vocab_axis and size is None and same_tokens(base.snapshot, source.snapshot) is False:
         size = min(layout.shapes[key][axis] for key, axis in layout.vocab_axis.items())
+        fresh = in_padding(base.snapshot, source.snapshot, size)
+        if fresh and recipe.tokenizer in (source.ref, source.name):
+            size = None  # row by row: the model's tokenizer comes with its rows
+        elif fresh and recipe.vocabulary is None:
+            raise ShapeError(
+                f"{label}: its tokenizer has {some(fresh)} in rows of the embedding that the base has no tokens for; "
+                f"set `tokenizer: {source.name}` to have them in the merge, or `vocabulary: base` to leave them out."
+            )
+        elif fresh:
+            warnings.append(f"{label}: {some(fresh)} are tokens that the base does not have; the merge lacks them.")
     if size is not None and recipe.vocabulary is None:
         rows = min(layout.shapes[key][axis] for key, axis in layout.vocab_axis.items())
         what = f"{size} rows, the base {rows}" if size != rows else "the same number of tokens but other ones"

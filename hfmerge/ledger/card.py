@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from hfmerge.checkpoint.behaviour import CHOICES
 from hfmerge.errors import LedgerError
 from hfmerge.ledger.entry import Entry, Material
 from hfmerge.methods import registry
@@ -158,6 +159,7 @@ def block(entries: Sequence[Entry], facts: Mapping[str, Any]) -> str:
             for e in entries
         ],
         learned=_learned(last),
+        usage=_usage(last),
         untied=", ".join(m.name for m in last.models if m.untied),
         recipe=fenced(dump_yaml(public_recipe(last)), "yaml"),
         citations=fenced("\n".join(c.bibtex for c in method.citations) if method else "", "bibtex"),
@@ -182,6 +184,18 @@ def public_recipe(entry: Entry) -> dict[str, Any]:
         if key.declared.get("result") and value not in (None, jsonable(key.default)):
             data[key.name] = value
     return data
+
+
+def _usage(entry: Entry) -> str:
+    """One line on models that are used otherwise than the base, and whose files the merge has; "" without any."""
+    taken = [f"{key.replace('_', ' ')} of {entry.settings[key]}" for key in CHOICES if entry.settings.get(key)]
+    others = [f"{m.name} has another {', '.join(m.differing)}" for m in entry.models if m.differing]
+    if not taken and not others:
+        return ""
+    held = f"The merge has the {', the '.join(taken)}; else" if taken else "The merge has"
+    return f"{held} the base's tokenizer, chat template and generation config. {'; '.join(others)}".rstrip() + (
+        "." if others else ""
+    )
 
 
 def _learned(entry: Entry) -> str:

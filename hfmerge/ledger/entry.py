@@ -55,6 +55,8 @@ class Material:
             `contained`).
         subtracted: the model is still in the carried state and was approximately subtracted from the merged change.
         untied: the model changes one end of a weight that the base ties, so the merge has a tensor for every end.
+        differing: in what the model is used otherwise than the base, such as "chat template"; see `settings` for the
+            model whose files the merge has.
         kept: SHA-256 of the kept copy of the model, which lies beside the carried states.
     """
 
@@ -74,6 +76,7 @@ class Material:
     contains: tuple[str, ...] = ()
     subtracted: bool = False
     untied: bool = False
+    differing: tuple[str, ...] = ()
     kept: str | None = None
 
     @property
@@ -104,6 +107,8 @@ class Material:
             data["subtracted"] = True
         if self.untied:
             data["untied"] = True
+        if self.differing:
+            data["differing"] = list(self.differing)
         if self.kept is not None:
             data["kept"] = self.kept
         return data
@@ -111,7 +116,7 @@ class Material:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Material:
         """Inverse of `to_dict`; see `ledger.schema.material` for what is checked before."""
-        lists = {key: tuple(data.get(key, ())) for key in ("unverified", "contains")}
+        lists = {key: tuple(data.get(key, ())) for key in ("unverified", "contains", "differing")}
         material = cls(**{**data, **lists, "labels": tuple(data["labels"]), "weight": restored(data["weight"])})
         return material
 

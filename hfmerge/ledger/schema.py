@@ -146,6 +146,7 @@ _MATERIAL = record(
         "contains": items(identity, FILES),
         "subtracted": flag,
         "untied": flag,
+        "differing": items(plain_text, LABELS),
         "kept": sha256,
     },
 )
