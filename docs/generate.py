@@ -28,7 +28,7 @@ from hfmerge.recipe.reference import default_of_key, recipe_reference, values_of
 
 
 VERBS = (
-    *("plan", "merge", "add", "unmerge", "unmerge_checked", "replace", "reorder", "rebase", "restore"),
+    *("plan", "merge", "add", "unmerge", "unmerge_checked", "replace", "reorder", "rebase", "restore", "dry_run"),
     *("history", "diff", "verify", "certify", "purge_history", "push"),
     *("inspect", "evaluate", "load_with_head", "load_recipe", "load_suite"),
 )
@@ -197,6 +197,7 @@ EXIT_CODES = """Results go to standard output, progress and warnings to standard
 | 1 | an error that one line explains, or a check that failed |
 | 2 | wrong usage |
 | 3 | `verify --replay`: equal only within the tolerance of other arithmetic |
+| 130 | interrupted by Ctrl-C |
 
 `HFMERGE_DEBUG=1` shows the traceback of an error."""
 HUB = ("serve", "run", "import", "export", "fsck", "user", "token", "org")

@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from evaluation.import_bench import BASE, LORA, model_id, tasks_of
-from hfmerge.evaluation.results import Matrix, load_results, table
+from hfmerge.evaluation.results import Matrix, load_results, markdown_table
 from hfmerge.validation.quoting import Markdown
 
 
@@ -116,7 +116,7 @@ def merge_of_recipe(stem: Path, sources: list[str], work: Path, hfmerge: Callabl
     hfmerge("merge", "recipes/quickstart/recipe.yaml", "--output", str(merged), "-q")
     asked = ["--suite", "quickstart", *(word for task in RECIPE_TASKS for word in ("--task", task)), "-q"]
     hfmerge("evaluate", MERGED, *sources, *asked, "--output", str(stem))
-    hfmerge("inspect", MERGED, "--save", inspected, "-q")
+    hfmerge("inspect", MERGED, "--output", inspected, "-q")
     hfmerge("plot", inspected, results, "--card", str(merged))
     hfmerge("push", str(merged), MERGED)
     hfmerge("evaluate", MERGED, *sources, *asked, "--output", str(stem), "--push", MERGED)
@@ -162,7 +162,7 @@ def summary(
     rows = {f"{task_name} ({counts[task_name]} rows)": values for task_name, values in rows.items()}
     rows[Markdown("**mean**")] = [sum(values) / len(values) for values in zip(*rows.values(), strict=True)]
     cells = [[f"{value:.3f}" for value in values] for values in rows.values()]
-    return table("task", ["alone", "base encoder", *merges, *same], list(rows), cells)
+    return markdown_table("task", ["alone", "base encoder", *merges, *same], list(rows), cells)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         add,
         certify,
         diff,
+        dry_run,
         evaluate,
         history,
         inspect,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from hfmerge.ledger.log import Step
     from hfmerge.lifecycle.certify import Certificate
     from hfmerge.lifecycle.check_removal import Behaviour
+    from hfmerge.lifecycle.forecast import Forecast
     from hfmerge.lifecycle.publish import Pushed
     from hfmerge.lifecycle.purge import Purged, PurgePlan
     from hfmerge.lifecycle.verify import Report
@@ -55,6 +57,7 @@ _HOMES = {
         "add",
         "certify",
         "diff",
+        "dry_run",
         "evaluate",
         "history",
         "inspect",
@@ -92,6 +95,7 @@ _HOMES = {
     "hfmerge.evaluation.inspection.inspection": ("Inspection",),
     "hfmerge.recipe.learning": ("Learning",),
     "hfmerge.engine.planner": ("Plan",),
+    "hfmerge.lifecycle.forecast": ("Forecast",),
     "hfmerge.lifecycle.purge": (
         "Purged",
         "PurgePlan",
@@ -111,6 +115,7 @@ __all__ = [
     "Behaviour",
     "Certificate",
     "Difference",
+    "Forecast",
     "HfMergeError",
     "Inspection",
     "Learning",
@@ -134,6 +139,7 @@ __all__ = [
     "add",
     "certify",
     "diff",
+    "dry_run",
     "evaluate",
     "history",
     "inspect",
@@ -152,6 +158,11 @@ __all__ = [
     "unmerge_checked",
     "verify",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names, also those that were not used yet."""
+    return sorted(__all__)
 
 
 def __getattr__(name: str) -> Any:

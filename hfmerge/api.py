@@ -5,34 +5,43 @@ Merging does not import the libraries that only evaluation and inspection need.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from hfmerge.engine.options import DEFAULT, Consent, RunOptions
 from hfmerge.engine.plan import Plan
 from hfmerge.engine.planner import make_plan
 from hfmerge.engine.ranks import Ranks, processes
 from hfmerge.engine.workspace import recover
-from hfmerge.errors import LedgerError, OutputError, VerificationError
+from hfmerge.errors import LedgerError, OutputError
 from hfmerge.ledger.diff import Difference, compare
 from hfmerge.ledger.entry import Entry, recipe_of
 from hfmerge.ledger.log import Step, steps_of
-from hfmerge.ledger.removal import parts
 from hfmerge.ledger.repository import Merged, open_merged
 from hfmerge.lifecycle.admission import admit_change
 from hfmerge.lifecycle.certify import Certificate, given_certificate, make_certificate
-from hfmerge.lifecycle.job import ChangeOptions, Job, change_job, run_options
+from hfmerge.lifecycle.forecast import Forecast, admit_push, forecast, forecast_push
+from hfmerge.lifecycle.job import ChangeOptions, change_job, run_options
+from hfmerge.lifecycle.jobs import (
+    JOBS,
+    add_job,
+    merge_job,
+    rebase_job,
+    reorder_job,
+    replace_job,
+    restore_job,
+    unmerge_job,
+)
 from hfmerge.lifecycle.perform import perform
 from hfmerge.lifecycle.publish import Pushed, push_folder
 from hfmerge.lifecycle.purge import Purged, PurgePlan, purge
-from hfmerge.lifecycle.push_target import Destination, admit, check_readers, destination, with_snapshots
+from hfmerge.lifecycle.push_target import Destination
 from hfmerge.lifecycle.record import adopt_card
-from hfmerge.lifecycle.session import MergeResult, given_recipe, session
-from hfmerge.lifecycle.verify import Report, verify_merge
-from hfmerge.recipe.recipe import ModelEntry, Recipe
+from hfmerge.lifecycle.session import AnyRecipe, MergeResult, given_recipe, session
+from hfmerge.lifecycle.verify import FurtherChecks, Report, verify_merge
+from hfmerge.recipe.recipe import MethodChoice, ModelEntry
 
 
 if TYPE_CHECKING:
@@ -44,66 +53,92 @@ if TYPE_CHECKING:
     from hfmerge.evaluation.suite import Suite
     from hfmerge.lifecycle.check_removal import Behaviour
 
+AnyModel = str | Path | Mapping[str, Any] | ModelEntry
+"""A model as a verb takes it: a reference, or a model of a recipe."""
+AnyMethod = str | Mapping[str, Any] | MethodChoice
+"""A method as a verb takes it: a name, or the method of a recipe."""
 
-def plan(recipe: Recipe | str | Path) -> Plan:
+
+def plan(
+    recipe: AnyRecipe | None = None,
+    *,
+    base: str | Path | None = None,
+    models: Sequence[AnyModel] | None = None,
+    method: AnyMethod | None = None,
+    **keys: Any,
+) -> Plan:
     """Plan a merge from headers alone; downloads no weights.
+
+    Args:
+        recipe, base, models, method, keys: as for `merge`.
+
+    Examples:
+        >>> plan = hfmerge.plan(base="org/base", models=["org/tuned-a", "org/tuned-b"], method="opcm")
+        >>> plan.estimate.download, plan.estimate.memory, plan.estimate.seconds
 
     Raises:
         RecipeError: every problem of the recipe and its models at once.
     """
-    given, origin = given_recipe(recipe)
+    given, origin = given_recipe(recipe, base=base, models=models, method=method, **keys)
     return make_plan(given, origin=origin)
 
 
 def merge(
-    recipe: Recipe | str | Path,
+    recipe: AnyRecipe | None = None,
     *,
+    base: str | Path | None = None,
+    models: Sequence[AnyModel] | None = None,
+    method: AnyMethod | None = None,
     output: str | Path | None = None,
     push_to: str | None = None,
-    private: bool | None = None,
-    create_pr: bool = False,
-    overwrite: bool = False,
-    publish_private: Sequence[str] = (),
     options: RunOptions = DEFAULT,
+    **more: Any,
 ) -> MergeResult:
-    """Merge the models of a recipe into a new folder, with ledger and card, and publish it if asked.
+    """Merge models into a new folder, with ledger and card, and publish it if asked.
 
     Args:
-        recipe: a `Recipe` or the path of a YAML file.
-        output, push_to, private: instead of the recipe's.
-        create_pr, overwrite, publish_private: see `ChangeOptions`.
+        recipe: the path of a YAML file, its keys as a mapping, or a `Recipe`. None: the other arguments say all.
+        base: the model that all others were tuned from: `org/name[@revision]` or a folder.
+        models: in order of arrival. Each is a reference, or a mapping such as `{"model": "org/name", "weight": 0.5}`.
+        method: its name, or a mapping of name and options, such as `{"name": "opcm", "alpha": 0.4}`.
+        output: new folder for the result.
+        push_to: repository to publish to.
         options: how the run uses the machine.
+        more: `create_pr`, `commit_message`, `overwrite`, `publish_private` (see `ChangeOptions`), and all other keys
+            of a recipe, such as `dtype`, `exclude` or `private` (see the reference of recipes). A key that is given
+            here counts instead of the recipe's own.
+
+    Examples:
+        >>> import hfmerge
+        >>> result = hfmerge.merge(
+        ...     base="google-bert/bert-base-uncased",
+        ...     models=["org/tuned-a", {"model": "org/tuned-b", "weight": 0.5}],
+        ...     method="opcm",
+        ...     output="merged",
+        ... )
+        >>> hfmerge.unmerge("merged", "org/tuned-a")
 
     Raises:
-        HfMergeError: see `hfmerge.errors`; nothing half-written remains.
+        RecipeError: all problems of the recipe at once. HfMergeError: see `hfmerge.errors`; nothing half-written
+            remains.
     """
-    given, origin = given_recipe(recipe, options.consent)
-    target = output or given.output
-    to = destination(
-        push_to or given.push_to,
-        private=given.private if private is None else private,
-        create_pr=create_pr,
-        overwrite=overwrite,
-        publish_private=publish_private,
-    )
-    job = Job("merge", recipe=given, origin=origin, output=None if target is None else str(target), to=to)
-    return perform(job, options)
+    keys = {"base": base, "models": models, "method": method, "output": output, "push_to": push_to, **more}
+    return perform(*merge_job(recipe, options=options, **keys))
 
 
-def add(merged: str | Path, models: Sequence[str | ModelEntry], **options: Unpack[ChangeOptions]) -> MergeResult:
+def add(merged: str | Path, models: AnyModel | Sequence[AnyModel], **options: Unpack[ChangeOptions]) -> MergeResult:
     """Merge further models into an existing merge, continuing from its carried state.
 
     Args:
         merged: `org/name[@revision]` or a folder.
-        models: references, or entries with a weight.
+        models: one or several, each as in `merge`.
         options: where the result goes and how the run uses the machine (see `ChangeOptions`).
 
     Raises:
-        HfMergeError: see `hfmerge.errors`; the existing merge stays as it was.
+        RecipeError: what is no model or no weight. HfMergeError: see `hfmerge.errors`; the existing merge stays as it
+            was.
     """
-    entries = tuple(model if isinstance(model, ModelEntry) else ModelEntry(model) for model in models)
-    job = change_job("add", merged, **options)
-    return perform(dataclasses.replace(job, models=entries), run_options(options))
+    return perform(*add_job(merged, models, **options))
 
 
 def unmerge(
@@ -135,12 +170,7 @@ def unmerge(
     Raises:
         LedgerError: a name is not in the merge, or no model would be left. HfMergeError: see `hfmerge.errors`.
     """
-    if measure and mode == "exact":
-        raise LedgerError("unmerge: there is no gap to measure unless models are subtracted (mode: subtract).")
-    names = (remove,) if isinstance(remove, str) else tuple(remove)
-    job = change_job("subtract" if mode == "subtract" else "unmerge", merged, **options)
-    job = dataclasses.replace(job, names=names, inner_to=inner_to, measure=measure)
-    return perform(job, run_options(options))
+    return perform(*unmerge_job(merged, remove, inner_to=inner_to, mode=mode, measure=measure, **options))
 
 
 def replace(
@@ -160,9 +190,7 @@ def replace(
         LedgerError: `old` is not in the merge, or `new` is there already. HfMergeError: see `hfmerge.errors`; the
             merge stays as it was.
     """
-    job = change_job("replace", merged, **options)
-    job = dataclasses.replace(job, names=(old,), models=(ModelEntry(new),), weight=weight)
-    return perform(job, run_options(options))
+    return perform(*replace_job(merged, old, new, weight=weight, **options))
 
 
 def reorder(merged: str | Path, models: Sequence[str], **options: Unpack[ChangeOptions]) -> MergeResult:
@@ -175,8 +203,7 @@ def reorder(merged: str | Path, models: Sequence[str], **options: Unpack[ChangeO
     Raises:
         LedgerError: a name is missing, twice, or not in the merge. HfMergeError: see `hfmerge.errors`.
     """
-    job = change_job("reorder", merged, **options)
-    return perform(dataclasses.replace(job, names=tuple(models)), run_options(options))
+    return perform(*reorder_job(merged, models, **options))
 
 
 def rebase(merged: str | Path, base: str, **options: Unpack[ChangeOptions]) -> MergeResult:
@@ -189,8 +216,7 @@ def rebase(merged: str | Path, base: str, **options: Unpack[ChangeOptions]) -> M
     Raises:
         LedgerError: `base` is the base already. RecipeError: a model does not fit the new base.
     """
-    job = change_job("rebase", merged, **options)
-    return perform(dataclasses.replace(job, base=base), run_options(options))
+    return perform(*rebase_job(merged, base, **options))
 
 
 def restore(merged: str | Path, step: int, **options: Unpack[ChangeOptions]) -> MergeResult:
@@ -204,8 +230,28 @@ def restore(merged: str | Path, step: int, **options: Unpack[ChangeOptions]) -> 
     Raises:
         LedgerError: no such step, or no repository that still holds it.
     """
-    job = change_job("restore", merged, **options)
-    return perform(dataclasses.replace(job, step=step), run_options(options))
+    return perform(*restore_job(merged, step, **options))
+
+
+def dry_run(verb: str, *operands: Any, **named: Any) -> Forecast:
+    """Say what a verb would do, from headers alone: its way, what it reads, what it needs. Nothing is changed.
+
+    Args:
+        verb: "merge", "add", "unmerge", "replace", "reorder", "rebase", "restore" or "push".
+        operands, named: the arguments of the verb.
+
+    Examples:
+        >>> forecast = hfmerge.dry_run("unmerge", "merged", remove="org/tuned-a")
+        >>> forecast.how, forecast.starts, forecast.need.read
+
+    Raises:
+        HfMergeError: whatever the verb itself would raise before its work. ValueError: there is no such verb.
+    """
+    if verb == "push":
+        return forecast_push(*operands, **named)
+    if verb not in JOBS:
+        raise ValueError(f"{verb}: has no dry run; these have: {', '.join(JOBS)}, push.")
+    return forecast(*JOBS[verb](*operands, **named))
 
 
 def history(merged: str | Path) -> tuple[Step, ...]:
@@ -326,21 +372,17 @@ def verify(
         )  # fmt: skip
     return verify_merge(
         str(merged),
-        replay=replay,
-        device=device,
+        FurtherChecks(replay, device, download, given),
         sources=sources,
         consent=Consent(trust_remote_code, allow_pickle),
-        download=download,
-        also=partial(given.checks, replay=replay) if given is not None else None,
         log=log,
-        certificate=given.sha256 if given is not None else None,
         accept_rewritten=accept_rewritten,
     )
 
 
 def certify(
     merged: str | Path,
-    removed: str,
+    remove: str,
     *,
     key: str | Path | None = None,
     output: str | Path | None = None,
@@ -356,7 +398,7 @@ def certify(
     """Certify that a merge no longer holds a model: an in-toto statement in an envelope (see `lifecycle.certificate`).
 
     Args:
-        removed: the model, as the ledger names it.
+        remove: the model, as the ledger names it.
         key: ed25519 private key (OpenSSH or PEM); its passphrase is in `HFMERGE_KEY_PASSPHRASE`, or asked for.
         output: file for the certificate.
         days: number of days for which the certificate is valid; None: for ever.
@@ -372,7 +414,7 @@ def certify(
         VerificationError: the merge is not what its ledger says.
     """
     made = make_certificate(
-        str(merged), removed, key=key, days=days, replay=replay, accept_approximate=accept_approximate,
+        str(merged), remove, key=key, days=days, replay=replay, accept_approximate=accept_approximate,
         device=device, sources=sources, log=log, consent=Consent(trust_remote_code, allow_pickle),
     )  # fmt: skip
     if output is not None:
@@ -407,35 +449,29 @@ def push(
     private: bool | None = None,
     create_pr: bool = False,
     overwrite: bool = False,
+    commit_message: str | None = None,
     publish_private: Sequence[str] = (),
     check: bool = True,
 ) -> Pushed:
     """Publish a merge folder.
 
     Args:
-        private, create_pr, overwrite, publish_private: as for `merge`.
+        private, create_pr, commit_message, overwrite, publish_private: as for `merge`.
         check: verify the folder first, so that only a folder that its ledger describes is published.
 
     Raises:
         VerificationError: the folder is not what its ledger says. PushError: see `lifecycle.publish.push_folder`.
     """
-    to = Destination(repo_id, private, create_pr, None, overwrite, tuple(publish_private))
+    to = Destination(repo_id, private, create_pr, None, overwrite, tuple(publish_private), commit_message)
     recover(folder)
-    opened = open_merged(str(Path(folder).absolute()))
-    inputs = with_snapshots(parts(opened.last), opened.refs)
-    level, _ = admit(to, inputs, history=opened.history)
-    check_readers(to, level, inputs)
-    if check:
-        report = verify_merge(str(folder))
-        if not report.ok:
-            raise VerificationError(f"{folder}: not pushed; {report.culprits[0]}")
+    admit_push(Path(folder), to, check=check)
     pushed = push_folder(Path(folder), to)
     adopt_card(Path(folder), repo_id)
     return pushed
 
 
 def inspect(
-    models: Recipe | str | Path,
+    models: AnyRecipe,
     *,
     matrices: Sequence[str] | None = None,
     spectral: bool = True,
@@ -445,7 +481,7 @@ def inspect(
     """Compare models without merging them: similarity, norms, signs, spectra, predicted interference.
 
     Args:
-        models: a `Recipe`, the path of a YAML file, or a merge by ID or folder, whose sources are then compared.
+        models: a recipe as `merge` takes it, or a merge by ID or folder, whose sources are then compared.
         matrices: fnmatch patterns of tensors whose matrices are decomposed; None: all.
         spectral: decompose matrices. False: only one pass over the elements is made.
         sources: as for `add`.
@@ -457,7 +493,7 @@ def inspect(
     from hfmerge.evaluation.inspection.inspection import inspect_models
 
     with session(options) as here:
-        if not isinstance(models, Recipe) and not str(models).endswith((".yaml", ".yml")):
+        if isinstance(models, str | Path) and not str(models).endswith((".yaml", ".yml")):
             ref = here.pinned(str(models))
             opened = here.each(lambda: open_merged(ref, sources))
             recipe, origin = recipe_of(opened.last, opened.refs, options.consent), opened.snapshot.label

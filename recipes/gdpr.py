@@ -125,7 +125,7 @@ def story(publisher: User, reader: User) -> None:
     make_key(publisher.folder)
     certificate = str(publisher.folder / "certificate.json")
     publisher.hfmerge(
-        *("certify", MERGED, "--removed", REMOVED, "--key", "signing-key", "--output", certificate),
+        *("certify", MERGED, "--remove", REMOVED, "--key", "signing-key", "--output", certificate),
         *("--expires", "365"),
     )
     print("\n4. A second user has the certificate and the publisher's public key, and checks both against the Hub;")

@@ -171,7 +171,14 @@ def measure(chosen: Experiment, run: Callable[..., None], folder: Path) -> None:
     recipes = [str((HERE / name).relative_to(ROOT)) for name in chosen.recipes]
     arguments = ["continual", *recipes, *chosen.flags, "--output", str(folder)]
     if not chosen.flags:
-        arguments = ["inspect", *recipes, "--save", str(folder / "inspection.json"), "--plot", str(folder / "figures")]
+        arguments = [
+            "inspect",
+            *recipes,
+            "--output",
+            str(folder / "inspection.json"),
+            "--plot",
+            str(folder / "figures"),
+        ]
     print(f"\n$ hfmerge {' '.join(arguments)}", flush=True)
     run("-m", "hfmerge", *arguments)
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hfmerge.checkpoint.schema import read_json
+from hfmerge.checkpoint.schema import read_snapshot_json
 from hfmerge.checkpoint.side_files import is_fitting
 from hfmerge.errors import CorruptFileError, OfflineError
 from hfmerge.hub.download import fetch
@@ -91,7 +91,7 @@ def _same_file(name: str, one: Snapshot, other: Snapshot) -> bool:
 
 
 def _json(snapshot: Snapshot, name: str) -> Mapping[str, Any]:
-    value = read_json(snapshot, name)
+    value = read_snapshot_json(snapshot, name)
     return value if isinstance(value, dict) else {}
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from hfmerge.checkpoint.layout import Layout
     from hfmerge.checkpoint.reader import Reader
 
-PREFIX = "base_model.model."
+PEFT_PREFIX = "base_model.model."
 Ends = Mapping[str, tuple[str, ...]]
 """Stored key of an untied base -> all its stored keys that were tied with it, the owner of the value first."""
 NO_ENDS: Ends = {}
@@ -157,7 +157,7 @@ class _Mapping:
     def map(self) -> AdapterMap:
         """Sort all tensors."""
         for key in self.source.tensors:
-            path = key.removeprefix(PREFIX)
+            path = key.removeprefix(PEFT_PREFIX)
             if path.endswith((".lora_B.weight", ".lora_embedding_B")):
                 continue
             if path.endswith(".lora_A.weight"):

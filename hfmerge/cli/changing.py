@@ -5,9 +5,18 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from hfmerge.cli.shared import Command, change_arguments, change_flags, first_process, print_result
+from hfmerge.cli.shared import (
+    Command,
+    carry_out,
+    change_arguments,
+    change_flags,
+    first_process,
+    print_result,
+    weighted,
+)
 from hfmerge.errors import HfMergeError
 from hfmerge.validation.quoting import say
+from hfmerge.validation.strict_yaml import parse_scalar
 
 
 if TYPE_CHECKING:
@@ -18,10 +27,10 @@ def register(command: Command) -> None:
     """Add the commands of this file."""
     sub = command("add", "Merge further models into an existing merge.", _add)
     sub.add_argument("merged", metavar="MERGED", help="org/name or folder of a merge")
-    sub.add_argument("models", nargs="+", metavar="MODEL")
     sub.add_argument(
-        "--weight", action="append", type=float, metavar="W", help="weight of a new model; one per model, in order"
+        "models", nargs="+", metavar="MODEL[=WEIGHT]", help="models that join, each with its weight (default: 1)"
     )
+    sub.add_argument("--weight", action="append", metavar="W", help="weight of a new model; one per model, in order")
     change_flags(sub)
     sub = command("unmerge", "Take models out. The result has the bytes of the merge that never saw them.", _unmerge)
     sub.add_argument("merged", metavar="MERGED")
@@ -55,29 +64,29 @@ def register(command: Command) -> None:
 
 
 def _add(args: argparse.Namespace) -> int:
-    from hfmerge import api
-    from hfmerge.recipe.recipe import ModelEntry
-
-    weights = args.weight or [1.0] * len(args.models)
-    if len(weights) != len(args.models):
-        raise HfMergeError(f"--weight: {len(weights)} given for {len(args.models)} models; give one a model.")
-    models: list[str | ModelEntry] = [ModelEntry(m, w) for m, w in zip(args.models, weights, strict=True)]
-    return print_result(args, api.add(args.merged, models, **change_arguments(args)))
+    models, weights = weighted(args.models, args.weight)
+    if weights is not None and len(weights) != len(models):
+        raise HfMergeError(f"--weight: {len(weights)} given for {len(models)} models; give one a model.")
+    numbers = [parse_scalar(weight) for weight in weights or ["1"] * len(models)]
+    entries = [{"model": model, "weight": weight} for model, weight in zip(models, numbers, strict=True)]
+    return carry_out(args, "add", args.merged, entries, **change_arguments(args))
 
 
 def _unmerge(args: argparse.Namespace) -> int:
-    from hfmerge import api
-
     if args.check is not None:
         from hfmerge import api
 
+        if args.dry_run:
+            raise HfMergeError("--check: give it without --dry-run.")
         if args.inner_to is not None:
             raise HfMergeError("--check: give it without --inner-to.")
         result, behaviour = api.unmerge_checked(
             args.merged, args.remove, args.check, mode=args.mode, measure=args.measure, **change_arguments(args)
         )
         return print_result(args, result, {"check": behaviour.to_dict()}) or _print_behaviour(args, behaviour)
-    result = api.unmerge(
+    return carry_out(
+        args,
+        "unmerge",
         args.merged,
         args.remove,
         inner_to=args.inner_to,
@@ -85,18 +94,17 @@ def _unmerge(args: argparse.Namespace) -> int:
         measure=args.measure,
         **change_arguments(args),
     )
-    return print_result(args, result)
 
 
 def _print_behaviour(args: argparse.Namespace, behaviour: Behaviour) -> int:
     if args.json or not first_process():
         return 0
     say("", *behaviour.matrix.to_markdown().split("\n"))
-    same = "the same bytes" if behaviour.identical else "NOT the same bytes"
+    same = "has the same bytes as" if behaviour.identical else "does NOT have the same bytes as"
     say(
-        f"{same} as a merge that never saw it: weights off by {behaviour.distance:.2g} of its change of the base, "
-        f"the other tasks by {100 * behaviour.retained_gap:.1f} points"
+        f"the result {same} a merge that never held the model: the weights differ by {behaviour.distance:.2g} of that "
+        f"merge's change, the scores of the other tasks by {100 * behaviour.retained_gap:.1f} points"
     )
     for task, residual in behaviour.residual.items():
-        say(f"{task}: {100 * residual:+.1f} points against never merged")
+        say(f"{task}: {100 * residual:+.1f} points compared with a merge that never held the model")
     return 0

@@ -34,7 +34,7 @@ def register(command: Command) -> None:
         metavar="PATH=V1,V2",
         help="compare these values of a key, such as method.options.alpha=0.1,0.5",
     )
-    sub.add_argument("--task", action="append", default=[], metavar="TASK=MODEL", help="model that a task belongs to")
+    sub.add_argument("--head", action="append", default=[], metavar="TASK=MODEL", help="model whose head a task uses")
     sub.add_argument("--limit", type=int, metavar="ROWS", help="rows of each task, a seeded sample (default: all)")
     sub.add_argument("--batch-size", type=int, default=32, metavar="ROWS", help="rows in a batch (default: 32)")
     sub.add_argument(
@@ -71,9 +71,9 @@ def _continual(args: argparse.Namespace) -> int:
         )
     if args.orders < 1:
         raise HfMergeError(f"--orders {args.orders}: at least one order is needed.")
-    pairs = [item.partition("=") for item in args.task]
-    if bad := [item for item in args.task if "=" not in item]:
-        raise HfMergeError(f"--task {bad[0]}: write TASK=MODEL.")
+    pairs = [item.partition("=") for item in args.head]
+    if bad := [item for item in args.head if "=" not in item]:
+        raise HfMergeError(f"--head {bad[0]}: write TASK=MODEL.")
     several = len(args.recipes) > 1
     variants = []
     for path in args.recipes:
@@ -83,7 +83,7 @@ def _continual(args: argparse.Namespace) -> int:
     if not args.no_plots:
         with styled():  # what is missing is told before any work
             pass
-    asked = Experiment(
+    experiment = Experiment(
         tuple(variants),
         load_suite(args.suite),
         args.orders,
@@ -94,7 +94,7 @@ def _continual(args: argparse.Namespace) -> int:
         {task: model for task, _, model in pairs},
     )
     folder = Path(args.output)
-    data = run_continual(asked, folder, notify=None if args.quiet else notify)
+    data = run_continual(experiment, folder, notify=None if args.quiet else notify)
     written = save_continual(data, folder)
     if not args.no_plots:
         written += draw_all([data], folder / "figures")

@@ -49,7 +49,7 @@ def register(command: Command) -> None:
     sub.add_argument("--by-task", action="store_true", help="print one row per task")
     sub.add_argument("--output", metavar="STEM", help="write STEM.json, STEM.md and STEM.csv")
     sub.add_argument("--write-card", action="store_true", help="put the results into the cards of MODEL folders")
-    sub.add_argument("--push", metavar="REPO_ID", help="put the results into the card of this model on the Hub")
+    sub.add_argument("--push-to", metavar="REPO_ID", help="put the results into the card of this model on the Hub")
     sub.add_argument("--create-pr", action="store_true", help="push as a pull request")
     sub = command("suites", "List the suites that come with hfmerge, or pin one to the present commits.", _suites)
     sub.add_argument(
@@ -62,9 +62,9 @@ def _evaluate(args: argparse.Namespace) -> int:
     heads = _pairs(args.head)
     folders = [Path(model) for model in args.models if Path(model).is_dir()]
     if args.write_card and not folders:
-        raise HfMergeError("--write-card: none of the models is a folder; use --push for one on the Hub.")
-    if args.create_pr and not args.push:
-        raise HfMergeError("--create-pr: say where to: --push REPO_ID.")
+        raise HfMergeError("--write-card: none of the models is a folder; use --push-to for one on the Hub.")
+    if args.create_pr and not args.push_to:
+        raise HfMergeError("--create-pr: say where to: --push-to REPO_ID.")
     for name in ("limit", "batch_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise HfMergeError(f"--{name.replace('_', '-')}: must be at least 1.")
@@ -75,8 +75,8 @@ def _evaluate(args: argparse.Namespace) -> int:
     from hfmerge.evaluation.results import save_results
     from hfmerge.lifecycle.push_target import admit_card
 
-    if args.push and first_process():
-        admit_card(args.push, create_pr=args.create_pr)
+    if args.push_to and first_process():
+        admit_card(args.push_to, create_pr=args.create_pr)
     settings = Settings(
         args.limit, args.seed, args.batch_size, args.device, args.dtype, not args.no_cache, args.skip_missing
     )
@@ -107,7 +107,7 @@ def _report(matrix: Matrix, args: argparse.Namespace, folders: Sequence[Path], w
     if args.write_card:
         rows = dict(zip(args.models, matrix.models, strict=True))
         written += [write_results(matrix, Path(m), rows[m].label) for m in args.models if Path(m) in folders]
-    return push_results(matrix, args.push, create_pr=args.create_pr) if args.push else None
+    return push_results(matrix, args.push_to, create_pr=args.create_pr) if args.push_to else None
 
 
 def _pairs(items: Sequence[str]) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """The command line: parses, calls one verb of `api`, prints.
 
 Exit codes: 0 done, 1 a known error or a failed check, 2 wrong usage, 3 checks that hold only within the tolerance of
-other arithmetic (`verify --replay`).
+other arithmetic (`verify --replay`), 130 interrupted by Ctrl-C.
 
 Results go to standard output (`--json` for machines), progress and warnings to standard error. `HFMERGE_DEBUG=1` shows
 tracebacks.
@@ -19,7 +19,10 @@ from collections.abc import Callable, Sequence
 from functools import cache
 
 from hfmerge.cli import changing, continual, evaluating, inspecting, merging, proving, publishing, reading, revising
+from hfmerge.cli.completion import SHELLS, PrintCompletion
 from hfmerge.cli.flags import Flags
+from hfmerge.cli.hub_settings import WITHOUT_HUB, hub_flags, hub_settings
+from hfmerge.cli.parsing import EXAMPLES, Parser, parse
 from hfmerge.cli.shared import first_process, print_json
 from hfmerge.errors import HfMergeError, LostProcessError
 from hfmerge.validation.quoting import say, tell
@@ -38,6 +41,8 @@ def reuse_freed_memory() -> None:
         mallopt(_TRIM_THRESHOLD, 8 * _KEPT_BYTES)
 
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells give it: 128 and the number of the signal."""
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
 _KEPT_BYTES = 16 << 20  # more than a piece of an elementwise merge; fresh pages cost little beside work on more
 
@@ -56,18 +61,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[:1] == ["hub"]:
         return _hub(arguments[1:])
     parser = build_parser()
-    args = parser.parse_args(arguments)
-    if args.quiet:
-        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    args = parse(parser, arguments)
     try:
-        with spelled(Flags(parser)):
+        with spelled(Flags(parser)), hub_settings(args):
             code: int = args.run(args)
         return code
     except HfMergeError as error:
         if os.environ.get("HFMERGE_DEBUG"):
             raise
         if isinstance(error, LostProcessError) and error.reported:
-            pass  # said already, by the first process to know
+            pass  # the first process that noticed has printed it
         elif not first_process():
             # rank 0 raises the same error, unless it is gone itself
             tell(f"hfmerge (process {os.environ.get('RANK')}): {error}")
@@ -79,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         tell("hfmerge: interrupted; nothing was written.")
-        return 1
+        return INTERRUPTED
     except BrokenPipeError:
         # the reader of our output left early; there is nobody to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -87,22 +90,31 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 @cache
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The parser of all commands but `hub`, which has parsers of its own; each command's sets `run`, its handler."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="hfmerge",
         description="Merge fine-tuned models by Hub ID, one after another, and take any one out again, exactly.",
-        epilog="`hfmerge COMMAND --help` explains a command. A MODEL is org/name[@revision], a folder, hf://org/name, "
-        "or base+adapter.",
+        epilog="`hfmerge COMMAND --help` explains a command and gives an example. A MODEL is org/name[@revision], a "
+        "folder, hf://org/name, or base+adapter.",
     )
     parser.add_argument("--version", action="version", version=f"hfmerge {__version__}")
+    parser.add_argument(
+        "--print-completion",
+        action=PrintCompletion,
+        choices=SHELLS,
+        help="print a script that completes commands and flags in this shell, for its start-up file",
+    )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     def command(name: str, text: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text)
+        example = f"example: hfmerge {name} {EXAMPLES[name]}".rstrip()
+        sub: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text, epilog=example)
         sub.set_defaults(run=run)
         sub.add_argument("--json", action="store_true", help="print one JSON object instead of text")
         sub.add_argument("--quiet", "-q", action="store_true", help="no progress bars")
+        if name not in WITHOUT_HUB:
+            hub_flags(sub)
         return sub
 
     for family in (merging, changing, revising, reading, inspecting, evaluating, continual, publishing, proving):
@@ -136,6 +148,6 @@ def _hub(argv: list[str]) -> int:
     }
     if argv[:1] and argv[0] in commands:
         return commands[argv[0]](argv[1:])
-    asked = argv[:1] in (["--help"], ["-h"])
-    say(*usage.split("\n"), serve.PURPOSE, file=sys.stdout if asked else sys.stderr)
-    return 0 if asked else 2
+    help_asked = argv[:1] in (["--help"], ["-h"])
+    say(*usage.split("\n"), serve.PURPOSE, file=sys.stdout if help_asked else sys.stderr)
+    return 0 if help_asked else 2

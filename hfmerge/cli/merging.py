@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 from hfmerge.cli.shared import (
     Command,
+    carry_out,
+    dry_run_flag,
     key_flags,
     print_json,
-    print_result,
     push_arguments,
     push_flags,
     run_flags,
-    run_options,
+    run_options_from_flags,
     size,
+    weighted,
 )
 from hfmerge.recipe.keys import keys_of
 from hfmerge.recipe.recipe import Recipe, load_recipe
@@ -34,11 +36,15 @@ def register(command: Command) -> None:
     ):
         sub = command(name, text, run)
         sub.add_argument(
-            "items", nargs="*", metavar="RECIPE.yaml | MODEL", help="a recipe, or models in order of arrival"
+            "items",
+            nargs="*",
+            metavar="RECIPE.yaml | MODEL[=WEIGHT]",
+            help="a recipe, or models in order of arrival, each with its weight (default: 1)",
         )
         _recipe_flags(sub)
         if name == "merge":
             push_flags(sub)
+            dry_run_flag(sub)
             run_flags(sub)
     sub = command("convert", "Print a mergekit configuration as a recipe of hfmerge.", _convert)
     sub.add_argument("recipe", metavar="CONFIG.yaml")
@@ -58,7 +64,9 @@ def _recipe_flags(sub: argparse.ArgumentParser) -> None:
         help="learn the weights (for mdm_oc, mdm_oc_iso, mdm_oc_subspace, gram, task_arithmetic) from rows that the "
         "models make, or with loss=labels suite=SUITE from labelled rows; see How to: Learn the weights",
     )
-    group.add_argument("--weight", action="append", metavar="W", help="weight of a model; one per model, in order")
+    group.add_argument(
+        "--weight", action="append", metavar="W", help="weight of a model, one per model of a recipe, in order"
+    )
     group.add_argument("--norm", metavar="none|mean|NUMBER", help="norm of the merged change")
     key_flags(group, [key for key in keys_of(Recipe) if not key.required])
 
@@ -70,11 +78,12 @@ def _asked(args: argparse.Namespace) -> Recipe:
     recipe = None
     if items and items[0].endswith((".yaml", ".yml")):
         recipe = load_recipe(items.pop(0))
+    models, weights = weighted(items, args.weight)
     return apply_overrides(
         recipe,
-        models=items or None,
+        models=models or None,
         options=args.option,
-        weights=args.weight,
+        weights=weights,
         norm=args.norm,
         learn=None if args.learn is None else [word for word in args.learn if word],
         **{key.name: getattr(args, key.name) for key in keys_of(Recipe) if key.flag is not None},
@@ -82,10 +91,7 @@ def _asked(args: argparse.Namespace) -> Recipe:
 
 
 def _merge(args: argparse.Namespace) -> int:
-    from hfmerge import api
-
-    result = api.merge(_asked(args), **push_arguments(args), options=run_options(args))
-    return print_result(args, result)
+    return carry_out(args, "merge", _asked(args), **push_arguments(args), options=run_options_from_flags(args))
 
 
 def _plan(args: argparse.Namespace) -> int:
@@ -120,7 +126,7 @@ def _plan(args: argparse.Namespace) -> int:
     if planned.recipe.keep_sources:
         say(f"sources  copies are kept beside the state and published with it: at most {size(need.sources)}")
     if planned.recipe.stream:
-        say(f"stream   {size(need.stream)} from the Hub as they are needed; nothing is stored but the result")
+        say(f"stream   {size(need.stream)} from the Hub as they are needed; only the result is stored")
     say(f"needs    disk {size(need.disk)}, memory about {size(need.memory)}, time about {need.seconds:.0f} s")
     return 0
 

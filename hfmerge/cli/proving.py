@@ -7,10 +7,12 @@ import dataclasses
 import sys
 from typing import TYPE_CHECKING
 
+from hfmerge.cli.hub_settings import revision_flag
 from hfmerge.cli.shared import (
     Command,
     consent_flags,
     device_flag,
+    dry_run_flag,
     given_consent,
     given_sources,
     log_flag,
@@ -29,8 +31,9 @@ def register(command: Command) -> None:
     """Add the commands of this file."""
     sub = command("certify", "Certify that a merge no longer holds a model, so that others can check it.", _certify)
     sub.add_argument("merged", metavar="MERGED")
+    revision_flag(sub)
     sub.add_argument(
-        "--removed",
+        "--remove",
         required=True,
         metavar="MODEL",
         help="name of the model in the ledger, with `@COMMIT` if the name is not unique",
@@ -56,6 +59,7 @@ def register(command: Command) -> None:
         "purge-history", "Squash the history of a published merge, since it still holds earlier weights.", _purge
     )
     sub.add_argument("repo_id", metavar="REPO_ID")
+    dry_run_flag(sub)
     sub.add_argument("--yes", action="store_true", help="do not ask for confirmation")
     sub.add_argument(
         "--delete-files",
@@ -69,7 +73,7 @@ def _certify(args: argparse.Namespace) -> int:
 
     made = api.certify(
         args.merged,
-        args.removed,
+        args.remove,
         key=args.key,
         output=args.output,
         days=args.expires,
@@ -98,7 +102,10 @@ def _certify(args: argparse.Namespace) -> int:
 def _purge(args: argparse.Namespace) -> int:
     from hfmerge import api
 
-    purged = api.purge_history(args.repo_id, delete_files=args.delete_files, confirm=None if args.yes else _confirmed)
+    confirm = _only_shown if args.dry_run else None if args.yes else _confirmed
+    purged = api.purge_history(args.repo_id, delete_files=args.delete_files, confirm=confirm)
+    if args.dry_run:
+        return 0
     if purged is None:
         tell("nothing was changed")
         return 1
@@ -129,6 +136,21 @@ def _confirmed(plan: PurgePlan) -> bool:
     """Show what is going to happen, and have the repository's name typed."""
     if not sys.stdin.isatty():
         raise HfMergeError(f"{plan.repo_id}: asks for confirmation at a terminal; pass --yes to go ahead without.")
+    _print_plan(plan)
+    try:
+        return input(f"Type {plan.repo_id} to go on: ").strip() == plan.repo_id
+    except EOFError:
+        return False
+
+
+def _only_shown(plan: PurgePlan) -> bool:
+    """Show what would happen, and refuse it."""
+    _print_plan(plan)
+    say("dry run: nothing was changed")
+    return False
+
+
+def _print_plan(plan: PurgePlan) -> None:
     say(f"{plan.repo_id}: its earlier steps will be lost and cannot be restored, and its commits get new ids:")
     for name, count in plan.commits.items():
         say(f"  branch {name}: {count} commits become one")
@@ -137,7 +159,3 @@ def _confirmed(plan: PurgePlan) -> bool:
     for file in plan.files or ():
         say(f"  {file.path} of step {file.step} ({file.sha256[:12]}...): deleted from storage for good")
     _print_left(plan)
-    try:
-        return input(f"Type {plan.repo_id} to go on: ").strip() == plan.repo_id
-    except EOFError:
-        return False

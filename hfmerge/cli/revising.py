@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from hfmerge.cli.shared import Command, change_arguments, change_flags, print_result
+from hfmerge.cli.shared import Command, carry_out, change_arguments, change_flags
 
 
 def register(command: Command) -> None:
@@ -32,25 +32,16 @@ def register(command: Command) -> None:
 
 
 def _replace(args: argparse.Namespace) -> int:
-    from hfmerge import api
-
-    result = api.replace(args.merged, args.old, args.new, weight=args.weight, **change_arguments(args))
-    return print_result(args, result)
+    return carry_out(args, "replace", args.merged, args.old, args.new, weight=args.weight, **change_arguments(args))
 
 
 def _reorder(args: argparse.Namespace) -> int:
-    from hfmerge import api
-
-    return print_result(args, api.reorder(args.merged, args.models, **change_arguments(args)))
+    return carry_out(args, "reorder", args.merged, args.models, **change_arguments(args))
 
 
 def _rebase(args: argparse.Namespace) -> int:
-    from hfmerge import api
-
-    return print_result(args, api.rebase(args.merged, args.base, **change_arguments(args)))
+    return carry_out(args, "rebase", args.merged, args.base, **change_arguments(args))
 
 
 def _restore(args: argparse.Namespace) -> int:
-    from hfmerge import api
-
-    return print_result(args, api.restore(args.merged, args.step, **change_arguments(args)))
+    return carry_out(args, "restore", args.merged, args.step, **change_arguments(args))

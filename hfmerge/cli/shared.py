@@ -6,15 +6,21 @@ import argparse
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from hfmerge.cli.hub_settings import revision_flag
 from hfmerge.engine.options import Consent, RunOptions, parse_size
 from hfmerge.errors import HfMergeError
 from hfmerge.recipe.keys import RecipeKey, keys_of
 from hfmerge.recipe.recipe import Recipe
 from hfmerge.validation.quoting import say, tell
+from hfmerge.validation.strict_yaml import parse_scalar
 
+
+if TYPE_CHECKING:
+    from hfmerge.lifecycle.forecast import Forecast
 
 Command = Callable[[str, str, Callable[[argparse.Namespace], int]], argparse.ArgumentParser]
 """Adds a command: name, help, handler -> its parser."""
@@ -57,7 +63,9 @@ def change_flags(sub: argparse.ArgumentParser, *, reads: bool = True) -> None:
         "--output", metavar="FOLDER", help="write a new folder (default: replace MERGED if it is a folder)"
     )
     sub.add_argument("--push-to", metavar="REPO_ID", help="publish the result")
+    revision_flag(sub)
     push_flags(sub)
+    dry_run_flag(sub)
     run_flags(sub)
     if reads:
         key_flags(sub, named_keys("stream"), default=False)
@@ -67,6 +75,9 @@ def change_flags(sub: argparse.ArgumentParser, *, reads: bool = True) -> None:
 
 def push_flags(sub: argparse.ArgumentParser) -> None:
     """Add the flags that say how a result is published."""
+    sub.add_argument(
+        "--commit-message", metavar="TEXT", help="first line of the commit that publishes (default: what was done)"
+    )
     sub.add_argument("--create-pr", action="store_true", help="push as a pull request")
     sub.add_argument(
         "--overwrite",
@@ -85,7 +96,19 @@ def push_flags(sub: argparse.ArgumentParser) -> None:
 
 def push_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of every verb that publishes."""
-    return {"create_pr": args.create_pr, "overwrite": args.overwrite, "publish_private": args.publish_private}
+    return {
+        "commit_message": args.commit_message,
+        "create_pr": args.create_pr,
+        "overwrite": args.overwrite,
+        "publish_private": args.publish_private,
+    }
+
+
+def dry_run_flag(sub: argparse.ArgumentParser) -> None:
+    """Add the flag that has a command say what it would do."""
+    sub.add_argument(
+        "--dry-run", action="store_true", help="say what would be done, from headers alone, and change nothing"
+    )
 
 
 def change_arguments(args: argparse.Namespace) -> dict[str, Any]:
@@ -96,7 +119,7 @@ def change_arguments(args: argparse.Namespace) -> dict[str, Any]:
         **push_arguments(args),
         "sources": given_sources(args),
         **({"stream": args.stream} if "stream" in args else {}),
-        "options": run_options(args),
+        "options": run_options_from_flags(args),
     }
 
 
@@ -146,9 +169,48 @@ def log_flag(sub: argparse.ArgumentParser) -> None:
     )
 
 
-def run_options(args: argparse.Namespace) -> RunOptions:
+def run_options_from_flags(args: argparse.Namespace) -> RunOptions:
     memory = parse_size(args.max_memory) if args.max_memory is not None else None
     return RunOptions(args.storage, args.resume, memory, notify, device=args.device, **given_consent(args))
+
+
+def weighted(words: Sequence[str], weights: Sequence[str] | None) -> tuple[list[str], list[str] | None]:
+    """Models and weights of operands `MODEL` or `MODEL=WEIGHT`; None: no weights are given.
+
+    Args:
+        weights: given by flags, one a model.
+
+    Raises:
+        HfMergeError: a weight that stands alone, or weights in both places.
+    """
+    models: list[str] = []
+    beside: list[str | None] = []
+    for word in words:
+        if Path(word).exists():
+            model, weight = word, None
+        elif _is_number(word):
+            asked = " ".join(f"--weight {one}" for one in [*(weights or ()), word])
+            raise HfMergeError(
+                f"{word}: is no model; write a weight behind its model, MODEL={word}, or repeat the flag: {asked}."
+            )
+        else:
+            mark = "=" if "=" in word else ":"
+            model, found, weight = word.rpartition(mark)
+            if not (found and model and _is_number(weight)):
+                model, weight = word, None
+            elif mark == ":":
+                raise HfMergeError(f"{word}: write {model}={weight} for a weight of {weight}.")
+        models.append(model)
+        beside.append(weight)
+    if all(weight is None for weight in beside):
+        return models, None if weights is None else list(weights)
+    if weights is not None:
+        raise HfMergeError("weights stand behind models and in --weight; give them in one place.")
+    return models, ["1" if weight is None else weight for weight in beside]
+
+
+def _is_number(word: str) -> bool:
+    return type(parse_scalar(word)) in (int, float)
 
 
 def notify(line: str) -> None:
@@ -167,6 +229,42 @@ def first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def carry_out(args: argparse.Namespace, verb: str, *operands: Any, **named: Any) -> int:
+    """Call a public verb and print its result, or what it would do if the run is a dry one."""
+    from hfmerge import api
+
+    if args.dry_run:
+        return _print_forecast(args, api.dry_run(verb, *operands, **named))
+    return print_result(args, getattr(api, verb)(*operands, **named))
+
+
+def _print_forecast(args: argparse.Namespace, found: Forecast) -> int:
+    if not first_process():
+        return 0
+    for warning in found.warnings:
+        tell(f"warning: {warning}")
+    if args.json:
+        print_json({"dry_run": True, **found.to_dict()})
+        return 0
+    say(*_foreseen(found), "dry run: nothing was changed")
+    return 0
+
+
+def _foreseen(found: Forecast) -> Iterator[str]:
+    for inner in found.inner:
+        yield from (f"first    {line}" for line in _foreseen(inner))
+    yield f"way      {found.action}: {found.how}"
+    for i, label in enumerate(found.models):
+        yield f"model    {label}{', held by a kept state' if i < found.starts else ''}"
+    if (need := found.need) is not None:
+        held = f"a kept state holds the first {found.starts}" if found.starts else "no kept state fits; from the base"
+        yield f"state    {held}"
+        yield f"bytes    read {size(need.read)}, download {size(need.download)}, output {size(need.output)}"
+        yield f"needs    disk {size(need.disk)}, memory about {size(need.memory)}, time about {need.seconds:.0f} s"
+    places = [place for place in (found.folder, found.push_to) if place is not None]
+    yield f"result   {' and '.join(places)}"
+
+
 def print_result(args: argparse.Namespace, result: Any, more: Mapping[str, Any] | None = None) -> int:
     """Print the result of a verb; with `--json` as one object that includes `more`."""
     from hfmerge.recipe.weights import shown
@@ -178,33 +276,13 @@ def print_result(args: argparse.Namespace, result: Any, more: Mapping[str, Any] 
         tell(f"warning: {warning}")
     pushed = result.pushed
     if args.json:
-        print_json(
-            {
-                "output": str(result.folder) if result.folder else None,
-                "step": entry.step,
-                "action": entry.action,
-                "models": [model.identity for model in entry.models],
-                "how": entry.how,
-                "products": dict(entry.products),
-                "scale": entry.scalars.scale,
-                "merged_norm": entry.scalars.merged_norm,
-                "deviation": entry.scalars.deviation,
-                "gap": entry.scalars.gap,
-                "gap_bound": entry.scalars.gap_bound,
-                "norms": [(model.squared_norm or 0.0) ** 0.5 for model in entry.models],
-                "seconds": dict(result.seconds),
-                "processes": result.processes,
-                "reused": result.reused,
-                "repeated": result.repeated,
-                "streamed": None if result.streamed is None else dataclasses.asdict(result.streamed),
-                "warnings": list(result.warnings),
-                "pushed": None if pushed is None else {**vars(pushed), "notes": list(pushed.notes)},
-                **(more or {}),
-            }
-        )
+        print_json({**_result_data(result), **(more or {})})
         return 0
     if result.repeated:
-        say(f"{entry.action}: done already by step {entry.step}; nothing was computed, what it had left is cleaned up")
+        say(
+            f"{entry.action}: step {entry.step} did this before, so nothing was computed; "
+            "files left over from that run were deleted"
+        )
         if pushed is not None:
             say(f"published at {pushed.url}")
         return 0
@@ -214,17 +292,23 @@ def print_result(args: argparse.Namespace, result: Any, more: Mapping[str, Any] 
         say(f"  {model.label:<48} weight {shown(model.weight):<6} norm {(model.squared_norm or 0.0) ** 0.5:.4g}")
     say(f"  norm of the merged change: {entry.scalars.merged_norm:.4g}")
     if entry.scalars.deviation is not None:
-        say(f"  off the exact last step by up to {entry.scalars.deviation:.1e} of a change, by sample")
+        say(
+            f"  greatest difference from the exact last step, in sampled parameters: {entry.scalars.deviation:.1e} "
+            "of the change"
+        )
     if entry.action == "subtract":
-        bound = f"up to {entry.scalars.gap_bound:.3g}" if entry.scalars.gap_bound is not None else "an unknown part"
+        bound = f"at most {entry.scalars.gap_bound:.3g}" if entry.scalars.gap_bound is not None else "an unknown part"
         measured = f"measured {entry.scalars.gap:.3g}" if entry.scalars.gap is not None else "not measured"
-        say(f"  NOT a removal: off the merge that never saw them by {bound} of the merged change ({measured})")
+        say(
+            f"  this is NOT a removal: the difference from a merge without these models is {bound} "
+            f"of the merged change ({measured})"
+        )
     if (streamed := result.streamed) is not None:
         checked, files = len(streamed.verified), len(streamed.verified) + len(streamed.unverified)
         say(
-            f"streamed {size(streamed.received)} in {streamed.requests} requests, {streamed.failures} repeated: "
-            f"{size(streamed.again)} more than once, {size(streamed.beyond)} beyond need; {checked} of {files} "
-            "files compared with their digests"
+            f"streamed {size(streamed.received)} in {streamed.requests} requests, of which {streamed.failures} were "
+            f"repeated; received twice: {size(streamed.again)}, not needed: {size(streamed.beyond)}; {checked} of "
+            f"{files} files compared with their digests"
         )
     if result.folder:
         say(f"written to {result.folder}")
@@ -233,6 +317,32 @@ def print_result(args: argparse.Namespace, result: Any, more: Mapping[str, Any] 
         for note in pushed.notes:
             tell(f"note: {note}")
     return 0
+
+
+def _result_data(result: Any) -> dict[str, Any]:
+    """The result of a verb as JSON values."""
+    entry, pushed = result.entry, result.pushed
+    return {
+        "output": str(result.folder) if result.folder else None,
+        "step": entry.step,
+        "action": entry.action,
+        "models": [model.identity for model in entry.models],
+        "how": entry.how,
+        "products": dict(entry.products),
+        "scale": entry.scalars.scale,
+        "merged_norm": entry.scalars.merged_norm,
+        "deviation": entry.scalars.deviation,
+        "gap": entry.scalars.gap,
+        "gap_bound": entry.scalars.gap_bound,
+        "norms": [(model.squared_norm or 0.0) ** 0.5 for model in entry.models],
+        "seconds": dict(result.seconds),
+        "processes": result.processes,
+        "reused": result.reused,
+        "repeated": result.repeated,
+        "streamed": None if result.streamed is None else dataclasses.asdict(result.streamed),
+        "warnings": list(result.warnings),
+        "pushed": None if pushed is None else {**vars(pushed), "notes": list(pushed.notes)},
+    }
 
 
 def size(count: int) -> str:

@@ -9,10 +9,9 @@ from typing import Any
 
 from hfmerge.checkpoint.delta import Delta, adapter_delta, full_delta
 from hfmerge.checkpoint.heads import Head, adapter_head, full_head
-from hfmerge.checkpoint.layout import Layout, Origin, match, with_modules
-from hfmerge.checkpoint.layout import describe as describe_layout
+from hfmerge.checkpoint.layout import Layout, Origin, describe_layout, match, with_modules
 from hfmerge.checkpoint.layout.cache import relevant
-from hfmerge.checkpoint.lora import NO_ENDS, PREFIX, AdapterMap, Ends, map_adapter
+from hfmerge.checkpoint.lora import NO_ENDS, PEFT_PREFIX, AdapterMap, Ends, map_adapter
 from hfmerge.checkpoint.model import Model
 from hfmerge.checkpoint.vocabulary import in_padding, same_tokens
 from hfmerge.errors import CorruptFileError, ShapeError, SourceError, UnsupportedError
@@ -88,12 +87,12 @@ def _own_head(mapped: AdapterMap, source: Model, base: Model, layout: Layout) ->
         for t, key in mapped.replaced.items()
         if t in layout.heads and t not in layout.vocab_axis and not base.is_of_module(t)
     }
-    heads = {**mapped.heads, **{key: key.removeprefix(PREFIX) for key in own.values()}}
+    heads = {**mapped.heads, **{key: key.removeprefix(PEFT_PREFIX) for key in own.values()}}
     return replace(mapped, replaced={t: key for t, key in mapped.replaced.items() if t not in own}, heads=heads)
 
 
 def _check_adapter_base(base: Model, source: Model) -> None:
-    """An adapter says which model it was trained on; the merge's base, or the model beneath, must be that one."""
+    """Check that the base, or the model beneath, is the model that the adapter says it was trained on."""
     under = source.beneath or base
     named = str((source.adapter or {}).get("base_model_name_or_path") or "")
     is_path = not named or named.startswith((".", "/", "~")) or named.count("/") != 1
@@ -129,13 +128,13 @@ def _match_full(
     other = layouts.of(source)
     if other.missing:
         raise CorruptFileError(f"{label} lacks {some(other.missing)} of its own class {other.architecture}.")
-    found = match(layout, other)
+    matched = match(layout, other)
     labels_differ = _labels(base.config) != _labels(source.config)
-    heads = list(found.extra)
+    heads = list(matched.extra)
     origins: dict[str, Origin] = {}
     wrong: list[str] = []
     size: int | None = None
-    for key, where in found.origins.items():
+    for key, where in matched.origins.items():
         wanted, got = layout.shapes[key], _origin_shape(where, other, layout, key)
         axis = layout.vocab_axis.get(key)
         if got == wanted:
@@ -167,15 +166,15 @@ def _match_full(
             warnings.append(f"{label}: {some(fresh)} are tokens that the base does not have; the merge lacks them.")
     if size is not None and recipe.vocabulary is None:
         rows = min(layout.shapes[key][axis] for key, axis in layout.vocab_axis.items())
-        what = f"{size} rows, the base {rows}" if size != rows else "the same number of tokens but other ones"
+        what = f"{size} rows, the base {rows}" if size != rows else "as many tokens as the base's, but other ones"
         raise ShapeError(
             f"{label}: its vocabulary has {what}; set `vocabulary: base` (the base's tokens) or `vocabulary: union`."
         )
-    if found.absent:
-        merged = len(found.origins)
+    if matched.absent:
+        merged = len(matched.origins)
         warnings.append(
-            f"{label} ({other.architecture}) has no {some(found.absent)}: it changes {merged} of "
-            f"{merged + len(found.absent)} parameters, the others keep the base's value as far as it is concerned."
+            f"{label} ({other.architecture}) has no {some(matched.absent)}: it changes {merged} of "
+            f"{merged + len(matched.absent)} parameters, the others keep the base's value as far as it is concerned."
         )
     if strange := [key for key in other.unexpected if key in heads]:
         heads = [key for key in heads if key not in strange]

@@ -23,12 +23,12 @@ from hfmerge.checkpoint.lora import NO_ENDS, Ends
 from hfmerge.checkpoint.model import Model
 from hfmerge.checkpoint.side_files import side_files
 from hfmerge.checkpoint.streaming.session import Streaming, leave_session
-from hfmerge.checkpoint.vocabulary import Vocabulary, align
+from hfmerge.checkpoint.vocabulary import MergedVocabulary, align
 from hfmerge.checkpoint.writer import SINGLE, Slot, shard_names
 from hfmerge.engine.adapter_chain import below_adapters
 from hfmerge.engine.estimate import with_estimate
 from hfmerge.engine.model_match import Layouts, match_source, some
-from hfmerge.engine.plan import DTYPES, BaseLayout, Estimate, Param, Plan, Prior, folder_of
+from hfmerge.engine.plan import SAFETENSORS_DTYPES, BaseLayout, Estimate, Param, Plan, Prior, folder_of
 from hfmerge.engine.untying import TIE_FLAG, one_sided, untie
 from hfmerge.errors import HfMergeError, Problem, RecipeError, UnsupportedError
 from hfmerge.methods import MergeMethod, registry
@@ -100,32 +100,27 @@ def make_plan(
     base, layout, matched = _with_ends(recipe, base, layout, layouts, sources)
     problems += [Problem(places[i], text) for i, text in matched.problems]
     warnings += matched.warnings
-    deltas, heads, sizes = matched.deltas, matched.heads, matched.sizes
     if not problems:
         _check_slugs(sources[: len(recipe.models)], problems)
     if problems:
         raise RecipeError(problems, origin)
-    whole, gone = deltas[: len(recipe.models)], deltas[len(recipe.models) :]
-    vocabulary = _vocabulary(recipe, base, layout, whole, sizes, leaving=bool(gone), origin=origin)
+    whole, gone = matched.deltas[: len(recipe.models)], matched.deltas[len(recipe.models) :]
+    vocabulary = _vocabulary(recipe, base, layout, whole, matched.sizes, leaving=bool(gone), origin=origin)
     method = build_method(recipe)
     params = _params(recipe, base, layout, whole, gone, vocabulary, warnings)
     if not any(param.touched for param in params):
         raise RecipeError([Problem("models", "no model changes any parameter that is merged")], origin)
     _check_beside(params, whole, origin)
     keep = _kept_states(recipe, method, len(whole), prior.count if prior else 0)
-    written = {param.file for param in params}
-    every = side_files(base.snapshot, remote_code=recipe.trust_remote_code)
-    sides = tuple(name for name in every if name not in written)
     chosen = _chosen(recipe, whole, vocabulary, origin)
-    names: dict[str, Any] = {choice: whole[i].source.name if i >= 0 else "base" for choice, i in chosen.items()}
-    needed = replace(_as_needed(recipe, base, whole), **names)
+    needed = _as_needed(recipe, base, whole, chosen)
     differing = tuple(unlike_base(base.snapshot, delta.source.snapshot) for delta in whole)
     warnings += _unlike([delta.source for delta in whole], differing, chosen)
     known = BaseLayout(layout.architecture, layout.tied, layout.missing, layout.unexpected)
     plan = Plan(
-        needed, method, base, known, tuple(whole), params, tuple(heads), vocabulary, sides, keep, prior,
-        Estimate(0, 0, 0, 0, 0, 0, 0, 0.0), tuple(warnings), tuple(gone),
-        tuple(entry.weight for entry in leaving), matched.untied, chosen, differing,
+        needed, method, base, known, tuple(whole), params, tuple(matched.heads), vocabulary,
+        _side_files(recipe, base, params), keep, prior, Estimate(0, 0, 0, 0, 0, 0, 0, 0.0), tuple(warnings),
+        tuple(gone), tuple(entry.weight for entry in leaving), matched.untied, chosen, differing,
     )  # fmt: skip
     plan = with_estimate(replace(plan, warnings=(*plan.warnings, *_weights_that_meet(plan, origin))))
     if streaming is not None:
@@ -264,8 +259,8 @@ def _vocabulary(
     *,
     leaving: bool,
     origin: str,
-) -> Vocabulary | None:
-    """How rows of differing vocabularies meet; None where all have the base's.
+) -> MergedVocabulary | None:
+    """How the rows of different vocabularies are aligned; None if all models have the base's vocabulary.
 
     Raises:
         RecipeError: they cannot be aligned.
@@ -285,7 +280,7 @@ def _vocabulary(
 
 
 def _code_problems(places: Sequence[str], sources: Sequence[Model | None], base: Model | None) -> Iterator[Problem]:
-    """Models with code of their own, which is not trusted."""
+    """Models that bring code of their own, which the recipe does not allow to run."""
     for place, source in zip(places, sources, strict=True):
         try:
             if source is not None:
@@ -294,13 +289,23 @@ def _code_problems(places: Sequence[str], sources: Sequence[Model | None], base:
             yield Problem(place, str(error))
 
 
-def _as_needed(recipe: Recipe, base: Model, deltas: Sequence[Delta]) -> Recipe:
+def _side_files(recipe: Recipe, base: Model, params: Sequence[Param]) -> tuple[str, ...]:
+    """Files of the base that are copied; those of modules that are merged are written."""
+    written = {param.file for param in params}
+    every = side_files(base.snapshot, remote_code=recipe.trust_remote_code)
+    return tuple(name for name in every if name not in written)
+
+
+def _as_needed(recipe: Recipe, base: Model, deltas: Sequence[Delta], chosen: Mapping[str, int]) -> Recipe:
     """The recipe without a trust that nothing needed, so that what is recorded of it follows from the sources."""
     models = [one for delta in deltas for one in (delta.source, delta.source.beneath) if one is not None]
     code = bool(own_code(base, whole=True)) or any(own_code(one, whole=False) for one in models)
     pickled = any(one.pickled for one in (base, *models))
+    # a ledger knows a model by its name, and never by a path
+    names: dict[str, Any] = {choice: deltas[i].source.name if i >= 0 else "base" for choice, i in chosen.items()}
     return replace(
         recipe,
+        **names,
         trust_remote_code=recipe.trust_remote_code and code,
         allow_pickle=recipe.allow_pickle and pickled,
     )
@@ -358,7 +363,7 @@ def _params(
     layout: Layout,
     deltas: Sequence[Delta],
     leaving: Sequence[Delta],
-    vocabulary: Vocabulary | None,
+    vocabulary: MergedVocabulary | None,
     warnings: list[str],
 ) -> tuple[Param, ...]:
     """One entry per tensor of the base, in stored order: the output's keys are the base's keys."""
@@ -371,7 +376,7 @@ def _params(
     for key, entry in base.tensors.items():
         dtype, shape = entry.dtype, entry.shape
         if entry.floating and recipe.dtype is not None:
-            dtype = DTYPES[recipe.dtype]
+            dtype = SAFETENSORS_DTYPES[recipe.dtype]
         axis = layout.vocab_axis.get(key)
         if vocabulary is not None and vocabulary.added and axis is not None:
             shape = (*shape[:axis], vocabulary.size, *shape[axis + 1 :])
@@ -383,10 +388,10 @@ def _params(
             params.append(Param(key, file, slot, "copy", vocab_axis=axis))
         else:
             ranks = tuple(delta.rank(key) for delta in deltas)
-            gone = tuple(delta.rank(key) for delta in leaving)
-            # element by element, the matrices inside a tensor do not matter
+            leaving_ranks = tuple(delta.rank(key) for delta in leaving)
+            # a method of single elements ignores the matrices inside a tensor
             blocks = (WHOLE,) if elementwise else layout.blocks[key]
-            params.append(Param(key, file, slot, "merge", None, blocks, ranks, axis, gone))
+            params.append(Param(key, file, slot, "merge", None, blocks, ranks, axis, leaving_ranks))
     known = [*base.tensors, *(name for delta in deltas for name in delta.apart)]
     warnings.extend(
         f"pattern {pattern!r} matches no parameter."
@@ -402,7 +407,9 @@ def is_merged(recipe: Recipe, key: str) -> bool:
     return inside and not any(fnmatch.fnmatchcase(key, pattern) for pattern in recipe.exclude)
 
 
-def _chosen(recipe: Recipe, deltas: Sequence[Delta], vocabulary: Vocabulary | None, origin: str) -> dict[str, int]:
+def _chosen(
+    recipe: Recipe, deltas: Sequence[Delta], vocabulary: MergedVocabulary | None, origin: str
+) -> dict[str, int]:
     """Index of the model that each choice of the recipe names, -1 for the base.
 
     Raises:

@@ -57,8 +57,7 @@ def workspace(
     _check_own(output, links=True)
     if output.is_symlink() or output.name in ("", ".."):
         output = output.resolve()
-    if output.exists() and not output.is_dir():
-        raise OutputError(f"{output}: is a file; choose a folder for {parameter('output')}.")
+    check_output(output, replace=True)
     partial, old, journal = (_beside(output, part) for part in ("partial", "old", "journal"))
     with _locked(output):
         for folder in (partial, old, journal):
@@ -66,8 +65,7 @@ def workspace(
         _recover(output, old)
         if not partial.is_dir():
             _remove(journal)
-        if not replace and output.exists() and any(output.iterdir()):
-            raise OutputError(f"{output}: the folder is not empty; empty it, or choose another {parameter('output')}.")
+        check_output(output, replace=replace)
         left = work_in(journal)
         if resume and left != work:
             raise OutputError(_not_resumable(output, left, work))
@@ -94,6 +92,22 @@ def workspace(
         finally:
             if not keep:
                 _remove(journal, partial)
+
+
+def check_output(output: Path, *, replace: bool) -> None:
+    """Whether a result may become this folder.
+
+    Args:
+        replace: what is in the folder may be replaced.
+
+    Raises:
+        OutputError: a file, or a folder with something in it.
+    """
+    output = output.absolute()
+    if output.exists() and not output.is_dir():
+        raise OutputError(f"{output}: is a file; choose a folder for {parameter('output')}.")
+    if not replace and output.exists() and any(output.iterdir()):
+        raise OutputError(f"{output}: the folder is not empty; empty it, or choose another {parameter('output')}.")
 
 
 def _not_resumable(output: Path, left: Mapping[str, str] | None, work: Mapping[str, str]) -> str:
@@ -205,7 +219,7 @@ def _check_own(path: Path, *, links: bool = False) -> None:
     try:
         found = path.lstat()
     except OSError:
-        return  # nothing is there, or writing says why not
+        return  # there is nothing, or the write reports the fault
     if stat.S_ISLNK(found.st_mode) and not links:
         raise OutputError(f"{path}: is a link to {os.readlink(path)}, which hfmerge never makes there; remove it.")
     if found.st_uid not in (os.geteuid(), path.parent.stat().st_uid):
@@ -241,7 +255,7 @@ def _locked(output: Path) -> Iterator[None]:
             lock.unlink(missing_ok=True)
     finally:
         os.close(handle)
-        with contextlib.suppress(OSError):  # not empty: the merge is in there
+        with contextlib.suppress(OSError):  # the folder is not empty, so the merge is in it
             for folder in made:
                 folder.rmdir()
 

@@ -74,6 +74,7 @@ class ChangeOptions(TypedDict, total=False):
         push_to: repository to publish to. A push to the merge's own repository fails if somebody pushed meanwhile.
         create_pr: publish as a pull request.
         overwrite: allow `push_to` to replace files that are not of this merge, such as a base, a source or a model.
+        commit_message: first line of the commit that publishes; None: what was done.
         publish_private: names of private, gated or deleted inputs whose merge may have more readers than the input
             has (see `hub.privacy`). Otherwise a new repository is private if an input is private.
         sources: name of a model that was merged from a folder -> present path of this folder.
@@ -84,6 +85,7 @@ class ChangeOptions(TypedDict, total=False):
     output: str | Path | None
     push_to: str | None
     create_pr: bool
+    commit_message: str | None
     overwrite: bool
     publish_private: Sequence[str]
     sources: Mapping[str, str] | None
@@ -91,9 +93,9 @@ class ChangeOptions(TypedDict, total=False):
     options: RunOptions
 
 
-def run_options(given: ChangeOptions) -> RunOptions:
+def run_options(keywords: ChangeOptions) -> RunOptions:
     """How the run uses the machine."""
-    return given.get("options", DEFAULT)
+    return keywords.get("options", DEFAULT)
 
 
 def change_job(action: Action, merged: str | Path, **given: Unpack[ChangeOptions]) -> Job:
@@ -115,6 +117,7 @@ def change_job(action: Action, merged: str | Path, **given: Unpack[ChangeOptions
         to=destination(
             given.get("push_to"),
             create_pr=given.get("create_pr", False),
+            commit_message=given.get("commit_message"),
             overwrite=overwrite,
             publish_private=public,
         ),

@@ -14,7 +14,7 @@ from pathlib import Path
 from hfmerge.engine.ranks import Ranks
 from hfmerge.errors import HfMergeError, LedgerError, NotFoundError
 from hfmerge.hub.reference import parse_ref
-from hfmerge.ledger.entry import Entry, Material, contained, named, reference, same_model
+from hfmerge.ledger.entry import Entry, Material, contained, material_reference, named, same_model
 from hfmerge.ledger.repository import Merged, open_merged
 from hfmerge.lifecycle.job import Job
 from hfmerge.lifecycle.push_target import destination
@@ -28,12 +28,12 @@ class Removal:
     """The models that a removal takes out, of the merge and of its inner merges.
 
     Attributes:
-        gone: indices of models that leave as a whole.
+        removed: indices of models that leave as a whole.
         within: index of an inner merge -> identities of the models that leave this inner merge.
         subjects: names of all models that leave.
     """
 
-    gone: tuple[int, ...]
+    removed: tuple[int, ...]
     within: dict[int, tuple[str, ...]]
     subjects: tuple[str, ...]
 
@@ -45,7 +45,7 @@ def find_removal(entry: Entry, names: Sequence[str]) -> Removal:
         LedgerError: a name is nowhere (the error suggests near names), is that of a model beneath an adapter, or fits
             several models.
     """
-    gone: list[int] = []
+    whole: list[int] = []
     within: dict[int, list[str]] = {}
     subjects: list[str] = []
     for name in dict.fromkeys(names):
@@ -57,15 +57,15 @@ def find_removal(entry: Entry, names: Sequence[str]) -> Removal:
         several = list(dict.fromkeys([*found, *(entry.models[i].identity for i in direct)]))
         if len(several) > 1:
             raise LedgerError(f"{name}: means {len(several)} models in this merge: {' and '.join(several)}; name one.")
-        gone += direct
+        whole += direct
         for i, hits in inner.items():
             if hits:
                 within.setdefault(i, []).extend(hits)
         subjects.append(several[0].rpartition("@")[0])
-    for i in gone:
+    for i in whole:
         within.pop(i, None)
     return Removal(
-        tuple(sorted(set(gone))), {i: tuple(dict.fromkeys(within[i])) for i in sorted(within)}, tuple(subjects)
+        tuple(sorted(set(whole))), {i: tuple(dict.fromkeys(within[i])) for i in sorted(within)}, tuple(subjects)
     )
 
 
@@ -79,12 +79,13 @@ def removed_already(opened: Merged, names: Sequence[str]) -> bool:
         return False
 
 
-def inner_jobs(job: Job, merged: Merged, removal: Removal) -> dict[int, Job | str | None]:
+def inner_jobs(job: Job, merged: Merged, removal: Removal, *, finishing: bool = True) -> dict[int, Job | str | None]:
     """The jobs that make the inner merges again without the models that leave.
 
     Args:
         job: the removal from the outer merge.
         merged: the outer merge.
+        finishing: finish the clean-up of an inner merge that an earlier run made.
 
     Returns:
         Index of an inner merge in the outer one -> one of three: a job; the reference of a new inner merge that an
@@ -99,10 +100,10 @@ def inner_jobs(job: Job, merged: Merged, removal: Removal) -> dict[int, Job | st
             f"{parameter('inner_to')} names one place, and {names} have to be merged again. Take the models out one "
             "by one."
         )
-    return {i: _inner_job(job, merged, i, identities) for i, identities in removal.within.items()}
+    return {i: _inner_job(job, merged, i, identities, finishing=finishing) for i, identities in removal.within.items()}
 
 
-def _inner_job(job: Job, merged: Merged, i: int, identities: Sequence[str]) -> Job | str | None:
+def _inner_job(job: Job, merged: Merged, i: int, identities: Sequence[str], *, finishing: bool) -> Job | str | None:
     model = merged.last.models[i]
     what = " and ".join(identity.rpartition("@")[0] for identity in identities)
     if model.ledger is None:
@@ -110,14 +111,15 @@ def _inner_job(job: Job, merged: Merged, i: int, identities: Sequence[str]) -> J
             f"{what}: lies in a merge beneath the adapter {model.label}; unmerge {model.name} as a whole."
         )
     try:
-        inner = open_merged(reference(model, merged.refs))
+        inner = open_merged(material_reference(model, merged.refs))
     except HfMergeError as error:
         raise LedgerError(
-            f"{what}: is a part of the merge {model.label}, which cannot be read to take it out there: {error}"
+            f"{what}: is a part of the merge {model.label}, which cannot be read, "
+            f"so the model cannot be taken out of it: {error}"
         ) from error
     _check_is_its_ledger(inner, model, what)
     direct = find_removal(inner.last, identities)
-    rest = [one for k, one in enumerate(inner.last.models) if k not in direct.gone]
+    rest = [one for k, one in enumerate(inner.last.models) if k not in direct.removed]
     if not rest:
         return None
     folder = Path(job.output) if job.output is not None else merged.snapshot.folder
@@ -131,13 +133,13 @@ def _inner_job(job: Job, merged: Merged, i: int, identities: Sequence[str]) -> J
         for candidate in dict.fromkeys((place, inner.snapshot.name if inner.snapshot.commit else place)):
             if (later := _already(candidate, inner, rest)) is not None:
                 # a run that was killed may have left something there
-                if candidate == place and (later.snapshot.folder is not None or left_behind(later)):
+                if finishing and candidate == place and (later.snapshot.folder is not None or left_behind(later)):
                     finish(later, destination(place) if later.snapshot.commit else None, Ranks())
                 return f"{later.snapshot.name}@{later.snapshot.commit}" if later.snapshot.commit else candidate
     on_hub = parse_ref(place)[0].folder is None
     return Job(
         "unmerge",
-        merged=reference(model, merged.refs),
+        merged=material_reference(model, merged.refs),
         names=tuple(identities),
         inner_to=f"{place}-inner" if direct.within else None,
         output=None if on_hub else place,
@@ -171,11 +173,11 @@ def _beside(folder: Path | None, model: Material, identities: Sequence[str]) -> 
 
 
 def _already(place: str, inner: Merged, rest: Sequence[Material]) -> Merged | None:
-    """What is at `place`, if it is a later step of the same ledger that holds exactly the models that stay."""
+    """The merge at `place`, if it is a later step of the same ledger and holds exactly the models that stay."""
     try:
         later = open_merged(place)
     except (LedgerError, NotFoundError):
-        return None  # nothing is there yet, or something else
+        return None  # there is nothing at the place yet, or no merge
     ours, theirs = inner.last, later.last
     grown = later.entries[: len(inner.entries)] == inner.entries and len(later.entries) > len(inner.entries)
     alike = len(theirs.models) == len(rest) and all(map(same_model, theirs.models, rest))

@@ -50,10 +50,10 @@ from hfmerge.lifecycle.record import (
     local_sources,
     other_arithmetic,
     readable_card,
-    record,
+    record_result,
     refuse_unknown_files,
 )
-from hfmerge.lifecycle.repeat import added, finish, in_place, replaced
+from hfmerge.lifecycle.repeat import already_added, already_replaced, finish, in_place
 from hfmerge.lifecycle.restore import restore_step
 from hfmerge.lifecycle.session import MergeResult, Session, push_written, session
 from hfmerge.validation.wording import parameter
@@ -74,9 +74,9 @@ PLANS: Mapping[str, Callable[[Job, Merged], Change]] = {
 }
 """Action -> the plan of a job that changes a merge."""
 DONE: Mapping[str, Callable[[Job, Merged], bool]] = {
-    "add": lambda job, merged: added(merged, job.models),
+    "add": lambda job, merged: already_added(merged, job.models),
     "unmerge": lambda job, merged: removed_already(merged, job.names),
-    "replace": lambda job, merged: replaced(merged, job.names[0], job.models[0].model, job.weight),
+    "replace": lambda job, merged: already_replaced(merged, job.names[0], job.models[0].model, job.weight),
 }
 """Action -> whether the merge's last step is this very job, for actions that may be repeated."""
 
@@ -106,29 +106,29 @@ def perform(job: Job, options: RunOptions = DEFAULT) -> MergeResult:
             return here.on_main(partial(restore_step, job, options))
     started = time.monotonic()
     if job.recipe is not None:
-        _check_place(job, None, options)
+        check_place(job, None, options)
         with session(options) as here, Digester() as digester:
             snapshot = dataclasses.replace(job, recipe=here.pinned_recipe(job.recipe))
             return _carry_out(snapshot, None, dataclasses.replace(here, digester=digester), started)
     with session(options) as here:
         merged = here.open(str(job.merged), job.sources)
-        job = _pinned(job, here)
+        job = pinned_job(job, here)
         done = DONE.get(job.action)
         if done is not None and in_place(merged, job.output, job.to) and here.on_main(partial(done, job, merged)):
             return finish(merged, job.to, here.ranks)
         removal = find_removal(merged.last, job.names) if job.action == "unmerge" else None
         if removal is None or not removal.within:
-            _check_place(job, merged, options)
+            check_place(job, merged, options)
             return _carry_out(job, merged, here, started)
         admit_job(job, merged, here)()
     # an inner merge is made anew by a job of its own, which opens a session of its own
     job = dataclasses.replace(job, parts=_inner_made(job, merged, removal, options))
     with session(options) as here:
-        _check_place(job, merged, options)
+        check_place(job, merged, options)
         return _carry_out(job, merged, here, started)
 
 
-def _pinned(job: Job, here: Session) -> Job:
+def pinned_job(job: Job, here: Session) -> Job:
     """A job with all references of new models pinned to commits."""
     base = None if job.base is None else here.pinned(job.base)
     return dataclasses.replace(job, models=tuple(map(here.pinned_model, job.models)), base=base)
@@ -151,7 +151,7 @@ def _inner_made(job: Job, merged: Merged, removal: Removal, options: RunOptions)
     return parts
 
 
-def _plan(job: Job, merged: Merged | None, here: Session) -> Change:
+def planned(job: Job, merged: Merged | None, here: Session) -> Change:
     """The plan of a job, the same on all ranks.
 
     Raises:
@@ -169,24 +169,24 @@ def _plan_unmerge(job: Job, merged: Merged) -> Change:
     if not job.parts:
         return plan_unmerge(merged, job.names, stream=job.stream)
     removal = find_removal(merged.last, job.names)
-    gone = sorted({*removal.gone, *(i for i, ref in job.parts.items() if ref is None)})
+    gone = sorted({*removal.removed, *(i for i, ref in job.parts.items() if ref is None)})
     parts = {i: ref for i, ref in job.parts.items() if ref is not None}
     return plan_without(merged, gone, parts, removal.subjects, stream=job.stream)
 
 
-def _target(job: Job, merged: Merged | None) -> Path | None:
-    """Folder of the result; None where it only goes to the Hub."""
+def target_of(job: Job, merged: Merged | None) -> Path | None:
+    """Folder of the result; None if the result is only published."""
     if job.output is not None:
         return Path(job.output)
     return merged.snapshot.folder if merged is not None else None
 
 
-def _lies_at(merged: Merged, folder: Path) -> bool:
+def lies_at(merged: Merged, folder: Path) -> bool:
     return folder.resolve() == merged.snapshot.folder
 
 
-def _check_place(job: Job, merged: Merged | None, options: RunOptions) -> None:
-    target = _target(job, merged)
+def check_place(job: Job, merged: Merged | None, options: RunOptions) -> None:
+    target = target_of(job, merged)
     if target is None and job.to is None:
         if merged is None:
             raise OutputError(f"{job.origin}: says neither `output` nor `push_to`; name a folder or a repository.")
@@ -195,20 +195,21 @@ def _check_place(job: Job, merged: Merged | None, options: RunOptions) -> None:
         raise PushError(f"{name}: lies on the Hub; say where the result goes: {where}.")
     if target is None and options.resume:
         raise OutputError(
-            "cannot resume: what only goes to the Hub is not kept here; name an output folder, or start anew."
+            "cannot resume: a run that only publishes leaves no unfinished work here; "
+            "name an output folder, or start anew."
         )
 
 
 def _carry_out(job: Job, merged: Merged | None, here: Session, started: float) -> MergeResult:
     """Plan, run, record and publish a job that is neither done already nor holds other jobs."""
-    target, to, options = _target(job, merged), job.to, here.options
+    target, to, options = target_of(job, merged), job.to, here.options
     # the merge whose folder the result replaces
-    replaced_one = merged if merged is not None and target is not None and _lies_at(merged, target) else None
+    replaced_one = merged if merged is not None and target is not None and lies_at(merged, target) else None
     if replaced_one is not None:
         here.on_main(partial(refuse_unknown_files, replaced_one))
     check_readers = admit_job(job, merged, here)
     here = dataclasses.replace(here, ranks=with_disks(here.ranks, target, options.storage))
-    change = here.each(partial(_plan, job, merged, here))
+    change = here.each(partial(planned, job, merged, here))
     check_readers()
     device = here.each(lambda: device_for(options.device, spectral=change.plan.method.needs == "matrix"))
     change = dataclasses.replace(change, plan=for_machines(change.plan, here.ranks, device))
@@ -247,11 +248,13 @@ def _announce(change: Change, merged: Merged | None, device: Device, here: Sessi
     """Tell the user what a removal reads, and warn if the kept state was computed with other arithmetic."""
     if change.action in ("unmerge", "subtract"):
         need = change.plan.estimate
-        here.tell(f"{change.action}: {change.how}; reads {need.read / 1e9:.2f} GB, {need.download / 1e9:.2f} to load")
+        here.tell(
+            f"{change.action}: {change.how}; reads {need.read / 1e9:.2f} GB, downloads {need.download / 1e9:.2f} GB"
+        )
     if merged is not None and (apart := other_arithmetic(change.plan, merged, environment(device))):
         here.tell(
-            f"the kept state was made with {'; '.join(apart)}: the last bits will be of both. Compute where it was "
-            "made, or merge all models again, for bytes that one of them gives alone."
+            f"the kept state was made with {'; '.join(apart)}: the last bits of the result will depend on both. "
+            "For bytes that depend on one alone, compute where the state was made, or merge all models again."
         )
 
 
@@ -260,7 +263,7 @@ def _folder_for(
     target: Path | None, plan: Plan, here: Session, device: Device, *, replace: bool
 ) -> Iterator[Workspace]:
     """The folder to build in, held by one process a disk: a workspace that becomes `target`, or a temporary one."""
-    # the folder may be the current one, which is another once it was replaced
+    # the target may be the current folder, which is a different folder after it was replaced
     made, ranks = None if target is None else target.absolute(), here.ranks
     with contextlib.ExitStack() as stack:
 
@@ -297,7 +300,7 @@ def _temporary(plan: Plan) -> Iterator[Workspace]:
 def _with_weights(
     change: Change, merged: Merged | None, place: Workspace, here: Session
 ) -> tuple[Change, Learned | None]:
-    """A change whose plan has learned weights, if its recipe asks for them, and what is kept of learning.
+    """The change with learned weights in its plan, if its recipe asks for them, and the record of learning.
 
     The progress of learning is noted in the journal of `place`, so that a killed run can be continued.
     """
@@ -336,7 +339,9 @@ def _run(
         gap = here.on_main(partial(gap_of, plan, outcome, place.folder, change.exact)) if plan.subtracted else None
         known = here.on_main(partial(learned.keep, place.folder)) if learned is not None else None
         entry, notes = here.on_main(
-            partial(record, change, place.folder, outcome, merged, existing, gap=gap, copies=copies, learned=known)
+            partial(
+                record_result, change, place.folder, outcome, merged, existing, gap=gap, copies=copies, learned=known
+            )
         )
         places = local_sources(plan, entry, merged)
         here.on_main(partial(note_places, entry, place.output, places))

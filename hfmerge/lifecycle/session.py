@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from hfmerge.checkpoint.digests import Digester
 from hfmerge.checkpoint.streaming.session import Streamed
@@ -24,7 +24,8 @@ from hfmerge.ledger.seen import refuse_rewritten
 from hfmerge.lifecycle.publish import Pushed, push_folder
 from hfmerge.lifecycle.push_target import Destination
 from hfmerge.lifecycle.record import adopt_card
-from hfmerge.recipe.recipe import ModelEntry, Recipe, load_recipe
+from hfmerge.recipe.keys import jsonable
+from hfmerge.recipe.recipe import ModelEntry, Recipe, load_recipe, parse_recipe, recipe_data
 
 
 _T = TypeVar("_T")
@@ -94,9 +95,9 @@ class Session:
         self.on_main(partial(recover, merged))
         ref = self.pinned(merged)
         opened = self.each(lambda: open_merged(ref, sources, self.options.consent))
-        # as it was asked for: a history is remembered by its branch, not by the commit that stands for it in this run
-        asked = dataclasses.replace(opened.snapshot, ref=parse_ref(merged)[0])
-        self.on_main(partial(refuse_rewritten, dataclasses.replace(opened, snapshot=asked)))
+        # a history is remembered under the branch that the user named, not under the commit that this run pinned
+        as_named = dataclasses.replace(opened.snapshot, ref=parse_ref(merged)[0])
+        self.on_main(partial(refuse_rewritten, dataclasses.replace(opened, snapshot=as_named)))
         return opened
 
     def pinned(self, ref: str) -> str:
@@ -133,15 +134,45 @@ def _pin_text(ref: str) -> str:
     return "+".join(f"{p.name}@{p.commit}" if p.commit else p.ref.text for p in places)
 
 
-def given_recipe(recipe: Recipe | str | Path, consent: Consent = NO_CONSENT) -> tuple[Recipe, str]:
-    """The recipe that a verb was called with, and its name in messages. Its consents and `consent` both count."""
-    loaded, origin = (recipe, "recipe") if isinstance(recipe, Recipe) else (load_recipe(recipe), str(recipe))
+AnyRecipe = Recipe | Mapping[str, Any] | str | Path
+"""A recipe as a verb takes it: a `Recipe`, its keys as plain data, or the path of a YAML file."""
+
+
+def given_recipe(recipe: AnyRecipe | None, consent: Consent = NO_CONSENT, **keys: Any) -> tuple[Recipe, str]:
+    """The checked recipe of a verb, and its name in messages; its consents and `consent` both count.
+
+    Args:
+        recipe: None: `keys` are the whole recipe.
+        keys: keys of a recipe, which count instead of the recipe's own; None: not given.
+
+    Raises:
+        RecipeError: all problems.
+    """
+    given = {name: value for name, value in keys.items() if value is not None}
+    origin = "recipe"
+    data: Any = recipe if recipe is not None else {}
+    notes: tuple[str, ...] = ()
+    if isinstance(data, str | Path):
+        origin, data = str(data), load_recipe(data)
+    elif given and isinstance(data, Mapping) and "merge_method" in data:
+        data = parse_recipe(data, origin)
+    if isinstance(data, Recipe):
+        data, notes = recipe_data(data), data.notes
+    if isinstance(data, Mapping):
+        data = {name: _plain(value) for name, value in {**data, **given}.items()}
+    checked = parse_recipe(data, origin)
     loaded = dataclasses.replace(
-        loaded,
-        trust_remote_code=loaded.trust_remote_code or consent.trust_remote_code,
-        allow_pickle=loaded.allow_pickle or consent.allow_pickle,
+        checked,
+        notes=checked.notes or notes,
+        trust_remote_code=checked.trust_remote_code or consent.trust_remote_code,
+        allow_pickle=checked.allow_pickle or consent.allow_pickle,
     )
     return loaded, origin
+
+
+def _plain(value: Any) -> Any:
+    """A key's value as plain data; what cannot be is found by the check of the recipe."""
+    return [jsonable(item) for item in value] if isinstance(value, list | tuple) else jsonable(value)
 
 
 def push_written(folder: Path, to: Destination) -> Pushed:

@@ -42,9 +42,9 @@ def starts(
     if not method.is_fold or last.method.version != method.version:
         return
     if last.settings["vocabulary"] == "union" or "learn" in last.settings:
-        # the output's rows, or all weights, depend on all models, so no earlier state fits
+        # the rows of the output, or all weights, depend on all models, so no earlier state fits
         return
-    found: list[tuple[int, int, Entry, KeptState, int, list[int | None]]] = []
+    candidates: list[tuple[int, int, Entry, KeptState, int, list[int | None]]] = []
     for entry, state in _kept(merged):
         models = entry.models[: state.count]
         if method.additive:
@@ -55,14 +55,14 @@ def starts(
             covered, held = len(models), list(range(len(models)))
         else:
             continue
-        # NaN and Inf do not leave a sum
+        # NaN and Inf cannot be subtracted from a sum
         if None in held and last.settings["allow_nonfinite"]:
             continue
         gone = [model for model, i in zip(models, held, strict=True) if i is None]
         cost = total - covered + sum(not _left_out(model) for model in gone)
         if covered and cost < total:
-            found.append((cost, len(found), entry, state, covered, held))
-    for _, _, entry, state, covered, held in sorted(found, key=lambda each: each[:2]):
+            candidates.append((cost, len(candidates), entry, state, covered, held))
+    for _, _, entry, state, covered, held in sorted(candidates, key=lambda each: each[:2]):
         path = state_path(merged.snapshot, state, warnings)
         if path is None:
             continue

@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import posixpath
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from hfmerge.checkpoint.digests import folder_digest
 from hfmerge.checkpoint.side_files import is_asset, is_code, is_side_file
@@ -25,9 +25,9 @@ from hfmerge.hub.download import cached, fetch, pin
 from hfmerge.hub.reference import ModelRef, Snapshot
 from hfmerge.hub.state_branch import ATTRIBUTES, STATE_BRANCH
 from hfmerge.ledger.card import BEGIN, FILE, card_differs, card_pointer, licence_note
-from hfmerge.ledger.card_sections import PREFIX
-from hfmerge.ledger.entry import ARCHIVES, FOLDER, Entry
-from hfmerge.ledger.removal import parts
+from hfmerge.ledger.card_sections import RESULTS_PREFIX
+from hfmerge.ledger.entry import ARCHIVES, LEDGER_FOLDER, Entry
+from hfmerge.ledger.removal import contained_models
 from hfmerge.ledger.repository import Merged, open_merged
 from hfmerge.ledger.seen import acceptance, acquaintance, remember, rewritten
 from hfmerge.lifecycle.witness import append, read_log
@@ -102,32 +102,54 @@ class Report:
         return [f"{check.what}: {check.detail}" for check in self.checks if not check.ok]
 
 
+class CertificateChecks(Protocol):
+    """A certificate whose checks belong to a report: SHA-256 of its file, and the checks."""
+
+    @property
+    def sha256(self) -> str: ...
+
+    def checks(self, merged: Merged, *, replay: bool) -> Sequence[Check]: ...
+
+
+@dataclass(frozen=True)
+class FurtherChecks:
+    """The checks that are made beside those of every merge.
+
+    Attributes:
+        replay: merge again from the pinned sources, and compare bytes and every field of the entry.
+        device: device of the replay, see `RunOptions.device`.
+        download: download and hash the files, instead of believing the digests that the Hub lists. A folder is always
+            read.
+        certificate: a certificate of removal to check.
+    """
+
+    replay: bool = False
+    device: str | None = None
+    download: bool = False
+    certificate: CertificateChecks | None = None
+
+
+NONE_FURTHER = FurtherChecks()
+"""The checks of every merge alone."""
+
+
 def verify_merge(
     ref: str,
+    further: FurtherChecks = NONE_FURTHER,
     *,
-    replay: bool = False,
-    device: str | None = None,
     sources: Mapping[str, str] | None = None,
-    download: bool = False,
-    also: Callable[[Merged], Sequence[Check]] | None = None,
     consent: Consent = NO_CONSENT,
     log: str | Path | None = None,
-    certificate: str | None = None,
     accept_rewritten: bool = False,
 ) -> Report:
     """Check a merge. If all checks pass, remember its history as seen and add a record to the log.
 
     Args:
         ref: `org/name[@revision]` or a folder.
-        replay: also merge again from the pinned sources, and compare bytes and every field of the entry.
-        device: device of the replay, see `RunOptions.device`.
+        further: the checks to make beside those of every merge.
         sources: name of a folder material -> where it lies now.
-        download: download and hash the files, instead of believing the digests that the Hub lists. A folder is always
-            read.
-        also: further checks, called with the opened merge.
         consent: consent for a replay. Without a replay no code is run and no pickle is read.
         log: append-only log against which the history is checked, see `witness`.
-        certificate: SHA-256 of the certificate that `also` checks, for the log.
         accept_rewritten: accept a history that differs from the one seen before, and remember it from now on.
 
     Raises:
@@ -139,27 +161,20 @@ def verify_merge(
         merged = open_merged(ref, sources, consent)
     except LedgerError as error:
         return Report(ref, (Check("ledger", False, str(error)),))
-    accept = accept_rewritten
-    report = check_merged(merged, replay=replay, device=device, download=download, also=also, accept_rewritten=accept)
-    witness, did = _witnessed(merged, log, accept) if log is not None else (None, "verified")
+    report = check_merged(merged, further, accept_rewritten=accept_rewritten)
+    witness, did = _witnessed(merged, log, accept_rewritten) if log is not None else (None, "verified")
     checks = [*report.checks, *(() if witness is None else (witness,))]
     if not all(check.ok for check in checks):
         return replace(report, checks=tuple(checks))
-    note = remember(merged, anew=accept)
+    note = remember(merged, anew=accept_rewritten)
     if log is not None:
+        certificate = None if further.certificate is None else further.certificate.sha256
         checks[-1] = Check("log", True, append(log, merged, did, certificate=certificate))
     return replace(report, checks=tuple(checks), notes=() if note is None else (note,))
 
 
 def check_merged(
-    merged: Merged,
-    *,
-    replay: bool = False,
-    device: str | None = None,
-    download: bool = False,
-    also: Callable[[Merged], Sequence[Check]] | None = None,
-    strays: bool = True,
-    accept_rewritten: bool = False,
+    merged: Merged, further: FurtherChecks = NONE_FURTHER, *, strays: bool = True, accept_rewritten: bool = False
 ) -> Report:
     """Check a merge that is open already; see `verify_merge`.
 
@@ -168,7 +183,7 @@ def check_merged(
     """
     checks = [Check("ledger", True, f"{len(merged.entries)} entries, each names its parent's digest")]
     checks.append(_history(merged, accept_rewritten))
-    download = download and merged.snapshot.folder is None
+    download = further.download and merged.snapshot.folder is None
     files, read = _downloaded(merged) if download else _digests(merged)
     card, licences = merged.read(FILE), merged.read(LICENCES)
     checks.extend(check_contents(merged.entries, files, card, licences, read=read, downloaded=download))
@@ -177,9 +192,10 @@ def check_merged(
     checks.extend(_copies(merged, files) if download else ())
     checks.extend(_published_states(merged, download) if merged.snapshot.folder is None else [])
     checks.extend(left_behind(merged) if strays else [])
-    checks.extend(also(merged) if also is not None else ())
-    if replay:
-        checks.extend(_replay(merged, device))
+    if further.certificate is not None:
+        checks.extend(further.certificate.checks(merged, replay=further.replay))
+    if further.replay:
+        checks.extend(_replay(merged, further.device))
     return Report(merged.snapshot.label, tuple(checks), merged.snapshot.commit)
 
 
@@ -208,10 +224,10 @@ def check_contents(
         wanted |= last.beside
     good = True
     for name, digest in wanted.items():
-        found = files.get(name)
-        if found != digest:
+        actual = files.get(name)
+        if actual != digest:
             good = False
-            what = f"sha256 is {found[:12]}..., the ledger says {digest[:12]}..." if found else "missing"
+            what = f"sha256 is {actual[:12]}..., the ledger says {digest[:12]}..." if actual else "missing"
             yield Check(name, False, what)
     history = {entry.file for entry in entries}
     for name in files:
@@ -254,9 +270,9 @@ def _foreign(name: str) -> str | None:
     Those are the files for the card and for git (see `is_asset`), and the scores that hfmerge puts beside the ledger.
     Whatever else there is, some loader may read.
     """
-    if name.startswith(f"{FOLDER}/"):
+    if name.startswith(f"{LEDGER_FOLDER}/"):
         return "is no entry of the ledger"
-    if is_asset(name) or re.fullmatch(rf"{re.escape(PREFIX)}[^/]+\.yaml", name):
+    if is_asset(name) or re.fullmatch(rf"{re.escape(RESULTS_PREFIX)}[^/]+\.yaml", name):
         return None
     if name.startswith("merge_state/"):
         return f"{_kind(name)} that the ledger does not know"
@@ -270,7 +286,7 @@ def _foreign(name: str) -> str | None:
 
 
 def _digests(merged: Merged) -> tuple[dict[str, str | None], int]:
-    """Path -> SHA-256 of what the ledger names, by LFS id or else read, None of all else; and how many were read."""
+    """Path -> SHA-256 of files the ledger names (LFS id, else read), None of others; and how many were read."""
     last, found, read = merged.last, {name: info.sha256 for name, info in merged.snapshot.files.items()}, 0
     for name in (*last.products, *last.beside):
         if name in found and found[name] is None:
@@ -279,7 +295,7 @@ def _digests(merged: Merged) -> tuple[dict[str, str | None], int]:
 
 
 def _downloaded(merged: Merged) -> tuple[dict[str, str | None], int]:
-    """As `_digests`, of what the Hub serves; also of the ledger and of what people read."""
+    """As `_digests`, but of the bytes that the Hub serves, and also for the ledger, the card and the licences."""
     snapshot, last = merged.snapshot, merged.last
     names = [
         name for name in (*last.products, *last.beside, *merged.history, FILE, LICENCES) if name in snapshot.files
@@ -306,7 +322,7 @@ def _card(entries: Sequence[Entry], text: bytes | None, licences: bytes | None) 
         # the ledger's last entry has no successor to name its digest; the card does
         named, found = card_pointer(card).get("sha256"), last.digest
         if re.search(r"\r(?!\n)", card.partition(BEGIN)[0]):
-            # to YAML a line break like any other, so that the byte would not count
+            # YAML reads it as a line break, so the comparison of the parsed front matter would not see it
             problem: str | None = f"{FILE} has a carriage return in its front matter"
         elif named != found:
             problem = f"{last.file} has the digest {found[:12]}..., {FILE} names {str(named)[:12]}...; one was changed"
@@ -316,16 +332,16 @@ def _card(entries: Sequence[Entry], text: bytes | None, licences: bytes | None) 
         problem = str(error)
     note = licence_note([last.base, *last.models])
     if problem is None and note is not None and licences != note.encode():
-        problem = f"{LICENCES} is not what the ledger gives"
+        problem = f"{LICENCES} is not the file that follows from the ledger"
     return Check("card", problem is None, problem or "says what the ledger says")
 
 
 def _materials(last: Entry) -> Iterator[Check]:
     """Of folders that were merged: whether the digests of their files give the digest by which they are known."""
-    for part in parts(last):
+    for part in contained_models(last):
         _, folder, digest = part.identity.rpartition("@sha256:")
         if folder and part.read and folder_digest(part.files) != digest:
-            yield Check("materials", False, f"{part.label}: the digests of its files do not give its own")
+            yield Check("materials", False, f"{part.label}: its digest does not follow from the digests of its files")
 
 
 def _pointers(merged: Merged) -> Iterator[Check]:
@@ -396,7 +412,7 @@ def left_behind(merged: Merged) -> list[Check]:
     if folder is not None:
         left = "left beside the folder by a killed run; repeat its command, or delete it"
         return [Check(name, False, left) for name in leftovers(folder)]
-    # an earlier commit is not what the branch goes with
+    # the branch of states belongs to the newest commit, not to an earlier one
     if merged.snapshot.ref.revision not in (None, "main") or (branch := _state_branch(merged)) is None:
         return []
     what = (
@@ -408,7 +424,7 @@ def left_behind(merged: Merged) -> list[Check]:
 
 
 def _replay(merged: Merged, device: str | None) -> list[Check]:
-    """One check; of a replay that fails one for each thing that differs."""
+    """One check; a replay that fails gives one check for each difference."""
     from hfmerge.lifecycle.replay import replay
 
     verdict, lines = replay(merged, device)

@@ -42,10 +42,10 @@ def apply_overrides(
         RecipeError: all problems of the result, under the origin "command line".
     """
     keys = {key.name: key for key in keys_of(Recipe)}
-    given = {name: value for name, value in values.items() if value is not None}
+    overrides = {name: value for name, value in values.items() if value is not None}
     problems: list[Problem] = []
     data = recipe.to_dict() if recipe else {}
-    data |= {name: keys[name].from_flag(value) if name in keys else value for name, value in given.items()}
+    data |= {name: keys[name].from_flag(value) if name in keys else value for name, value in overrides.items()}
     if models is not None:
         data["models"] = [{"model": model} for model in models]
     if weights is not None:
@@ -65,13 +65,13 @@ def apply_overrides(
     if choice:
         data["method"] = choice
     if learn is not None:
-        asked: dict[str, Any] = {**(data.get("learn") or {})}
+        chosen: dict[str, Any] = {**(data.get("learn") or {})}
         for name, value in _option_flags(learn, problems, "learn").items():
             if name.startswith("replay."):
-                asked["replay"] = {**asked.get("replay", {}), name.removeprefix("replay."): value}
+                chosen["replay"] = {**chosen.get("replay", {}), name.removeprefix("replay."): value}
             else:
-                asked[name] = value
-        data["learn"] = asked
+                chosen[name] = value
+        data["learn"] = chosen
     result = check_recipe(data, "command line", problems, None)
     return dataclasses.replace(result, notes=recipe.notes if recipe else ())
 

@@ -7,7 +7,8 @@ themselves: whether they exist, whether two of them are the same commit, whether
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -233,6 +234,41 @@ def parse_recipe(
     return check_recipe(data, origin, [], methods)
 
 
+def recipe_data(recipe: Recipe) -> dict[str, Any]:
+    """The keys of a recipe that somebody made in Python, as plain data for `parse_recipe`, whatever the fields hold.
+
+    Raises:
+        RecipeError: fields that cannot be written as a recipe.
+    """
+    data: dict[str, Any] = {}
+    problems: list[Problem] = []
+    for key in keys_of(Recipe):
+        try:
+            data[key.name] = jsonable(getattr(recipe, key.name))
+        except (AttributeError, TypeError, ValueError) as error:
+            problems.append(Problem(key.name, f"cannot be written as a recipe ({error})"))
+    if problems:
+        raise RecipeError(problems)
+    return data
+
+
+def read_models(given: Any, origin: str) -> tuple[ModelEntry, ...]:
+    """Models that join a merge: a reference or a model of a recipe, or a list of them.
+
+    Raises:
+        RecipeError: all problems, each with its dotted path.
+    """
+    alone = isinstance(given, str | os.PathLike | Mapping | ModelEntry)
+    listed = [given] if alone or not isinstance(given, Iterable) else list(given)
+    problems: list[Problem] = []
+    entries, _ = _entries(Section({}, "", problems), [jsonable(item) for item in listed], "", None)
+    if not entries:
+        problems.append(Problem("models", "must not be empty; name at least one model"))
+    if problems:
+        raise RecipeError(problems, origin)
+    return entries
+
+
 def check_recipe(
     data: Any, origin: str, problems: list[Problem], methods: Mapping[str, type[MergeMethod]] | None
 ) -> Recipe:
@@ -320,6 +356,18 @@ def _models(top: Section, base: str, chosen: type[MergeMethod] | None) -> tuple[
         what = "must not be empty" if isinstance(given, list | tuple) else what
         top.report("models", f"{what}; list the models in their order of arrival")
         return ()
+    entries, faulty_weights = _entries(top, given, base, chosen)
+    if chosen is not None and (problem := values.count_problem(len(given), chosen)):
+        top.report("models", problem)
+    if not faulty_weights and (problem := values.weights_problem([entry.weight for entry in entries], chosen)):
+        top.report("models", problem)
+    return entries
+
+
+def _entries(
+    top: Section, given: Sequence[Any], base: str, chosen: type[MergeMethod] | None
+) -> tuple[tuple[ModelEntry, ...], bool]:
+    """The models, each checked by itself and against the base, and whether a weight is faulty."""
     entries: list[ModelEntry] = []
     faulty_weights = False
     first_seen: dict[str, int] = {}
@@ -337,13 +385,9 @@ def _models(top: Section, base: str, chosen: type[MergeMethod] | None) -> tuple[
             top.report(f"models[{i}]", f"{show(model)} is models[{first}] again; remove one or change its revision")
         if base and _identity(model) == _identity(base) and chosen and not chosen.of_weights:
             top.report(f"models[{i}]", f"{show(model)} is the base, whose task vector is zero; remove it")
-    if chosen is not None and (problem := values.count_problem(len(given), chosen)):
-        top.report("models", problem)
-    if not faulty_weights and (problem := values.weights_problem([entry.weight for entry in entries], chosen)):
-        top.report("models", problem)
-    return tuple(entries)
+    return tuple(entries), faulty_weights
 
 
 def _identity(model: str) -> str:
-    """What makes two references the same before anything is resolved."""
+    """A key that two references share if they name the same model, before anything is resolved."""
     return model.rstrip("/") or model

@@ -104,7 +104,7 @@ def refused(out: Path, *flags: object) -> str:
 
 
 def certify(root: Path, out: Path, *flags: object, model: str = "m1") -> tiny.Run:
-    return tiny.cli("certify", out, "--removed", model, "--key", root / "key", "--replay", *flags)
+    return tiny.cli("certify", out, "--remove", model, "--key", root / "key", "--replay", *flags)
 
 
 @pytest.mark.parametrize("told", [{"fingerprint": "0" * 64}, {"fingerprint": None}, {}, {"torch": "9.9"}])
@@ -113,7 +113,7 @@ def test_a_norm_of_1e30_buys_no_tolerance(root: Path, out: Path, told: Record) -
     weights(out, lambda value: torch.full_like(value, 7.0))
     forge(out, claims(**told), lambda record: record["byproducts"]["scalars"].update(merged_norm=1e30))
     text = refused(out)
-    assert "model.safetensors comes out differently" in text
+    assert "the replay gives model.safetensors other bytes" in text
     assert "merged_norm is 1e+30 in merge_history/0002.json" in text
     for flags in ((), ("--accept-approximate",)):
         run = certify(root, out, *flags)
@@ -150,7 +150,7 @@ def test_what_a_ledger_claims_of_its_machine_is_no_excuse(out: Path) -> None:
     """The attacker changes weights in their last bits and names another processor, library and device."""
     weights(out, lambda value: value * (1 + 2.0**-22))
     forge(out, claims())
-    assert "model.safetensors comes out differently" in refused(out)
+    assert "the replay gives model.safetensors other bytes" in refused(out)
 
 
 @pytest.mark.parametrize("told", ["0" * 64, None, "absent"])
@@ -189,13 +189,13 @@ def test_a_certificate_over_approximate_weights_is_asked_for_and_says_so(
     assert run.code == 1 and "not certified" in run.err and "--accept-approximate" in run.err and not run.out
     file = tmp_path / "certificate.json"
     said = tiny.done(
-        "certify", out, "--removed", "m1", "--key", root / "key", "--replay", "--accept-approximate", "--output", file,
+        "certify", out, "--remove", "m1", "--key", root / "key", "--replay", "--accept-approximate", "--output", file,
         "--json",
     ).json["statement"]["predicate"]  # fmt: skip
     assert said["recomputed"] == "approximate" and "not byte for byte" in said["claim"]
     run = tiny.done("verify", out, "--certificate", file, "--public-key", root / "key.pub")
     assert "ok   recomputed: " in run.out and "not byte for byte" in run.out
-    exact = tiny.done("certify", root / "merged", "--removed", "m1", "--replay", "--output", file, "--json").json
+    exact = tiny.done("certify", root / "merged", "--remove", "m1", "--replay", "--output", file, "--json").json
     assert exact["statement"]["predicate"]["recomputed"] == "exact"
 
 
@@ -280,7 +280,7 @@ def test_a_removed_model_under_another_name_within_an_inner_merge(root: Path, tm
     before = merge(root, tmp_path / "before", str(inner), "m0", "m1")
     out = merge(root, tmp_path / "out", str(inner), "m0")
     claim_removal(out, before, "m1")
-    for run in (certify(root, out), tiny.cli("certify", out, "--removed", "m1")):
+    for run in (certify(root, out), tiny.cli("certify", out, "--remove", "m1")):
         assert run.code == 1 and "the same weights are still in it as innocent@" in run.err, run.err
 
 
@@ -290,11 +290,11 @@ def test_a_folder_s_digests_have_to_give_its_own(root: Path, tmp_path: Path) -> 
     before = merge(root, tmp_path / "before", "m0", "m1")
     out = merge(root, tmp_path / "out", "m0", str(copy))
     claim_removal(out, before, "m1")
-    run = tiny.cli("certify", out, "--removed", "m1")
+    run = tiny.cli("certify", out, "--remove", "m1")
     assert run.code == 1 and "the same weights are still in it as innocent@" in run.err
     with pytest.raises(AssertionError, match="FAIL materials: innocent@"):
         forge(out, lambda record: record["materials"]["models"][1]["files"].pop("model.safetensors"))
-    assert tiny.cli("certify", out, "--removed", "m1").code == 1
+    assert tiny.cli("certify", out, "--remove", "m1").code == 1
 
 
 # On the Hub models are known by their commit, so that the ledger alone says what their files were.
@@ -407,7 +407,7 @@ def test_every_field_of_an_entry_is_compared(hubbed: Path, tmp_path: Path, field
     told = "no such branch, tag or commit" if field == "materials.models[3].beneath" else field
     # files are compared before anything is merged, and what a merge is made from shows in its weights
     before = field.endswith(".files") and "is not the file that was merged" in text
-    assert told in text or before or "comes out differently" in text, text
+    assert told in text or before or "other bytes" in text, text
 
 
 def test_a_kept_state_that_its_sources_do_not_give(hubbed: Path, tmp_path: Path) -> None:
@@ -433,7 +433,7 @@ def test_a_file_that_no_replay_makes(hubbed: Path, tmp_path: Path) -> None:
     (out / "chat_template.jinja").write_text("{{ 'anything' }}")
     digest = sha256_file(out / "chat_template.jinja")
     forge(out, lambda record: record["products"].update({"chat_template.jinja": digest}))
-    assert "chat_template.jinja comes out differently" in refused(out)
+    assert "the replay gives chat_template.jinja other bytes" in refused(out)
 
 
 def test_states_that_a_ledger_does_not_list_are_not_asked_for(hubbed: Path, tmp_path: Path) -> None:

@@ -162,6 +162,7 @@ CASES: list[Any] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "settings", "changed"), CASES)
 def test_adapters_change_what_peft_changes(
     bases: dict[str, Path], tmp_path: Path, kind: str, settings: LoraConfig, changed: int
@@ -217,6 +218,7 @@ def test_half_precision_adapters_are_computed_in_float(bases: dict[str, Path], t
     )
 
 
+@pytest.mark.slow
 def test_several_adapters_add_up(bases: dict[str, Path], tmp_path: Path) -> None:
     adapters = [trained("bert", tmp_path / f"a{seed}", lora(r=seed), seed) for seed in (1, 2, 3)]
     ours = merged_by_us(tmp_path / "out", bases["bert"], *adapters)
@@ -227,6 +229,7 @@ def test_several_adapters_add_up(bases: dict[str, Path], tmp_path: Path) -> None
     assert not any(param.touched for param in params if param.key.endswith("key.weight"))
 
 
+@pytest.mark.slow
 def test_an_adapter_on_another_model_beneath_it(bases: dict[str, Path], tmp_path: Path) -> None:
     """`model+adapter` is the change from the base to the model with its adapter."""
     model = tiny.save(tiny.fine_tune(KINDS["bert"](), 5), tmp_path / "model")
@@ -237,6 +240,7 @@ def test_an_adapter_on_another_model_beneath_it(bases: dict[str, Path], tmp_path
     compare(same, merged_by_peft(bases["bert"], adapter), bases["bert"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["opcm", "linear", "ties"])
 def test_an_adapter_is_the_full_model_that_peft_makes_of_it(
     bases: dict[str, Path], tmp_path: Path, method: str
@@ -268,6 +272,7 @@ def test_saved_parameters_outside_any_leaf_module(bases: dict[str, Path], tmp_pa
 # Heads
 
 
+@pytest.mark.slow
 def test_a_copy_of_the_head_joins_the_merge_only_for_the_same_labels(bases: dict[str, Path], tmp_path: Path) -> None:
     """Without a config.json that names its labels, an adapter's classifier is a head of its own."""
     adapter = trained("bert", tmp_path / "adapter", lora(modules_to_save=["classifier"], task_type="SEQ_CLS"))
@@ -283,6 +288,7 @@ def test_a_copy_of_the_head_joins_the_merge_only_for_the_same_labels(bases: dict
     assert not (tmp_path / "together" / "heads").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("labels", [3, 5])
 def test_a_head_the_base_lacks_is_kept_apart(bases: dict[str, Path], tmp_path: Path, labels: int) -> None:
     backbone = tiny.save(KINDS["bert"]().bert, tmp_path / "backbone")

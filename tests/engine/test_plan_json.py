@@ -171,6 +171,7 @@ def test_what_is_read_back_is_the_plan_that_was_written(case: str, root: Path) -
     assert_plain(back)
 
 
+@pytest.mark.slow
 def test_the_cases_are_what_they_are_called(root: Path) -> None:
     plans = {case: build(root) for case, build in CASES.items()}
     assert {plan.method.name for plan in plans.values()} == {kind.name for kind in BUILT_IN}
@@ -193,6 +194,7 @@ def executed(plan: Plan, folder: Path) -> tuple[dict[str, str], Outcome]:
     return tiny.everything(folder), outcome
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", RUN)
 def test_a_plan_read_back_gives_the_same_bytes(case: str, root: Path, tmp_path: Path) -> None:
     plan = CASES[case](root)

@@ -420,7 +420,7 @@ def test_a_reader_without_a_browser_sees_table_and_pictures(world: World, tmp_pa
     tiny.done("merge", *models, "--base", "tests/heat-base", "--method", "opcm", "--output", out)
     suite = world.suite(tmp_path / "suite.yaml", head="tests/heat-one")
     scores = tiny.done("evaluate", out, *models, "--suite", suite, "--output", tmp_path / "scores", "--write-card")
-    tiny.done("inspect", out, "--save", tmp_path / "inspection.json")
+    tiny.done("inspect", out, "--output", tmp_path / "inspection.json")
     tiny.done("plot", tmp_path / "inspection.json", tmp_path / "scores.json", "--card", out)
     hfmerge.push(out, "tests/heat-shown")
     assert hfmerge.verify("tests/heat-shown").ok

@@ -129,7 +129,7 @@ def test_reading_in_pieces_changes_nothing(full: tuple[Path, list[Path]], monkey
     base, models = full
     whole = hfmerge.inspect(recipe(base, models)).to_dict()
     monkeypatch.setattr(statistics, "HELD", 100)
-    monkeypatch.setattr(statistics, "TILE", 40)
+    monkeypatch.setattr(statistics, "_TILE", 40)
     pieces = hfmerge.inspect(recipe(base, models)).to_dict()
     del whole["seconds"], pieces["seconds"]
     assert pieces == whole
@@ -139,7 +139,7 @@ def test_reading_in_pieces_changes_nothing(full: tuple[Path, list[Path]], monkey
 def test_two_processes_find_the_same(full: tuple[Path, list[Path]], tmp_path: Path) -> None:
     base, models = full
     saved = tmp_path / "found.json"
-    command = ["-m", "hfmerge", "inspect", *map(str, models), "--base", str(base), "--save", str(saved)]
+    command = ["-m", "hfmerge", "inspect", *map(str, models), "--base", str(base), "--output", str(saved)]
     output = launching.succeed(launching.crew(2, *command))
     assert output.count("cosine of task vectors") == 1
     alone = hfmerge.inspect(recipe(base, models)).to_dict()
@@ -161,7 +161,7 @@ def test_the_table_names_everything(full: tuple[Path, list[Path]]) -> None:
     base, models = full
     run = tiny.done("inspect", *models, "--base", base, "--no-spectra")
     assert "cosine of task vectors" in run.out and "encoder.layer.1" in run.out and "interference 0" not in run.out
-    run = tiny.done("inspect", *models, "--base", base, "--alpha", "0.9")
+    run = tiny.done("inspect", *models, "--base", base, "--option", "alpha=0.9")
     assert "OPCM alpha 0.9, code" in run.out and "spectra" in run.out
     assert "model  1 " in run.out  # the words that all names begin with are left out
 
@@ -185,7 +185,7 @@ def test_faults_are_named(full: tuple[Path, list[Path]], tmp_path: Path) -> None
     tiny.edit(broken, lambda stored: stored["pooler.dense.weight"].fill_(float("nan")))
     with pytest.raises(NonFiniteError, match="pooler.dense.weight"):
         hfmerge.inspect(recipe(base, [models[0], broken]))
-    assert "give its models and --base" in tiny.cli("inspect", base, "--alpha", "0.2").err
+    assert "give its models and --base" in tiny.cli("inspect", base, "--option", "alpha=0.2").err
 
 
 def test_layers_go_by_their_names() -> None:

@@ -15,7 +15,7 @@ from hfmerge.evaluation.plots.embedding import embed
 from hfmerge.evaluation.plots.style import short_names
 from hfmerge.hubserver.serve import HubServer
 from hfmerge.ledger.card import BEGIN
-from hfmerge.ledger.card_sections import files_in, part, with_part
+from hfmerge.ledger.card_sections import linked_files, part, with_part
 from hfmerge.recipe.recipe import MethodChoice, ModelEntry, Recipe
 from tests.fixtures import tiny
 
@@ -56,6 +56,7 @@ def shown(path: Path) -> str:
     return " ".join(re.findall(r"<!-- (.*?) -->", path.read_text(encoding="utf-8")))
 
 
+@pytest.mark.slow
 def test_the_same_numbers_give_the_same_bytes(tmp_path: Path) -> None:
     first = draw_all([INSPECTION, EVALUATION], tmp_path / "a")
     second = draw_all([INSPECTION, EVALUATION], tmp_path / "b")
@@ -69,6 +70,7 @@ def test_the_same_numbers_give_the_same_bytes(tmp_path: Path) -> None:
     assert not any("<dc:date>" in path.read_text() for path in first if path.suffix == ".svg")
 
 
+@pytest.mark.slow
 def test_names_and_numbers_can_be_read(tmp_path: Path) -> None:
     draw_all([INSPECTION, EVALUATION], tmp_path)
     cosine = shown(tmp_path / "task_vector_cosine.svg")
@@ -103,7 +105,7 @@ def test_a_marked_part_comes_and_goes_without_a_trace() -> None:
     once = with_part(card, "figures", "![a](figures/a.png)\n")
     assert part(once, "figures") == "![a](figures/a.png)" and "My own words." in once and part(card, "figures") is None
     twice = with_part(once, "figures", "![b](figures/b.png) and [c](figures/c.svg)")
-    assert files_in(part(twice, "figures"), "figures") == ["figures/b.png", "figures/c.svg"]
+    assert linked_files(part(twice, "figures"), "figures") == ["figures/b.png", "figures/c.svg"]
     assert with_part(twice, "figures", None) == card == with_part(card, "figures", None)
     assert part(with_part("no block", "figures", "x"), "figures") == "x"
 
@@ -119,6 +121,7 @@ def merged(tmp_path: Path) -> Path:
     return tmp_path / "merged"
 
 
+@pytest.mark.slow
 def test_a_card_shows_pictures_until_its_models_change(merged: Path, tmp_path: Path) -> None:
     card = merged / "README.md"
     plain = card.read_text()
@@ -151,6 +154,7 @@ def test_pictures_are_put_into_merges_only(merged: Path, tmp_path: Path) -> None
     assert tiny.everything(merged) == before
 
 
+@pytest.mark.slow
 def test_pictures_go_to_the_hub_and_leave_with_the_models(hub: HubServer, merged: Path, tmp_path: Path) -> None:
     tiny.done("inspect", merged, "--card", merged)
     tiny.done("push", merged, "me/drawn")
@@ -160,7 +164,7 @@ def test_pictures_go_to_the_hub_and_leave_with_the_models(hub: HubServer, merged
         return Path(api.hf_hub_download("me/drawn", "README.md")).read_text(encoding="utf-8")
 
     on_hub = api.list_repo_files("me/drawn")
-    shown = files_in(part(card(), "figures"), "figures")
+    shown = linked_files(part(card(), "figures"), "figures")
     assert "figures/norm_per_layer.png" in shown and set(shown) <= set(on_hub)
     picture = Path(api.hf_hub_download("me/drawn", "figures/norm_per_layer.png")).read_bytes()
     assert picture == (merged / "figures" / "norm_per_layer.png").read_bytes()

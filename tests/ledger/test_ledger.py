@@ -107,6 +107,7 @@ def test_history_tells_the_steps(root: Path, out: Path) -> None:
     assert data["entries"] == entries(out)
 
 
+@pytest.mark.slow
 def test_every_changed_byte_of_a_ledger_file_is_noticed(out: Path) -> None:
     """Of an earlier entry by the digest in its successor, of the last one by the digest in the card."""
     files = {f"merge_history/{path.name}": path.read_bytes() for path in sorted((out / "merge_history").iterdir())}
@@ -222,9 +223,10 @@ def test_an_edited_card_is_noticed(out: Path) -> None:
 def test_an_edited_list_of_licences_is_noticed(out: Path) -> None:
     path = out / "LICENSE.md"
     path.write_text(path.read_text().replace("not stated", "mit", 1))
-    assert culprits(out) == ["card: LICENSE.md is not what the ledger gives"]
+    assert culprits(out) == ["card: LICENSE.md is not the file that follows from the ledger"]
 
 
+@pytest.mark.slow
 def test_what_people_write_stays(root: Path, out: Path) -> None:
     path = out / "README.md"
     text = path.read_text()
@@ -269,6 +271,7 @@ def test_a_source_with_an_unreadable_card_has_no_licence(root: Path, tmp_path: P
     assert "states no licence" in run.err
 
 
+@pytest.mark.slow
 def test_licences_of_the_sources(root: Path, tmp_path: Path) -> None:
     folders = [Path(shutil.copytree(root / name, tmp_path / name)) for name in ("base", "m0", "m1")]
     for folder in folders:
@@ -286,6 +289,7 @@ def test_licences_of_the_sources(root: Path, tmp_path: Path) -> None:
     assert "license: apache-2.0" in (out / "README.md").read_text() and not (out / "LICENSE.md").exists()
 
 
+@pytest.mark.slow
 def test_a_moved_folder_is_asked_for_and_taken_with_source(root: Path, tmp_path: Path) -> None:
     shutil.copytree(root / "m1", tmp_path / "m1")
     out = merge(root, tmp_path / "out", "m0", str(tmp_path / "m1"), "m2")
@@ -307,6 +311,7 @@ def test_a_moved_folder_is_asked_for_and_taken_with_source(root: Path, tmp_path:
     assert tiny.files(out) == tiny.files(merge(root, tmp_path / "one", "m1"))
 
 
+@pytest.mark.slow
 def test_a_removed_model_need_not_be_there(root: Path, tmp_path: Path) -> None:
     shutil.copytree(root / "m1", tmp_path / "m1")
     out = merge(root, tmp_path / "out", "m0", str(tmp_path / "m1"), "m2")
@@ -315,6 +320,7 @@ def test_a_removed_model_need_not_be_there(root: Path, tmp_path: Path) -> None:
     assert tiny.files(out) == tiny.files(merge(root, tmp_path / "never", "m0", "m2"))
 
 
+@pytest.mark.slow
 def test_a_merge_carried_to_another_machine_asks_for_its_folders(root: Path, out: Path) -> None:
     with tiny.elsewhere():
         run = tiny.cli("add", out, root / "m2")
@@ -385,7 +391,9 @@ def test_the_model_beneath_an_adapter_is_checked_too(tmp_path: Path) -> None:
 
 def test_replay_compares_every_file(root: Path, out: Path) -> None:
     report = hfmerge.verify(out, replay=True)
-    assert report.ok and report.checks[-1].detail.startswith("4 files come out with the same bytes from 3 sources")
+    assert report.ok and report.checks[-1].detail.startswith(
+        "the replay made 4 files with the same bytes from 3 sources"
+    )
 
 
 def rewrite_last(out: Path, **changes: object) -> None:
@@ -409,23 +417,29 @@ def test_replay_catches_a_ledger_that_was_rewritten_as_a_whole(root: Path, out: 
     flip(out / "model.safetensors", -1)
     rewrite_last(out)
     run = tiny.cli("verify", out, "--replay")
-    assert run.code == 1 and "FAIL replay: model.safetensors comes out differently" in run.out
+    assert run.code == 1 and "FAIL replay: the replay gives model.safetensors other bytes" in run.out
 
 
+@pytest.mark.slow
 def test_replay_of_a_merge_made_elsewhere_allows_for_other_arithmetic_and_no_more(root: Path, out: Path) -> None:
     name = sorted(tiny.tensors(out))[0]
     tiny.edit(out, lambda held: held.update({name: held[name] * (1 + 2.0**-22)}))
     rewrite_last(out)
-    assert "comes out differently" in tiny.cli("verify", out, "--replay").out
+    assert "other bytes" in tiny.cli("verify", out, "--replay").out
     rewrite_last(out, device="another device", fingerprint="of another device")
     run = tiny.cli("verify", out, "--replay")
-    assert run.code == 3 and "come out alike" in run.out and "device another device, here cpu" in run.out
+    assert (
+        run.code == 3
+        and "of the change but with other bytes" in run.out
+        and "device another device, here cpu" in run.out
+    )
     tiny.edit(out, lambda held: held.update({name: held[name] * 1.01}))
     rewrite_last(out, device="another device", fingerprint="of another device")
     run = tiny.cli("verify", out, "--replay")
-    assert run.code == 1 and f"comes out differently: {name} differs by up to" in run.out
+    assert run.code == 1 and f"other bytes: {name} differs by up to" in run.out
 
 
+@pytest.mark.slow
 def test_names_of_models_are_found_in_all_their_forms(root: Path, made: Path, tmp_path: Path) -> None:
     digest = next(iter(entries(made)[1]["materials"]["models"]))["digest"]  # type: ignore[index]
     for i, name in enumerate(("m0", f"m0@{digest[:7]}", f"{root}/m0", "some/where/m0/")):

@@ -85,6 +85,7 @@ def test_the_tree_shows_the_merge_as_a_branch(root: Path, tmp_path: Path) -> Non
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["opcm", "linear"])
 def test_unmerge_reaches_into_a_merge(root: Path, tmp_path: Path, method: str) -> None:
     out = merge(root, tmp_path / "out", "m3", "inner", "m4", method=method)
@@ -103,6 +104,7 @@ def test_unmerge_reaches_into_a_merge(root: Path, tmp_path: Path, method: str) -
     assert names(last(root / "inner")) == ["base", "m0", "m1"]
 
 
+@pytest.mark.slow
 def test_through_two_levels_and_from_everywhere(root: Path, tmp_path: Path) -> None:
     out = merge(root, tmp_path / "out", "middle", "m0", "m3")
     tiny.done("unmerge", out, "--remove", "m0")
@@ -165,7 +167,7 @@ def test_a_source_whose_ledger_is_broken_is_a_model_like_any_other(root: Path, t
     path.write_bytes(path.read_bytes().replace(b"opcm", b"opcn") + b" ")
     flags = ("--base", root / "base", "--method", "linear", "--output", tmp_path / "out")
     run = tiny.done("merge", broken, root / "m3", *flags)
-    assert "warning: broken: taken as a model of its own, since its ledger says nothing" in run.err
+    assert "warning: broken: treated as a single model, because its ledger cannot be read" in run.err
     assert names(last(tmp_path / "out")) == ["base", "broken", "m3"]
 
 
@@ -181,6 +183,7 @@ def on_hub(repo_id: str, *models: str) -> hfmerge.MergeResult:
     return hfmerge.merge(hfmerge.Recipe(base="nest/base", models=entries, method=method, push_to=repo_id))
 
 
+@pytest.mark.slow
 def test_on_the_hub_the_inner_merge_goes_where_it_is_told(hubbed: None) -> None:
     on_hub("nest/outer", "nest/inner", "nest/m3")
     assert names(hfmerge.history("nest/outer")[-1].entry) == [
@@ -197,6 +200,7 @@ def test_on_the_hub_the_inner_merge_goes_where_it_is_told(hubbed: None) -> None:
     assert less.entry.products == hfmerge.history("nest/inner-less")[-1].entry.products
 
 
+@pytest.mark.slow
 def test_an_inner_merge_that_went_on_without_the_model_is_taken_as_it_is(hubbed: None) -> None:
     on_hub("nest/own", "nest/m0", "nest/m1")
     on_hub("nest/later", "nest/own", "nest/m3")

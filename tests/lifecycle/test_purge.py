@@ -60,7 +60,7 @@ def test_branches_become_one_commit_and_all_that_is_left_is_named(api: HfApi, tm
     now = weights(repo, "main")
     (tmp_path / "key").write_bytes(private_bytes(KEY))
     (tmp_path / "key.pub").write_text(public_line(KEY))
-    tiny.done("certify", repo, "--removed", MODELS[1], "--key", tmp_path / "key", "--output", tmp_path / "c.json")
+    tiny.done("certify", repo, "--remove", MODELS[1], "--key", tmp_path / "key", "--output", tmp_path / "c.json")
     api.create_branch(repo, branch="dev", revision="step-0002")
     api.create_tag(repo, tag="v1", revision="main")
     add = [CommitOperationAdd("notes.md", b"mine")]
@@ -123,13 +123,13 @@ def test_earlier_weights_leave_the_hub_s_storage_if_asked(api: HfApi) -> None:
 def test_nothing_is_certified_while_a_kept_state_has_stayed(api: HfApi) -> None:
     repo = "p/stray"
     publish(repo)
-    tiny.done("certify", repo, "--removed", MODELS[1])
+    tiny.done("certify", repo, "--remove", MODELS[1])
     stray = [CommitOperationAdd("merge_state/stray.safetensors", b"state" * 99)]
     api.create_commit(repo, stray, commit_message="left behind", revision="merge-state")
-    run = tiny.cli("certify", repo, "--removed", MODELS[1])
+    run = tiny.cli("certify", repo, "--remove", MODELS[1])
     assert run.code == 1 and "merge_state/stray.safetensors: on the branch merge-state" in run.err
     tiny.done("purge-history", repo, "--yes")
-    tiny.done("certify", repo, "--removed", MODELS[1])
+    tiny.done("certify", repo, "--remove", MODELS[1])
 
 
 def test_it_asks_first(api: HfApi, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

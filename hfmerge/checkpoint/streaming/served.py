@@ -32,13 +32,13 @@ def served_digests(snapshot: Snapshot, files: Sequence[str]) -> dict[str, str]:
     from huggingface_hub import hf_hub_url
     from huggingface_hub.utils import tqdm
 
-    if snapshot.offline or snapshot.gone:
+    if snapshot.offline or snapshot.vanished:
         raise OfflineError(
             f"{snapshot.label}: the Hub does not serve it now; run again online, or without "
             f"{parameter('download', True)}."
         )
     otherwise = f"without {parameter('download', True)} (the digests that the Hub lists are then believed)"
-    total, traffic, found = sum(snapshot.files[file].size for file in files), Traffic(), {}
+    total, traffic, digests = sum(snapshot.files[file].size for file in files), Traffic(), {}
     with (
         hub_errors(snapshot.label),
         tqdm(total=total, desc="Downloading", unit="B", unit_scale=True, name="hfmerge", disable=None) as bar,
@@ -47,8 +47,8 @@ def served_digests(snapshot: Snapshot, files: Sequence[str]) -> dict[str, str]:
             url, size = hf_hub_url(snapshot.name, file, revision=snapshot.commit), snapshot.files[file].size
             # without a digest, so that what the answer says of itself is not looked at
             ranged = RangedFile(f"{snapshot.label}: {file}", url, size, None, traffic, otherwise=otherwise)
-            found[file] = _hashed(ranged, bar.update)
-    return found
+            digests[file] = _hashed(ranged, bar.update)
+    return digests
 
 
 def _hashed(file: RangedFile, progress: Callable[[int], object]) -> str:

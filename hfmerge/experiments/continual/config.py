@@ -57,12 +57,14 @@ def sweep(recipe: Recipe, label: str, sweeps: Sequence[str]) -> list[Variant]:
         axes.append([(path, value.strip()) for value in values.split(",") if value.strip()])
     variants = []
     for chosen in itertools.product(*axes):
-        given = dict(chosen)
+        settings = dict(chosen)
         options = [f"{path.removeprefix('method.options.')}={value}" for path, value in chosen if "options" in path]
-        made = apply_overrides(recipe, method=given.get("method.name"), options=options, norm=given.get("method.norm"))
+        made = apply_overrides(
+            recipe, method=settings.get("method.name"), options=options, norm=settings.get("method.norm")
+        )
         name = ", ".join(f"{path.rpartition('.')[2]}={value}" for path, value in chosen)
         names = [part for part in (label, name) if part]
-        variants.append(Variant(" ".join(names) if label else name, made, given))
+        variants.append(Variant(" ".join(names) if label else name, made, settings))
     return variants
 
 
@@ -82,43 +84,43 @@ def orders(models: int, count: int, seed: int) -> list[tuple[int, ...]]:
     raise AssertionError("there is always another seed")
 
 
-def pair(suite: Suite, names: Sequence[str], refs: Sequence[str], given: Mapping[str, str]) -> list[str]:
+def pair(suite: Suite, names: Sequence[str], refs: Sequence[str], owners: Mapping[str, str]) -> list[str]:
     """The task of every model, in the models' order.
 
-    A task belongs to the model that `given` names, else to the one whose classification head the suite names, else to
+    A task belongs to the model that `owners` names, else to the one whose classification head the suite names, else to
     the one whose name, without what all names begin with, is the task's, else to the only one whose name has the
     task's in it.
 
     Args:
         names, refs: of the models, as results and as the recipe have them.
-        given: task -> model.
+        owners: task -> model.
 
     Raises:
         RecipeError: a model without a task, or with several; all such faults at once.
     """
     problems: list[Problem] = []
     known = {key: i for i, both in enumerate(zip(names, refs, strict=True)) for key in both}
-    found: dict[int, list[str]] = {i: [] for i in range(len(names))}
+    tasks_of: dict[int, list[str]] = {i: [] for i in range(len(names))}
     plain_names = [_plain(name.rpartition("--")[2]) for name in names]
     short = [_plain(name) for name in short_names(names)]
     for task in suite.tasks:
-        owner = given.get(task.name, task.head if task.classifies else None)
+        owner = owners.get(task.name, task.head if task.classifies else None)
         if owner is not None:
             plain = owner.partition("@")[0] if owner not in known else owner
             if plain not in known:
                 problems.append(Problem(f"task {task.name}", f"{show(owner)} is none of the models"))
                 continue
-            found[known[plain]].append(task.name)
+            tasks_of[known[plain]].append(task.name)
             continue
         wanted = _plain(task.name)
         hits = [i for i, name in enumerate(short) if name == wanted]
         hits = hits or [i for i, name in enumerate(plain_names) if wanted in name]
         if len(hits) == 1:
-            found[hits[0]].append(task.name)
-    for task_name in given:
+            tasks_of[hits[0]].append(task.name)
+    for task_name in owners:
         if task_name not in [task.name for task in suite.tasks]:
             problems.append(Problem(f"task {task_name}", f"is not in {suite.name}"))
-    for i, tasks in found.items():
+    for i, tasks in tasks_of.items():
         if len(tasks) != 1 and not problems:
             what = f"has the tasks {', '.join(tasks)}" if tasks else "has no task"
             todo = parameter("tasks", {"TASK": refs[i]})
@@ -130,7 +132,7 @@ def pair(suite: Suite, names: Sequence[str], refs: Sequence[str], given: Mapping
             )
     if problems:
         raise RecipeError(problems, "continual")
-    return [found[i][0] for i in range(len(names))]
+    return [tasks_of[i][0] for i in range(len(names))]
 
 
 def _plain(name: str) -> str:
