@@ -22,7 +22,7 @@ MOST = {
     "cycles of modules, imports for type checking counted": 0,
     "public names with two meanings": 0,
     "functions with more than 8 parameters": 3,
-    "lines of the longest function": 71,
+    "lines of the longest function": 70,
     "flags of the command line named outside of it": 0,
     "places outside methods/ that ask for a method's type or name": 0,
     "lines of ARCHITECTURE.md": 120,

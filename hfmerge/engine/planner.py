@@ -91,9 +91,8 @@ def make_plan(
     if base is None or base.kind != "full":
         raise RecipeError(problems, origin)
     if on_source is not None and not problems:
-        for source in (base, *sources):
-            if source is not None:
-                on_source(source)
+        for source in filter(None, (base, *sources)):
+            on_source(source)
     layouts = Layouts(recipe.trust_remote_code)
     layout = _base_layout(base, layouts, problems, origin)
     _check_duplicates(sources[: len(recipe.models)], problems)

@@ -145,10 +145,7 @@ def learn(
         dataclasses.replace(entry, weight=space.weights_of(optimum.weights, i, DIGITS))
         for i, entry in enumerate(plan.recipe.models)
     )
-    how = f"weights learned by {learning.loss}, {optimum.steps} steps"
-    how += f", from those of the first {count} models" if count else ""
-    how += f", on {name_of(place)}" if place != CPU else ""
-    how += ", stopped early" if optimum.fault is not None else ""
+    how = _how(learning, optimum, count, place)
     warnings += _faults(optimum, space)
     plan = dataclasses.replace(plan, recipe=dataclasses.replace(plan.recipe, models=entries))
     return _warned(plan, warnings), Learned(replays, information, optimum, how, space.groups, name_of(place))
@@ -175,6 +172,14 @@ def _question(opened: Merged | None, action: str, device: str) -> str:
 def _device(opened: Merged | None) -> str:
     """What computed the weights of an existing merge, by its name."""
     return str((opened.last.learned if opened is not None and opened.last.learned else {}).get("device", CPU))
+
+
+def _how(learning: Learning, optimum: Optimum, count: int, place: str) -> str:
+    """What the ledger says about the learning; `count` models had learned weights before."""
+    how = f"weights learned by {learning.loss}, {optimum.steps} steps"
+    how += f", from those of the first {count} models" if count else ""
+    how += f", on {name_of(place)}" if place != CPU else ""
+    return how + (", stopped early" if optimum.fault is not None else "")
 
 
 def _of_devices(opened: Merged | None, learning: str | None, place: str) -> list[str]:

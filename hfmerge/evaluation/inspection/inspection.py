@@ -155,9 +155,7 @@ def inspect_models(
             changes.expect(own)
             return {one.key: one for one in _over(plan, own, work, options, bar=ranks.main)}
 
-    everyone: dict[str, Measured] = {}
-    for part in ranks.together(mine):
-        everyone |= part
+    everyone = {key: one for part in ranks.together(mine) for key, one in part.items()}
     measured = [everyone[param.key] for param in touched]
     return Inspection(
         base=public_name(plan.base),
