@@ -51,12 +51,12 @@ def side_files(base: Snapshot, *, remote_code: bool) -> list[str]:
 
 def is_side_file(name: str) -> bool:
     """Whether a file of that name takes part in loading a model, though it holds no weights and no code."""
-    return _fits(name, _PATTERNS) and not name.endswith(NO_SIDES)
+    return is_fitting(name, _PATTERNS) and not name.endswith(NO_SIDES)
 
 
 def is_code(name: str) -> bool:
     """Whether a file of that name is code that a loader runs where it is trusted, or lies beside such code."""
-    return _fits(name, CODE)
+    return is_fitting(name, CODE)
 
 
 def is_asset(name: str) -> bool:
@@ -71,7 +71,8 @@ def without_code(value: Any) -> Any:
     return [without_code(item) for item in value] if isinstance(value, list) else value
 
 
-def _fits(name: str, patterns: Sequence[str]) -> bool:
+def is_fitting(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a path fits one of the patterns, in as many folders as the pattern has."""
     return any(fnmatch.fnmatchcase(name, pattern) and _level(name, pattern) for pattern in patterns)
 
 

@@ -91,6 +91,19 @@ def same_tokens(base: Snapshot, other: Snapshot) -> bool | None:
     return read_tokens(base) == read_tokens(other)
 
 
+def in_padding(base: Snapshot, other: Snapshot, rows: int) -> list[str]:
+    """Tokens of a model in rows of the embedding that have no token in the base, which else has the same tokens.
+
+    Returns:
+        The tokens by row; none where the two tokenizers give a token, or a row, another meaning.
+    """
+    ours, theirs = read_tokens(base), read_tokens(other)
+    same = all(theirs.get(token) == row for token, row in ours.items())
+    free = {*range(rows)} - {*ours.values()}
+    more = {token: row for token, row in theirs.items() if token not in ours}
+    return sorted(more, key=lambda token: more[token]) if same and {*more.values()} <= free else []
+
+
 def align(
     mode: str, base: Model, base_size: int, models: Sequence[Model], sizes: Sequence[int | None]
 ) -> MergedVocabulary:

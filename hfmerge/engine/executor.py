@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from hfmerge.checkpoint.behaviour import CHOICES, take
 from hfmerge.checkpoint.digests import Digester, folder_digest
 from hfmerge.checkpoint.heads import write_head
 from hfmerge.checkpoint.model import Model, weight_files
@@ -272,6 +273,12 @@ def finish_folder(
         }
     code = plan.recipe.trust_remote_code
     copy_side_files(plan.base.snapshot, list(plan.side_files), folder, changes, remote_code=code)
+    for choice in CHOICES:
+        if choice in plan.chosen:
+            at = plan.chosen[choice]
+            take(choice, (plan.base if at < 0 else plan.deltas[at].source).snapshot, folder)
+        elif choice == "chat_template" and plan.chosen.get("tokenizer", -1) >= 0:
+            take(choice, plan.deltas[plan.chosen["tokenizer"]].source.snapshot, folder)
     if plan.vocabulary is not None and plan.vocabulary.added:
         write_tokenizer(plan.vocabulary, plan.base.snapshot, folder)
     if len({param.file for param in own}) > 1:

@@ -13,7 +13,7 @@ from hfmerge.checkpoint.layout import Layout, Origin, describe_layout, match, wi
 from hfmerge.checkpoint.layout.cache import relevant
 from hfmerge.checkpoint.lora import NO_ENDS, PEFT_PREFIX, AdapterMap, Ends, map_adapter
 from hfmerge.checkpoint.model import Model
-from hfmerge.checkpoint.vocabulary import same_tokens
+from hfmerge.checkpoint.vocabulary import in_padding, same_tokens
 from hfmerge.engine.named_base import compare_base
 from hfmerge.errors import CorruptFileError, ShapeError, UnsupportedError
 from hfmerge.recipe.recipe import Recipe
@@ -131,6 +131,16 @@ def _match_full(
         raise ShapeError(f"{label}: {wrong[0]}{more}; not a fine-tune of {base.snapshot.label}.")
     if layout.vocab_axis and size is None and same_tokens(base.snapshot, source.snapshot) is False:
         size = min(layout.shapes[key][axis] for key, axis in layout.vocab_axis.items())
+        fresh = in_padding(base.snapshot, source.snapshot, size)
+        if fresh and recipe.tokenizer in (source.ref, source.name):
+            size = None  # row by row: the model's tokenizer comes with its rows
+        elif fresh and recipe.vocabulary is None:
+            raise ShapeError(
+                f"{label}: its tokenizer has {some(fresh)} in rows of the embedding that the base has no tokens for; "
+                f"set `tokenizer: {source.name}` to have them in the merge, or `vocabulary: base` to leave them out."
+            )
+        elif fresh:
+            warnings.append(f"{label}: {some(fresh)} are tokens that the base does not have; the merge lacks them.")
     if size is not None and recipe.vocabulary is None:
         rows = min(layout.shapes[key][axis] for key, axis in layout.vocab_axis.items())
         what = f"{size} rows, the base {rows}" if size != rows else "as many tokens as the base's, but other ones"

@@ -125,6 +125,8 @@ class Plan:
     A plan is plain data. It holds no open file and no built model.
     `leaving` are models that the prior state holds and that are subtracted from it, with their weights.
     `untied` are the models for which the base is untied (see `engine.untying`); `base` then has all ends of its ties.
+    `chosen` says of which model the files of a choice are (see `checkpoint.behaviour`), -1 for the base. `differing`
+    says for each model in what it is used otherwise than the base.
     """
 
     recipe: Recipe
@@ -143,6 +145,8 @@ class Plan:
     leaving: tuple[Delta, ...] = field(default=(), repr=False)
     leaving_weights: tuple[Weight, ...] = ()
     untied: tuple[int, ...] = ()
+    chosen: Mapping[str, int] = field(default_factory=dict)
+    differing: tuple[tuple[str, ...], ...] = ()
 
     def weights_of(self, param: Param) -> tuple[float, ...]:
         """The models' weights in one merged parameter, in order."""

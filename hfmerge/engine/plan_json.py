@@ -6,6 +6,7 @@ import dataclasses
 import json
 from typing import Any
 
+from hfmerge.checkpoint.behaviour import CHOICES
 from hfmerge.engine.plan import Plan
 from hfmerge.errors import HfMergeError, Problem
 from hfmerge.hub.reference import is_path, is_segment
@@ -94,6 +95,8 @@ def _check_consistent(plan: Plan) -> None:
             raise ValueError(f"a head has the name {show(head.slug)} and the model {model}")
     if not all(0 <= model < count for model in plan.untied):
         raise ValueError(f"{show(list(plan.untied))} are not all models that untie the base")
+    if any(name not in CHOICES or not -1 <= model < count for name, model in plan.chosen.items()):
+        raise ValueError(f"{show(dict(plan.chosen))} are no choices of models")
     for source in plan.sources:
         if strange := [key for key in source.renamed if key not in source.tensors]:
             raise ValueError(f"{show(strange[0])} is no tensor of {show(source.name)}")

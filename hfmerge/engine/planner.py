@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from hfmerge.checkpoint.behaviour import CHOICES, files_of, template, unlike_base
 from hfmerge.checkpoint.custom_code import check_allowed, own_code
 from hfmerge.checkpoint.delta import Delta
 from hfmerge.checkpoint.describe import describe
@@ -90,47 +91,40 @@ def make_plan(
     if base is None or base.kind != "full":
         raise RecipeError(problems, origin)
     if on_source is not None and not problems:
-        for source in (base, *sources):
-            if source is not None:
-                on_source(source)
+        for source in filter(None, (base, *sources)):
+            on_source(source)
     layouts = Layouts(recipe.trust_remote_code)
     layout = _base_layout(base, layouts, problems, origin)
     _check_duplicates(sources[: len(recipe.models)], problems)
     base, layout, matched = _with_ends(recipe, base, layout, layouts, sources)
     problems += [Problem(places[i], text) for i, text in matched.problems]
     warnings += matched.warnings
-    deltas, heads, sizes = matched.deltas, matched.heads, matched.sizes
     if not problems:
         _check_slugs(sources[: len(recipe.models)], problems)
     if problems:
         raise RecipeError(problems, origin)
-    whole, gone = deltas[: len(recipe.models)], deltas[len(recipe.models) :]
-    vocabulary = _vocabulary(recipe, base, layout, whole, sizes, leaving=bool(gone), origin=origin)
+    whole, gone = matched.deltas[: len(recipe.models)], matched.deltas[len(recipe.models) :]
+    vocabulary = _vocabulary(recipe, base, layout, whole, matched.sizes, leaving=bool(gone), origin=origin)
     method = build_method(recipe)
     params = _params(recipe, base, layout, whole, gone, vocabulary, warnings)
     if not any(param.touched for param in params):
         raise RecipeError([Problem("models", "no model changes any parameter that is merged")], origin)
     _check_beside(params, whole, origin)
     keep = _kept_states(recipe, method, len(whole), prior.count if prior else 0)
-    sides = _side_files(recipe, base, params)
-    needed = _as_needed(recipe, base, whole)
+    chosen = _chosen(recipe, whole, vocabulary, origin)
+    needed = _as_needed(recipe, base, whole, chosen)
+    differing = tuple(unlike_base(base.snapshot, delta.source.snapshot) for delta in whole)
+    warnings += _unlike([delta.source for delta in whole], differing, chosen)
     known = BaseLayout(layout.architecture, layout.tied, layout.missing, layout.unexpected)
     plan = Plan(
-        needed, method, base, known, tuple(whole), params, tuple(heads), vocabulary, sides, keep, prior,
-        Estimate(0, 0, 0, 0, 0, 0, 0, 0.0), tuple(warnings), tuple(gone),
-        tuple(entry.weight for entry in leaving), matched.untied,
+        needed, method, base, known, tuple(whole), params, tuple(matched.heads), vocabulary,
+        _side_files(recipe, base, params), keep, prior, Estimate(0, 0, 0, 0, 0, 0, 0, 0.0), tuple(warnings),
+        tuple(gone), tuple(entry.weight for entry in leaving), matched.untied, chosen, differing,
     )  # fmt: skip
     plan = with_estimate(replace(plan, warnings=(*plan.warnings, *_weights_that_meet(plan, origin))))
     if streaming is not None:
         leave_session(streaming)
     return plan
-
-
-def _side_files(recipe: Recipe, base: Model, params: Sequence[Param]) -> tuple[str, ...]:
-    """The side files of the base that the merge copies: those that it does not write itself."""
-    written = {param.file for param in params}
-    names = side_files(base.snapshot, remote_code=recipe.trust_remote_code)
-    return tuple(name for name in names if name not in written)
 
 
 def _described(
@@ -294,13 +288,23 @@ def _code_problems(places: Sequence[str], sources: Sequence[Model | None], base:
             yield Problem(place, str(error))
 
 
-def _as_needed(recipe: Recipe, base: Model, deltas: Sequence[Delta]) -> Recipe:
+def _side_files(recipe: Recipe, base: Model, params: Sequence[Param]) -> tuple[str, ...]:
+    """Files of the base that are copied; those of modules that are merged are written."""
+    written = {param.file for param in params}
+    every = side_files(base.snapshot, remote_code=recipe.trust_remote_code)
+    return tuple(name for name in every if name not in written)
+
+
+def _as_needed(recipe: Recipe, base: Model, deltas: Sequence[Delta], chosen: Mapping[str, int]) -> Recipe:
     """The recipe without a trust that nothing needed, so that what is recorded of it follows from the sources."""
     models = [one for delta in deltas for one in (delta.source, delta.source.beneath) if one is not None]
     code = bool(own_code(base, whole=True)) or any(own_code(one, whole=False) for one in models)
     pickled = any(one.pickled for one in (base, *models))
+    # a ledger knows a model by its name, and never by a path
+    names: dict[str, Any] = {choice: deltas[i].source.name if i >= 0 else "base" for choice, i in chosen.items()}
     return replace(
         recipe,
+        **names,
         trust_remote_code=recipe.trust_remote_code and code,
         allow_pickle=recipe.allow_pickle and pickled,
     )
@@ -400,6 +404,58 @@ def is_merged(recipe: Recipe, key: str) -> bool:
     """Whether the recipe's patterns let models change a parameter."""
     inside = not recipe.include or any(fnmatch.fnmatchcase(key, pattern) for pattern in recipe.include)
     return inside and not any(fnmatch.fnmatchcase(key, pattern) for pattern in recipe.exclude)
+
+
+def _chosen(
+    recipe: Recipe, deltas: Sequence[Delta], vocabulary: MergedVocabulary | None, origin: str
+) -> dict[str, int]:
+    """Index of the model that each choice of the recipe names, -1 for the base.
+
+    Raises:
+        RecipeError: no model of the merge, or one without such files; a tokenizer beside a united vocabulary.
+    """
+    found: dict[str, int] = {}
+    problems = []
+    for choice in CHOICES:
+        wanted = getattr(recipe, choice)
+        if wanted is None:
+            continue
+        at = named_model(wanted, recipe.models, [delta.source for delta in deltas])
+        if at is None:
+            names = ", ".join(delta.source.name for delta in deltas)
+            problems.append(Problem(choice, f"{show(wanted)} is neither base nor a model of the merge: {names}"))
+        elif at >= 0 and not (
+            files_of(choice, deltas[at].source.snapshot)
+            or (choice == "chat_template" and template(deltas[at].source.snapshot) is not None)
+        ):
+            problems.append(Problem(choice, f"{deltas[at].source.snapshot.label} has none"))
+        elif choice == "tokenizer" and vocabulary is not None and vocabulary.added:
+            problems.append(Problem(choice, "the vocabularies are united, and so is the tokenizer; leave it out"))
+        else:
+            found[choice] = at
+    if problems:
+        raise RecipeError(problems, origin)
+    return found
+
+
+def named_model(wanted: str, entries: Sequence[ModelEntry], sources: Sequence[Model]) -> int | None:
+    """Index of the model with a reference or a name, -1 for the word base, None for no model."""
+    if wanted == "base":
+        return -1
+    pairs = enumerate(zip(entries, sources, strict=True))
+    hits = [i for i, (entry, source) in pairs if wanted in (entry.model, source.name, source.snapshot.label)]
+    return hits[0] if len(hits) == 1 else None
+
+
+def _unlike(models: Sequence[Model], differing: Sequence[tuple[str, ...]], chosen: Mapping[str, int]) -> Iterator[str]:
+    """One line for each model that is used otherwise than the base, and whose files the merge does not get."""
+    for i, (model, words) in enumerate(zip(models, differing, strict=True)):
+        if words and i not in chosen.values():
+            keys = " or ".join(f"`{choice}: {model.name}`" for choice in CHOICES)
+            yield (
+                f"{model.snapshot.label} is used otherwise than the base: {', '.join(words)}. The merge has what the "
+                f"base has; choose its own with {keys}."
+            )
 
 
 def _check_beside(params: Sequence[Param], deltas: Sequence[Delta], origin: str) -> None:

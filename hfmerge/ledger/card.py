@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from hfmerge.checkpoint.behaviour import CHOICES
 from hfmerge.errors import LedgerError
 from hfmerge.ledger.entry import Entry, Material
 from hfmerge.methods import registry
@@ -159,6 +160,7 @@ def block(entries: Sequence[Entry], facts: Mapping[str, Any]) -> str:
             for e in entries
         ],
         learned=_learned(last),
+        usage=_usage(last),
         untied=", ".join(m.name for m in last.models if m.untied),
         recipe=fenced(dump_yaml(public_recipe(last)), "yaml"),
         citations=fenced("\n".join(c.bibtex for c in method.citations) if method else "", "bibtex"),
@@ -168,13 +170,10 @@ def block(entries: Sequence[Entry], facts: Mapping[str, Any]) -> str:
 
 def _other_base(model: Material, base: Material) -> str:
     """What an adapter names as its base, where that is not the name of the model that it was merged onto."""
-    onto = model.beneath.rpartition("@")[0] if model.beneath else base.name
+    onto = model.beneath.partition("@")[0] if model.beneath else base.name
     named = model.trained_on
-    return (
-        ""
-        if named is None or named.lower() == onto.removesuffix("@sha256").lower()
-        else f", names {named} as its base"
-    )
+    same = named is None or named.lower() == onto.lower()
+    return "" if same else f", names {named} as its base"
 
 
 def public_recipe(entry: Entry) -> dict[str, Any]:
@@ -194,6 +193,18 @@ def public_recipe(entry: Entry) -> dict[str, Any]:
         if key.declared.get("result") and value not in (None, jsonable(key.default)):
             data[key.name] = value
     return data
+
+
+def _usage(entry: Entry) -> str:
+    """One line on models that are used otherwise than the base, and whose files the merge has; "" without any."""
+    taken = [f"{key.replace('_', ' ')} of {entry.settings[key]}" for key in CHOICES if entry.settings.get(key)]
+    others = [f"{m.name} has another {', '.join(m.differing)}" for m in entry.models if m.differing]
+    if not taken and not others:
+        return ""
+    held = f"The merge has the {', the '.join(taken)}; else" if taken else "The merge has"
+    return f"{held} the base's tokenizer, chat template and generation config. {'; '.join(others)}".rstrip() + (
+        "." if others else ""
+    )
 
 
 def _learned(entry: Entry) -> str:

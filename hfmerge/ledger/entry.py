@@ -56,6 +56,8 @@ class Material:
         subtracted: the model is still in the carried state and was approximately subtracted from the merged change.
         trained_on: the base that an adapter's configuration names: a Hub ID, or a folder's own name. It is a claim.
         untied: the model changes one end of a weight that the base ties, so the merge has a tensor for every end.
+        differing: in what the model is used otherwise than the base, such as "chat template"; see `settings` for the
+            model whose files the merge has.
         kept: SHA-256 of the kept copy of the model, which lies beside the carried states.
     """
 
@@ -76,6 +78,7 @@ class Material:
     subtracted: bool = False
     untied: bool = False
     trained_on: str | None = None
+    differing: tuple[str, ...] = ()
     kept: str | None = None
 
     @property
@@ -108,6 +111,8 @@ class Material:
             data["untied"] = True
         if self.trained_on is not None:
             data["trained_on"] = self.trained_on
+        if self.differing:
+            data["differing"] = list(self.differing)
         if self.kept is not None:
             data["kept"] = self.kept
         return data
@@ -115,7 +120,7 @@ class Material:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Material:
         """Inverse of `to_dict`; see `ledger.schema.material` for what is checked before."""
-        lists = {key: tuple(data.get(key, ())) for key in ("unverified", "contains")}
+        lists = {key: tuple(data.get(key, ())) for key in ("unverified", "contains", "differing")}
         material = cls(**{**data, **lists, "labels": tuple(data["labels"]), "weight": restored(data["weight"])})
         return material
 

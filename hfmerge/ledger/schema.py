@@ -147,6 +147,7 @@ _MATERIAL = record(
         "subtracted": flag,
         "untied": flag,
         "trained_on": model_name,
+        "differing": items(plain_text, LABELS),
         "kept": sha256,
     },
 )

@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from hfmerge.checkpoint.behaviour import CHOICES
 from hfmerge.checkpoint.custom_code import own_code
 from hfmerge.checkpoint.model import Model
 from hfmerge.engine.plan import Plan
@@ -220,6 +222,10 @@ def _plan_from(
     def make(refs: Mapping[str, str], copies: Mapping[str, Path]) -> Plan:
         recipe = recipe_of(replace(last, models=()), refs, merged.consent, base=base)
         models = tuple(_entry(model, refs) if isinstance(model, Material) else model for model in wanted)
+        # a model that has left takes its tokenizer, template and generation config with it
+        there = {"base", *(model.name for model in kept)}
+        gone: dict[str, Any] = {key: None for key in CHOICES if getattr(recipe, key) not in (None, *there)}
+        recipe = replace(recipe, **gone)
         return make_plan(
             replace(recipe, models=models, stream=stream, trust_remote_code=trust),
             prior=start.prior if start else None,

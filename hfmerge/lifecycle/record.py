@@ -162,7 +162,7 @@ def entry_of(
     for i, delta in enumerate(planned.deltas):
         files = outcome.source_digests[i + 1]
         if i < start and files is None:
-            models.append(dataclasses.replace(kept[i], untied=i in planned.untied))
+            models.append(dataclasses.replace(kept[i], untied=i in planned.untied, differing=planned.differing[i]))
             continue
         assert files is not None
         weight, norm = recipe.models[i].weight, outcome.squared_norms[i]
@@ -173,6 +173,8 @@ def entry_of(
             fields["subtracted"] = True
         if i in planned.untied:
             fields["untied"] = True
+        if planned.differing[i]:
+            fields["differing"] = list(planned.differing[i])
         models.append(Material.from_dict({**material.to_dict(), **fields}))
     base = _material(planned.base, outcome.source_digests[0] or {}, 1.0, None, doubtful, notes)
     method = planned.method

@@ -78,6 +78,8 @@ class Recipe:
         include, exclude: fnmatch patterns on names of output parameters; empty `include` means all. What is left
             out keeps the base's value.
         vocabulary: "base", "union", or None: vocabularies that differ are an error.
+        tokenizer, chat_template, generation_config: "base", or a model of `models`, by its reference or name, whose
+            files the merge gets; None: the base's. Without `chat_template` the template comes with the tokenizer.
         state: which carried states are kept: "none", "last", "all", or after every k-th model.
         output: folder.
         push_to: repository id on the Hub.
@@ -126,6 +128,27 @@ class Recipe:
         metadata=Declared(
             help="how different vocabularies are aligned, by token", metavar="base|union",
             choices=values.VOCABULARIES, foreign=("tokenizer_source",), recorded="always", result=True,
+        ),
+    )  # fmt: skip
+    tokenizer: str | None = field(
+        default=None,
+        metadata=Declared(
+            help="the model whose tokenizer the merge gets, or base (default)", metavar="base|MODEL",
+            recorded="set", result=True,
+        ),
+    )  # fmt: skip
+    chat_template: str | None = field(
+        default=None,
+        metadata=Declared(
+            help="the model whose chat template the merge gets, or base (default: that of the tokenizer)",
+            metavar="base|MODEL", recorded="set", result=True,
+        ),
+    )  # fmt: skip
+    generation_config: str | None = field(
+        default=None,
+        metadata=Declared(
+            help="the model whose generation config the merge gets, or base (default)", metavar="base|MODEL",
+            recorded="set", result=True,
         ),
     )  # fmt: skip
     state: str | int = field(
