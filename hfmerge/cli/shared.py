@@ -17,6 +17,7 @@ from hfmerge.recipe.keys import RecipeKey, keys_of
 from hfmerge.recipe.recipe import Recipe
 from hfmerge.validation.quoting import say, tell
 from hfmerge.validation.strict_yaml import parse_scalar
+from hfmerge.validation.wording import size
 
 
 if TYPE_CHECKING:
@@ -331,10 +332,6 @@ def print_result(args: argparse.Namespace, result: Any, more: Mapping[str, Any] 
         for note in pushed.notes:
             tell(f"note: {note}")
     return 0
-
-
-def size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def print_json(value: Any) -> None:

@@ -184,7 +184,7 @@ def _compared(
             if reason is None:
                 found.alike.append(name)
             else:
-                found.wrong.append(f"{name} comes out differently{reason}")
+                found.wrong.append(f"{name} differs in the replay{reason}")
         elif explained and path[:2] == ("byproducts", "states") and path[-1] == "sha256":
             found.states.append(made.states[int(path[2])].count)
         elif not (explained and _near(str(path[-1]), ours, theirs)):

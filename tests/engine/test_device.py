@@ -123,7 +123,7 @@ def test_replay_asks_for_bytes_of_the_same_device_only(root: Path, tmp_path: Pat
     path.write_text(json.dumps(entry, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
     there, _ = beside(tmp_path, [["verify", str(out), "--replay", *ON, "--json"]])
     for check in map(replay, (there, tiny.cli("verify", out, "--replay", "--json"))):
-        assert check["verdict"] == "failed" and "model.safetensors comes out differently" in check["detail"]
+        assert check["verdict"] == "failed" and "model.safetensors differs in the replay" in check["detail"]
     entry["environment"]["fingerprint"] = "0" * 64
     path.write_text(json.dumps(entry, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
     off = replay(tiny.cli("verify", out, "--replay", "--json"))
