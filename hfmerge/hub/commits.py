@@ -10,6 +10,7 @@ from typing import Any
 
 from hfmerge.errors import PushError
 from hfmerge.hub.client import Patience, patiently, pause_after, status_of
+from hfmerge.hub.progress_bar import only_on_a_terminal
 
 
 UPLOADING = Patience(whole=15.0)
@@ -131,6 +132,7 @@ def upload(
     free_memory: bool = False,
 ) -> None:
     """Upload a file without a commit, if it is large. Parts that arrived earlier are not sent again."""
+    only_on_a_terminal()
     patiently(
         lambda: api.preupload_lfs_files(
             repo_id, [operation], revision=revision, create_pr=create_pr or None, free_memory=free_memory

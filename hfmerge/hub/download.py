@@ -8,6 +8,7 @@ from pathlib import Path
 
 from hfmerge.errors import NotFoundError, SourceError
 from hfmerge.hub.client import hub_api, hub_errors, patiently
+from hfmerge.hub.progress_bar import only_on_a_terminal
 from hfmerge.hub.reference import FileInfo, ModelRef, Snapshot, checked_path, is_commit, is_segment
 from hfmerge.validation.folders import files_in
 from hfmerge.validation.limits import FILES
@@ -122,6 +123,7 @@ def fetch(snapshot: Snapshot, file: str) -> Path:
         return snapshot.folder / file
     from huggingface_hub import hf_hub_download
 
+    only_on_a_terminal()
     with hub_errors(f"{snapshot.label}: {file}"):
         return Path(
             patiently(lambda: hf_hub_download(snapshot.name, file, revision=snapshot.commit, library_name="hfmerge"))

@@ -62,8 +62,8 @@ def metadata(entries: Sequence[Entry], facts: Mapping[str, Any]) -> dict[str, An
     pointer: dict[str, Any] = {"ledger": last.file, "sha256": last.digest, "steps": last.step}
     if facts.get("repo_id"):
         pointer["repo"] = facts["repo_id"]
-    if facts["site"] != SITE:
-        pointer["site"] = facts["site"]
+    if facts.get("site", SITE) != SITE:
+        pointer["site"] = facts.get("site", SITE)
     data["hfmerge"] = pointer
     return data
 
@@ -132,12 +132,12 @@ def block(entries: Sequence[Entry], facts: Mapping[str, Any]) -> str:
         architecture=Markdown(architecture if architecture.isidentifier() else "AutoModel"),
         method=last.method,
         norm=last.method.norm,
-        base_link=_link(last.base, facts["site"]),
+        base_link=_link(last.base, facts.get("site", SITE)),
         base_pin=_pin(last.base),
         merged_norm=f"{last.scalars.merged_norm:.4g}",
         models=[
             {
-                "link": _link(m, facts["site"]),
+                "link": _link(m, facts.get("site", SITE)),
                 "pin": _pin(m),
                 "kind": ("LoRA adapter" if m.kind == "adapter" else "full model")
                 + (", approximately subtracted" if m.subtracted else ""),
