@@ -38,7 +38,7 @@ def steps() -> list[Callable[[], Any]]:
 
     from hfmerge.engine.partition import TILE
     from hfmerge.methods.ties import ties
-    from hfmerge.methods.trimming import KthMagnitude, kth_magnitude, parts, thinned
+    from hfmerge.methods.trimming import KthMagnitude, flat_pieces, kth_magnitude, thinned
     from hfmerge.task_vector import Dense
 
     torch.set_num_threads(1)
@@ -60,7 +60,7 @@ def steps() -> list[Callable[[], Any]]:
         """Through a tensor of as many pieces as there are models; a larger one costs less, for its sample."""
         search = KthMagnitude([thinned(change, MODELS * TILE) for change in changes], MODELS * TILE, ties.density)
         for change in changes:
-            for part in parts(change):
+            for part in flat_pieces(change):
                 search.add(part)
         search.settle()
 

@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from evaluation.import_bench import BASE, LORA, model_id, tasks_of
-from hfmerge.evaluation.results import Matrix, load_results, table
+from hfmerge.evaluation.results import Matrix, load_results, markdown_table
 from hfmerge.validation.quoting import Markdown
 
 
@@ -162,7 +162,7 @@ def summary(
     rows = {f"{task_name} ({counts[task_name]} rows)": values for task_name, values in rows.items()}
     rows[Markdown("**mean**")] = [sum(values) / len(values) for values in zip(*rows.values(), strict=True)]
     cells = [[f"{value:.3f}" for value in values] for values in rows.values()]
-    return table("task", ["alone", "base encoder", *merges, *same], list(rows), cells)
+    return markdown_table("task", ["alone", "base encoder", *merges, *same], list(rows), cells)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from evaluation.import_bench import base_folder, labels_of, tasks_of
-from hfmerge.evaluation.results import table
+from hfmerge.evaluation.results import markdown_table
 from hfmerge.experiments.continual import metrics
 from hfmerge.experiments.continual.config import orders
 from hfmerge.validation.quoting import Markdown
@@ -182,7 +182,7 @@ def _markdown(data: Mapping[str, Any]) -> str:
     if first:
         order = ", ".join(tasks[i] for i in first["order"])
         how += f" Sequential in the order {order}: BWT, /(T-1) {first['backward_transfer']:.3f}."
-    return f"{how}\n\n" + table("task", list(found), [*names, Markdown("**mean**")], cells)
+    return f"{how}\n\n" + markdown_table("task", list(found), [*names, Markdown("**mean**")], cells)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from hfmerge.validation.wording import parameter
 
 
 _SHOWN = 3
-"""Names in a message."""
+"""How many names a message shows."""
 
 
 def own_code(source: Model, *, whole: bool) -> list[str]:

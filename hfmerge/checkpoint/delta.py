@@ -15,7 +15,7 @@ from hfmerge.checkpoint.lora import AdapterMap, LoraOrigin
 from hfmerge.checkpoint.model import Model
 from hfmerge.checkpoint.reader import Reader, Rows
 from hfmerge.checkpoint.streaming.session import Streaming
-from hfmerge.checkpoint.vocabulary import Vocabulary, aligned_change, extended_factors
+from hfmerge.checkpoint.vocabulary import MergedVocabulary, aligned_change, extended_factors
 from hfmerge.errors import ShapeError
 from hfmerge.task_vector import Dense, TaskVector
 
@@ -145,7 +145,7 @@ class DeltaReader:
         self,
         key: str,
         base: Callable[[], Tensor],
-        aligned: tuple[Vocabulary, int, int] | None = None,
+        aligned: tuple[MergedVocabulary, int, int] | None = None,
         rows: Rows | None = None,
     ) -> TaskVector | None:
         """The change of one stored tensor, or None when the model does not touch it.
@@ -168,7 +168,7 @@ class DeltaReader:
                     f"{key}: base {tuple(origin.shape)} but {self.delta.source.snapshot.label} {tuple(value.shape)}"
                 )
             else:
-                # the value is this call's own memory
+                # the value is a fresh tensor of this call, so it may be changed in place
                 result = Dense(value.sub_(origin))
         if key in self.delta.lora:
             factors = self.delta.lora[key].read(self.reader)

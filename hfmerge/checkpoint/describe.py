@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hfmerge.checkpoint.headers import FLOATS, OTHERS, TensorEntry, pickle_entries, read_header
 from hfmerge.checkpoint.model import Model
-from hfmerge.checkpoint.schema import read_json
+from hfmerge.checkpoint.schema import read_snapshot_json
 from hfmerge.checkpoint.streaming.session import Streaming, ranged_file, remote_header
 from hfmerge.errors import CorruptFileError, NotFoundError, OfflineError, SourceError, UnsupportedError
 from hfmerge.hub.download import cached, fetch, pin
@@ -75,8 +75,8 @@ def _describe_pinned(ref: str, snapshot: Snapshot, allow_pickle: bool, streaming
             raise UnsupportedError(
                 f"{snapshot.label}: holds an adapter and a full model; keep one of them per revision or folder."
             )
-        config = read_json(snapshot, "config.json") if "config.json" in names else {}
-        adapter = read_json(snapshot, "adapter_config.json")
+        config = read_snapshot_json(snapshot, "config.json") if "config.json" in names else {}
+        adapter = read_snapshot_json(snapshot, "adapter_config.json")
         tensors, pickled, streams = _headers(snapshot, "adapter_model", allow_pickle, streaming)
         return Model(ref, snapshot, "adapter", config, adapter, tensors, pickled, streams=streams)
     if "config.json" not in names:
@@ -84,7 +84,7 @@ def _describe_pinned(ref: str, snapshot: Snapshot, allow_pickle: bool, streaming
             f"{snapshot.label}: neither config.json nor adapter_config.json; not a model that transformers or peft "
             "can load."
         )
-    config = read_json(snapshot, "config.json")
+    config = read_snapshot_json(snapshot, "config.json")
     quantised = config.get("quantization_config")
     if quantised:
         how = quantised.get("quant_method", "an unnamed method") if isinstance(quantised, dict) else quantised
@@ -104,10 +104,10 @@ def _headers(
     """Tensors of a checkpoint from its headers, in stored order, whether it is pickled, and the files streamed."""
     for suffix, pickled in (("safetensors", False), ("bin", True)):
         single, index = f"{stem}.{suffix}", f"{stem}.{suffix}.index.json"
-        if single in snapshot.files:  # which loaders read first
+        if single in snapshot.files:  # loaders read this file first
             weight_map, files = None, [single]
         elif index in snapshot.files:
-            weight_map = read_json(snapshot, index)["weight_map"]
+            weight_map = read_snapshot_json(snapshot, index)["weight_map"]
             if not weight_map:
                 raise CorruptFileError(f"{snapshot.label}: {index} has an empty weight_map; upload it again.")
             files = sorted(set(weight_map.values()))
@@ -161,12 +161,12 @@ def _beside(snapshot: Snapshot, file: str) -> Mapping[str, TensorEntry]:
 
 
 def _check_online(snapshot: Snapshot, file: str) -> None:
-    """What the cache does not hold may well be on the Hub.
+    """Check that the Hub was asked for a file that the cache does not hold.
 
     Raises:
         OfflineError: the Hub could not be asked. NotFoundError: it no longer has the commit.
     """
-    if snapshot.gone:
+    if snapshot.vanished:
         raise NotFoundError(
             f"{snapshot.label}: the Hub no longer has this repository or commit, and {file} is not in the cache."
         )

@@ -137,7 +137,7 @@ class Apart:
             CancelledError: `close` was called.
         """
         found = self._asked(path) if os.path.getsize(path) >= LARGE else None
-        # whatever went wrong there is met here as well
+        # an error of the other process shows again when this one reads the file
         return found or sha256_file(path, self._tick)
 
     def _asked(self, path: str) -> str | None:

@@ -115,13 +115,13 @@ def _said(value: Any) -> str:
 def _entry(file: str, info: Any) -> tuple[tuple[int, int], TensorEntry]:
     """First byte and end of a tensor, and what it is. Raises ValueError."""
     if not isinstance(info, dict) or info.keys() != {"dtype", "shape", "data_offsets"}:
-        raise ValueError("has an entry that is none of a tensor")
+        raise ValueError("has an entry that does not describe a tensor")
     dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
     if type(dtype) is not str or type(shape) is not list or type(offsets) is not list or len(offsets) != 2:
-        raise ValueError("has an entry that is none of a tensor")
+        raise ValueError("has an entry that does not describe a tensor")
     DIMENSIONS.check(len(shape))
     if not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, *offsets)):
-        raise ValueError("has a size that is none")
+        raise ValueError("has a size that is no whole number from 0 on")
     return (offsets[0], offsets[1]), TensorEntry(file, dtype, tuple(shape), offsets[1] - offsets[0])
 
 

@@ -17,7 +17,7 @@ from hfmerge.checkpoint.headers import read_header
 from hfmerge.checkpoint.layout.skeleton import bounded_by, find_class, one_line
 from hfmerge.checkpoint.model import Model
 from hfmerge.checkpoint.reader import Reader
-from hfmerge.checkpoint.schema import read_json
+from hfmerge.checkpoint.schema import read_snapshot_json
 from hfmerge.checkpoint.streaming.session import Streaming
 from hfmerge.checkpoint.writer import SafetensorsWriter, Slot
 from hfmerge.errors import NotFoundError, SourceError
@@ -27,7 +27,7 @@ from hfmerge.hub.download import fetch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-FOLDER = "heads"
+HEADS_FOLDER = "heads"
 LABEL_KEYS = ("id2label", "label2id", "problem_type")
 TASK_CLASSES = {
     "SEQ_CLS": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
@@ -106,7 +106,7 @@ def write_head(head: Head, source: Model, folder: Path, streaming: Streaming | N
 
     Tensors keep the source's bytes and dtypes. `streaming` holds the files that the source streams.
     """
-    target = folder / FOLDER / head.slug
+    target = folder / HEADS_FOLDER / head.slug
     target.mkdir(parents=True)
     slots = {name: Slot(source.tensors[key].dtype, source.tensors[key].shape) for name, key in head.tensors.items()}
     writer = SafetensorsWriter(target / "model.safetensors", slots)
@@ -119,7 +119,7 @@ def write_head(head: Head, source: Model, folder: Path, streaming: Streaming | N
         writer.close(complete=False)
     text = json.dumps(dict(head.config), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     (target / "config.json").write_text(text, encoding="utf-8")
-    return [f"{FOLDER}/{head.slug}/{name}" for name in ("config.json", "model.safetensors")]
+    return [f"{HEADS_FOLDER}/{head.slug}/{name}" for name in ("config.json", "model.safetensors")]
 
 
 def load_with_head(model: str | Path, source: str, **options: Any) -> PreTrainedModel:
@@ -144,14 +144,14 @@ def load_with_head(model: str | Path, source: str, **options: Any) -> PreTrained
     backbone = describe(str(model))
     snapshot = backbone.snapshot
     slug = source.partition("@")[0].rstrip("/").replace("/", "--")
-    prefix = f"{FOLDER}/{slug}/"
+    prefix = f"{HEADS_FOLDER}/{slug}/"
     file = f"{prefix}model.safetensors"
     if file not in snapshot.files:
         held = sorted(
-            {name.split("/")[1].replace("--", "/") for name in snapshot.files if name.startswith(f"{FOLDER}/")}
+            {name.split("/")[1].replace("--", "/") for name in snapshot.files if name.startswith(f"{HEADS_FOLDER}/")}
         )
         raise NotFoundError(f"{snapshot.label}: no head of {source}; it keeps heads of: {', '.join(held) or 'none'}.")
-    config = read_json(snapshot, f"{prefix}config.json")
+    config = read_snapshot_json(snapshot, f"{prefix}config.json")
     name = next(iter(config.get("architectures") or ()), None)
     known = getattr(transformers, str(name), None)
     if not (isinstance(known, type) and issubclass(known, transformers.PreTrainedModel)):
@@ -161,7 +161,7 @@ def load_with_head(model: str | Path, source: str, **options: Any) -> PreTrained
     cls, settings = found
     rows = backbone.config.get("vocab_size")
     if rows is not None and hasattr(settings, "vocab_size"):
-        settings.vocab_size = rows  # the backbone's, where vocabularies were aligned
+        settings.vocab_size = rows  # the backbone may have other rows, where vocabularies were aligned
     shapes = dict(backbone.shapes)
     shapes |= {key: entry.shape for key, entry in read_header(fetch(snapshot, file), file).entries.items()}
     state: dict[str, Any] = {}

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from hfmerge.checkpoint.layout import Layout
     from hfmerge.checkpoint.reader import Reader
 
-PREFIX = "base_model.model."
+PEFT_PREFIX = "base_model.model."
 
 PLAIN: Mapping[str, tuple[Any, ...]] = {
     "use_dora": (False, None),
@@ -124,7 +124,7 @@ def map_adapter(source: Model, base: Layout) -> AdapterMap:
     replaced: dict[str, str] = {}
     heads: dict[str, str] = {}
     for key in source.tensors:
-        path = key.removeprefix(PREFIX)
+        path = key.removeprefix(PEFT_PREFIX)
         if path.endswith((".lora_B.weight", ".lora_embedding_B")):
             continue
         if path.endswith(".lora_A.weight"):

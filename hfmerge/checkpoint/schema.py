@@ -159,7 +159,7 @@ def kind_of_file(file: str) -> Kind:
     return _INDEX if file.endswith(".index.json") else _KINDS.get(file.rpartition("/")[2], record({}, strict=False))
 
 
-def read_json(snapshot: Snapshot, file: str) -> Any:
+def read_snapshot_json(snapshot: Snapshot, file: str) -> Any:
     """A small JSON file of a snapshot, checked against what such a file may say (see `kind_of_file`).
 
     Raises:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hfmerge.checkpoint.schema import read_json
+from hfmerge.checkpoint.schema import read_snapshot_json
 from hfmerge.hub.download import fetch
 from hfmerge.hub.reference import Snapshot
 
@@ -91,7 +91,7 @@ def copy_side_files(
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if name == "config.json":
-            read = dict(read_json(base, name))
+            read = dict(read_snapshot_json(base, name))
             config = read if remote_code else without_code(read)
             for key in ("_name_or_path", "transformers_weights"):
                 config.pop(key, None)

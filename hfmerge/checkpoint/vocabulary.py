@@ -24,7 +24,7 @@ from hfmerge.validation.limits import TOKENIZER_BYTES
 if TYPE_CHECKING:
     from torch import Tensor
 
-TOKENIZER_FILES = (
+VOCABULARY_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
@@ -40,7 +40,7 @@ TOKENIZER_FILES = (
 
 
 @dataclass(frozen=True)
-class Vocabulary:
+class MergedVocabulary:
     """The rows of one merge's vocabulary.
 
     Attributes:
@@ -64,7 +64,7 @@ def read_tokens(snapshot: Snapshot) -> dict[str, int]:
     """
     from transformers import AutoTokenizer
 
-    names = [name for name in TOKENIZER_FILES if name in snapshot.files]
+    names = [name for name in VOCABULARY_FILES if name in snapshot.files]
     if not any(name.startswith(("tokenizer", "vocab", "spiece", "sentencepiece")) for name in names):
         raise UnsupportedError(f"{snapshot.label}: no tokenizer files, so its rows cannot be matched by token.")
     files = [fetch(snapshot, name) for name in names]
@@ -91,7 +91,9 @@ def same_tokens(base: Snapshot, other: Snapshot) -> bool | None:
     return read_tokens(base) == read_tokens(other)
 
 
-def align(mode: str, base: Model, base_size: int, models: Sequence[Model], sizes: Sequence[int | None]) -> Vocabulary:
+def align(
+    mode: str, base: Model, base_size: int, models: Sequence[Model], sizes: Sequence[int | None]
+) -> MergedVocabulary:
     """Match every model's rows with the output's.
 
     Args:
@@ -129,10 +131,10 @@ def align(mode: str, base: Model, base_size: int, models: Sequence[Model], sizes
             continue
         pairs = sorted((output[token], row) for token, row in tokens_of.items() if token in output)
         rows.append((tuple(out for out, _ in pairs), tuple(row for _, row in pairs)))
-    return Vocabulary(base_size + len(added), base_size, tuple(added), tuple(rows))
+    return MergedVocabulary(base_size + len(added), base_size, tuple(added), tuple(rows))
 
 
-def extended_base(vocabulary: Vocabulary, base: Tensor, values: Sequence[Tensor | None], axis: int) -> Tensor:
+def extended_base(vocabulary: MergedVocabulary, base: Tensor, values: Sequence[Tensor | None], axis: int) -> Tensor:
     """The base's tensor with rows for the added tokens: the mean over the sources that have them (float32).
 
     Args:
@@ -155,7 +157,7 @@ def extended_base(vocabulary: Vocabulary, base: Tensor, values: Sequence[Tensor 
     return torch.cat([base, mean[vocabulary.base_size :]]).movedim(0, axis).contiguous()
 
 
-def aligned_change(vocabulary: Vocabulary, model: int, base: Tensor, value: Tensor, axis: int) -> Tensor:
+def aligned_change(vocabulary: MergedVocabulary, model: int, base: Tensor, value: Tensor, axis: int) -> Tensor:
     """A model's change in the output's rows: zero for tokens it lacks.
 
     Args:
@@ -177,7 +179,7 @@ def aligned_change(vocabulary: Vocabulary, model: int, base: Tensor, value: Tens
     return change
 
 
-def extended_factors(vocabulary: Vocabulary, change: LowRank, axis: int) -> LowRank:
+def extended_factors(vocabulary: MergedVocabulary, change: LowRank, axis: int) -> LowRank:
     """An adapter's change of the base's rows in the output's rows: zero for the added tokens."""
     import torch
 
@@ -187,7 +189,7 @@ def extended_factors(vocabulary: Vocabulary, change: LowRank, axis: int) -> LowR
     return LowRank(change.up, torch.nn.functional.pad(change.down, (0, added)))
 
 
-def write_tokenizer(vocabulary: Vocabulary, base: Snapshot, folder: Path) -> list[str]:
+def write_tokenizer(vocabulary: MergedVocabulary, base: Snapshot, folder: Path) -> list[str]:
     """Save the base's tokenizer with the added tokens into `folder`; returns the files written.
 
     Raises:
@@ -195,7 +197,7 @@ def write_tokenizer(vocabulary: Vocabulary, base: Snapshot, folder: Path) -> lis
     """
     from transformers import AutoTokenizer
 
-    names = [name for name in TOKENIZER_FILES if name in base.files]
+    names = [name for name in VOCABULARY_FILES if name in base.files]
     source = {fetch(base, name).parent for name in names}.pop()
     tokenizer = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
     tokenizer.add_tokens(list(vocabulary.added))

@@ -234,7 +234,7 @@ class disk_errors:
 
 
 def _allocate(fd: int, size: int) -> None:
-    """Reserve the space, so that a full disk shows now; file systems that cannot are left to fail at the write."""
+    """Reserve the space, so that a full disk fails now; a file system that cannot reserve fails at the write."""
     try:
         os.posix_fallocate(fd, 0, size)
     except OSError as error:

@@ -100,11 +100,11 @@ def _print_behaviour(args: argparse.Namespace, behaviour: Behaviour) -> int:
     if args.json or not first_process():
         return 0
     say("", *behaviour.matrix.to_markdown().split("\n"))
-    same = "the same bytes" if behaviour.identical else "NOT the same bytes"
+    same = "has the same bytes as" if behaviour.identical else "does NOT have the same bytes as"
     say(
-        f"{same} as a merge that never saw it: weights off by {behaviour.distance:.2g} of its change of the base, "
-        f"the other tasks by {100 * behaviour.retained_gap:.1f} points"
+        f"the result {same} a merge that never held the model: the weights differ by {behaviour.distance:.2g} of that "
+        f"merge's change, the scores of the other tasks by {100 * behaviour.retained_gap:.1f} points"
     )
     for task, residual in behaviour.residual.items():
-        say(f"{task}: {100 * residual:+.1f} points against never merged")
+        say(f"{task}: {100 * residual:+.1f} points compared with a merge that never held the model")
     return 0

@@ -83,7 +83,7 @@ def _continual(args: argparse.Namespace) -> int:
     if not args.no_plots:
         with styled():  # what is missing is told before any work
             pass
-    asked = Experiment(
+    experiment = Experiment(
         tuple(variants),
         load_suite(args.suite),
         args.orders,
@@ -94,7 +94,7 @@ def _continual(args: argparse.Namespace) -> int:
         {task: model for task, _, model in pairs},
     )
     folder = Path(args.output)
-    data = run_continual(asked, folder, notify=None if args.quiet else notify)
+    data = run_continual(experiment, folder, notify=None if args.quiet else notify)
     written = save_continual(data, folder)
     if not args.no_plots:
         written += draw_all([data], folder / "figures")

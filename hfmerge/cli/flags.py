@@ -41,7 +41,7 @@ class Flags(Spelling):
 
 
 def _actions(parser: argparse.ArgumentParser) -> list[argparse.Action]:
-    """What a parser and the parsers of its commands take."""
+    """All actions of a parser and of the parsers of its commands."""
     found = list(parser._actions)
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):

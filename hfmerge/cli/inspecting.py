@@ -26,7 +26,7 @@ from hfmerge.validation.strict_json import read_json_file
 
 
 if TYPE_CHECKING:
-    from hfmerge.evaluation.inspection.inspection import Inspection, Part, Square
+    from hfmerge.evaluation.inspection.inspection import Inspection, LayerStatistics, Square
     from hfmerge.recipe.recipe import Recipe
 
 
@@ -158,50 +158,50 @@ def _draw(results: Sequence[dict[str, Any]], folder: str | None, card: str | Non
     return 0
 
 
-def _print(found: Inspection) -> None:
+def _print(inspection: Inspection) -> None:
     from hfmerge.evaluation.plots.style import short_names
 
-    names = [name[:16] for name in short_names(found.names)]
-    say(f"base   {found.base}")
-    for i, (name, model) in enumerate(zip(names, found.models, strict=True)):
-        share = found.whole.interference[i]
+    names = [name[:16] for name in short_names(inspection.names)]
+    say(f"base   {inspection.base}")
+    for i, (name, model) in enumerate(zip(names, inspection.models, strict=True)):
+        share = inspection.whole.interference[i]
         cleared = "" if share is None else f"  interference {share:.1%}"
-        say(f"model  {name:<16} {model}  norm {found.whole.norms[i]:.4g}{cleared}")
-    _print_square("cosine of task vectors", names, found.whole.cosine)
+        say(f"model  {name:<16} {model}  norm {inspection.whole.norms[i]:.4g}{cleared}")
+    _print_square("cosine of task vectors", names, inspection.whole.cosine)
     title = "share of commonly changed elements that are changed in opposite directions"
-    _print_square(title, names, found.whole.sign_conflict)
-    if found.whole.cancelled is not None:
-        say("", f"lost in the sum by opposite signs: {found.whole.cancelled:.1%} of all change")
-    width = max(len(part.name) for part in found.layers)
+    _print_square(title, names, inspection.whole.sign_conflict)
+    if inspection.whole.cancelled is not None:
+        say("", f"lost in the sum by opposite signs: {inspection.whole.cancelled:.1%} of all change")
+    width = max(len(part.name) for part in inspection.layers)
     head = "  ".join(f"{name:>12}" for name in names)
     say(
         "",
-        f"norm of the change per layer, and interference with the models before (OPCM alpha {found.alpha:g}, "
-        f"{found.variant})",
+        f"norm of the change per layer, and interference with the models before (OPCM alpha {inspection.alpha:g}, "
+        f"{inspection.variant})",
         f"{'layer':<{width}}  {'cosine':>7}  {head}",
     )
-    for part in found.layers:
+    for part in inspection.layers:
         say(f"{part.name:<{width}}  {_mean_cosine(part):>7}  " + "  ".join(_cell(part, i) for i in range(len(names))))
-    if found.spectra:
-        tops = list(found.spectra[0].energy)
+    if inspection.spectra:
+        tops = list(inspection.spectra[0].energy)
         say("", "spectra, means over matrices: stable rank, directions for 90 %, share of energy in the first")
         say(f"{'':<16} {'stable':>7} {'90 %':>6}  " + " ".join(f"{top:>6}" for top in tops))
         for i, name in enumerate(names):
-            own = [spectrum for spectrum in found.spectra if spectrum.model == i]
+            own = [spectrum for spectrum in inspection.spectra if spectrum.model == i]
             if own:
                 stable = sum(one.stable_rank for one in own) / len(own)
                 needed = sum(one.rank90 for one in own) / len(own)
                 shares = [sum(one.energy[top] for one in own) / len(own) for top in tops]
                 say(f"{name:<16} {stable:>7.1f} {needed:>6.1f}  " + " ".join(f"{share:>6.1%}" for share in shares))
-    say("", f"{found.seconds:.1f} s")
+    say("", f"{inspection.seconds:.1f} s")
 
 
-def _cell(part: Part, model: int) -> str:
+def _cell(part: LayerStatistics, model: int) -> str:
     share = part.interference[model]
     return f"{part.norms[model]:>6.3g} {'' if share is None else format(share, '.0%'):>5}"
 
 
-def _mean_cosine(part: Part) -> str:
+def _mean_cosine(part: LayerStatistics) -> str:
     """Mean over pairs; the highest one is in the JSON."""
     pairs = [value for i, row in enumerate(part.cosine) for value in row[:i] if value is not None]
     return f"{sum(pairs) / len(pairs):.3f}" if pairs else "-"

@@ -25,6 +25,7 @@ from hfmerge.cli.hub_settings import WITHOUT_HUB, hub_flags, hub_settings
 from hfmerge.cli.parsing import EXAMPLES, Parser, parse
 from hfmerge.cli.shared import first_process, print_json
 from hfmerge.errors import HfMergeError, LostProcessError
+from hfmerge.hub.progress_bar import only_on_a_terminal
 from hfmerge.validation.quoting import say, tell
 from hfmerge.validation.wording import spelled
 from hfmerge.version import __version__
@@ -63,14 +64,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     args = parse(parser, arguments)
     try:
-        with spelled(Flags(parser)), hub_settings(args):
+        with spelled(Flags(parser)), hub_settings(args), only_on_a_terminal():
             code: int = args.run(args)
         return code
     except HfMergeError as error:
         if os.environ.get("HFMERGE_DEBUG"):
             raise
         if isinstance(error, LostProcessError) and error.reported:
-            pass  # said already, by the first process to know
+            pass  # the first process that noticed has printed it
         elif not first_process():
             # rank 0 raises the same error, unless it is gone itself
             tell(f"hfmerge (process {os.environ.get('RANK')}): {error}")
@@ -148,6 +149,6 @@ def _hub(argv: list[str]) -> int:
     }
     if argv[:1] and argv[0] in commands:
         return commands[argv[0]](argv[1:])
-    asked = argv[:1] in (["--help"], ["-h"])
-    say(*usage.split("\n"), serve.PURPOSE, file=sys.stdout if asked else sys.stderr)
-    return 0 if asked else 2
+    help_asked = argv[:1] in (["--help"], ["-h"])
+    say(*usage.split("\n"), serve.PURPOSE, file=sys.stdout if help_asked else sys.stderr)
+    return 0 if help_asked else 2

@@ -15,7 +15,7 @@ from hfmerge.cli.shared import (
     push_arguments,
     push_flags,
     run_flags,
-    run_options,
+    run_options_from_flags,
     weighted,
 )
 from hfmerge.recipe.keys import keys_of
@@ -91,7 +91,7 @@ def _asked(args: argparse.Namespace) -> Recipe:
 
 
 def _merge(args: argparse.Namespace) -> int:
-    return carry_out(args, "merge", _asked(args), **push_arguments(args), options=run_options(args))
+    return carry_out(args, "merge", _asked(args), **push_arguments(args), options=run_options_from_flags(args))
 
 
 def _plan(args: argparse.Namespace) -> int:
@@ -126,7 +126,7 @@ def _plan(args: argparse.Namespace) -> int:
     if planned.recipe.keep_sources:
         say(f"sources  copies are kept beside the state and published with it: at most {size(need.sources)}")
     if planned.recipe.stream:
-        say(f"stream   {size(need.stream)} from the Hub as they are needed; nothing is stored but the result")
+        say(f"stream   {size(need.stream)} from the Hub as they are needed; only the result is stored")
     say(f"needs    disk {size(need.disk)}, memory about {size(need.memory)}, time about {need.seconds:.0f} s")
     return 0
 

@@ -113,10 +113,10 @@ def _learning(words: Sequence[str]) -> list[str]:
 def _learnable() -> tuple[str, ...]:
     """The keys of `learn`, those of its `replay` with their path."""
     from hfmerge.recipe.learning import Learning
-    from hfmerge.recipe.replay import ReplayAsked
+    from hfmerge.recipe.replay import ReplaySettings
 
     own = [key.name for key in keys_of(Learning) if key.name != "replay"]
-    return (*own, *(f"replay.{key.name}" for key in keys_of(ReplayAsked)))
+    return (*own, *(f"replay.{key.name}" for key in keys_of(ReplaySettings)))
 
 
 def _hint(command: argparse.ArgumentParser, word: str, words: Sequence[str]) -> str:

@@ -86,7 +86,7 @@ def register(command: Command) -> None:
 
 def _history(args: argparse.Namespace) -> int:
     from hfmerge.engine.workspace import recover
-    from hfmerge.ledger.log import method, steps_of, tree
+    from hfmerge.ledger.log import method_line, steps_of, tree
     from hfmerge.ledger.repository import open_merged
     from hfmerge.ledger.seen import acceptance, rewritten
     from hfmerge.recipe.weights import shown
@@ -106,7 +106,7 @@ def _history(args: argparse.Namespace) -> int:
         say(*tree(steps))
     else:
         say(*_table(steps))
-        say("", f"now: {merged.last.base.label} with {method(merged.last)} of")
+        say("", f"now: {merged.last.base.label} with {method_line(merged.last)} of")
         for label, norm in steps[-1].norms.items():
             model = next(one for one in merged.last.models if one.label == label)
             say(f"  {label:<48} {model.kind}, weight {shown(model.weight)}, norm {norm:.4g}")
@@ -115,7 +115,7 @@ def _history(args: argparse.Namespace) -> int:
 
 def _table(steps: Sequence[Step]) -> list[str]:
     """One line per step. The norm of a new model is printed behind its name."""
-    from hfmerge.ledger.log import method
+    from hfmerge.ledger.log import method_line
 
     rows = [["step", "action", "digest", "method", "norm", "when", "who", "models (norm)"]]
     for step in steps:
@@ -126,7 +126,16 @@ def _table(steps: Sequence[Step]) -> list[str]:
         who = ", ".join(commit.authors) if commit else "-"
         did = ", ".join(names) or f"as step {entry.restored}"
         rows.append(
-            [str(entry.step), entry.action, step.digest[:12], method(entry), f"{step.merged_norm:.4g}", when, who, did]
+            [
+                str(entry.step),
+                entry.action,
+                step.digest[:12],
+                method_line(entry),
+                f"{step.merged_norm:.4g}",
+                when,
+                who,
+                did,
+            ]
         )
     if all(step.commit is None for step in steps):
         rows = [[*row[:5], row[7]] for row in rows]
@@ -148,31 +157,35 @@ def _diff(args: argparse.Namespace) -> int:
     return 0
 
 
-def _differences(found: Difference) -> Iterator[str]:
+def _differences(difference: Difference) -> Iterator[str]:
     """One line a difference: `-` of A alone, `+` of B alone, `~` of both."""
     from hfmerge.recipe.weights import shown
 
-    yield f"A: step {found.before.step}, {found.before.digest[:12]}"
-    yield f"B: step {found.after.step}, {found.after.digest[:12]}"
-    if found.base is not None:
-        yield f"~ base      {found.base[0].label} -> {found.base[1].label}"
-    for sign, models in (("-", found.removed), ("+", found.added)):
+    yield f"A: step {difference.before.step}, {difference.before.digest[:12]}"
+    yield f"B: step {difference.after.step}, {difference.after.digest[:12]}"
+    if difference.base is not None:
+        yield f"~ base      {difference.base[0].label} -> {difference.base[1].label}"
+    for sign, models in (("-", difference.removed), ("+", difference.added)):
         yield from (f"{sign} model     {model.label}" for model in models)
-    for model in found.subtracted:
+    for model in difference.subtracted:
         yield f"~ model     {model.label}: approximately subtracted"
-    for old, new in found.replaced:
+    for old, new in difference.replaced:
         yield f"~ model     {old.label} -> {new.label}"
-    if found.order is not None:
-        yield f"~ order     {', '.join(found.order[0])} -> {', '.join(found.order[1])}"
-    for model, weight in found.weights:
+    if difference.order is not None:
+        yield f"~ order     {', '.join(difference.order[0])} -> {', '.join(difference.order[1])}"
+    for model, weight in difference.weights:
         yield f"~ weight    {model.label}: {shown(weight)} -> {shown(model.weight)}"
-    for kind, values in (("method", found.method), ("setting", found.settings), ("with", found.environment)):
+    for kind, values in (
+        ("method", difference.method),
+        ("setting", difference.settings),
+        ("with", difference.environment),
+    ):
         yield from (f"~ {kind:<9} {name}: {a} -> {b}" for name, (a, b) in values.items())
-    for name, (a, b) in found.norms.items():
+    for name, (a, b) in difference.norms.items():
         yield f"~ norm      {name}: {a:.6g} -> {b:.6g}"
     signs = {"added": "+", "removed": "-", "changed": "~"}
-    yield from (f"{signs[how]} file      {name}" for name, how in found.products.items())
-    if found.same:
+    yield from (f"{signs[how]} file      {name}" for name, how in difference.products.items())
+    if difference.same:
         yield "= all files have the same bytes"
 
 

@@ -120,7 +120,7 @@ def change_arguments(args: argparse.Namespace) -> dict[str, Any]:
         **push_arguments(args),
         "sources": given_sources(args),
         **({"stream": args.stream} if "stream" in args else {}),
-        "options": run_options(args),
+        "options": run_options_from_flags(args),
     }
 
 
@@ -170,7 +170,7 @@ def log_flag(sub: argparse.ArgumentParser) -> None:
     )
 
 
-def run_options(args: argparse.Namespace) -> RunOptions:
+def run_options_from_flags(args: argparse.Namespace) -> RunOptions:
     memory = parse_size(args.max_memory) if args.max_memory is not None else None
     return RunOptions(args.storage, args.resume, memory, notify, device=args.device, **given_consent(args))
 
@@ -277,33 +277,13 @@ def print_result(args: argparse.Namespace, result: Any, more: Mapping[str, Any] 
         tell(f"warning: {warning}")
     pushed = result.pushed
     if args.json:
-        print_json(
-            {
-                "output": str(result.folder) if result.folder else None,
-                "step": entry.step,
-                "action": entry.action,
-                "models": [model.identity for model in entry.models],
-                "how": entry.how,
-                "products": dict(entry.products),
-                "scale": entry.scalars.scale,
-                "merged_norm": entry.scalars.merged_norm,
-                "deviation": entry.scalars.deviation,
-                "gap": entry.scalars.gap,
-                "gap_bound": entry.scalars.gap_bound,
-                "norms": [(model.squared_norm or 0.0) ** 0.5 for model in entry.models],
-                "seconds": dict(result.seconds),
-                "processes": result.processes,
-                "reused": result.reused,
-                "repeated": result.repeated,
-                "streamed": None if result.streamed is None else dataclasses.asdict(result.streamed),
-                "warnings": list(result.warnings),
-                "pushed": None if pushed is None else {**vars(pushed), "notes": list(pushed.notes)},
-                **(more or {}),
-            }
-        )
+        print_json({**_result_data(result), **(more or {})})
         return 0
     if result.repeated:
-        say(f"{entry.action}: done already by step {entry.step}; nothing was computed, what it had left is cleaned up")
+        say(
+            f"{entry.action}: step {entry.step} did this before, so nothing was computed; "
+            "files left over from that run were deleted"
+        )
         if pushed is not None:
             say(f"published at {pushed.url}")
         return 0
@@ -313,17 +293,23 @@ def print_result(args: argparse.Namespace, result: Any, more: Mapping[str, Any] 
         say(f"  {model.label:<48} weight {shown(model.weight):<6} norm {(model.squared_norm or 0.0) ** 0.5:.4g}")
     say(f"  norm of the merged change: {entry.scalars.merged_norm:.4g}")
     if entry.scalars.deviation is not None:
-        say(f"  off the exact last step by up to {entry.scalars.deviation:.1e} of a change, by sample")
+        say(
+            f"  greatest difference from the exact last step, in sampled parameters: {entry.scalars.deviation:.1e} "
+            "of the change"
+        )
     if entry.action == "subtract":
-        bound = f"up to {entry.scalars.gap_bound:.3g}" if entry.scalars.gap_bound is not None else "an unknown part"
+        bound = f"at most {entry.scalars.gap_bound:.3g}" if entry.scalars.gap_bound is not None else "an unknown part"
         measured = f"measured {entry.scalars.gap:.3g}" if entry.scalars.gap is not None else "not measured"
-        say(f"  NOT a removal: off the merge that never saw them by {bound} of the merged change ({measured})")
+        say(
+            f"  this is NOT a removal: the difference from a merge without these models is {bound} "
+            f"of the merged change ({measured})"
+        )
     if (streamed := result.streamed) is not None:
         checked, files = len(streamed.verified), len(streamed.verified) + len(streamed.unverified)
         say(
-            f"streamed {size(streamed.received)} in {streamed.requests} requests, {streamed.failures} repeated: "
-            f"{size(streamed.again)} more than once, {size(streamed.beyond)} beyond need; {checked} of {files} "
-            "files compared with their digests"
+            f"streamed {size(streamed.received)} in {streamed.requests} requests, of which {streamed.failures} were "
+            f"repeated; received twice: {size(streamed.again)}, not needed: {size(streamed.beyond)}; {checked} of "
+            f"{files} files compared with their digests"
         )
     if result.folder:
         say(f"written to {result.folder}")
@@ -332,6 +318,32 @@ def print_result(args: argparse.Namespace, result: Any, more: Mapping[str, Any] 
         for note in pushed.notes:
             tell(f"note: {note}")
     return 0
+
+
+def _result_data(result: Any) -> dict[str, Any]:
+    """The result of a verb as JSON values."""
+    entry, pushed = result.entry, result.pushed
+    return {
+        "output": str(result.folder) if result.folder else None,
+        "step": entry.step,
+        "action": entry.action,
+        "models": [model.identity for model in entry.models],
+        "how": entry.how,
+        "products": dict(entry.products),
+        "scale": entry.scalars.scale,
+        "merged_norm": entry.scalars.merged_norm,
+        "deviation": entry.scalars.deviation,
+        "gap": entry.scalars.gap,
+        "gap_bound": entry.scalars.gap_bound,
+        "norms": [(model.squared_norm or 0.0) ** 0.5 for model in entry.models],
+        "seconds": dict(result.seconds),
+        "processes": result.processes,
+        "reused": result.reused,
+        "repeated": result.repeated,
+        "streamed": None if result.streamed is None else dataclasses.asdict(result.streamed),
+        "warnings": list(result.warnings),
+        "pushed": None if pushed is None else {**vars(pushed), "notes": list(pushed.notes)},
+    }
 
 
 def print_json(value: Any) -> None:

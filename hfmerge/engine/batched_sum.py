@@ -60,8 +60,29 @@ class Buffers:
             self.into = list(self.changes)
             self.views = [bytes_of(row) for row in self.stored]
 
+    def take(self, pieces: Sequence[Tensor]) -> Tensor:
+        """Copy one piece of what was read into `changes`; returns the part of `changes` that it fills."""
+        length = pieces[0].shape[-1]
+        for into, piece in zip(self.into, pieces, strict=True):
+            into[..., :length].copy_(piece)
+        return self.changes[:, :length]
 
-class Memory(threading.local):
+    def sum(self, method: PlainSum, changes: Tensor, weights: Sequence[float]) -> Tensor:
+        """The sum of all terms of one piece, float64, in the memory of `sums`; `changes` is used up."""
+        import torch
+
+        sums, term, zeros = (each[: changes.shape[1]] for each in (self.sums, self.term, self.zeros))
+        one, *others = method.multiples(changes, weights)
+        sums.copy_(one)
+        for other in others:
+            # first of the same dtype: mixed ones are slow
+            sums.add_(term.copy_(other))
+        # added to zero, as minus zero alone could not be told from it in a sum
+        torch.add(zeros, sums, alpha=method.step_size, out=sums)
+        return sums
+
+
+class ThreadBuffers(threading.local):
     """The buffers of each thread, one set for the dtypes that it met last."""
 
     def __init__(self) -> None:
@@ -76,7 +97,16 @@ class Memory(threading.local):
 
 
 @dataclass(frozen=True)
-class Merged:
+class Term:
+    """One model of a sum: its reader, the name of the tensor in it, of the base's shape, and its weight."""
+
+    model: DeltaReader
+    name: str
+    weight: float
+
+
+@dataclass(frozen=True)
+class MergedRows:
     """The result of a fold on some rows of a tensor.
 
     Attributes:
@@ -90,23 +120,21 @@ class Merged:
     sum: Tensor | None
 
 
-def merged(
+def merge_rows(
     method: PlainSum,
-    models: Sequence[DeltaReader],
-    names: Sequence[str],
+    terms: Sequence[Term],
     base: Tensor,
     first: int,
-    weights: Sequence[float],
-    memory: Memory,
+    memory: ThreadBuffers,
     *,
     dtype: torch.dtype,
     keep: bool,
-) -> Merged | None:
+) -> MergedRows | None:
     """Sum and read-out of all models in some rows of a tensor, bit for bit as by `step` and `emit`, model by model.
 
     Args:
         method: see `MergeMethod.plain_sum`.
-        models, names, weights: their readers, stored tensors of the base's shape, and weights.
+        terms: of all models.
         base: float32 values of the rows.
         first: how many elements of the tensor come before them.
         memory: of the thread.
@@ -118,52 +146,44 @@ def merged(
     """
     import torch
 
-    origin, count = base.reshape(-1), len(models)
+    origin, count, weights = base.reshape(-1), len(terms), [term.weight for term in terms]
     size = origin.numel()
-    use = memory.buffers(
-        tuple(model.delta.source.tensors[name].dtype for model, name in zip(models, names, strict=True))
-    )
-    windows = [model.reader.window(name) for model, name in zip(models, names, strict=True)]
+    use = memory.buffers(tuple(term.model.delta.source.tensors[term.name].dtype for term in terms))
+    windows = [term.model.reader.window(term.name) for term in terms]
     norms = torch.empty(count, size // ROW)
     change = torch.empty(size, dtype=dtype)
     total = torch.empty(size, dtype=torch.float64) if keep else None
-    ends = [0.0] * count
+    rests = [0.0] * count
     for at in range(0, size, SPAN * use.length):
         span = min(SPAN * use.length, size - at)
         for window, view in zip(windows, use.views, strict=True):
             window.read_into(first + at, view[: span * window.itemsize])
         read = [each[..., :span].split(use.length, -1) for each in use.stored]
-        origins, outs = origin[at : at + span].split(use.length), change[at : at + span].split(use.length)
-        found = norms[:, at // ROW : (at + span) // ROW].split(use.length // ROW, 1)
-        kept = None if total is None else total[at : at + span].split(use.length)
-        for i, (part, out) in enumerate(zip(origins, outs, strict=True)):
-            length = len(part)
-            whole = length // ROW * ROW
-            changes, sums, term, zeros = use.changes, use.sums, use.term, use.zeros
-            if length < use.length:
-                changes, sums, term, zeros = changes[:, :length], sums[:length], term[:length], zeros[:length]
-            for into, pieces in zip(use.into, read, strict=True):
-                (into if length == use.length else into[..., :length]).copy_(pieces[i])
-            changes.sub_(part)
-            if whole:
-                rows = changes[:, :whole].view(count, -1, ROW)
-                torch.linalg.vector_norm(rows, dim=2, out=found[i])
-            if whole < length:
-                ends = [float(torch.linalg.vector_norm(each[whole:], dtype=torch.float64)) for each in changes]
-            one, *others = method.multiples(changes, weights)
-            sums.copy_(one)
-            for other in others:
-                # first of the same dtype: mixed ones are slow
-                sums.add_(term.copy_(other))
-            # added to zero, as minus zero alone could not be told from it in a sum
-            torch.add(zeros, sums, alpha=method.step_size, out=sums)
-            out.copy_(method.emit({"S": Dense(sums)}, weights, matrix=False).to_dense())
-            if kept is not None:
-                kept[i].copy_(sums)
-    lengths = norms.double()
-    squares = [float(torch.dot(each, each)) + end**2 for each, end in zip(lengths, ends, strict=True)]
+        for i, start in enumerate(range(at, at + span, use.length)):
+            piece = slice(start, min(start + use.length, at + span))
+            changes = use.take([pieces[i] for pieces in read]).sub_(origin[piece])
+            rests = _norms(changes, norms[:, piece.start // ROW : piece.stop // ROW]) or rests
+            sums = use.sum(method, changes, weights)
+            change[piece].copy_(method.emit({"S": Dense(sums)}, weights, matrix=False).to_dense())
+            if total is not None:
+                total[piece].copy_(sums)
+    squares = [
+        float(torch.dot(lengths, lengths)) + rest**2 for lengths, rest in zip(norms.double(), rests, strict=True)
+    ]
     # no partial sum can exceed the bound; not a number fails every comparison
     bound = math.fsum(abs(weight) * math.sqrt(square) for weight, square in zip(weights, squares, strict=True))
     if not bound <= method.limit:
         return None
-    return Merged(change.view(base.shape), squares, None if total is None else total.view(base.shape))
+    return MergedRows(change.view(base.shape), squares, None if total is None else total.view(base.shape))
+
+
+def _norms(changes: Tensor, out: Tensor) -> list[float]:
+    """Norms of each model's change: of every `ROW` elements into `out`; of what is left over, if any, returned."""
+    import torch
+
+    whole = out.shape[1] * ROW
+    if whole:
+        torch.linalg.vector_norm(changes[:, :whole].view(len(changes), -1, ROW), dim=2, out=out)
+    if whole == changes.shape[1]:
+        return []
+    return [float(torch.linalg.vector_norm(each[whole:], dtype=torch.float64)) for each in changes]

@@ -29,7 +29,7 @@ TURNS = 2
 USABLE = 0.9
 """Share of an accelerator's memory that matrices may fill."""
 ERRORS = (RuntimeError, AssertionError, TypeError, AttributeError, NotImplementedError)
-"""Each kind of device, and of missing device, has an error of its own."""
+"""torch raises a different error for each kind of device and of missing device."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Device:
         with self._turns:
             with contextlib.suppress(torch.OutOfMemoryError):
                 return work(self.place)
-            # only now is nothing held any more of what that try had made
+            # only here are the tensors of the failed try freed
             torch.get_device_module(self.place).empty_cache()
         leave()
         self._say(f"{what} found no room in the memory of")
@@ -93,7 +93,7 @@ class Device:
         import torch
 
         company = Company(len(works))
-        # they have their turn together
+        # all matrices of the group share one turn
         inside = replace(self, _turns=contextlib.nullcontext())
         with self._turns, ThreadPoolExecutor(len(works), "hfmerge", torch.set_num_threads, (1,)) as pool:
             return list(pool.map(company.run, range(len(works)), [partial(work, inside) for work in works]))
@@ -115,11 +115,11 @@ def accelerator() -> str | None:
     return None if found is None else found.type
 
 
-def place_for(asked: str) -> str:
+def place_for(named: str) -> str:
     """Where this process computes, as torch names it: "cpu", "cuda:1".
 
     Args:
-        asked: "cpu", "auto" (an accelerator if there is one), or as torch names it: "cuda", "cuda:1". Of several
+        named: "cpu", "auto" (an accelerator if there is one), or as torch names it: "cuda", "cuda:1". Of several
             processes on a machine, each takes its own of those that "cuda" may be, or shares one if they are fewer.
 
     Raises:
@@ -127,12 +127,12 @@ def place_for(asked: str) -> str:
     """
     import torch
 
-    if asked == "auto":
-        asked = accelerator() or CPU
-    if asked == CPU:
+    if named == "auto":
+        named = accelerator() or CPU
+    if named == CPU:
         return CPU
     try:
-        wanted = torch.device(asked)
+        wanted = torch.device(named)
         if wanted.type == CPU:
             return CPU
         count = torch.get_device_module(wanted.type).device_count()
@@ -140,7 +140,7 @@ def place_for(asked: str) -> str:
         place = f"{wanted.type}:{own if wanted.index is None else wanted.index}"
         torch.empty(1, device=place).cpu()
     except ERRORS as error:
-        raise HfMergeError(f"{parameter('device', asked)}: {_first_line(error)}; leave it out, or say cpu.") from error
+        raise HfMergeError(f"{parameter('device', named)}: {_first_line(error)}; leave it out, or say cpu.") from error
     return place
 
 
@@ -151,7 +151,7 @@ def name_of(place: str) -> str:
     if place == CPU:
         return CPU
     kind = place.partition(":")[0]
-    # Apple's devices tell no name
+    # Apple's devices have no name that torch can ask for
     tell = getattr(torch.get_device_module(kind), "get_device_name", None)
     return kind if tell is None else str(tell(place))
 
@@ -182,9 +182,9 @@ def repeatable(place: str) -> Iterator[None]:
         return
     before = torch.are_deterministic_algorithms_enabled()
     warned = torch.is_deterministic_algorithms_warn_only_enabled()
-    # cuBLAS wants it said there, and before its first product
+    # cuBLAS reads this variable before its first product
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    # what can be had in no other way is done as it can, and torch warns of it
+    # an operation without a deterministic form runs all the same, and torch warns
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         with full_float32(place):
@@ -214,11 +214,11 @@ def enough_memory(what: str, advice: str) -> Iterator[None]:
         raise HfMergeError(f"{what}: out of memory; {advice}.") from error
 
 
-def device_for(asked: str | None, *, spectral: bool, notify: Callable[[str], object] | None = None) -> Device:
+def device_for(named: str | None, *, spectral: bool, notify: Callable[[str], object] | None = None) -> Device:
     """The device on which a run takes matrices apart.
 
     Args:
-        asked: None for the CPU, or as for `place_for`, where "auto" is an accelerator that can do it.
+        named: None for the CPU, or as for `place_for`, where "auto" is an accelerator that can do it.
         spectral: the method takes matrices apart.
         notify: told what is computed on the CPU instead.
 
@@ -227,13 +227,13 @@ def device_for(asked: str | None, *, spectral: bool, notify: Callable[[str], obj
     """
     import torch
 
-    place = place_for(asked or CPU)
+    place = place_for(named or CPU)
     kind = place.partition(":")[0]
-    if place == CPU or (asked == "auto" and kind == "mps"):
+    if place == CPU or (named == "auto" and kind == "mps"):
         return Device()
     if not spectral:
         if notify is not None:
-            what = parameter("device", asked)
+            what = parameter("device", named)
             notify(f"{what}: this method is bound by reading and writing; merged on the CPU.")
         return Device()
     module = torch.get_device_module(kind)
@@ -242,11 +242,11 @@ def device_for(asked: str | None, *, spectral: bool, notify: Callable[[str], obj
         memory = int(module.get_device_properties(place).total_memory)
     except ERRORS as error:
         raise HfMergeError(
-            f"{parameter('device', asked)}: cannot take a float64 matrix apart there ({_first_line(error)}); leave it "
+            f"{parameter('device', named)}: cannot take a float64 matrix apart there ({_first_line(error)}); leave it "
             "out for the CPU."
         ) from error
     mates = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    sharing = mates if asked == place else -(-mates // max(1, module.device_count()))
+    sharing = mates if named == place else -(-mates // max(1, module.device_count()))
     return Device(place, name_of(place), int(USABLE * memory / (TURNS * sharing)), notify)
 
 

@@ -46,7 +46,7 @@ def environment(device: Device | None = None, *, moved: bool = False, mixed: boo
         "transformers": _version("transformers"),
         "safetensors": _version("safetensors"),
         "device": device.recorded(moved=moved),
-        "fingerprint": None if moved or mixed else fingerprint(device.place),
+        "fingerprint": None if moved or mixed else arithmetic_fingerprint(device.place),
         "machine": platform.machine(),
         "blas": "mkl" if torch.backends.mkl.is_available() else "other",
         "cpu": torch.backends.cpu.get_cpu_capability(),
@@ -62,7 +62,7 @@ def _version(package: str) -> str:
 
 
 @functools.cache
-def fingerprint(place: str = CPU) -> str | None:
+def arithmetic_fingerprint(place: str = CPU) -> str | None:
     """SHA-256 of the results of fixed small computations. It differs between kinds of arithmetic with the same name.
 
     The instruction set that the linear algebra library chooses, or that `MKL_CBWR` makes it choose, changes last bits
@@ -202,7 +202,7 @@ def _tensor_apart(claimed: torch.Tensor, made: torch.Tensor, change: float | Non
     limits = torch.finfo(made.dtype)
     step = limits.eps * b.abs().clamp(min=limits.tiny)
     apart = (a - b).abs()
-    # a comparison with NaN is false, and so refused
+    # a comparison with NaN is false, so NaN is refused
     if bool((apart <= step + TOLERANCE * change).all()):
         return None
     return f"differs by up to {float(apart.max()):.3g}"

@@ -141,7 +141,7 @@ def _run(
         noted = stack.enter_context(_journal(journal, ranks)) if journal is not None else None
         pin = partial(_pin, plan, hashing)
         files = stack.enter_context(RunFiles(plan, folder, ranks, noted, streaming, pin))
-        # what several processes write, none of them can follow
+        # no single process sees all bytes of a file that several processes write
         trail = stack.enter_context(Trail(files.outputs)) if ranks.world == 1 else None
         stack.enter_context(full_float32(device.place))
         outcome = Passes(plan, files, ranks, options, device).merge()
@@ -159,7 +159,7 @@ def _run(
 
 
 def _pin(plan: Plan, hashing: Digester, model: int) -> str:
-    """What pins a model: its commit, or the digest of its folder, as the ledger will have it."""
+    """The commit of a model, or the digest of its folder, as the ledger will record it."""
     source = plan.deltas[model].source
     if source.snapshot.commit is not None:
         return source.snapshot.commit
@@ -174,7 +174,7 @@ def _journal(folder: Path, ranks: Ranks) -> contextlib.closing[Journal]:
 
 
 def _one_answer(parts: Sequence[dict[int, dict[str, str]]], sources: Sequence[Model]) -> dict[int, dict[str, str]]:
-    """The digests of every source, found once on each disk.
+    """The digests of every source, computed once on each disk.
 
     Raises:
         CorruptFileError: two machines have different files under one name.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hfmerge.checkpoint.model import Model, weight_files
-from hfmerge.checkpoint.vocabulary import TOKENIZER_FILES
+from hfmerge.checkpoint.vocabulary import VOCABULARY_FILES
 from hfmerge.engine.device import Device
 from hfmerge.engine.environment import environment
 from hfmerge.engine.plan import Plan
@@ -37,14 +37,14 @@ def work_of(plan: Plan, device: Device | None = None) -> dict[str, str]:
         "base": _identity(plan.base),
         "models": models,
         "method": [method.name, method.version, repr(method), plan.norm],
-        # weights that are learned follow from all of this and from how they are learned
+        # learned weights follow from all these values and from the `learn` section
         "learning": None if recipe.learn is None else recipe.learn.to_dict(),
         "settings": [getattr(recipe, key.name) for key in keys_of(Recipe) if key.declared.get("result")],
         "side files": plan.side_files,
         # streamed bytes are checked at the end of the run that reads them
         "streaming": recipe.stream,
         "kept states": plan.keep,
-        # a state's file is called by its digest
+        # the name of a state's file is its digest
         "state it continues from": prior and [prior.count, prior.path.name, prior.squared_norms, prior.held],
         "models that leave": [*leaving, plan.subtracted],
         "tensors": repr((plan.params, plan.vocabulary)),
@@ -57,7 +57,7 @@ def _identity(source: Model) -> list[Any]:
     under = _identity(source.beneath) if source.beneath is not None else None
     if snapshot.folder is None or snapshot.commit is not None:
         return [snapshot.name, snapshot.commit, under]
-    names = dict.fromkeys([*weight_files(source), *(name for name in TOKENIZER_FILES if name in snapshot.files)])
+    names = dict.fromkeys([*weight_files(source), *(name for name in VOCABULARY_FILES if name in snapshot.files)])
     return [str(snapshot.folder), [[name, *_last_change(snapshot.folder / name)] for name in names], under]
 
 

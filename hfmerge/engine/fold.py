@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from hfmerge.checkpoint.reader import Rows
 from hfmerge.checkpoint.writer import SIZES, TORCH_NAMES, SafetensorsWriter
-from hfmerge.engine.batched_sum import merged
+from hfmerge.engine.batched_sum import Term, merge_rows
 from hfmerge.engine.device import CPU, Device
 from hfmerge.engine.partition import visit_bytes
 from hfmerge.engine.plan import Param, state_name
@@ -125,7 +125,7 @@ class Folding:
         return squares, [carry for carry in carries if carry is not None], deviation
 
     def _at_once(self) -> Folded | None:
-        """All models in few calls; None where they have to come one by one."""
+        """Fold all models in few calls; None where they have to be folded one by one."""
         import torch
 
         method = self.method
@@ -138,24 +138,18 @@ class Folding:
         if self.plan.vocabulary is not None and param.vocab_axis is not None:
             return None
         entry = self.plan.base.tensors[param.key]
-        names = [name for model in files.models if (name := model.lies_as(param.key, entry)) is not None]
-        if len(names) < count:
+        weights = self.plan.weights_of(param)
+        terms = [
+            Term(model, name, weight)
+            for model, weight in zip(files.models, weights, strict=True)
+            if (name := model.lies_as(param.key, entry)) is not None
+        ]
+        if len(terms) < count:
             return None
         first = 0 if self.chunk.rows is None else self.chunk.rows[0] * math.prod(entry.shape[1:])
         writers = [writer for writer in (files.states.get(count), files.scratch) if writer is not None]
         dtype = torch.float32 if SIZES[param.slot.dtype] < 4 else torch.float64
-        weights = self.plan.weights_of(param)
-        found = merged(
-            plain,
-            files.models,
-            names,
-            self.data.base(),
-            first,
-            weights,
-            files.memory,
-            dtype=dtype,
-            keep=bool(writers),
-        )
+        found = merge_rows(plain, terms, self.data.base(), first, files.memory, dtype=dtype, keep=bool(writers))
         if found is None:
             return None
         if found.sum is not None:
@@ -206,7 +200,7 @@ class Folding:
         }
 
     def _read_out(self, carries: Sequence[Carry]) -> list[TaskVector]:
-        """The merged change of every block; approximately without what the recipe subtracts."""
+        """The merged change of every block; models that the recipe subtracts are approximately removed from it."""
         import torch
 
         param, weights = self.chunk.param, self.plan.weights_of(self.chunk.param)
@@ -218,7 +212,7 @@ class Folding:
                 if tau is not None:
                     carry = self.method.unstep(carry, self._there(cut(tau, block)), weight, matrix=block.matrix)
             change = self.method.emit(carry, counted, matrix=block.matrix)
-            # what is rounded to 16 bits does not need more, and twice the bytes take twice the time
+            # an output of 16 bits needs no more than float32, and float64 would take twice the time
             change = change.to(torch.float32) if SIZES[param.slot.dtype] < 4 else change
             changes.append(change if self._place == CPU else change.to(CPU))
         return changes

@@ -51,7 +51,7 @@ class Region:
 class Finished:
     """A finished step: its results, as JSON gives them back, and the regions that it wrote."""
 
-    found: Any
+    result: Any
     wrote: tuple[Region, ...] = ()
 
 
@@ -125,7 +125,7 @@ def read_past(folder: Path) -> Past:
             text = line[9:]
             if line[:9] == b"%08x " % zlib.crc32(text):
                 with suppress(ValueError):
-                    # norms of weights that may hold NaN are none themselves
+                    # norms of weights with NaN are NaN themselves
                     key, done = _step(read_json(text, finite=False))
                     finished[key] = done
     return Past(attempts, finished)
@@ -155,8 +155,8 @@ class Journal:
             OutputError: the disk is full.
         """
         wrote = [(region.file, region.tensor, region.checksum) for region in done.wrote]
-        # floats come back from JSON as they were, bit for bit
-        text = json.dumps([*key, done.found, wrote], separators=(",", ":")).encode()
+        # JSON gives every float back bit for bit
+        text = json.dumps([*key, done.result, wrote], separators=(",", ":")).encode()
         line = b"%08x %s\n" % (zlib.crc32(text), text)
         with self._lock, disk_errors(self._path):
             while line:

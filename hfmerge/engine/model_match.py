@@ -8,10 +8,9 @@ from typing import Any
 
 from hfmerge.checkpoint.delta import Delta, adapter_delta, full_delta
 from hfmerge.checkpoint.heads import Head, adapter_head, full_head
-from hfmerge.checkpoint.layout import Layout, Origin, match
-from hfmerge.checkpoint.layout import describe as describe_layout
+from hfmerge.checkpoint.layout import Layout, Origin, describe_layout, match
 from hfmerge.checkpoint.layout.cache import relevant
-from hfmerge.checkpoint.lora import PREFIX, AdapterMap, map_adapter
+from hfmerge.checkpoint.lora import PEFT_PREFIX, AdapterMap, map_adapter
 from hfmerge.checkpoint.model import Model
 from hfmerge.checkpoint.vocabulary import same_tokens
 from hfmerge.errors import CorruptFileError, ShapeError, SourceError, UnsupportedError
@@ -71,12 +70,12 @@ def _own_head(mapped: AdapterMap, source: Model, base: Model, layout: Layout) ->
     if source.config.get("id2label") and _labels(source.config) == _labels(base.config):
         return mapped
     own = {t: key for t, key in mapped.replaced.items() if t in layout.heads and t not in layout.vocab_axis}
-    heads = {**mapped.heads, **{key: key.removeprefix(PREFIX) for key in own.values()}}
+    heads = {**mapped.heads, **{key: key.removeprefix(PEFT_PREFIX) for key in own.values()}}
     return AdapterMap(mapped.lora, {t: key for t, key in mapped.replaced.items() if t not in own}, heads)
 
 
 def _check_adapter_base(base: Model, source: Model) -> None:
-    """An adapter says which model it was trained on; the merge's base, or the model beneath, must be that one."""
+    """Check that the base, or the model beneath, is the model that the adapter says it was trained on."""
     under = source.beneath or base
     named = str((source.adapter or {}).get("base_model_name_or_path") or "")
     is_path = not named or named.startswith((".", "/", "~")) or named.count("/") != 1
@@ -140,7 +139,7 @@ def _match_full(
         size = min(layout.shapes[key][axis] for key, axis in layout.vocab_axis.items())
     if size is not None and recipe.vocabulary is None:
         rows = min(layout.shapes[key][axis] for key, axis in layout.vocab_axis.items())
-        what = f"{size} rows, the base {rows}" if size != rows else "the same number of tokens but other ones"
+        what = f"{size} rows, the base {rows}" if size != rows else "as many tokens as the base's, but other ones"
         raise ShapeError(
             f"{label}: its vocabulary has {what}; set `vocabulary: base` (the base's tokens) or `vocabulary: union`."
         )

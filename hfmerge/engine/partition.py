@@ -95,11 +95,11 @@ def _cut(plan: Plan, param: Param) -> list[Chunk]:
     if len(shape) < 2 or size <= TILE:
         return []
     surveyed = method.survey(1, 1) is not None and _is_one(param)
-    # what is no matrix to a spectral method is summed
+    # a spectral method sums tensors that are no matrices
     summed = method.is_fold and _is_one(param) and not param.blocks[0].matrix
     if not (method.needs == "elements" or surveyed or summed):
         return []
-    # plain sums take pieces of their own size
+    # plain sums choose the size of their pieces themselves
     tile = TILE if method.plain_sum is None else _CHUNK
     # a survey needs all rows
     step = shape[0] if surveyed else max(1, _CHUNK // (size // shape[0]))
@@ -107,7 +107,7 @@ def _cut(plan: Plan, param: Param) -> list[Chunk]:
 
 
 def alike(
-    method: MergeMethod, found: Iterable[Chunk], room: int | None, place: Callable[[Chunk], object]
+    method: MergeMethod, candidates: Iterable[Chunk], room: int | None, place: Callable[[Chunk], object]
 ) -> list[tuple[Chunk, ...]]:
     """Chunks in groups whose matrices an accelerator takes apart together, as one of them would not fill it.
 
@@ -119,7 +119,7 @@ def alike(
     """
     groups: list[list[Chunk]] = []
     begun: dict[Any, list[Chunk]] = {}
-    for chunk in found:
+    for chunk in candidates:
         blocks = chunk.param.blocks
         shapes = tuple((block.shape(chunk.shape), block.matrix) for block in blocks)
         key = (chunk.shape, shapes, chunk.param.ranks, place(chunk))

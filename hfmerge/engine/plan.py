@@ -10,20 +10,20 @@ from pathlib import Path
 from hfmerge.checkpoint.delta import Delta
 from hfmerge.checkpoint.heads import Head
 from hfmerge.checkpoint.model import Model
-from hfmerge.checkpoint.vocabulary import Vocabulary
+from hfmerge.checkpoint.vocabulary import MergedVocabulary
 from hfmerge.checkpoint.writer import Slot
 from hfmerge.errors import LedgerError
 from hfmerge.hashing import is_digest
 from hfmerge.methods import FoldMethod, MergeMethod
-from hfmerge.recipe.learning import HELD
+from hfmerge.recipe.learning import HELD_BYTES
 from hfmerge.recipe.recipe import Recipe
 from hfmerge.recipe.weights import Weight, weight_at
 from hfmerge.task_vector import Segment
 
 
-DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
+SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 
-DTYPE_NAMES = {short: long for long, short in DTYPES.items()}
+DTYPE_NAMES = {short: long for long, short in SAFETENSORS_DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class Plan:
     deltas: tuple[Delta, ...] = field(repr=False)
     params: tuple[Param, ...] = field(repr=False)
     heads: tuple[tuple[int, Head], ...]
-    vocabulary: Vocabulary | None = field(repr=False)
+    vocabulary: MergedVocabulary | None = field(repr=False)
     side_files: tuple[str, ...]
     keep: tuple[int, ...]
     prior: Prior | None
@@ -200,24 +200,24 @@ class Plan:
     @property
     def learning_bytes(self) -> tuple[int, int]:
         """Memory beside the activations, and scratch space on the disk, that learning needs; zero without it."""
-        asked = self.recipe.learn
-        if asked is None:
+        learn = self.recipe.learn
+        if learn is None:
             return 0, 0
         size = 4 * sum(math.prod(param.slot.shape) for param in self.params if param.touched)
         parts = size * len(self.deltas)
         # the base under all heads, the merged values, their gradient; with consolidation also values and information
-        memory = min(HELD, parts) + size * (5 if asked.ewc else 3)
-        return memory, max(0, parts - HELD) if self.method.in_parts else 0
+        memory = min(HELD_BYTES, parts) + size * (5 if learn.ewc else 3)
+        return memory, max(0, parts - HELD_BYTES) if self.method.in_parts else 0
 
     def _learning(self) -> list[str]:
         """What learning the weights needs, if they are learned."""
-        asked = self.recipe.learn
-        if asked is None:
+        learn = self.recipe.learn
+        if learn is None:
             return []
-        rows = f"{asked.replay.rows} replay rows of each model" if asked.replays else "no replay rows"
+        rows = f"{learn.replay.rows} replay rows of each model" if learn.replays else "no replay rows"
         return [
-            f"learn: {asked.loss}, one weight a model" + ("" if asked.groups == "model" else f" and {asked.groups}")
-            + f", at most {asked.steps} steps of {asked.batch} rows a model; {rows}; about "
+            f"learn: {learn.loss}, one weight a model" + ("" if learn.groups == "model" else f" and {learn.groups}")
+            + f", at most {learn.steps} steps of {learn.batch} rows a model; {rows}; about "
             f"{self.learning_bytes[0] / 1e9:.2f} GB of memory beside the activations"
         ]  # fmt: skip
 

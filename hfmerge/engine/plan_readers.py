@@ -27,7 +27,7 @@ def open_deltas(plan: Plan, deltas: Sequence[Delta], streaming: Streaming | None
     for delta in deltas:
         converters = None
         if any(origin.converted for origin in (*delta.full.values(), *delta.beneath.values())):
-            # an adapter has conversions only in the model beneath it
+            # of an adapter, only the model beneath it can need conversions
             stored = delta.source.beneath or delta.source
             converters = match(layouts.of(plan.base), layouts.of(stored)).converters
         readers.append(DeltaReader(delta, streaming, converters))

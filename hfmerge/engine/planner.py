@@ -21,11 +21,11 @@ from hfmerge.checkpoint.layout import Layout
 from hfmerge.checkpoint.model import Model
 from hfmerge.checkpoint.side_files import side_files
 from hfmerge.checkpoint.streaming.session import Streaming, leave_session
-from hfmerge.checkpoint.vocabulary import Vocabulary, align
+from hfmerge.checkpoint.vocabulary import MergedVocabulary, align
 from hfmerge.checkpoint.writer import Slot, shard_names
 from hfmerge.engine.estimate import with_estimate
 from hfmerge.engine.model_match import Layouts, match_source, some
-from hfmerge.engine.plan import DTYPES, BaseLayout, Estimate, Param, Plan, Prior
+from hfmerge.engine.plan import SAFETENSORS_DTYPES, BaseLayout, Estimate, Param, Plan, Prior
 from hfmerge.errors import HfMergeError, Problem, RecipeError, UnsupportedError
 from hfmerge.methods import MergeMethod, registry
 from hfmerge.recipe.recipe import ModelEntry, Recipe
@@ -206,8 +206,8 @@ def _vocabulary(
     *,
     leaving: bool,
     origin: str,
-) -> Vocabulary | None:
-    """How rows of differing vocabularies meet; None where all have the base's.
+) -> MergedVocabulary | None:
+    """How the rows of different vocabularies are aligned; None if all models have the base's vocabulary.
 
     Raises:
         RecipeError: they cannot be aligned.
@@ -227,7 +227,7 @@ def _vocabulary(
 
 
 def _code_problems(places: Sequence[str], sources: Sequence[Model | None], base: Model | None) -> Iterator[Problem]:
-    """Models with code of their own, which is not trusted."""
+    """Models that bring code of their own, which the recipe does not allow to run."""
     for place, source in zip(places, sources, strict=True):
         try:
             if source is not None:
@@ -300,7 +300,7 @@ def _params(
     layout: Layout,
     deltas: Sequence[Delta],
     leaving: Sequence[Delta],
-    vocabulary: Vocabulary | None,
+    vocabulary: MergedVocabulary | None,
     warnings: list[str],
 ) -> tuple[Param, ...]:
     """One entry per tensor of the base, in stored order: the output's keys are the base's keys."""
@@ -323,7 +323,7 @@ def _params(
     for key, entry in base.tensors.items():
         dtype, shape = entry.dtype, entry.shape
         if entry.floating and recipe.dtype is not None:
-            dtype = DTYPES[recipe.dtype]
+            dtype = SAFETENSORS_DTYPES[recipe.dtype]
         axis = layout.vocab_axis.get(key)
         if vocabulary is not None and vocabulary.added and axis is not None:
             shape = (*shape[:axis], vocabulary.size, *shape[axis + 1 :])
@@ -336,7 +336,7 @@ def _params(
         else:
             ranks = tuple(delta.rank(key) for delta in deltas)
             gone = tuple(delta.rank(key) for delta in leaving)
-            # element by element, the matrices inside a tensor do not matter
+            # a method of single elements ignores the matrices inside a tensor
             blocks = (WHOLE,) if elementwise else layout.blocks[key]
             params.append(Param(key, file, slot, "merge", None, blocks, ranks, axis, gone))
     warnings.extend(f"pattern {pattern!r} matches no parameter." for pattern, hit in used.items() if not hit)

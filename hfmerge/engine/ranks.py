@@ -148,7 +148,7 @@ def processes() -> Iterator[Ranks]:
         yield dataclasses.replace(ranks, _watch=watch)
         orderly = True
     except Exception:
-        # `each` has raised it on all processes, unlike an interruption of this one
+        # `each` raises the error on all processes; an interruption happens on this one alone
         orderly = True
         raise
     finally:
@@ -178,7 +178,7 @@ def current_ranks() -> Ranks:
     """
     wanted = int(os.environ.get("WORLD_SIZE", "1"))
     if "WORLD_SIZE" not in os.environ and {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys():
-        # what accelerate's launcher for one process sets when it was asked for more
+        # accelerate's launcher of one process sets this when the user asked for several
         raise HfMergeError(
             "`accelerate launch` was asked for several processes and started one (as it does with `--cpu` and "
             "`distributed_type: MULTI_CPU`); use `accelerate launch --multi_gpu`, which needs no GPU, or `torchrun`."
@@ -222,7 +222,7 @@ def _meet(wanted: int) -> Store:
     return distributed.PrefixStore("hfmerge", store)
 
 
-def shares(costs: Sequence[float], world: int, allowed: Sequence[Sequence[int]] | None = None) -> list[int]:
+def assign_owners(costs: Sequence[float], world: int, allowed: Sequence[Sequence[int]] | None = None) -> list[int]:
     """Owner of each piece of work: the largest first, each to the process with least so far; equal on every rank.
 
     Args:

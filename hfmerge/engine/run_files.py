@@ -12,7 +12,7 @@ from hfmerge.checkpoint.model import Model
 from hfmerge.checkpoint.reader import Reader, Rows
 from hfmerge.checkpoint.streaming.session import Streaming
 from hfmerge.checkpoint.writer import SafetensorsWriter, Slot, bytes_of
-from hfmerge.engine.batched_sum import Memory
+from hfmerge.engine.batched_sum import ThreadBuffers
 from hfmerge.engine.journal import Finished, Journal, Key, checksum
 from hfmerge.engine.partition import Chunk
 from hfmerge.engine.plan import KeptState, Param, Plan, needs_two_passes
@@ -58,7 +58,7 @@ class RunFiles:
     ):
         self.plan, self.folder, self.ranks, self.journal, self.pin = plan, folder, ranks, journal, pin
         self.start = plan.start
-        self.memory = Memory()
+        self.memory = ThreadBuffers()
         self.base = Reader(plan.base, streaming)
         readers = open_deltas(plan, (*plan.deltas, *plan.leaving), streaming)
         self.models, self.leaving = readers[: len(plan.deltas)], readers[len(plan.deltas) :]
@@ -124,8 +124,8 @@ class RunFiles:
         for count in self.plan.keep:
             wanted.append(self._state(count))
             named = journal.past.finished.get(_naming(count))
-            if named is not None and (self.folder / named.found).exists():
-                (self.folder / named.found).rename(self._state(count))
+            if named is not None and (self.folder / named.result).exists():
+                (self.folder / named.result).rename(self._state(count))
         for path in sorted(self.folder.rglob("*"), reverse=True):
             if path.is_dir():
                 if not any(path in file.parents for file in wanted):
@@ -220,7 +220,7 @@ class StateReader:
 
 
 def _naming(count: int) -> Key:
-    """The journal's key of giving a state its last name."""
+    """The journal's key of the step that renames a finished state."""
     return ("name", str(count), None)
 
 

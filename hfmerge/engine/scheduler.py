@@ -17,13 +17,13 @@ from itertools import chain
 from typing import Any
 
 from hfmerge.engine.device import CPU, Device
-from hfmerge.engine.environment import environment, fingerprint
+from hfmerge.engine.environment import arithmetic_fingerprint, environment
 from hfmerge.engine.estimate import stream_memory
 from hfmerge.engine.journal import Finished, Key, Region
 from hfmerge.engine.options import RunOptions
 from hfmerge.engine.partition import Chunk, ahead, alike, chunks, cost, held, visit_bytes
 from hfmerge.engine.plan import Plan, needs_two_passes
-from hfmerge.engine.ranks import Ranks, shares
+from hfmerge.engine.ranks import Ranks, assign_owners
 from hfmerge.engine.run_files import RunFiles
 from hfmerge.engine.storage import disk_of_files
 from hfmerge.engine.tasks import Norms, Visit
@@ -91,11 +91,11 @@ def _or_copy(work: Callable[[Visit], Norms | None]) -> Callable[[Visit], Norms |
     return either
 
 
-def _changes(plan: Plan, found: Sequence[tuple[Chunk, Norms | None]], scale: float) -> dict[str, float]:
+def _changes(plan: Plan, visited: Sequence[tuple[Chunk, Norms | None]], scale: float) -> dict[str, float]:
     """`executor.Outcome.changes`, from what the first pass found out about all chunks."""
     params = {param.key: param for param in plan.params if param.touched}
     squares: dict[str, list[list[float]]] = {key: [] for key in params}
-    for chunk, norms in found:
+    for chunk, norms in visited:
         if norms is not None:
             squares[chunk.param.key].append([math.fsum(norms.read_out), *map(math.fsum, norms.models)])
     changes: dict[str, float] = {}
@@ -114,7 +114,7 @@ class Passes:
     def __init__(self, plan: Plan, files: RunFiles, ranks: Ranks, options: RunOptions, device: Device):
         self.plan, self.files, self.ranks, self.notify = plan, files, ranks, options.notify
         self.max_memory = options.max_memory
-        self.resident = resident_memory()  # before the first visit: what visits free is theirs to use again
+        self.resident = resident_memory()  # measured before the first visit, because visits use freed memory again
         self.past = files.journal.past.finished if files.journal is not None else {}
         self.reused = 0
         self.moved = MOVED in self.past
@@ -169,11 +169,11 @@ class Passes:
     def _environment(self) -> dict[str, Any]:
         """Versions, device and arithmetic of all processes."""
         moved = any(self.ranks.gather(self.moved))
-        mixed = len(set(self.ranks.gather(fingerprint(self.device.place)))) > 1
+        mixed = len(set(self.ranks.gather(arithmetic_fingerprint(self.device.place)))) > 1
         return environment(self.device, moved=moved, mixed=mixed)
 
     def _note_moved(self) -> None:
-        """So that the ledger says it, even if this run is killed and another goes on."""
+        """Note it in the journal, so that the ledger says it even if this run is killed and another continues."""
         if not self.moved and self.files.journal is not None:
             self.files.journal.note(MOVED, Finished(None))
         self.moved = True
@@ -191,13 +191,13 @@ class Passes:
         self.notify(f"resuming: {', '.join(parts)}")
 
     def _known(self) -> list[float] | None:
-        """What a joint method that measures needs to know before the first pass."""
+        """The numbers that a joint method with a `measure` needs before the first pass."""
         method, journal = self.plan.method, self.files.journal
         measure = method.measure(len(self.files.models))
         if measure is None:
             return None
         if MEASURED in self.past:
-            return list(self.past[MEASURED].found)
+            return list(self.past[MEASURED].result)
         known = self._measured(measure)
         if journal is not None and self.ranks.main:
             journal.note(MEASURED, Finished(known))
@@ -230,7 +230,7 @@ class Passes:
             sum(CHECKING * chunk.nbytes if known else cost(self.plan, chunk) for chunk in group)
             for group, known in zip(groups, noted, strict=True)
         ]
-        owners = shares(costs, self.ranks.world, [crews[at[group[0].param.file]] for group in groups])
+        owners = assign_owners(costs, self.ranks.world, [crews[at[group[0].param.file]] for group in groups])
         mine = [i for i, owner in enumerate(owners) if owner == self.ranks.rank]
         self.files.expect([chunk.param.key for i in mine if not noted[i] for chunk in groups[i]])
         parts = self.ranks.together(
@@ -242,7 +242,7 @@ class Passes:
         return [(chunk, norms) for result in results for chunk, (norms, _) in result]
 
     def _groups(self, each: _Pass, at: Mapping[str, int]) -> list[_Group]:
-        """What is visited together: chunks one by one, but on an accelerator matrices of equal shape."""
+        """Groups of chunks: one chunk each; on an accelerator, matrices of equal shape together."""
         # streamed files pass by in their own order
         if self.device.place == CPU or each.name is None or self.plan.recipe.stream:
             return [(chunk,) for chunk in each.chunks]
@@ -257,7 +257,7 @@ class Passes:
         """Do the work on a group, unless an earlier attempt did all of it: bytes may tell what goes into one call."""
         done = self._noted(each, group)
         if done is not None and self.files.intact(done):
-            return [(None if noted.found is None else Norms.of(noted.found), True) for _, noted in done]
+            return [(None if noted.result is None else Norms.of(noted.result), True) for _, noted in done]
         visits = [partial(self._visit, each, work, chunk) for chunk in group]
         return self.device.together(visits) if len(visits) > 1 else [visits[0](self.device)]
 
@@ -297,7 +297,7 @@ class Passes:
         """About the bytes that a group's visits hold in the CPU's memory at their peak."""
         if len(group) == 1:
             return held(self.plan, group[0])
-        # what is float64 lies on the accelerator
+        # the float64 values are on the accelerator
         return sum(visit_bytes(chunk.param, chunk.shape, None) for chunk in group)
 
     def _budget(self, largest: int) -> int | None:

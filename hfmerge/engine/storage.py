@@ -19,7 +19,7 @@ from hfmerge.engine.device import Device
 from hfmerge.engine.environment import differences, environment
 from hfmerge.engine.partition import Chunk, cost
 from hfmerge.engine.plan import Param, Plan
-from hfmerge.engine.ranks import Ranks, shares
+from hfmerge.engine.ranks import Ranks, assign_owners
 from hfmerge.errors import HfMergeError, OutputError
 from hfmerge.hashing import canonical_json, sha256_bytes
 
@@ -97,7 +97,7 @@ def disk_of_files(plan: Plan, ranks: Ranks) -> dict[str, int]:
     costs = dict.fromkeys(group.values(), 0.0)
     for param in plan.params:
         costs[group[param.file]] += cost(plan, Chunk(param)) if param.touched else float(param.slot.nbytes)
-    owners = dict(zip(costs, shares(list(costs.values()), ranks.disk_count), strict=True))
+    owners = dict(zip(costs, assign_owners(list(costs.values()), ranks.disk_count), strict=True))
     return {file: owners[group[file]] for file in files}
 
 

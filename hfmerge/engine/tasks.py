@@ -82,7 +82,7 @@ class Visit:
             known = self._surveyed(joint, visits)
         found = []
         while visits:
-            # what it remembers goes with it
+            # frees what the visit remembers
             found.append(visits.pop()._merge(known, write))
         models = tuple(tuple(chain(*squares)) for squares in zip(*(norms.models for norms in found), strict=True))
         dependent = tuple(sorted({model for norms in found for model in norms.dependent}))

@@ -73,7 +73,7 @@ class Watch:
         self._thread.join()
         for link in self._links.values():
             if orderly:
-                with contextlib.suppress(OSError):  # it has ended before
+                with contextlib.suppress(OSError):  # it had ended in order before
                     link.sendall(BYE)
             link.close()
         self._woken.close()
@@ -105,14 +105,14 @@ class Watch:
             tell(f"hfmerge (process {self._rank}): stopped.")
             os._exit(1)
 
-    def _take_note(self, gone: int, *, first_hand: bool) -> None:
+    def _take_note(self, lost_rank: int, *, first_hand: bool) -> None:
         if first_hand:
-            tell(f"hfmerge: {self._text(gone)}")
+            tell(f"hfmerge: {self._text(lost_rank)}")
             for rank, link in self._links.items():
-                if rank != gone:
-                    with contextlib.suppress(OSError):  # lost as well
-                        link.sendall(LOST + gone.to_bytes(4, "big"))
-        self._lost = gone
+                if rank != lost_rank:
+                    with contextlib.suppress(OSError):  # that process is lost as well
+                        link.sendall(LOST + lost_rank.to_bytes(4, "big"))
+        self._lost = lost_rank
         self._known.set()
 
 

@@ -219,7 +219,7 @@ def _check_own(path: Path, *, links: bool = False) -> None:
     try:
         found = path.lstat()
     except OSError:
-        return  # nothing is there, or writing says why not
+        return  # there is nothing, or the write reports the fault
     if stat.S_ISLNK(found.st_mode) and not links:
         raise OutputError(f"{path}: is a link to {os.readlink(path)}, which hfmerge never makes there; remove it.")
     if found.st_uid not in (os.geteuid(), path.parent.stat().st_uid):
@@ -255,7 +255,7 @@ def _locked(output: Path) -> Iterator[None]:
             lock.unlink(missing_ok=True)
     finally:
         os.close(handle)
-        with contextlib.suppress(OSError):  # not empty: the merge is in there
+        with contextlib.suppress(OSError):  # the folder is not empty, so the merge is in it
             for folder in made:
                 folder.rmdir()
 

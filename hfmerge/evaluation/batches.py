@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from hfmerge.engine.ranks import Ranks, shares
+from hfmerge.engine.ranks import Ranks, assign_owners
 
 
 _T = TypeVar("_T")
@@ -40,9 +40,9 @@ class Runner:
         """
         import torch
 
-        batches = cut(lengths, self.batch_size, budget)
+        batches = length_batches(lengths, self.batch_size, budget)
         costs = [float(len(batch) * lengths[batch[0]]) for batch in batches]
-        owners = shares(costs, self.ranks.world)
+        owners = assign_owners(costs, self.ranks.world)
 
         def mine() -> dict[int, _T]:
             found: dict[int, _T] = {}
@@ -60,7 +60,7 @@ class Runner:
         return [everyone[i] for i in range(len(lengths))]
 
 
-def cut(lengths: Sequence[int], size: int, budget: int | None = None) -> list[list[int]]:
+def length_batches(lengths: Sequence[int], size: int, budget: int | None = None) -> list[list[int]]:
     """Row numbers in batches, longest first, so that a batch that does not fit the memory fails at once."""
     batches: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):

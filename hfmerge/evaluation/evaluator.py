@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from hfmerge.checkpoint.layout.cache import recall
+from hfmerge.checkpoint.layout.cache import cached_answer
 from hfmerge.engine.device import enough_memory, place_for
 from hfmerge.engine.ranks import Ranks
 from hfmerge.errors import HeadError, HfMergeError
@@ -194,7 +194,7 @@ class Evaluator:
         score = replace(score, seconds=round(time.monotonic() - start, 3))
         question = self._question(subject, task, head)
         if question is not None:
-            self.ranks.on_main(lambda: recall("evaluation", question, score.to_dict, most=_KEPT))
+            self.ranks.on_main(lambda: cached_answer("evaluation", question, score.to_dict, most=_KEPT))
         return score
 
     def _advice(self) -> str:
@@ -207,7 +207,7 @@ class Evaluator:
         question = self._question(subject, task, head)
         if question is None:
             return None
-        found = self.ranks.on_main(lambda: recall("evaluation", question, lambda: None))
+        found = self.ranks.on_main(lambda: cached_answer("evaluation", question, lambda: None))
         return None if found is None else Score.from_dict(found)
 
     def _question(self, subject: Subject, task: Task, head: str | None) -> list[Any] | None:
@@ -276,11 +276,11 @@ def evaluate_suite(
     Raises:
         HfMergeError: see `Evaluator`.
     """
-    asked = suite if isinstance(suite, Suite) else load_suite(suite)
+    suite = suite if isinstance(suite, Suite) else load_suite(suite)
     if not models:
         raise HfMergeError("no model to evaluate; name at least one.")
-    asked = asked.select(tasks) if tasks else asked
-    return Evaluator(asked, settings, heads=heads, ranks=ranks, progress=progress).matrix(models)
+    suite = suite.select(tasks) if tasks else suite
+    return Evaluator(suite, settings, heads=heads, ranks=ranks, progress=progress).matrix(models)
 
 
 def _check_installed() -> None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from hfmerge.checkpoint.schema import read_json
+from hfmerge.checkpoint.schema import read_snapshot_json
 from hfmerge.errors import HfMergeError, SourceError
 from hfmerge.evaluation.data import data_errors
 from hfmerge.evaluation.metrics import Z
@@ -99,14 +99,14 @@ def _check_modules(snapshot: Snapshot) -> None:
     Raises:
         SourceError: a module, or a function in one, is not of sentence-transformers or torch; names it.
     """
-    for module in read_json(snapshot, "modules.json"):
+    for module in read_snapshot_json(snapshot, "modules.json"):
         kind, path = str(module.get("type")), module.get("path") or ""
         if not kind.startswith("sentence_transformers."):
             raise SourceError(f"{snapshot.label}: modules.json names {show(kind)}, code of its own, which is not run.")
         if path and not is_path(path):
             raise SourceError(f"{snapshot.label}: modules.json names {show(path)}, which is no folder in it.")
         file = f"{path}/config.json" if path else "config.json"
-        named = read_json(snapshot, file).get("activation_function") if file in snapshot.files else None
+        named = read_snapshot_json(snapshot, file).get("activation_function") if file in snapshot.files else None
         if named is not None and not str(named).startswith("torch.nn."):
             raise SourceError(f"{snapshot.label}: {file} names the function {show(named)}, which is not run.")
 

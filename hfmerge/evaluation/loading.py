@@ -13,7 +13,7 @@ from hfmerge.checkpoint.describe import describe
 from hfmerge.checkpoint.heads import adapter_head
 from hfmerge.checkpoint.layout.load_check import quiet
 from hfmerge.checkpoint.layout.skeleton import find_class
-from hfmerge.checkpoint.lora import PREFIX, matching
+from hfmerge.checkpoint.lora import PEFT_PREFIX, matching
 from hfmerge.checkpoint.model import Model
 from hfmerge.checkpoint.patterns import Patterns
 from hfmerge.errors import SourceError, UnsupportedError
@@ -37,7 +37,7 @@ def digest_of(source: Model) -> str:
     return sha256_bytes(canonical_json(files))
 
 
-def stored(source: Model) -> dict[str, Tensor]:
+def stored_tensors(source: Model) -> dict[str, Tensor]:
     """Every tensor of a full model, mapped from its files."""
     from safetensors.torch import load_file
 
@@ -51,7 +51,7 @@ def picked(source: Model, names: Iterable[str]) -> dict[str, Tensor] | None:
     """Some tensors of a model by their names in it, without the others; None where a file does not have them so."""
     from safetensors import safe_open
 
-    prefix = PREFIX if source.kind == "adapter" else ""
+    prefix = PEFT_PREFIX if source.kind == "adapter" else ""
     found: dict[str, Tensor] = {}
     for name in names:
         entry = source.tensors.get(f"{prefix}{name}")
@@ -69,7 +69,9 @@ def with_base(source: Model) -> Model:
     if not base:
         raise SourceError(f"{source.snapshot.label}: names no base model; write `base+adapter`.")
     if source.snapshot.commit is not None and not is_hub_id(base):
-        raise SourceError(f"{source.snapshot.label}: names the base {base!r}, no repository; write `base+adapter`.")
+        raise SourceError(
+            f"{source.snapshot.label}: names the base {base!r}, which is not a repository; write `base+adapter`."
+        )
     revision = adapter.get("revision")
     return dataclasses.replace(source, beneath=describe(f"{base}@{revision}" if revision else str(base)))
 
@@ -79,7 +81,7 @@ def adapter_config(source: Model) -> dict[str, Any]:
     assert source.beneath is not None
     stored = [key for key in source.tensors if ".lora_" not in key and ".base_layer." not in key]
     known = set(source.beneath.tensors)
-    heads = {key: key.removeprefix(PREFIX) for key in stored if key.removeprefix(PREFIX) not in known}
+    heads = {key: key.removeprefix(PEFT_PREFIX) for key in stored if key.removeprefix(PEFT_PREFIX) not in known}
     if not heads:
         return dict(source.beneath.config)
     return dict(adapter_head(source, source.beneath.config, heads).config)
@@ -95,7 +97,7 @@ def _settings(source: Model, folder: Path) -> Any:
 
     config: Any = PeftConfig.from_pretrained(str(folder))
     ends = (".lora_A.weight", ".lora_embedding_A")
-    paths = [key.removeprefix(PREFIX) for key in source.tensors]
+    paths = [key.removeprefix(PEFT_PREFIX) for key in source.tensors]
     modules = sorted(path.removesuffix(end) for path in paths for end in ends if path.endswith(end))
     if isinstance(config.target_modules, str) or isinstance(config.exclude_modules, str) or config.layers_to_transform:
         config.target_modules, config.exclude_modules = set(modules), None
@@ -131,7 +133,7 @@ def adapter_weights(source: Model, config: Mapping[str, Any]) -> dict[str, Tenso
     with quiet(), warnings.catch_warnings():
         # peft asks transformers for attributes that this version has renamed
         warnings.simplefilter("ignore", FutureWarning)
-        model = cls.from_pretrained(None, config=settings, state_dict=stored(source.beneath))
+        model = cls.from_pretrained(None, config=settings, state_dict=stored_tensors(source.beneath))
         merged = PeftModel.from_pretrained(model, str(folder), config=_settings(source, folder)).merge_and_unload(
             safe_merge=True
         )

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfmerge.checkpoint.describe import describe
-from hfmerge.checkpoint.heads import FOLDER
+from hfmerge.checkpoint.heads import HEADS_FOLDER
 from hfmerge.checkpoint.layout.load_check import quiet
 from hfmerge.checkpoint.layout.skeleton import bounded_by, find_class
 from hfmerge.checkpoint.model import Model
-from hfmerge.checkpoint.schema import read_json
+from hfmerge.checkpoint.schema import read_snapshot_json
 from hfmerge.errors import HeadError, SourceError
 from hfmerge.evaluation import loading
 from hfmerge.evaluation.results import ModelInfo
@@ -82,7 +82,7 @@ class Subject:
     device: str = "cpu"
     dtype: str | None = None
     source: Model | None = field(default=None, repr=False)
-    given: PreTrainedModel | None = field(default=None, repr=False)
+    loaded: PreTrainedModel | None = field(default=None, repr=False)
     _kept: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -111,13 +111,13 @@ class Subject:
     def _read(self) -> dict[str, Tensor]:
         import torch
 
-        if self.given is not None:
-            state = self.given.state_dict()
+        if self.loaded is not None:
+            state = self.loaded.state_dict()
         elif self.source is not None and self.source.kind == "adapter":
             state = loading.adapter_weights(self.source, self.config)
         else:
             assert self.source is not None
-            state = loading.stored(self.source)
+            state = loading.stored_tensors(self.source)
         dtype = getattr(torch, self.dtype) if self.dtype else None
         return {
             name: value.to(self.device, dtype if value.is_floating_point() else None) for name, value in state.items()
@@ -127,8 +127,8 @@ class Subject:
     def head_names(self) -> frozenset[str]:
         """Names of this model's own head: what its class has and the bare encoder has not."""
         shapes: dict[str, tuple[int, ...]] = {}
-        if self.given is not None:
-            shapes = {name: tuple(value.shape) for name, value in self.given.state_dict().items()}
+        if self.loaded is not None:
+            shapes = {name: tuple(value.shape) for name, value in self.loaded.state_dict().items()}
         for source in (self.source, self.source and self.source.beneath):
             shapes |= {} if source is None else source.shapes
         return _head_names(self.config, shapes, self.info.label)
@@ -142,7 +142,7 @@ class Subject:
     def held(self) -> list[str]:
         """Whose heads a merge keeps."""
         files = self.snapshots[0].files if self.snapshots else {}
-        folders = sorted({name.split("/")[1] for name in files if name.startswith(f"{FOLDER}/")})
+        folders = sorted({name.split("/")[1] for name in files if name.startswith(f"{HEADS_FOLDER}/")})
         return [slug.replace("--", "/") for slug in folders]
 
     def holds(self, owner: str) -> bool:
@@ -153,8 +153,8 @@ class Subject:
         """A head that a merge keeps."""
         from safetensors.torch import load_file
 
-        folder = f"{FOLDER}/{_plain_name(owner).replace('/', '--')}"
-        config = read_json(self.snapshots[0], f"{folder}/config.json")
+        folder = f"{HEADS_FOLDER}/{_plain_name(owner).replace('/', '--')}"
+        config = read_snapshot_json(self.snapshots[0], f"{folder}/config.json")
         return TaskHead(owner, config, load_file(fetch(self.snapshots[0], f"{folder}/model.safetensors")))
 
     def own_head(self) -> TaskHead | None:

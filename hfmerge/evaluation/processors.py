@@ -76,7 +76,7 @@ def _load(auto: Any, snapshot: Snapshot, what: str) -> Any:
         ) from error
 
 
-def longest(tokenizer: Any, config: Mapping[str, Any], asked: int | None) -> int:
+def longest(tokenizer: Any, config: Mapping[str, Any], wanted: int | None) -> int:
     """Tokens in a row at most: what the suite says, else what model and tokenizer take."""
     inner = config.get("text_config") or config
     known = [inner.get(name) for name in ("max_position_embeddings", "n_positions", "n_ctx")]
@@ -84,7 +84,7 @@ def longest(tokenizer: Any, config: Mapping[str, Any], asked: int | None) -> int
     if inner.get("model_type") in ("roberta", "xlm-roberta", "camembert"):
         # these count positions from the padding token's
         limits = [value - 2 if value == inner.get("max_position_embeddings") else value for value in limits]
-    return min([*limits, asked]) if asked is not None else min(limits, default=512)
+    return min([*limits, wanted]) if wanted is not None else min(limits, default=512)
 
 
 def padding(tokenizer: Any) -> int:

@@ -8,12 +8,12 @@ from typing import Any
 
 from hfmerge.errors import HfMergeError, PushError
 from hfmerge.evaluation.models import open_subject
-from hfmerge.evaluation.results import Matrix, ModelInfo, Score, TaskInfo, table
+from hfmerge.evaluation.results import Matrix, ModelInfo, Score, TaskInfo, markdown_table
 from hfmerge.evaluation.suite import KINDS
 from hfmerge.hub.client import hub_api, hub_errors, patiently
-from hfmerge.hub.commits import Commit, commit_once, download, listed
+from hfmerge.hub.commits import Commit, NewCommit, commit_once, download, listed
 from hfmerge.ledger.card import FILE, card_pointer, present_site
-from hfmerge.ledger.card_sections import PREFIX, TOOL, with_scores
+from hfmerge.ledger.card_sections import RESULTS_PREFIX, TOOL, with_scores
 from hfmerge.validation.folders import file_in
 from hfmerge.validation.quoting import Markdown, code, link, markdown
 from hfmerge.validation.strict_yaml import dump_yaml, parse_yaml
@@ -37,7 +37,7 @@ def results_text(matrix: Matrix, label: str) -> str:
     rows = [[_data(task), task.config or "-", task.split, task.metric, _rows(matrix, i), _head(task)]
             for i, task in enumerate(matrix.tasks)]  # fmt: skip
     names = [task.name for task in matrix.tasks]
-    text += f"\n{table('task', ['data', 'config', 'split', 'metric', 'rows', 'head of'], names, rows)}"
+    text += f"\n{markdown_table('task', ['data', 'config', 'split', 'metric', 'rows', 'head of'], names, rows)}"
     return text
 
 
@@ -119,12 +119,13 @@ def push_results(matrix: Matrix, repo_id: str, *, create_pr: bool = False) -> Co
         _validate(RepoCard, card, repo_id)
         adds = {FILE: card.encode()}
         if entries := benchmark_entries(matrix, info.label):
-            adds[f"{PREFIX}{matrix.suite}.yaml"] = dump_yaml(entries).encode()
-        return commit_once(
-            api, repo_id, [CommitOperationAdd(name, data) for name, data in adds.items()],
+            adds[f"{RESULTS_PREFIX}{matrix.suite}.yaml"] = dump_yaml(entries).encode()
+        new = NewCommit(
+            [CommitOperationAdd(name, data) for name, data in adds.items()],
             title=f"Results on {matrix.suite} with hfmerge", description=f"{len(matrix.tasks)} tasks",
             parent=head, proof={FILE: card.encode()}, create_pr=create_pr,
         )  # fmt: skip
+        return commit_once(api, repo_id, new)
 
 
 def benchmark_entries(matrix: Matrix, label: str) -> list[dict[str, Any]]:

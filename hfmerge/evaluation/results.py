@@ -202,8 +202,8 @@ class Matrix:
             columns.append(Markdown("**mean**"))
         rows = [model.label for model in self.models]
         if by_task:
-            return table("task", rows, columns, [list(column) for column in zip(*cells, strict=True)])
-        return table("model", columns, rows, cells)
+            return markdown_table("task", rows, columns, [list(column) for column in zip(*cells, strict=True)])
+        return markdown_table("model", columns, rows, cells)
 
     @property
     def mixed(self) -> bool:
@@ -249,7 +249,7 @@ def cell(score: Score | None, *, intervals: bool) -> Markdown:
     return Markdown(f"{shown} [{score.low:.{digits}f}, {score.high:.{digits}f}]")
 
 
-def table(corner: str, columns: Sequence[str], rows: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+def markdown_table(corner: str, columns: Sequence[str], rows: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
     """A Markdown table; everything but `Markdown` is quoted."""
     lines = [f"| {corner} | {' | '.join(map(markdown, columns))} |", f"|---|{'---|' * len(columns)}"]
     lines += [
@@ -262,4 +262,4 @@ def _null(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-__all__ = ["Matrix", "ModelInfo", "Score", "TaskInfo", "cell", "load_results", "save_results", "table"]
+__all__ = ["Matrix", "ModelInfo", "Score", "TaskInfo", "cell", "load_results", "markdown_table", "save_results"]

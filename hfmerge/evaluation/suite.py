@@ -20,7 +20,7 @@ from hfmerge.validation.values import Section, flag, one_of, show, suggestion, t
 
 
 @dataclass(frozen=True)
-class Kind:
+class TaskKind:
     """A kind of task: what the Hub calls it, its default metric, those it may have, and its keys."""
 
     hub: str
@@ -32,28 +32,28 @@ class Kind:
 
 _CLASSES = ("accuracy", "f1", "macro_f1", "matthews")
 _DATA = ("config", "split", "limit", "stream")
-KINDS: Mapping[str, Kind] = {
-    "text-classification": Kind(
+KINDS: Mapping[str, TaskKind] = {
+    "text-classification": TaskKind(
         "text-classification", "accuracy", (*_CLASSES, "pearson", "spearman"), ("dataset", "text", "label"),
         (*_DATA, "labels", "by_index", "head", "max_length"),
     ),
-    "image-classification": Kind(
+    "image-classification": TaskKind(
         "image-classification", "accuracy", _CLASSES, ("dataset", "image", "label"),
         (*_DATA, "labels", "by_index", "head"),
     ),
-    "zero-shot-image-classification": Kind(
+    "zero-shot-image-classification": TaskKind(
         "zero-shot-image-classification", "accuracy", _CLASSES, ("dataset", "image", "label"),
         (*_DATA, "classes", "templates", "head"),
     ),
-    "perplexity": Kind(
+    "perplexity": TaskKind(
         "text-generation", "perplexity", ("perplexity",), ("dataset", "text"), (*_DATA, "max_length", "join")
     ),
-    "multiple-choice": Kind(
+    "multiple-choice": TaskKind(
         "multiple-choice", "accuracy", ("accuracy", "accuracy_norm"), ("dataset", "prompt", "choices", "label"),
         (*_DATA, "max_length"),
     ),
-    "lm-eval": Kind("text-generation", "", (), ("benchmark", "metric"), ("shots", "limit")),
-    "mteb": Kind("sentence-similarity", "main_score", ("main_score",), ("benchmark",), ("split",)),
+    "lm-eval": TaskKind("text-generation", "", (), ("benchmark", "metric"), ("shots", "limit")),
+    "mteb": TaskKind("sentence-similarity", "main_score", ("main_score",), ("benchmark",), ("split",)),
 }  # fmt: skip
 """By the name that a suite writes under `kind`."""
 

@@ -89,8 +89,8 @@ class Tasks:
             return ranks.on_main(lambda: lm_eval_score(subject, task, batch_size=size, seed=self._seed))
         return ranks.on_main(lambda: mteb_score(subject, task, batch_size=size))
 
-    def _texts(self, subject: Subject, task: Task, asked: str | None) -> Score:
-        head, spare = self._head(subject, task, asked)
+    def _texts(self, subject: Subject, task: Task, head_of: str | None) -> Score:
+        head, spare = self._head(subject, task, head_of)
         model = subject.with_head(head, task.kind, spare)
         snapshots = (*subject.snapshots, *(spare.snapshots if spare is not None else ()))
         snapshot = find_snapshot(snapshots, TOKENIZER_FILES, "tokenizer", subject.info.label)
@@ -105,8 +105,8 @@ class Tasks:
         answers = numbers(task, self.rows(task)[task.label], self._where(task))
         return scored(task.metric, found, answers, seed=self._seed)
 
-    def _images(self, subject: Subject, task: Task, asked: str | None) -> Score:
-        head, spare = self._head(subject, task, asked)
+    def _images(self, subject: Subject, task: Task, head_of: str | None) -> Score:
+        head, spare = self._head(subject, task, head_of)
         model, rows = subject.with_head(head, task.kind, spare), self.rows(task)
         snapshots = (*subject.snapshots, *(spare.snapshots if spare is not None else ()))
         processor = load_images(find_snapshot(snapshots, IMAGE_FILES, "image processor", subject.info.label))
@@ -114,15 +114,15 @@ class Tasks:
         found = classifying.classify_images(model, rows, str(task.image), processor, self._runner, where)
         return self._compare(task, head, found)
 
-    def _zero_shot(self, subject: Subject, task: Task, asked: str | None) -> Score:
+    def _zero_shot(self, subject: Subject, task: Task, head_of: str | None) -> Score:
         rows, where = self.rows(task), self._where(task)
         listed = getattr(rows.features.get(task.label), "names", None) or ()
         if task.classes is None and not listed:
             raise HfMergeError(f"{where}: {task.label} has no class names; list them under `classes` in the suite.")
         classes = task.classes or tuple(str(name).replace("_", " ") for name in listed)
         answers = numbered_answers(task, rows[task.label], classes, where)
-        text = self._other(asked) if asked is not None and not subject.reads_texts else None
-        model = subject.keep(("towers", asked), lambda: subject.two_towers(text))
+        text = self._other(head_of) if head_of is not None and not subject.reads_texts else None
+        model = subject.keep(("towers", head_of), lambda: subject.two_towers(text))
         reader = text or subject
         snapshots = (*subject.snapshots, *reader.snapshots)
         processor = load_images(find_snapshot(snapshots, IMAGE_FILES, "image processor", subject.info.label))
@@ -134,7 +134,7 @@ class Tasks:
         found = classifying.match_images(model, features, rows, str(task.image), processor, self._runner, where)
         return scored(task.metric, found, answers.values, seed=self._seed)
 
-    def _perplexity(self, subject: Subject, task: Task, asked: str | None) -> Score:
+    def _perplexity(self, subject: Subject, task: Task, head_of: str | None) -> Score:
         snapshot = find_snapshot(subject.snapshots, TOKENIZER_FILES, "tokenizer", subject.info.label)
         where = self._where(task)
 
@@ -151,7 +151,7 @@ class Tasks:
         sums = language.likelihoods(subject.whole("causal"), pieces, [1] * len(pieces), self._runner, pad)
         return scored(task.metric, [-value for value in sums], [len(piece) - 1 for piece in pieces], seed=self._seed)
 
-    def _multiple_choice(self, subject: Subject, task: Task, asked: str | None) -> Score:
+    def _multiple_choice(self, subject: Subject, task: Task, head_of: str | None) -> Score:
         snapshot = find_snapshot(subject.snapshots, TOKENIZER_FILES, "tokenizer", subject.info.label)
 
         def make() -> tuple[list[list[str]], list[int], list[Any], list[int], int]:
@@ -168,15 +168,17 @@ class Tasks:
         found = language.chosen(sums, choices, normalised=task.metric == "accuracy_norm")
         return scored(task.metric, found, answers, seed=self._seed)
 
-    def _head(self, subject: Subject, task: Task, asked: str | None) -> tuple[TaskHead, Subject | None]:
+    def _head(self, subject: Subject, task: Task, head_of: str | None) -> tuple[TaskHead, Subject | None]:
         """The head for a task and the model it comes from, None for one that this model or merge has itself."""
-        if asked is not None and subject.holds(asked):
-            return subject.head_of(asked), None
-        if asked is not None:
-            other = self._other(asked)
+        if head_of is not None and subject.holds(head_of):
+            return subject.head_of(head_of), None
+        if head_of is not None:
+            other = self._other(head_of)
             head = other.own_head()
             if head is None:
-                raise HeadError(f"{self._where(task)}: {asked} has no classification head to lend.")
+                raise HeadError(
+                    f"{self._where(task)}: {head_of} has no classification head; name a model that has one."
+                )
             return head, other
         own = subject.own_head()
         heads = [*([own] if own is not None else []), *(subject.head_of(owner) for owner in subject.held)]
@@ -205,16 +207,16 @@ class Tasks:
         result: Answers = self._remember(("answers", task.name), read)
         return result
 
-    def _compare(self, task: Task, head: TaskHead, found: Sequence[int]) -> Score:
+    def _compare(self, task: Task, head: TaskHead, predictions: Sequence[int]) -> Score:
         """Rows of the head as labels of the data; a row whose label no data has counts as wrong."""
         where = self._where(task)
         if task.by_index:
             answers = numbered_answers(task, self.rows(task)[task.label], head.labels, where)
-            return scored(task.metric, found, answers.values, seed=self._seed)
+            return scored(task.metric, predictions, answers.values, seed=self._seed)
         answers = self._answers(task)
         rows = head_rows(answers.used, head.labels, where, head.owner)
         labels = {row: answers.names.index(name) for name, row in rows.items()}
-        return scored(task.metric, [labels.get(row, -1) for row in found], answers.values, seed=self._seed)
+        return scored(task.metric, [labels.get(row, -1) for row in predictions], answers.values, seed=self._seed)
 
     def _tokens(self, task: Task, snapshot: Any, subject: Subject) -> tuple[list[Any], list[Any] | None, int]:
         def make() -> tuple[list[Any], list[Any] | None, int]:

@@ -27,22 +27,22 @@ class Patience:
         tries: number of consecutive requests without progress after which the call fails.
         first: longest wait after the first failure. It doubles with each further failure.
         longest: upper bound of a wait.
-        asked: longest wait that a Hub may ask for (`Retry-After`). If it asks for more, the call fails.
+        longest_retry_after: longest wait that a Hub may ask for (`Retry-After`). If it asks for more, the call fails.
         whole: no try begins later than this after the first one.
     """
 
     tries: int = 6
     first: float = 0.5
     longest: float = 10.0
-    asked: float = 320.0
+    longest_retry_after: float = 320.0
     whole: float = 120.0
 
-    def wait(self, failures: int, asked: float | None = None) -> float:
+    def wait(self, failures: int, retry_after: float | None = None) -> float:
         """Seconds to wait after so many failures in a row; a random share of it is left out, so that many clients of
         a Hub that fails do not all come back at the same moment.
         """
-        if asked is not None:
-            return asked + random.uniform(0.0, self.first)
+        if retry_after is not None:
+            return retry_after + random.uniform(0.0, self.first)
         return float(min(self.longest, self.first * 2 ** (failures - 1))) * random.uniform(0.5, 1.0)
 
 
@@ -59,7 +59,7 @@ def asked_wait(headers: Mapping[str, str]) -> float | None:
     try:
         moment = email.utils.parsedate_to_datetime(text) if text else None
     except ValueError:
-        return None  # neither a number nor a date: no wish at all
+        return None  # neither a number nor a date: the header asks for no wait
     return max(0.0, moment.timestamp() - time.time()) if moment is not None else None
 
 
@@ -90,9 +90,11 @@ def pause_after(error: BaseException, failures: int, patience: Patience) -> floa
     for cause in causes(error):
         response = getattr(cause, "response", None)
         if response is not None:
-            asked = asked_wait(response.headers)
-            passes = response.status_code in PASSING and (asked is None or asked <= patience.asked)
-            return patience.wait(failures, asked) if passes else None
+            retry_after = asked_wait(response.headers)
+            passes = response.status_code in PASSING and (
+                retry_after is None or retry_after <= patience.longest_retry_after
+            )
+            return patience.wait(failures, retry_after) if passes else None
         if isinstance(cause, lasting):
             return None
         # an error page where JSON was expected, which the client does not look at

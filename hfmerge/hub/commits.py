@@ -10,7 +10,6 @@ from typing import Any
 
 from hfmerge.errors import PushError
 from hfmerge.hub.client import Patience, patiently, pause_after, status_of
-from hfmerge.hub.progress_bar import only_on_a_terminal
 
 
 UPLOADING = Patience(whole=15.0)
@@ -26,27 +25,31 @@ class Commit:
     pull_request: str | None
 
 
-def commit_once(
-    api: Any,
-    repo_id: str,
-    operations: Sequence[Any],
-    *,
-    title: str,
-    description: str,
-    parent: str,
-    proof: Mapping[str, bytes],
-    create_pr: bool = False,
-    patience: Patience | None = None,
-) -> Commit:
+@dataclass(frozen=True)
+class NewCommit:
+    """A commit to be made.
+
+    Attributes:
+        operations: the files; large files are uploaded already.
+        title, description: its message.
+        parent: the commit that `main` must be at.
+        proof: path -> bytes of a small file that no other commit on `parent` would hold.
+        create_pr: open a pull request with it.
+    """
+
+    operations: Sequence[Any]
+    title: str
+    description: str
+    parent: str
+    proof: Mapping[str, bytes]
+    create_pr: bool = False
+
+
+def commit_once(api: Any, repo_id: str, new: NewCommit, *, patience: Patience | None = None) -> Commit:
     """Commit to `main`, or open a pull request; again where the Hub or the network fails for a moment.
 
     If an answer is lost, the commit may still have been made. It was made if the commit after `parent` on `main` holds
     `proof`. If it was not made, `parent` guards the next try.
-
-    Args:
-        operations: the files; large files are uploaded already.
-        parent: the commit that `main` must be at.
-        proof: path -> bytes of a small file that no other commit on `parent` would hold.
 
     Raises:
         PushError: the branch moved, or it is not known whether the pull request was opened. Other errors are the
@@ -56,25 +59,25 @@ def commit_once(
     while True:
         try:
             made = api.create_commit(
-                repo_id, list(operations), commit_message=title, commit_description=description, create_pr=create_pr,
-                parent_commit=parent,
+                repo_id, list(new.operations), commit_message=new.title, commit_description=new.description,
+                create_pr=new.create_pr, parent_commit=new.parent,
             )  # fmt: skip
             return Commit(made.oid, str(made.commit_url), made.pr_url)
         except Exception as error:  # whatever does not pass is raised again
             status = status_of(error)
             stale = status == 412
             wait = None if stale else pause_after(error, failures + 1, patience)
-            if create_pr and wait is not None and status not in (429, 503):
+            if new.create_pr and wait is not None and status not in (429, 503):
                 raise PushError(
                     f"{repo_id}: the Hub's answer to the pull request was lost ({status or type(error).__name__}); "
                     "see on its community page whether it was opened before you run the command again."
                 ) from error
-            if not create_pr and (wait is not None or (stale and failures)):
-                landed = patiently(lambda: _landed(api, repo_id, parent, proof))
+            if not new.create_pr and (wait is not None or (stale and failures)):
+                landed = patiently(lambda: _landed(api, repo_id, new.parent, new.proof))
                 if landed is not None:
                     return landed
             if stale:
-                raise moved(repo_id, parent) from error
+                raise moved(repo_id, new.parent) from error
             failures += 1
             if wait is None or failures >= patience.tries:
                 raise
@@ -132,7 +135,6 @@ def upload(
     free_memory: bool = False,
 ) -> None:
     """Upload a file without a commit, if it is large. Parts that arrived earlier are not sent again."""
-    only_on_a_terminal()
     patiently(
         lambda: api.preupload_lfs_files(
             repo_id, [operation], revision=revision, create_pr=create_pr or None, free_memory=free_memory

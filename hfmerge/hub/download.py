@@ -8,7 +8,6 @@ from pathlib import Path
 
 from hfmerge.errors import NotFoundError, SourceError
 from hfmerge.hub.client import hub_api, hub_errors, patiently
-from hfmerge.hub.progress_bar import only_on_a_terminal
 from hfmerge.hub.reference import FileInfo, ModelRef, Snapshot, checked_path, is_commit, is_segment
 from hfmerge.validation.folders import files_in
 from hfmerge.validation.limits import FILES
@@ -45,7 +44,7 @@ def _held(folder: Path) -> dict[str, FileInfo]:
 
 
 def _asked(ref: ModelRef, repo_id: str) -> Snapshot:
-    """A repository as the Hub says now, or, where it cannot be reached, as the cache remembers.
+    """Commit and files of a repository from the Hub or, if the Hub cannot be reached, from the cache.
 
     A commit by its full name is the same in the cache, even if its repository was deleted or its history rewritten.
     """
@@ -67,7 +66,7 @@ def _asked(ref: ModelRef, repo_id: str) -> Snapshot:
         files = _cached_files(repo_id, str(revision)) if is_commit(revision) else {}
         if not revision or not files:
             raise
-        return Snapshot(ref, repo_id, revision, None, files, gone=True)
+        return Snapshot(ref, repo_id, revision, None, files, vanished=True)
     except (ConnectionError, httpx2.TransportError, HfHubHTTPError) as error:
         if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
             raise
@@ -123,7 +122,6 @@ def fetch(snapshot: Snapshot, file: str) -> Path:
         return snapshot.folder / file
     from huggingface_hub import hf_hub_download
 
-    only_on_a_terminal()
     with hub_errors(f"{snapshot.label}: {file}"):
         return Path(
             patiently(lambda: hf_hub_download(snapshot.name, file, revision=snapshot.commit, library_name="hfmerge"))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -23,22 +25,26 @@ def progress_bar(total: int, title: str, unit: str, *, scaled: bool = False, sho
         scaled: show large counts in units of a thousand, a million, ...
         shown: False: show nothing.
     """
-    only_on_a_terminal()
     return _class()(
         total=total, desc=title, unit=unit, unit_scale=scaled, name="hfmerge", disable=not shown or None, lines=shown
     )
 
 
-def only_on_a_terminal() -> None:
-    """Have the Hub's client and transformers draw no bars of their own where nobody sees them move."""
+@contextlib.contextmanager
+def only_on_a_terminal() -> Iterator[None]:
+    """For a program: libraries draw no bars of their own where nobody sees them move; our lines stay."""
     from huggingface_hub import constants
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
     if sys.stderr.isatty() or constants.HF_HUB_DISABLE_PROGRESS_BARS is not None:
+        yield
         return
-    disable_progress_bars("huggingface_hub")
-    if (transformers := sys.modules.get("transformers")) is not None:
-        transformers.utils.logging.disable_progress_bar()
+    disable_progress_bars()
+    enable_progress_bars("hfmerge")
+    try:
+        yield
+    finally:
+        enable_progress_bars()
 
 
 @cache

@@ -75,11 +75,11 @@ class Traffic:
 
 
 class _Fault(Exception):
-    """A try that failed; `asked` is for how many seconds the Hub wants no request, 0.0 that another may follow."""
+    """A try that failed; `retry_after`: seconds for which the Hub wants no request, 0.0 if another may follow."""
 
-    def __init__(self, what: str, asked: float | None = None):
+    def __init__(self, what: str, retry_after: float | None = None):
         super().__init__(what)
-        self.asked = asked
+        self.retry_after = retry_after
 
 
 class RangedFile:
@@ -142,9 +142,9 @@ class RangedFile:
                     ) from fault
                 if since > 1:
                     self._direct = None
-                if fault.asked:
-                    self._traffic.hold(self._patience.wait(since, fault.asked))
-                self._traffic.wait(0.0 if fault.asked == 0.0 else self._patience.wait(since))
+                if fault.retry_after:
+                    self._traffic.hold(self._patience.wait(since, fault.retry_after))
+                self._traffic.wait(0.0 if fault.retry_after == 0.0 else self._patience.wait(since))
             else:
                 self._traffic.count(received=done - before)
         return data
@@ -218,13 +218,13 @@ class RangedFile:
         """Raise unless the answer is the very range that was asked for."""
         status, headers = response.status_code, response.headers
         if status in PASSING or (500 <= status < 600 and status != 501):
-            asked = asked_wait(headers)
-            if asked is not None and asked > self._patience.asked:
+            retry_after = asked_wait(headers)
+            if retry_after is not None and retry_after > self._patience.longest_retry_after:
                 raise OfflineError(
-                    f"{self.where}: the Hub answered HTTP {status} and wants no request for {asked:.0f} s; run again "
-                    f"then, or {self._otherwise}."
+                    f"{self.where}: the Hub answered HTTP {status} and asks to wait {retry_after:.0f} s; run "
+                    f"again after that, or {self._otherwise}."
                 )
-            raise _Fault(f"HTTP {status}", asked or None)
+            raise _Fault(f"HTTP {status}", retry_after or None)
         if status == 416:
             raise CorruptFileError(f"{self.where}: ends before byte {stop}, though the Hub lists {self.size} bytes.")
         if status == 200 and (start, stop) != (0, self.size):

@@ -51,7 +51,7 @@ class Snapshot:
         folder: the folder; of a commit, that of the copy that is read in its place; None on the Hub.
         files: path in the repository -> what is known of the file.
         offline: the Hub could not be asked, and `files` are those that the cache holds.
-        gone: the Hub was asked and no longer has, or shows, this commit; `files` are those that the cache holds.
+        vanished: the Hub was asked and no longer has, or shows, this commit; `files` are those that the cache holds.
     """
 
     ref: ModelRef
@@ -60,7 +60,7 @@ class Snapshot:
     folder: Path | None
     files: Mapping[str, FileInfo] = field(repr=False)
     offline: bool = False
-    gone: bool = False
+    vanished: bool = False
 
     @property
     def label(self) -> str:

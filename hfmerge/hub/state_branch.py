@@ -35,7 +35,7 @@ def _exists(api: Any, repo_id: str) -> bool:
 
 
 def _strange(api: Any, repo_id: str, held: Mapping[str, Any]) -> list[str]:
-    """The branch begins as a copy of `main`, whose files lie there until a first state does; `main` may go on."""
+    """Files on the branch that are neither ours nor copies of files of `main`, from which the branch was made."""
     left = {name: item.blob_id for name, item in held.items() if not name.startswith(OWN) and name != ATTRIBUTES}
     if left:
         left = _without(left, listed(api, repo_id, "main"))

@@ -43,6 +43,8 @@ Send = Callable[[Message], Awaitable[None]]
 
 _HOST = re.compile(r"([\w.-]+|\[[0-9a-fA-F:]+\])(:\d{1,5})?", re.ASCII)
 
+_REQUEST_ID = re.compile(r"[\w.:;=+/-]{1,200}", re.ASCII)
+
 _ROUTES = [
     *organizations.ROUTES,
     *repos.ROUTES,
@@ -104,7 +106,7 @@ class HubApp:
             "port": scope["server"][1],
             "user": None,
             "authorization": "authorization" in request.headers,
-            "id": uuid.uuid4().hex,
+            "id": _request_id(request),
         }
         logged = False
 
@@ -180,6 +182,12 @@ class HubApp:
                 await run_in_threadpool(route.check, self._hub, call)
             call = replace(call, body=await _body(request, route.most))
         return cast(Response, await run_in_threadpool(route.handler, self._hub, call))
+
+
+def _request_id(request: Request) -> str:
+    """The name that the client gave its request, so that its errors and the log agree; a new one if it gave none."""
+    given = request.headers.get("x-request-id") or request.headers.get("x-amzn-trace-id") or ""
+    return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
 
 
 async def _body(request: Request, most: int) -> bytes:

@@ -29,9 +29,10 @@ _MOST_DIFF = 4 << 20
 def open_pull(hub: Hub, git: GitStore, row: RepoRow, user: str, message: str, *, base: str, commit: str) -> int:
     """Open a pull request that already has its commit; called under the lock of the repository."""
     title, _, text = message.partition("\n")
-    number = _open(hub, git, row, user, title, text.strip(), base=base, commit=commit, status="open")
-    note_commit(hub, row, f"refs/pr/{number}", user, message, commit)
-    return number
+    opened = DiscussionRow(hub.database.next_discussion(row.rid), True, title, "open", user, now(), base, None)
+    _open(hub, git, row, opened, text.strip(), commit)
+    note_commit(hub, row, f"refs/pr/{opened.num}", user, message, commit)
+    return opened.num
 
 
 def note_commit(hub: Hub, row: RepoRow, ref: str, user: str, message: str, oid: str) -> None:
@@ -53,8 +54,9 @@ def create(hub: Hub, call: Call) -> Response:
     pull = bool(body.get("pullRequest"))
     with hub.git_writing(row) as git:
         commit = hub.commit_of(git, DEFAULT_BRANCH) if pull else None
-        number = _open(
-            hub, git, row, user, title, text, base=DEFAULT_BRANCH, commit=commit, status="draft" if pull else "open"
+        number, status = hub.database.next_discussion(row.rid), "draft" if pull else "open"
+        _open(
+            hub, git, row, DiscussionRow(number, pull, title, status, user, now(), DEFAULT_BRANCH, None), text, commit
         )
     return reply({"num": number, "url": f"/{row.id}/discussions/{number}", "pullRequest": pull})
 
@@ -241,26 +243,13 @@ def _ends(git: GitStore, discussion: DiscussionRow) -> tuple[str, str]:
     return base, head
 
 
-def _open(
-    hub: Hub,
-    git: GitStore,
-    row: RepoRow,
-    user: str,
-    title: str,
-    text: str,
-    *,
-    base: str,
-    commit: str | None,
-    status: str,
-) -> int:
-    number = hub.database.next_discussion(row.rid)
+def _open(hub: Hub, git: GitStore, row: RepoRow, new: DiscussionRow, text: str, commit: str | None) -> None:
+    """Store a new discussion with its first comment; `commit` is that of a pull request."""
     if commit is not None:
         # The reference first: one without a discussion is overwritten, a discussion without one would be broken.
-        git.set_ref(f"refs/pr/{number}", commit)
-    discussion = DiscussionRow(number, commit is not None, title, status, user, now(), base, None)
-    hub.database.add_discussion(row.rid, discussion)
-    hub.database.put_event(row.rid, number, _comment(user, text))
-    return number
+        git.set_ref(f"refs/pr/{new.num}", commit)
+    hub.database.add_discussion(row.rid, new)
+    hub.database.put_event(row.rid, new.num, _comment(new.author, text))
 
 
 def _discussion(hub: Hub, row: RepoRow, call: Call) -> DiscussionRow:

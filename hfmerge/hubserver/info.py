@@ -31,10 +31,10 @@ _FROM_CARD = ("cardData", "model-index", "library_name", "pipeline_tag", "baseMo
 
 @dataclass(frozen=True)
 class Facts:
-    """What follows from one commit alone: `found` by the names the API uses, and the files with all that is known."""
+    """What follows from one commit alone: `fields` by the names the API uses, and the files with all that is known."""
 
     sha: str
-    found: dict[str, Any]
+    fields: dict[str, Any]
     siblings: list[dict[str, Any]]
 
 
@@ -113,20 +113,20 @@ def _find_out(hub: Hub, repo: RepoRow, before: str) -> Facts:
 
 
 def _texts(facts: Facts) -> tuple[str, str, str]:
-    document, siblings = (json.dumps(part, allow_nan=False) for part in (facts.found, facts.siblings))
+    document, siblings = (json.dumps(part, allow_nan=False) for part in (facts.fields, facts.siblings))
     return facts.sha, document, siblings
 
 
-def properties(hub: Hub, repo: RepoRow, user: str | None, sha: str, found: dict[str, Any]) -> dict[str, Any]:
+def properties(hub: Hub, repo: RepoRow, user: str | None, sha: str, fields: dict[str, Any]) -> dict[str, Any]:
     """All properties of a repository but its files, as a user may see them.
 
     Of a gated repository the card of main is open, because it says how to ask; what comes from other files, or from
     another commit, is for those who were let in.
     """
     if not hub.may_read(repo, user):
-        found = {key: value for key, value in found.items() if key not in _FROM_FILES}
+        fields = {key: value for key, value in fields.items() if key not in _FROM_FILES}
         if sha != hub.tip(repo):
-            found = {key: value for key, value in found.items() if key not in _FROM_CARD} | {"tags": []}
+            fields = {key: value for key, value in fields.items() if key not in _FROM_CARD} | {"tags": []}
     return {
         "_id": repo.rid[:24],
         "id": repo.id,
@@ -141,7 +141,7 @@ def properties(hub: Hub, repo: RepoRow, user: str | None, sha: str, found: dict[
         "likes": 0,
         "trendingScore": 0,
         **({"modelId": repo.id, "spaces": []} if repo.kind == "model" else {}),
-        **found,
+        **fields,
     }
 
 

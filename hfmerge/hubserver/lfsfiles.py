@@ -39,11 +39,11 @@ def delete(hub: Hub, call: Call) -> Response:
     The objects themselves go, like all that no repository has, when the server starts next.
     """
     row = hub.writable(call)
-    asked = call.json().get("deletions")
-    oids = asked.get("sha") if isinstance(asked, dict) else None
+    changes = call.json().get("deletions")
+    oids = changes.get("sha") if isinstance(changes, dict) else None
     if not isinstance(oids, list) or not all(isinstance(oid, str) for oid in oids):
         raise HubFault(400, '"deletions.sha" must be a list of object ids')
-    if isinstance(asked, dict) and asked.get("rewriteHistory", True):
+    if isinstance(changes, dict) and changes.get("rewriteHistory", True):
         raise not_implemented("rewriting history while large files are deleted")
     for oid in oids:
         if not hub.database.linked(row.rid, oid):

@@ -128,7 +128,7 @@ def _storage(hub: Hub, namespace: str) -> Response:
             {
                 "id": row.id,
                 "type": row.kind,
-                "updatedAt": tip_facts(hub, row).found["lastModified"],
+                "updatedAt": tip_facts(hub, row).fields["lastModified"],
                 "visibility": "private" if row.private else "public",
                 "storage": sum(sizes),
             }

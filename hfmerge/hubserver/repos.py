@@ -120,7 +120,7 @@ def info(hub: Hub, call: Call) -> Response:
     with hub.git(row) as git:
         commit = hub.commit_of(git, call.args.get("rev", DEFAULT_BRANCH))
         facts = tip_facts(hub, row) if commit == hub.tip(row) else commit_facts(hub, row, git, commit)
-    shown = properties(hub, row, call.user, facts.sha, facts.found)
+    shown = properties(hub, row, call.user, facts.sha, facts.fields)
     shown["siblings"] = facts.siblings if call.flag("blobs") else plain_siblings(facts.siblings)
     if wanted := call.queries("expand", "expand[]"):
         if "childrenModelCount" in wanted and row.kind == "model":

@@ -48,7 +48,7 @@ def preupload(hub: Hub, call: Call) -> Response:
     files = body.get("files")
     if not isinstance(files, list) or len(files) > _MOST_FILES:
         raise HubFault(400, f'"files" must be a list of at most {_MOST_FILES} files')
-    asked = [_asked(item) for item in files]
+    uploads = [_upload(item) for item in files]
     with hub.git(row) as git:
         commit = hub.commit_of(git, call.args["rev"])
         rules = git.lookup(commit, ".gitattributes")
@@ -56,9 +56,9 @@ def preupload(hub: Hub, call: Call) -> Response:
         ignore = str(body.get("gitIgnore") or "").encode()
         if not ignore and (entry := git.lookup(commit, ".gitignore")) is not None and not entry.is_folder:
             ignore = git.read(entry.oid)
-        left_out = ignored(ignore, [path for path, _, _ in asked])
+        left_out = ignored(ignore, [path for path, _, _ in uploads])
         answers = []
-        for path, size, sample in asked:
+        for path, size, sample in uploads:
             answer: dict[str, Any] = {
                 "path": path,
                 "uploadMode": "lfs" if is_large(attributes, path, size, sample) else "regular",
@@ -117,7 +117,7 @@ def check_path(path: Any) -> str:
     raise HubFault(422, f"Invalid path in repository: {json.dumps(path)}")
 
 
-def _asked(item: Any) -> tuple[str, int, bytes]:
+def _upload(item: Any) -> tuple[str, int, bytes]:
     if not isinstance(item, dict) or not isinstance(item.get("size"), int) or item["size"] < 0:
         raise HubFault(400, 'Each of "files" needs "path", "size" and "sample"')
     return check_path(item.get("path")), item["size"], _decode(item.get("sample", ""))

@@ -68,14 +68,14 @@ def _read(objects: BaseObjectStore, oid: str) -> tuple[bytes, ShaFile | None, st
     return data, found, None
 
 
-def _follow(found: ShaFile, path: str, waiting: list[tuple[str, str, str]]) -> str | None:
+def _follow(git_object: ShaFile, path: str, waiting: list[tuple[str, str, str]]) -> str | None:
     """Note what an object leads to; returns what is wrong with how it does."""
     try:
-        if isinstance(found, Commit):
-            waiting.append((found.tree.decode(), "tree", ""))
-            waiting.extend((parent.decode(), "commit", "") for parent in found.parents)
-        elif isinstance(found, Tree):
-            for item in found.iteritems():
+        if isinstance(git_object, Commit):
+            waiting.append((git_object.tree.decode(), "tree", ""))
+            waiting.extend((parent.decode(), "commit", "") for parent in git_object.parents)
+        elif isinstance(git_object, Tree):
+            for item in git_object.iteritems():
                 place = f"{path}/{item.path.decode()}" if path else item.path.decode()
                 if item.mode not in _MODES:
                     return f"{place}: mode {item.mode:o}; only files and folders are kept here, no links"

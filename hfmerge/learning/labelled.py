@@ -56,17 +56,17 @@ def labelled_rows(task: Task, suite: Suite, subject: Subject, *, split: str, row
 
     if task.metric in ("pearson", "spearman"):
         raise UnsupportedError(f"learn: {task.name} has numbers for answers; labelled rows need classes.")
-    asked = dataclasses.replace(task, split=split, limit=rows)
-    pin = pin_data(asked, suite.folder)
+    limited = dataclasses.replace(task, split=split, limit=rows)
+    pin = pin_data(limited, suite.folder)
     where = f"{task.name} ({pin.label})"
-    found = load_rows(asked, pin, limit=rows, seed=seed)
+    found = load_rows(limited, pin, limit=rows, seed=seed)
     head = subject.own_head()
     assert head is not None and task.label is not None
     values = list(found[task.label])
     if task.by_index:
-        answers = list(numbered_answers(asked, values, head.labels, where).values)
+        answers = list(numbered_answers(limited, values, head.labels, where).values)
     else:
-        named = named_answers(asked, found.features[task.label], values, where)
+        named = named_answers(limited, found.features[task.label], values, where)
         places = head_rows(named.used, head.labels, where, head.owner)
         answers = [places[named.names[value]] for value in named.values]
     logits = torch.full((len(answers), len(head.labels)), CERTAIN)

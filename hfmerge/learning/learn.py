@@ -21,14 +21,14 @@ from hfmerge.hashing import canonical_json, sha256_bytes, sha256_file
 from hfmerge.hub.progress_bar import progress_bar
 from hfmerge.learning.fisher import FISHER_ROWS, fisher, load_fisher, save_fisher
 from hfmerge.learning.labelled import labelled_rows, task_of
-from hfmerge.learning.optimise import Anchor, Found, memory_for, optimise
+from hfmerge.learning.optimise import Anchor, Optimum, memory_for, optimise
 from hfmerge.learning.progress import Progress
 from hfmerge.learning.replay.dataset import Replay, load_replay, save_replay
 from hfmerge.learning.replay.generate import generate
 from hfmerge.learning.space import Space
-from hfmerge.learning.student import Student, check_tokens, reference, references, students
+from hfmerge.learning.student import Student, check_tokens, references, source_reference, students
 from hfmerge.ledger.repository import Merged, state_path
-from hfmerge.recipe.learning import HELD, Learning
+from hfmerge.recipe.learning import HELD_BYTES, Learning
 from hfmerge.validation.wording import parameter
 
 
@@ -47,7 +47,7 @@ class Learned:
     Attributes:
         replays: of each model in order; None where it has none.
         fisher: carried Fisher information, or None.
-        found: weights and curve; None where the weights stayed as they were.
+        optimum: weights and curve; None where the weights stayed as they were.
         how: one line on how the weights were found.
         groups: names of the groups of parameters that have a weight of their own.
         device: name of the device that learned: "cpu", or the model of an accelerator.
@@ -55,7 +55,7 @@ class Learned:
 
     replays: tuple[Replay | None, ...]
     fisher: Mapping[str, Tensor] | None = field(repr=False)
-    found: Found | None
+    optimum: Optimum | None
     how: str
     groups: tuple[str, ...] = ()
     device: str = CPU
@@ -74,8 +74,8 @@ class Learned:
             save_fisher(self.fisher, place)
             kept = sha256_file(place)
             place.rename(folder / state_file(kept))
-        curve = [] if self.found is None else [list(point[:3]) + [list(point[3])] for point in self.found.curve]
-        steps = 0 if self.found is None else self.found.steps
+        curve = [] if self.optimum is None else [list(point[:3]) + [list(point[3])] for point in self.optimum.curve]
+        steps = 0 if self.optimum is None else self.optimum.steps
         return {
             "how": self.how, "groups": list(self.groups), "steps": steps, "curve": curve, "replay": rows,
             "fisher": kept, "device": self.device,
@@ -107,14 +107,14 @@ def learn(
     Raises:
         HfMergeError: see `place_for`, `students`, `generate`, `labelled_rows`, `optimise`.
     """
-    asked = plan.recipe.learn
-    assert asked is not None
+    learning = plan.recipe.learn
+    assert learning is not None
     if plan.method.leaps_at_zero:
-        asked = dataclasses.replace(asked, low=max(asked.low, 10.0**-DIGITS))
+        learning = dataclasses.replace(learning, low=max(learning.low, 10.0**-DIGITS))
     warnings: list[str] = []
     # rows of an adapter are those of the base it lies on
     earlier = {} if opened is None or action == "rebase" else _earlier(opened, warnings)
-    if action == "subtract" or (action == "unmerge" and not asked.relearn):
+    if action == "subtract" or (action == "unmerge" and not learning.relearn):
         replays = tuple(_found(earlier, plan, ref) for ref in references(plan))
         how = "weights were kept as they had been learned beside all models of the step before"
         return _warned(plan, warnings), Learned(replays, None, None, how, device=_device(opened))
@@ -126,25 +126,27 @@ def learn(
     progress = Progress(journal, _question(opened, action, name_of(place)), shelf)
     with contextlib.ExitStack() as stack:
         stack.enter_context(repeatable(place))
-        replays, rows = _rows(plan, asked, earlier, progress, ranks, notify, place)
-        space = stack.enter_context(Space(plan, groups=asked.groups, budget=HELD, scratch=journal))
+        replays, rows = _rows(plan, learning, earlier, progress, ranks, notify, place)
+        space = stack.enter_context(Space(plan, groups=learning.groups, budget=HELD_BYTES, scratch=journal))
         keys = [param.key for param in space.params]
-        with memory_for(asked):
-            merge = students(plan, keys, rows, checkpointing=asked.checkpointing, place=place)
+        with memory_for(learning):
+            merge = students(plan, keys, rows, checkpointing=learning.checkpointing, place=place)
         count = len(opened.last.models) if opened is not None and action == "add" else 0
-        start = _start(space, plan, asked, count)
-        anchor = _anchor(space, merge, start, count, opened, asked, ranks, warnings) if count and asked.ewc else None
+        start = _start(space, plan, learning, count)
+        anchor = None
+        if count and learning.ewc:
+            anchor = _anchor(space, merge, start, count, opened, learning, ranks, warnings)
         if notify is not None and ranks.main:
             begun = progress.steps()
             from_there = "" if begun is None else f"; {begun['step']} were made by a run that was interrupted"
-            notify(f"learning {start.numel()} weights, at most {asked.steps} steps{from_there}")
-        found = _optimised(space, merge, start, asked, ranks, anchor, progress)
-        information = _information(space, merge, found, anchor, asked, ranks) if asked.ewc else None
+            notify(f"learning {start.numel()} weights, at most {learning.steps} steps{from_there}")
+        found = _optimised(space, merge, start, learning, ranks, anchor, progress)
+        information = _information(space, merge, found, anchor, learning, ranks) if learning.ewc else None
     entries = tuple(
         dataclasses.replace(entry, weight=space.weights_of(found.weights, i, DIGITS))
         for i, entry in enumerate(plan.recipe.models)
     )
-    how = f"weights learned by {asked.loss}, {found.steps} steps"
+    how = f"weights learned by {learning.loss}, {found.steps} steps"
     how += f", from those of the first {count} models" if count else ""
     how += f", on {name_of(place)}" if place != CPU else ""
     how += ", stopped early" if found.fault is not None else ""
@@ -153,12 +155,12 @@ def learn(
     return _warned(plan, warnings), Learned(replays, information, found, how, space.groups, name_of(place))
 
 
-def _faults(found: Found, space: Space) -> Iterator[str]:
+def _faults(optimum: Optimum, space: Space) -> Iterator[str]:
     """What the user should know of how learning ended."""
-    if found.fault is not None:
-        yield f"{found.fault} No further steps were made: the weights are the best of the {found.steps} before."
-    if found.idle:
-        names = some([space.groups[i] for i in found.idle])
+    if optimum.fault is not None:
+        yield f"{optimum.fault} No further steps were made: the weights are the best of the {optimum.steps} before."
+    if optimum.idle:
+        names = some([space.groups[i] for i in optimum.idle])
         yield f"learn: no loss depends on {names}; the weights there stay where they started."
 
 
@@ -176,10 +178,10 @@ def _device(opened: Merged | None) -> str:
     return str((opened.last.learned if opened is not None and opened.last.learned else {}).get("device", CPU))
 
 
-def _of_devices(opened: Merged | None, asked: str | None, place: str) -> list[str]:
+def _of_devices(opened: Merged | None, learning: str | None, place: str) -> list[str]:
     """What to tell of where weights are learned."""
     lines = []
-    if asked is None and (kind := accelerator()) is not None:
+    if learning is None and (kind := accelerator()) is not None:
         lines.append(
             "learning on the CPU, which gives one result on machines of a kind; "
             f"{parameter('device', kind)} would be faster."
@@ -192,16 +194,16 @@ def _of_devices(opened: Merged | None, asked: str | None, place: str) -> list[st
     return lines
 
 
-def _start(space: Space, plan: Plan, asked: Learning, count: int) -> Tensor:
+def _start(space: Space, plan: Plan, learning: Learning, count: int) -> Tensor:
     """Where the weights start: the first `count` where they are; a new model's at the one given for it, if any."""
     weights = [entry.weight for entry in plan.recipe.models]
-    level = plan.method.usual_weight(len(weights)) if asked.start is None else asked.start
+    level = plan.method.usual_weight(len(weights)) if learning.start is None else learning.start
     return space.start([w if i < count or (count and w != 1.0) else level for i, w in enumerate(weights)])
 
 
 def _rows(
     plan: Plan,
-    asked: Learning,
+    learning: Learning,
     earlier: Mapping[str, Replay],
     progress: Progress,
     ranks: Ranks,
@@ -209,38 +211,39 @@ def _rows(
     place: str,
 ) -> tuple[tuple[Replay | None, ...], list[list[tuple[Replay, float]]]]:
     """Replay rows of each model, and all rows of each that are learned from; made by rank 0 for all."""
-    suite = load_suite(asked.suite) if asked.suite is not None else None
+    suite = load_suite(learning.suite) if learning.suite is not None else None
     replays: list[Replay | None] = []
     rows: list[list[tuple[Replay, float]]] = []
     refs = references(plan)
-    if notify is not None and ranks.main and asked.replays:
+    if notify is not None and ranks.main and learning.replays:
         notify(f"making replay rows of {len(refs)} models; {PRIVACY}")
 
     def made(model: int, ref: str, names: Sequence[str]) -> tuple[Replay | None, list[tuple[Replay, float]]]:
         subject = open_subject(ref, device=place, dtype="float32", copies=plan.copies)
         task = task_of(suite, names) if suite is not None else None
-        if suite is not None and task is None and asked.loss == "labels":
+        if suite is not None and task is None and learning.loss == "labels":
             raise HfMergeError(f"learn: {suite.name} has no task with the head of {names[0]}; take loss mixed.")
         few = []
         if suite is not None and task is not None:
             # first, as they cost little and may be at fault
-            few = [(labelled_rows(task, suite, subject, split=asked.split, rows=asked.rows, seed=asked.seed), 1.0)]
-        own = _found(earlier, plan, ref) if asked.replays else None
-        if own is None and asked.replays:
-            own = progress.replay(model, _named(subject), asked.replay)
-        if own is None and asked.replays:
+            part = labelled_rows(task, suite, subject, split=learning.split, rows=learning.rows, seed=learning.seed)
+            few = [(part, 1.0)]
+        own = _found(earlier, plan, ref) if learning.replays else None
+        if own is None and learning.replays:
+            own = progress.replay(model, _named(subject), learning.replay)
+        if own is None and learning.replays:
             spare = None
-            if asked.replay.generator == "masked":
+            if learning.replay.generator == "masked":
                 spare = open_subject(
-                    reference(plan.base.snapshot), device=subject.device, dtype="float32", copies=plan.copies
+                    source_reference(plan.base.snapshot), device=subject.device, dtype="float32", copies=plan.copies
                 )
-            own = generate(subject, kind_of(subject), asked.replay, spare=spare, progress=True)
-            progress.keep_replay(model, asked.replay, own)
+            own = generate(subject, kind_of(subject), learning.replay, spare=spare, progress=True)
+            progress.keep_replay(model, learning.replay, own)
         subject.forget()
         return own, [(own, 1.0), *few] if own is not None else few
 
     def within(*given: Any) -> tuple[Replay | None, list[tuple[Replay, float]]]:
-        with memory_for(asked):
+        with memory_for(learning):
             return made(*given)
 
     for model, (delta, ref) in enumerate(zip(plan.deltas, refs, strict=True)):
@@ -255,13 +258,13 @@ def _optimised(
     space: Space,
     merge: Sequence[Student],
     start: Tensor,
-    asked: Learning,
+    learning: Learning,
     ranks: Ranks,
     anchor: Anchor | None,
     progress: Progress,
-) -> Found:
-    with progress_bar(asked.steps, "Learning", "step", shown=ranks.main) as bar:
-        course = partial(optimise, space, merge, start, asked, ranks, anchor=anchor, progress=progress)
+) -> Optimum:
+    with progress_bar(learning.steps, "Learning", "step", shown=ranks.main) as bar:
+        course = partial(optimise, space, merge, start, learning, ranks, anchor=anchor, progress=progress)
         return ranks.each(lambda: course(tick=bar.update))
 
 
@@ -271,7 +274,7 @@ def _anchor(
     start: Tensor,
     count: int,
     opened: Merged | None,
-    asked: Learning,
+    learning: Learning,
     ranks: Ranks,
     warnings: list[str],
 ) -> Anchor | None:
@@ -292,34 +295,34 @@ def _anchor(
             known = load_fisher(path)
             # of what no model changed before nothing is known, and nothing is held
             held = {key: known[key] if key in known else torch.zeros_like(value) for key, value in merged.items()}
-            return Anchor(merged, held, asked.ewc)
-        return Anchor(merged, _fisher(merge[:count], merged, asked), asked.ewc)
+            return Anchor(merged, held, learning.ewc)
+        return Anchor(merged, _fisher(merge[:count], merged, learning), learning.ewc)
 
     return ranks.each(made)
 
 
 def _information(
-    space: Space, merge: Sequence[Student], found: Found, anchor: Anchor | None, asked: Learning, ranks: Ranks
+    space: Space, merge: Sequence[Student], optimum: Optimum, anchor: Anchor | None, learning: Learning, ranks: Ranks
 ) -> dict[str, Tensor] | None:
     """Fisher information of the new merge, with what is carried of the earlier ones; on rank 0."""
 
     def made() -> dict[str, Tensor] | None:
         if not ranks.main:
             return None
-        new = _fisher(merge, space.merged(found.weights), asked)
+        new = _fisher(merge, space.merged(optimum.weights), learning)
         if anchor is not None:
             for key, value in new.items():
-                value.add_(anchor.fisher[key], alpha=asked.gamma)
+                value.add_(anchor.fisher[key], alpha=learning.gamma)
         return new
 
     return ranks.each(made)
 
 
-def _fisher(merge: Sequence[Student], merged: Mapping[str, Tensor], asked: Learning) -> dict[str, Tensor]:
+def _fisher(merge: Sequence[Student], merged: Mapping[str, Tensor], learning: Learning) -> dict[str, Tensor]:
     total = sum(min(FISHER_ROWS, len(one.rows[0][0].learned)) for one in merge)
     with progress_bar(total, "Fisher information", "row") as bar:
-        with memory_for(asked):
-            return fisher(merge, merged, seed=asked.seed, tick=bar.update)
+        with memory_for(learning):
+            return fisher(merge, merged, seed=learning.seed, tick=bar.update)
 
 
 def _earlier(opened: Merged, warnings: list[str]) -> dict[str, Replay]:

@@ -62,7 +62,7 @@ class Anchor:
 
 
 @dataclass(frozen=True)
-class Found:
+class Optimum:
     """The result of the optimisation.
 
     Attributes:
@@ -85,13 +85,13 @@ def optimise(
     space: Space,
     students: Sequence[Student],
     start: Tensor,
-    asked: Learning,
+    learning: Learning,
     ranks: Ranks,
     *,
     anchor: Anchor | None = None,
     progress: Progress = NOTHING,
     tick: Callable[[int], object] = lambda count: None,
-) -> Found:
+) -> Optimum:
     """Minimise the mean loss of all models over the weights, within their bounds.
 
     Every process does the rows of some models; only the gradient in the weights crosses processes. Which rows a step
@@ -107,22 +107,22 @@ def optimise(
         NonFiniteError: the loss is not a number where the weights start.
         HfMergeError: out of memory.
     """
-    course = _Course(start.clone().clamp_(asked.low, asked.high), asked)
+    course = _Course(start.clone().clamp_(learning.low, learning.high), learning)
     before = ranks.on_main(progress.steps)
     if before is not None:
         course.take_up(before)
         tick(course.step)
-    work = _Work(space, students, asked, ranks, anchor)
+    work = _Work(space, students, learning, ranks, anchor)
     fault = None
     try:
         if before is None:
             course.look(None, work.held_out(course.weights))
-        while course.waited < asked.patience and course.step < asked.steps:
+        while course.waited < learning.patience and course.step < learning.steps:
             loss, gradient = work.step(course.weights, course.step)
             course.go(gradient)
             tick(1)
             ranks.check()
-            if course.step % asked.every == 0 or course.step == asked.steps:
+            if course.step % learning.every == 0 or course.step == learning.steps:
                 course.look(loss, work.held_out(course.weights))
                 if ranks.main:
                     progress.keep_steps(course.to_dict())
@@ -130,7 +130,7 @@ def optimise(
         if not course.step:
             raise
         fault = str(error)
-    return Found(course.best, tuple(course.curve), course.step, fault, course.idle())
+    return Optimum(course.best, tuple(course.curve), course.step, fault, course.idle())
 
 
 class _Course:
@@ -140,20 +140,20 @@ class _Course:
         weights: float64 (models, groups), where they start.
     """
 
-    def __init__(self, weights: Tensor, asked: Learning):
+    def __init__(self, weights: Tensor, learning: Learning):
         import torch
 
         self.weights = self.best = weights
         self.step, self.waited = 0, 0
         self.curve: list[Look] = []
-        self._least, self._asked = math.inf, asked
-        self._adam = torch.optim.AdamW([weights], lr=asked.rate, weight_decay=0.0)
+        self._least, self._learning = math.inf, learning
+        self._adam = torch.optim.AdamW([weights], lr=learning.rate, weight_decay=0.0)
 
     def go(self, gradient: Tensor) -> None:
         """One step."""
         self.weights.grad = gradient
         self._adam.step()
-        self.weights.clamp_(self._asked.low, self._asked.high)
+        self.weights.clamp_(self._learning.low, self._learning.high)
         self.step += 1
 
     def look(self, last: float | None, held: float | None) -> None:
@@ -206,7 +206,7 @@ class _Work:
 
     space: Space
     students: Sequence[Student]
-    asked: Learning
+    learning: Learning
     ranks: Ranks
     anchor: Anchor | None
 
@@ -253,22 +253,20 @@ class _Work:
         import torch
 
         losses = []
-        with memory_for(self.asked):
+        with memory_for(self.learning):
             merged = self.space.merged(weights)
             leaves = parameters(merged, self._device)
             parts, counts = [], []
             for i, student in self._mine():
                 for kind, (replay, share) in enumerate(student.rows):
-                    parts.append(Part(student, replay, _drawn(len(replay.learned), self.asked, i, kind, step)))
+                    parts.append(Part(student, replay, _drawn(len(replay.learned), self.learning, i, kind, step)))
                     counts.append(share / len(self.students))
             for some in self._at_once(parts):
                 with contextlib.ExitStack() as stack:
                     for student in dict.fromkeys(part.student for part in parts[some]):
                         stack.enter_context(student.holding(leaves))
-                    values = [
-                        loss * count
-                        for loss, count in zip(together(parts[some], self.asked.precision), counts[some], strict=True)
-                    ]
+                    raw = together(parts[some], self.learning.precision)
+                    values = [loss * count for loss, count in zip(raw, counts[some], strict=True)]
                     torch.stack(values).sum().backward()
                 for part, value in zip(parts[some], values, strict=True):
                     losses.append((f"{part.student.name}, rows {list(part.rows)}", float(value.detach())))
@@ -281,7 +279,7 @@ class _Work:
 
     def _at_once(self, parts: Sequence[Part]) -> list[slice]:
         """Which parts go through the models together: all, or where memory is to be saved each by itself."""
-        size = 1 if self.asked.checkpointing else max(len(parts), 1)
+        size = 1 if self.learning.checkpointing else max(len(parts), 1)
         return [slice(at, at + size) for at in range(0, len(parts), size)]
 
     def _held_out(self, weights: Tensor) -> list[tuple[str, float]]:
@@ -289,16 +287,16 @@ class _Work:
         import torch
 
         losses = []
-        with memory_for(self.asked), torch.no_grad():
+        with memory_for(self.learning), torch.no_grad():
             merged = self.space.merged(weights)
             placed = {key: value.to(self._device) for key, value in merged.items()}
             for _, student in self._mine():
                 with student.holding(placed):
                     for replay, share in student.rows:
                         rows = range(len(replay) - replay.held_out, len(replay))
-                        for at in range(0, len(rows), self.asked.batch):
-                            some = rows[at : at + self.asked.batch]
-                            part = float(student.loss(replay, some, self.asked.precision))
+                        for at in range(0, len(rows), self.learning.batch):
+                            some = rows[at : at + self.learning.batch]
+                            part = float(student.loss(replay, some, self.learning.precision))
                             counts = share * len(some) / len(rows) / len(self.students)
                             losses.append((f"{student.name}, rows {list(some)}", part * counts))
             if self.anchor is not None and self.ranks.main:
@@ -306,22 +304,22 @@ class _Work:
         return losses
 
 
-def memory_for(asked: Learning) -> contextlib.AbstractContextManager[None]:
+def memory_for(learning: Learning) -> contextlib.AbstractContextManager[None]:
     """As `enough_memory`, with what learning could do with less of."""
-    lower = [f"batch (now {asked.batch}) or replay.batch_size (now {asked.replay.batch_size})"]
-    lower += [] if asked.checkpointing else ["or set checkpointing: true"]
-    lower += [] if asked.precision == "bfloat16" else ["or precision: bfloat16"]
+    lower = [f"batch (now {learning.batch}) or replay.batch_size (now {learning.replay.batch_size})"]
+    lower += [] if learning.checkpointing else ["or set checkpointing: true"]
+    lower += [] if learning.precision == "bfloat16" else ["or precision: bfloat16"]
     device = parameter("device")
     return enough_memory("learn", f"lower {', '.join(lower)}, or use more processes or another {device}")
 
 
-def _drawn(count: int, asked: Learning, model: int, kind: int, step: int) -> list[int]:
+def _drawn(count: int, learning: Learning, model: int, kind: int, step: int) -> list[int]:
     """Numbers of the rows of one step, in a seeded order: none comes again before as many batches as there are."""
     import torch
 
-    size = min(asked.batch, count)
+    size = min(learning.batch, count)
     rounds = count // size
-    question = f"{asked.seed} {model} {kind} {step // rounds}".encode()
+    question = f"{learning.seed} {model} {kind} {step // rounds}".encode()
     random = torch.Generator().manual_seed(int(sha256_bytes(question)[:15], 16))
     order: list[Any] = torch.randperm(count, generator=random).tolist()
     at = step % rounds * size

@@ -12,7 +12,7 @@ from hfmerge.checkpoint.writer import disk_errors
 from hfmerge.errors import CorruptFileError
 from hfmerge.hashing import canonical_json, sha256_bytes
 from hfmerge.learning.replay.dataset import Replay, load_replay, save_replay
-from hfmerge.recipe.replay import ReplayAsked
+from hfmerge.recipe.replay import ReplaySettings
 from hfmerge.validation.limits import HEADER_BYTES, HEADER_VALUES
 from hfmerge.validation.strict_json import read_json_file
 
@@ -29,16 +29,16 @@ class Progress:
     def __init__(self, folder: Path | None, question: str, shelf: Path | None = None):
         self._folder, self._question, self._shelf = folder, question, shelf
 
-    def replay(self, model: int, source: str, asked: ReplayAsked) -> Replay | None:
+    def replay(self, model: int, source: str, settings: ReplaySettings) -> Replay | None:
         """The rows that were made of a model.
 
         Args:
             model: its number.
             source: as rows name it.
-            asked: how they are made.
+            settings: how they are made.
         """
         known = self._read(f"replay-{model}.json")
-        place = self._place(f"replay-{known['digest']}") if known else self._shelved(source, asked)
+        place = self._place(f"replay-{known['digest']}") if known else self._shelved(source, settings)
         if place is None or not place.exists():
             return None
         try:
@@ -48,9 +48,9 @@ class Progress:
             return None
         return found if known is None or found.digest == known["digest"] else None
 
-    def keep_replay(self, model: int, asked: ReplayAsked, replay: Replay) -> None:
+    def keep_replay(self, model: int, settings: ReplaySettings, replay: Replay) -> None:
         """Note the rows of a model."""
-        shelved = self._shelved(replay.source, asked)
+        shelved = self._shelved(replay.source, settings)
         if shelved is not None:
             new = shelved.with_suffix(".new")
             save_replay(replay, new)
@@ -70,10 +70,10 @@ class Progress:
         if self._folder is not None:
             self._write("steps.json", state)
 
-    def _shelved(self, source: str, asked: ReplayAsked) -> Path | None:
+    def _shelved(self, source: str, settings: ReplaySettings) -> Path | None:
         if self._shelf is None:
             return None
-        return self._shelf / f"{sha256_bytes(canonical_json([source, asked.to_dict()]))}.safetensors"
+        return self._shelf / f"{sha256_bytes(canonical_json([source, settings.to_dict()]))}.safetensors"
 
     def _place(self, name: str) -> Path:
         assert self._folder is not None

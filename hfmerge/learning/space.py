@@ -59,7 +59,9 @@ class Space:
 
     def __init__(self, plan: Plan, *, groups: Groups, budget: int = 0, scratch: Path | None = None):
         if plan.vocabulary is not None and plan.vocabulary.added:
-            raise UnsupportedError("learn: not with `vocabulary: union` that adds tokens; merge with `base`.")
+            raise UnsupportedError(
+                "learn: does not work where `vocabulary: union` adds tokens; set `vocabulary: base`."
+            )
         self.plan = plan
         self.params = tuple(param for param in plan.params if param.touched)
         names = [group_of(param.key, groups) for param in self.params]
@@ -211,8 +213,8 @@ class Space:
         if not method.learnable:
             raise UnsupportedError(f"learn: {method.name} is not linear in the models' weights; take mdm_oc or gram.")
 
-        def mixing(found: Sequence[float] | None) -> Tensor | None:
-            rows = method.mixing(count, found)
+        def mixing(numbers: Sequence[float] | None) -> Tensor | None:
+            rows = method.mixing(count, numbers)
             return None if rows is None else torch.tensor(rows, dtype=torch.float64)
 
         places = [(param, block) for param in self.params for block in param.blocks]

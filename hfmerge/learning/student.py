@@ -91,14 +91,14 @@ def references(plan: Plan) -> tuple[str, ...]:
 
     def opened(source: Model) -> str:
         if source.kind != "adapter":
-            return reference(source.snapshot)
+            return source_reference(source.snapshot)
         under = source.beneath.snapshot if source.beneath is not None else plan.base.snapshot
-        return f"{reference(under)}+{reference(source.snapshot)}"
+        return f"{source_reference(under)}+{source_reference(source.snapshot)}"
 
     return tuple(opened(delta.source) for delta in plan.deltas)
 
 
-def reference(snapshot: Snapshot) -> str:
+def source_reference(snapshot: Snapshot) -> str:
     """The reference by which a source is opened."""
     return f"{snapshot.name}@{snapshot.commit}" if snapshot.commit else str(snapshot.folder)
 
@@ -124,7 +124,7 @@ def students(
         HeadError, SourceError: a head is missing, or does not fit.
     """
     wanted = tuple(keys)
-    base = open_subject(reference(plan.base.snapshot), device=place, dtype="float32", copies=plan.copies)
+    base = open_subject(source_reference(plan.base.snapshot), device=place, dtype="float32", copies=plan.copies)
     found = []
     whole: PreTrainedModel | None = None
     for delta, ref, some in zip(plan.deltas, references(plan), rows, strict=True):
@@ -192,8 +192,8 @@ def _places(
             continue
         if not places or any(shape != tuple(value.shape) for _, _, shape in places):
             raise UnsupportedError(
-                f"learn: {type(model).__name__} holds {key} otherwise than the base's file does, which learning "
-                "cannot follow; merge without `learn`, or leave it to the base with `exclude`."
+                f"learn: {type(model).__name__} stores {key} in another form than the base's file, which "
+                "learning cannot follow; merge without `learn`, or leave it to the base with `exclude`."
             )
         found[key] = tuple((module, name) for module, name, _ in places)
     return found

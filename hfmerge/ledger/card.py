@@ -108,7 +108,7 @@ def _template() -> Template:
         loader=PackageLoader("hfmerge.ledger"),
         undefined=StrictUndefined,
         keep_trailing_newline=True,
-        autoescape=False,  # for HTML; what the template prints is Markdown
+        autoescape=False,  # autoescaping is for HTML; the template prints Markdown
         finalize=markdown,
     )
     environment.filters |= {"code": code, "python_text": python_text, "shell_word": shell_word}
@@ -189,11 +189,11 @@ def public_recipe(entry: Entry) -> dict[str, Any]:
 
 
 def _learned(entry: Entry) -> str:
-    """One sentence on how weights were learned, "" where they were given."""
+    """One sentence on how the weights were learned; "" if they were not."""
     if entry.learned is None:
         return ""
-    asked = entry.settings["learn"]
-    rows = "rows that each model made itself" if asked["loss"] == "distill" else f"labelled rows of {asked['suite']}"
+    learn = entry.settings["learn"]
+    rows = "rows that each model made itself" if learn["loss"] == "distill" else f"labelled rows of {learn['suite']}"
     return f"The weights were learned by gradient from {rows} ({entry.learned['how']})."
 
 

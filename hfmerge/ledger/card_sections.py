@@ -32,7 +32,7 @@ def with_part(text: str, name: str, body: str | None) -> str:
     return f"{before}{marker}{whole}{after}" if marker else f"{text.rstrip()}\n{whole}"
 
 
-def files_in(body: str | None, folder: str) -> list[str]:
+def linked_files(body: str | None, folder: str) -> list[str]:
     """Files of a folder of the repository that a part links to."""
     return [name for name in re.findall(rf"\(({re.escape(folder)}/[\w.-]+)\)", body or "") if is_path(name)]
 
@@ -56,7 +56,7 @@ RESULTS = "results"
 """Name of the card's part."""
 TOOL = "hfmerge"
 """What `metrics[].args.tool` of our entries begins with."""
-PREFIX = ".eval_results/hfmerge-"
+RESULTS_PREFIX = ".eval_results/hfmerge-"
 """The Hub reads results on registered benchmarks there; files of ours begin so."""
 _INDEX = re.compile(r"^model-index:.*\n(?:[ \t-].*\n|\n(?=[ \t-]))*", re.MULTILINE)
 
@@ -81,7 +81,7 @@ def with_scores(text: str, body: str | None, entries: Sequence[Mapping[str, Any]
     if wanted != front:
         entry = dump_yaml({"model-index": index}) if index else ""
         edited = _INDEX.sub(lambda _: entry, head, count=1) if _INDEX.search(head) else head + entry
-        # where the key is written in an unusual way, what the text says is kept and how it was written is not
+        # a key written in an unusual way is parsed and written anew: its content stays, its layout does not
         head = edited if read_front(edited) == wanted else dump_yaml(wanted)
     return (f"---\n{head}---\n" if head.strip() else "") + with_part(rest, RESULTS, body)
 

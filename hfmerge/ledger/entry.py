@@ -28,7 +28,7 @@ from hfmerge.validation.strict_json import read_json
 from hfmerge.validation.wording import parameter
 
 
-FOLDER = "merge_history"
+LEDGER_FOLDER = "merge_history"
 ARCHIVES = "merge_state/sources"
 """Folder of the kept copies of sources (see `checkpoint.archive`)."""
 
@@ -196,7 +196,7 @@ class Entry:
     @property
     def file(self) -> str:
         """Its path in the repository."""
-        return f"{FOLDER}/{self.step:04d}.json"
+        return f"{LEDGER_FOLDER}/{self.step:04d}.json"
 
     @property
     def ran_code(self) -> bool:
@@ -308,7 +308,7 @@ class Entry:
             return hits[0]
         if hits:
             marks = " or ".join(self.models[i].label for i in hits)
-            raise LedgerError(f"{name}: in the merge {len(hits)} times; name its commit: {marks}.")
+            raise LedgerError(f"{name}: is in the merge {len(hits)} times; name its commit: {marks}.")
         for model in self.models:
             if model.beneath and named(name, [model.beneath]):
                 raise LedgerError(f"{name}: lies beneath the adapter {model.label}; name that one.")
@@ -375,11 +375,11 @@ def contained(entry: Entry) -> tuple[str, ...]:
 
 def ledger_files(names: Iterable[str]) -> list[str]:
     """Those of the names that lie in the ledger's folder, by their step: `9999.json` comes before `10000.json`."""
-    return sorted((name for name in names if name.startswith(f"{FOLDER}/")), key=_by_step)
+    return sorted((name for name in names if name.startswith(f"{LEDGER_FOLDER}/")), key=_by_step)
 
 
 def _by_step(name: str) -> tuple[int, str]:
-    number = re.fullmatch(r"([0-9]{4,9})\.json", name[len(FOLDER) + 1 :])
+    number = re.fullmatch(r"([0-9]{4,9})\.json", name[len(LEDGER_FOLDER) + 1 :])
     return (int(number[1]) if number else 0, name)
 
 
@@ -395,23 +395,23 @@ def check_chain(files: Mapping[str, bytes], where: str) -> tuple[Entry, ...]:
     """
     names = ledger_files(files)
     if not names:
-        raise NoLedgerError(f"{where}: no {FOLDER}/ there; not a merge made by hfmerge.")
+        raise NoLedgerError(f"{where}: no {LEDGER_FOLDER}/ there; not a merge made by hfmerge.")
     check_size(names, where)
     entries: list[Entry] = []
     parent: str | None = None
     for step, name in enumerate(names, 1):
-        if name != f"{FOLDER}/{step:04d}.json":
-            raise LedgerError(f"{where}: {FOLDER}/{step:04d}.json is missing; the chain is broken.")
+        if name != f"{LEDGER_FOLDER}/{step:04d}.json":
+            raise LedgerError(f"{where}: {LEDGER_FOLDER}/{step:04d}.json is missing; the chain is broken.")
         entry = Entry.from_bytes(files[name], f"{where}: {name}")
         if entry.step != step or entry.parent != parent:
-            previous = f"{FOLDER}/{step - 1:04d}.json" if step > 1 else "nothing"
+            previous = f"{LEDGER_FOLDER}/{step - 1:04d}.json" if step > 1 else "nothing"
             raise LedgerError(
                 f"{where}: {name} names another parent than {previous}; one of the two was changed after it was "
                 "written."
             )
         known = entry.restored is None if entry.action != "restore" else 0 < (entry.restored or 0) < step
         if not known:
-            raise LedgerError(f"{where}: {name}: restores step {entry.restored}, which is none before it.")
+            raise LedgerError(f"{where}: {name}: restores step {entry.restored}, but there is no such step before it.")
         entries.append(entry)
         parent = entry.digest
     return tuple(entries)
@@ -422,7 +422,7 @@ def check_size(names: Sequence[str], where: str) -> None:
     try:
         ENTRIES.check(len(names))
     except ValueError as error:
-        raise LedgerError(f"{where}: {FOLDER}/ {error}.") from error
+        raise LedgerError(f"{where}: {LEDGER_FOLDER}/ {error}.") from error
 
 
 def settings_of(recipe: Recipe, card: Mapping[str, Any]) -> dict[str, Any]:
@@ -450,8 +450,10 @@ def recipe_of(entry: Entry, refs: Mapping[str, str], consent: Consent, *, base: 
         key.name: key.stored(entry.settings[key.name]) for key in keys_of(Recipe) if key.name in entry.settings
     }
     recipe = Recipe(
-        base=reference(entry.base, refs) if base is None else base,
-        models=tuple(ModelEntry(reference(model, refs), model.weight, model.subtracted) for model in entry.models),
+        base=material_reference(entry.base, refs) if base is None else base,
+        models=tuple(
+            ModelEntry(material_reference(model, refs), model.weight, model.subtracted) for model in entry.models
+        ),
         method=MethodChoice(entry.method.name, dict(entry.method.options), entry.method.norm),
         **settings,
     )
@@ -459,7 +461,7 @@ def recipe_of(entry: Entry, refs: Mapping[str, str], consent: Consent, *, base: 
     return replace(recipe, allow_pickle=consent.allow_pickle, trust_remote_code=ran_code)
 
 
-def reference(material: Material, refs: Mapping[str, str]) -> str:
+def material_reference(material: Material, refs: Mapping[str, str]) -> str:
     """How to read a material again: its own commit on the Hub, or the folder that `refs` knows by its identity.
 
     Raises:

@@ -25,7 +25,7 @@ from hfmerge.errors import OfflineError
 from hfmerge.hub.client import hub_api, hub_errors, patiently
 from hfmerge.hub.reference import Snapshot
 from hfmerge.ledger.diff import compare
-from hfmerge.ledger.entry import FOLDER, Entry, Material, short
+from hfmerge.ledger.entry import LEDGER_FOLDER, Entry, Material, short
 from hfmerge.ledger.repository import Merged
 from hfmerge.recipe.weights import shown
 
@@ -92,11 +92,11 @@ def steps_of(merged: Merged) -> tuple[tuple[Step, ...], tuple[str, ...]]:
     commits: Mapping[str, _Commit] = {}
     if merged.snapshot.folder is None:
         try:
-            if merged.snapshot.offline or merged.snapshot.gone:
+            if merged.snapshot.offline or merged.snapshot.vanished:
                 raise OfflineError(f"{merged.snapshot.label}: the Hub cannot be asked")
             commits = _commits(merged)
         except OfflineError as error:
-            notes.append(f"who and when are not known ({str(error).rstrip('.')}).")
+            notes.append(f"authors and dates are not known ({str(error).rstrip('.')}).")
     entries = merged.entries
     steps = tuple(Step(entry, entry.digest, commits.get(entry.file)) for entry in entries)
     return steps, tuple(notes)
@@ -106,7 +106,7 @@ def _commits(merged: Merged) -> dict[str, _Commit]:
     """Ledger file -> the commit that brought it: the only one that ever touched it, since no entry is ever changed."""
     api, name, revision = hub_api(), merged.snapshot.name, merged.snapshot.commit
     with hub_errors(merged.snapshot.label):
-        tree = patiently(lambda: list(api.list_repo_tree(name, FOLDER, revision=revision, expand=True)))
+        tree = patiently(lambda: list(api.list_repo_tree(name, LEDGER_FOLDER, revision=revision, expand=True)))
         history = patiently(lambda: list(api.list_repo_commits(name, revision=revision)))
     known = {str(commit.commit_id): commit for commit in history}
     found = {}
@@ -150,14 +150,14 @@ def tree(steps: Sequence[Step]) -> list[str]:
 
 def title(step: Step) -> str:
     """Number, action, digest, method, norm, and who and when where that is known, of one step."""
-    words = [f"{step.entry.step} {step.entry.action}", step.digest[:12], method(step.entry)]
+    words = [f"{step.entry.step} {step.entry.action}", step.digest[:12], method_line(step.entry)]
     words.append(f"norm {step.merged_norm:.4g}")
     if step.commit is not None:
         words += [", ".join(step.commit.authors), f"{step.commit.date:%Y-%m-%d %H:%M}"]
     return "  ".join(words)
 
 
-def method(entry: Entry) -> str:
+def method_line(entry: Entry) -> str:
     """A method with its options, in one line."""
     options = " ".join(f"{name}={value}" for name, value in entry.method.options.items())
     rescaled = "" if entry.method.norm == "none" else f"norm={entry.method.norm}"
@@ -202,7 +202,7 @@ def _model(sign: str, model: Material) -> Iterator[str]:
 
 
 def _parts(base: Material) -> Iterator[str]:
-    """What a base that is itself a merge was made of."""
+    """The models of a base that is itself a merge."""
     if base.ledger is not None:
         yield f"|\\   itself a merge, ledger {base.ledger[:12]}, of"
         yield from (f"| o  {short(identity)}" for identity in base.contains)

@@ -16,7 +16,7 @@ INSIDE = "part of "
 
 
 @dataclass(frozen=True)
-class Part:
+class ContainedModel:
     """A model in a merge.
 
     Attributes:
@@ -52,7 +52,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Removal:
+class RemovedModel:
     """A model that was in a merge and is no longer.
 
     Attributes:
@@ -61,26 +61,26 @@ class Removal:
         removed: number of the step that took it out.
     """
 
-    part: Part
+    model: ContainedModel
     first: int
     last: int
     removed: int
 
 
-def parts(entry: Entry) -> tuple[Part, ...]:
+def contained_models(entry: Entry) -> tuple[ContainedModel, ...]:
     """Every model that is in the weights of a step, models inside merged merges included; see `entry.contained`."""
     found = []
     for role, material in (("base", entry.base), *(("model", model) for model in entry.models)):
         own = {name: digest for name, digest in material.files.items() if not name.startswith("+")}
-        found.append(Part(material.identity, SUBTRACTED if material.subtracted else role, own))
+        found.append(ContainedModel(material.identity, SUBTRACTED if material.subtracted else role, own))
         if material.beneath is not None:
             under = {name[1:]: digest for name, digest in material.files.items() if name.startswith("+")}
-            found.append(Part(material.beneath, f"beneath {material.name}", under))
-        found.extend(Part(identity, f"{INSIDE}{material.name}", {}) for identity in material.contains)
+            found.append(ContainedModel(material.beneath, f"beneath {material.name}", under))
+        found.extend(ContainedModel(identity, f"{INSIDE}{material.name}", {}) for identity in material.contains)
     return tuple(found)
 
 
-def find_removed(entries: Sequence[Entry], model: str, where: str) -> Removal:
+def find_removed(entries: Sequence[Entry], model: str, where: str) -> RemovedModel:
     """The model that a merge has lost.
 
     Args:
@@ -92,13 +92,13 @@ def find_removed(entries: Sequence[Entry], model: str, where: str) -> Removal:
         CertificateError: the model was never in the merge (the error suggests near names), the model is still in it
             under this name or another, or the name fits several models.
     """
-    steps = [parts(entry) for entry in entries]
-    known: dict[str, Part] = {}
+    steps = [contained_models(entry) for entry in entries]
+    known: dict[str, ContainedModel] = {}
     for part in (part for step in steps for part in step):
-        # as a part of another merge it has no files; as a model of its own it may have had some
+        # a model inside an inner merge has no files here; prefer the record in which it was read itself
         if part.read or part.identity not in known:
             known[part.identity] = part
-    now = {part.identity: part for part in reversed(steps[-1])}  # of several roles the first counts
+    now = {part.identity: part for part in reversed(steps[-1])}  # if a model has several roles, the first counts
     identities = list(known)
     hits = [model] if model in known else [identities[i] for i in named(model, identities)]
     if not hits:
@@ -109,7 +109,7 @@ def find_removed(entries: Sequence[Entry], model: str, where: str) -> Removal:
     gone = [identity for identity in hits if identity not in now]
     if not gone:
         part = now[hits[0]]
-        todo = "only a merge on another base, or of other models, would be without it"
+        todo = "to be without it, merge on another base, or merge models that do not contain it"
         if part.role in ("model", SUBTRACTED):
             todo = f"{call('unmerge', where.partition('@')[0], remove=part.name)} takes it out"
         raise CertificateError(f"{model}: still in {where} ({part.label}, {part.role}); {todo}.")
@@ -119,10 +119,10 @@ def find_removed(entries: Sequence[Entry], model: str, where: str) -> Removal:
     part = known[gone[0]]
     check_no_copy(part, steps[-1], model, where)
     held = [entry.step for entry, step in zip(entries, steps, strict=True) if part.identity in _identities(step)]
-    return Removal(part, held[0], held[-1], held[-1] + 1)
+    return RemovedModel(part, held[0], held[-1], held[-1] + 1)
 
 
-def check_no_copy(gone: Part, present: Sequence[Part], model: str, where: str) -> None:
+def check_no_copy(removed: ContainedModel, present: Sequence[ContainedModel], model: str, where: str) -> None:
     """Check that no file of the merge's models has the digest of a weight file of a removed model.
 
     Args:
@@ -132,12 +132,12 @@ def check_no_copy(gone: Part, present: Sequence[Part], model: str, where: str) -
         CertificateError: a file has such a digest.
     """
     for other in present:
-        if not gone.weights.isdisjoint(other.files.values()):
+        if not removed.weights.isdisjoint(other.files.values()):
             raise CertificateError(
                 f"{model}: left {where} under this name, but the same weights are still in it as {other.label} "
                 f"({other.role})."
             )
 
 
-def _identities(step: Sequence[Part]) -> list[str]:
+def _identities(step: Sequence[ContainedModel]) -> list[str]:
     return [part.identity for part in step]

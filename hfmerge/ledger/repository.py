@@ -20,7 +20,7 @@ from hfmerge.hub.client import hub_errors
 from hfmerge.hub.download import fetch, pin
 from hfmerge.hub.reference import Snapshot, parse_ref
 from hfmerge.hub.state_branch import STATE_BRANCH
-from hfmerge.ledger.entry import FOLDER, Entry, Material, check_chain, check_size, contained, ledger_files
+from hfmerge.ledger.entry import LEDGER_FOLDER, Entry, Material, check_chain, check_size, contained, ledger_files
 from hfmerge.recipe.weights import stored
 from hfmerge.user_files import home, keep_note, private_folder
 from hfmerge.validation.folders import file_in
@@ -96,12 +96,12 @@ def parts_of(snapshot: Snapshot, warnings: list[str]) -> tuple[str | None, tuple
 
     A broken ledger gives a warning and counts as no ledger.
     """
-    if not any(name.startswith(f"{FOLDER}/") for name in snapshot.files):
+    if not any(name.startswith(f"{LEDGER_FOLDER}/") for name in snapshot.files):
         return None, ()
     try:
         entries, _ = ledger_in(snapshot)
     except LedgerError as error:
-        warnings.append(f"{snapshot.name}: taken as a model of its own, since its ledger says nothing: {error}")
+        warnings.append(f"{snapshot.name}: treated as a single model, because its ledger cannot be read: {error}")
         return None, ()
     return entries[-1].digest, contained(entries[-1])
 
@@ -173,7 +173,7 @@ def note_places(entry: Entry, folder: Path | None, places: Mapping[str, str]) ->
             others = {}  # a note that cannot be read is written anew
         absolute = {identity: str(Path(place).expanduser().absolute()) for identity, place in places.items()}
         notes = {**dict(list(others.items())[1 - COPIES :]), where: absolute}
-        with contextlib.suppress(OSError):  # told by `keep_note`
+        with contextlib.suppress(OSError):  # `keep_note` has logged the error
             private_folder(_note(entry).parent)
         keep_note(_note(entry), notes, NOTES)
 

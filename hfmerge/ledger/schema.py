@@ -105,7 +105,7 @@ def _of_environment(value: object) -> object:
 _METHOD = record({"name": line, "version": _counted, "options": table(line, _scalar), "norm": norm})
 
 
-def method(value: Any) -> object:
+def recorded_method(value: Any) -> object:
     """A method with its options, each of its own type where this version of the method is here. Raises ValueError."""
     _METHOD(value)
     problem = _options_problem(value["name"], value["version"], json.dumps(value["options"], sort_keys=True))
@@ -213,7 +213,7 @@ ENTRY = record(
             {"type": one_of(ACTIONS), "models": items(model_name, MODELS), "how": plain_text}, {"restored": _counted}
         ),
         "materials": record({"base": material, "models": items(material, MODELS)}),
-        "method": method,
+        "method": recorded_method,
         "settings": _SETTINGS,
         "byproducts": record(
             {

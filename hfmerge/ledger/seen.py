@@ -20,7 +20,7 @@ from pathlib import Path
 from hfmerge.errors import LedgerError
 from hfmerge.hashing import sha256_bytes
 from hfmerge.hub.reference import Snapshot
-from hfmerge.ledger.entry import FOLDER
+from hfmerge.ledger.entry import LEDGER_FOLDER
 from hfmerge.ledger.repository import Merged
 from hfmerge.user_files import write_note
 from hfmerge.validation.strict_json import read_json_file
@@ -91,7 +91,7 @@ def rewritten(merged: Merged) -> str | None:
     """How a history differs from what this user saw of it, in words; None if it does not, or was never seen."""
     place = place_of(merged.snapshot)
     try:
-        seen = recall(place)
+        seen = recall_seen(place)
     except LedgerError as error:
         return str(error)
     if seen is None:
@@ -106,7 +106,7 @@ def rewritten(merged: Merged) -> str | None:
 
 def acquaintance(merged: Merged) -> str:
     """What this user saw before of a history that was not rewritten, in words."""
-    seen = recall(place_of(merged.snapshot))
+    seen = recall_seen(place_of(merged.snapshot))
     if seen is None:
         return "not seen on this machine before"
     return f"holds the {len(seen.steps)} steps that were seen on {seen.time}, with the same digests"
@@ -144,7 +144,7 @@ def remember(merged: Merged, *, anew: bool = False) -> str | None:
     """
     place, digests = place_of(merged.snapshot), digests_of(merged)
     try:
-        known = None if anew else recall(place)
+        known = None if anew else recall_seen(place)
         if known is not None and len(known.steps) > len(digests):
             return None
         _write(place, dict(enumerate(digests, 1)))
@@ -167,14 +167,14 @@ def follow(folder: Path) -> None:
     place = folder_place(folder)
     if not _file(place).exists():
         return
-    files = (folder / FOLDER / f"{step:04d}.json" for step in itertools.count(1))
+    files = (folder / LEDGER_FOLDER / f"{step:04d}.json" for step in itertools.count(1))
     held = itertools.takewhile(Path.is_file, files)
     note = remember_steps(place, {step: sha256_bytes(file.read_bytes()) for step, file in enumerate(held, 1)})
     if note is not None:
         logging.getLogger(__name__).warning("%s: %s", folder, note)
 
 
-def recall(place: str) -> Seen | None:
+def recall_seen(place: str) -> Seen | None:
     """What was seen of a place; None if nothing was.
 
     Raises:

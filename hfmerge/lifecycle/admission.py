@@ -13,7 +13,7 @@ from hfmerge.hub.download import pin
 from hfmerge.hub.privacy import snapshot_of
 from hfmerge.hub.reference import parse_ref
 from hfmerge.ledger.entry import Entry, named
-from hfmerge.ledger.removal import Part, parts
+from hfmerge.ledger.removal import ContainedModel, contained_models
 from hfmerge.ledger.repository import Merged, parts_of
 from hfmerge.lifecycle.job import Job
 from hfmerge.lifecycle.push_target import Destination, admit, check_readers, with_snapshots
@@ -44,16 +44,16 @@ def admit_job(job: Job, merged: Merged | None, here: Session) -> Callable[[], No
     return admit_change(merged, job.to, here.ranks, here.options, new=new, without=leaving, base=job.base)
 
 
-def _admit_merge(asked: Recipe, to: Destination, options: RunOptions) -> None:
-    inputs = [*_parts(asked.base, "base"), *(part for m in asked.models for part in _parts(m.model, "model"))]
+def _admit_merge(recipe: Recipe, to: Destination, options: RunOptions) -> None:
+    inputs = [*_parts(recipe.base, "base"), *(part for m in recipe.models for part in _parts(m.model, "model"))]
 
     def again(entry: Entry) -> bool:
         """Whether an entry is this very merge, as far as the recipe says."""
         method, weights = entry.method, [model.weight for model in entry.models]
-        alike = entry.action == "merge" and (method.name, method.norm) == (asked.method.name, asked.method.norm)
-        alike = alike and all(method.options.get(k) == v for k, v in asked.method.options.items())
-        alike = alike and (asked.learn is not None or weights == [model.weight for model in asked.models])
-        return alike and {p.name for p in parts(entry)} == {p.name for p in inputs if p.role != SNAPSHOT}
+        alike = entry.action == "merge" and (method.name, method.norm) == (recipe.method.name, recipe.method.norm)
+        alike = alike and all(method.options.get(k) == v for k, v in recipe.method.options.items())
+        alike = alike and (recipe.learn is not None or weights == [model.weight for model in recipe.models])
+        return alike and {p.name for p in contained_models(entry)} == {p.name for p in inputs if p.role != SNAPSHOT}
 
     level, note = admit(to, inputs, history={}, again=again)
     check_readers(to, level, inputs)
@@ -91,8 +91,8 @@ def admit_change(
     to = own_destination(opened, to)
     left = _without(entry or opened.last, without)
 
-    def begin() -> tuple[int | None, list[Part]]:
-        inputs = [part for part in parts(left) if base is None or part.role != "base"]
+    def begin() -> tuple[int | None, list[ContainedModel]]:
+        inputs = [part for part in contained_models(left) if base is None or part.role != "base"]
         inputs = with_snapshots(inputs, opened.refs)
         inputs += [part for ref in new for part in _parts(ref, "model")] + (_parts(base, "base") if base else [])
         level, note = admit(to, inputs, history=opened.history)
@@ -116,7 +116,7 @@ def _tell(options: RunOptions, note: str | None) -> None:
 
 
 def _without(entry: Entry, names: Sequence[str]) -> Entry:
-    """An entry without models of some names, and without them in the merges that were merged."""
+    """The entry without the models of some names, also in its list of what inner merges contain."""
 
     def left(identities: Sequence[str]) -> tuple[str, ...]:
         return tuple(one for one in identities if not any(named(name, [one]) for name in names))
@@ -125,14 +125,16 @@ def _without(entry: Entry, names: Sequence[str]) -> Entry:
     return dataclasses.replace(entry, models=tuple(model for model in kept if left([model.identity])))
 
 
-def _parts(ref: str, role: str) -> list[Part]:
-    """What a reference brings into a merge, as far as it can be read; planning reports what cannot, all at once."""
+def _parts(ref: str, role: str) -> list[ContainedModel]:
+    """The models that a reference brings into a merge, as far as they can be read; planning reports all faults."""
     try:
         places = [pin(place) for place in parse_ref(ref)]
         inner = [one for place in places for one in parts_of(place, [])[1]]
     except HfMergeError:
         return []
-    found = [Part(f"{p.name}@{p.commit or 'sha256:'}", role if p is places[-1] else "beneath", {}) for p in places]
+    found = [
+        ContainedModel(f"{p.name}@{p.commit or 'sha256:'}", role if p is places[-1] else "beneath", {}) for p in places
+    ]
     cached = [snapshot_of(p.folder) for p in places if p.commit is None and p.folder is not None]
-    found += [Part(identity, SNAPSHOT, {}) for identity in cached if identity is not None]
-    return [*found, *(Part(identity, f"part of {places[-1].name}", {}) for identity in inner)]
+    found += [ContainedModel(identity, SNAPSHOT, {}) for identity in cached if identity is not None]
+    return [*found, *(ContainedModel(identity, f"part of {places[-1].name}", {}) for identity in inner)]

@@ -25,7 +25,7 @@ from hfmerge.hub.client import hub_errors, patiently
 from hfmerge.hub.reference import is_hub_id, is_identity
 from hfmerge.hub.state_branch import STATE_BRANCH
 from hfmerge.ledger.card import FILE, card_pointer
-from hfmerge.ledger.entry import Material, archive_file, reference, short
+from hfmerge.ledger.entry import Material, archive_file, material_reference, short
 from hfmerge.ledger.repository import Merged, check_folders, folders_of
 from hfmerge.lifecycle.missing_sources import lost_places, naming_vanished
 from hfmerge.user_files import home, private_folder
@@ -33,8 +33,8 @@ from hfmerge.validation.folders import file_in
 
 
 @dataclasses.dataclass
-class _Found:
-    """Where sources of a merge are read from, as it is found out.
+class _Places:
+    """The places that sources of a merge are read from; filled as they are restored.
 
     Attributes:
         refs: see `Merged.refs`.
@@ -63,23 +63,23 @@ def planned_from(
         LedgerError: a folder has moved or changed, and there is no kept copy. NotFoundError: a model is gone from the
             Hub, and there is no kept copy. Other errors: see `make`.
     """
-    found, useless = _Found(dict(merged.refs)), dict[str, str]()
+    places, useless = _Places(dict(merged.refs)), dict[str, str]()
     for material in materials:
-        _folders_back(merged, material, found)
+        _folders_back(merged, material, places)
     plan: Plan | None = None
     if any(material.kept is not None for material in materials):
         try:
-            plan = make(found.refs, found.copies)
+            plan = make(places.refs, places.copies)
         except RecipeError:
             for material in materials:
                 try:
-                    _hub_back(merged, material, found)
+                    _hub_back(merged, material, places)
                 except HfMergeError as error:
                     useless[material.identity] = str(error).rstrip(".")
     if plan is None:
         with naming_vanished(merged, materials, useless):
-            plan = make(found.refs, found.copies)
-    return dataclasses.replace(plan, warnings=(*found.notes, *plan.warnings))
+            plan = make(places.refs, places.copies)
+    return dataclasses.replace(plan, warnings=(*places.notes, *plan.warnings))
 
 
 def archive_path(merged: Merged, digest: str) -> Path:
@@ -122,34 +122,34 @@ def _downloaded(repository: str, file: str) -> Path:
         )
 
 
-def _folders_back(merged: Merged, material: Material, found: _Found) -> None:
+def _folders_back(merged: Merged, material: Material, places: _Places) -> None:
     """Make sure of the folders of a material, with kept copies in the place of those that are not as they were."""
     try:
-        reference(material, found.refs)
-        check_folders(found.refs, material, allow_pickle=merged.consent.allow_pickle)
+        material_reference(material, places.refs)
+        check_folders(places.refs, material, allow_pickle=merged.consent.allow_pickle)
     except LedgerError as error:
         if material.kept is None:
             raise
         try:
-            _bring_back(merged, material, folders_of(material), found)
+            _bring_back(merged, material, folders_of(material), places)
         except HfMergeError as other:
             raise LedgerError(f"{error} The copy that was kept cannot take its place: {other}") from error
 
 
-def _hub_back(merged: Merged, material: Material, found: _Found) -> None:
-    """Bring back what the Hub no longer has of a material."""
+def _hub_back(merged: Merged, material: Material, places: _Places) -> None:
+    """Restore the parts of a material that the Hub no longer has."""
     if material.kept is not None:
-        gone = [identity for identity, _, _ in lost_places(material) if identity not in found.copies]
+        gone = [identity for identity, _, _ in lost_places(material) if identity not in places.copies]
         if gone:
-            _bring_back(merged, material, gone, found)
+            _bring_back(merged, material, gone, places)
 
 
-def _bring_back(merged: Merged, material: Material, identities: Sequence[str], found: _Found) -> None:
+def _bring_back(merged: Merged, material: Material, identities: Sequence[str], places: _Places) -> None:
     """Unpack the kept copy of a material, or of the model beneath it.
 
     Args:
         identities: of what is wanted.
-        found: learns where it comes to lie, and says so.
+        places: learns where it comes to lie, and says so.
 
     Raises:
         SourceError: there is no intact copy, or the base that it was packed with cannot be had.
@@ -165,18 +165,18 @@ def _bring_back(merged: Merged, material: Material, identities: Sequence[str], f
                 manifest = _checked(archive, wanted)
                 check_total(manifest, archive, sum(info.size for info in merged.snapshot.files.values()))
                 names = [name for name in manifest.files if name.startswith("+") == bool(mark)]
-                # what the merge was made of comes last: where it is, all the rest is there too
+                # the files that were merged are unpacked last: where they are, the others are there too
                 names.sort(key=lambda name: (name in material.files, name))
                 shutil.rmtree(place, ignore_errors=True)
                 private_folder(place)
                 with contextlib.ExitStack() as stack:
                     targets = {name: place / name.removeprefix(mark) for name in names}
-                    unpack(archive, manifest, targets, _Base(merged, manifest, found, stack))
+                    unpack(archive, manifest, targets, _Base(merged, manifest, places, stack))
             if "@sha256:" in identity:
-                found.refs[identity] = str(place)
+                places.refs[identity] = str(place)
             else:
-                found.copies[identity] = place
-            found.notes.append(
+                places.copies[identity] = place
+            places.notes.append(
                 f"{short(identity)} is gone; the copy of it that the merge keeps is used, from {place}."
             )
 
@@ -184,19 +184,21 @@ def _bring_back(merged: Merged, material: Material, identities: Sequence[str], f
 class _Base:
     """Opens the base that tensors were packed with, at the first one."""
 
-    def __init__(self, merged: Merged, manifest: Manifest, found: _Found, stack: contextlib.ExitStack):
-        self._merged, self._manifest, self._found, self._stack = merged, manifest, found, stack
+    def __init__(self, merged: Merged, manifest: Manifest, places: _Places, stack: contextlib.ExitStack):
+        self._merged, self._manifest, self._places, self._stack = merged, manifest, places, stack
         self._reader: Reader | None = None
 
     def __call__(self) -> Reader:
         if self._reader is None:
-            last, found = self._merged.last, self._found
+            last, places = self._merged.last, self._places
             if self._manifest.base != last.base.identity:
                 raise CorruptFileError(f"it was packed with the base {self._manifest.base}, which is another one.")
-            _folders_back(self._merged, last.base, found)
-            _hub_back(self._merged, last.base, found)
+            _folders_back(self._merged, last.base, places)
+            _hub_back(self._merged, last.base, places)
             allow_pickle = self._merged.consent.allow_pickle
-            source = describe(reference(last.base, found.refs), allow_pickle=allow_pickle, copies=found.copies)
+            source = describe(
+                material_reference(last.base, places.refs), allow_pickle=allow_pickle, copies=places.copies
+            )
             self._reader = self._stack.enter_context(Reader(source))
         return self._reader
 
@@ -211,16 +213,16 @@ def _checked(archive: Path, wanted: Mapping[str, str]) -> Manifest:
 
 
 def _intact(place: Path, wanted: Mapping[str, str], mark: str) -> bool:
-    """Whether all files that were merged are there already, from an earlier time."""
+    """Whether an earlier run has unpacked all files that were merged."""
     paths = {place / name.removeprefix(mark): digest for name, digest in wanted.items()}
     return all(path.is_file() and sha256_file(path) == digest for path, digest in paths.items())
 
 
 def _place(kept: str, identity: str, mark: str) -> Path:
-    """Where a model comes to lie; digest and name are from a ledger that anybody may have written."""
+    """The folder to unpack a model into; digest and name come from a ledger that anybody may have written."""
     if not is_identity(identity):
         raise LedgerError(f"{identity!r}: is no name of a model.")
-    # a folder's own name is a part of what a ledger knows it by
+    # the ledger's identity of a folder contains the folder's name
     name = identity.rpartition("@sha256:")[0] or identity.rpartition("@")[0].replace("/", "--")
     return _kept_folder(kept) / ("beneath" if mark else "own") / name
 

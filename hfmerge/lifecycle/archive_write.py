@@ -91,7 +91,7 @@ def _wanted(change: Change, outcome: Outcome, opened: Merged | None) -> list[Wan
         if digests is not None:
             files = digests
         else:
-            assert material is not None  # a state stands for models that stay
+            assert material is not None  # a model inside a kept state has a material in the ledger
             files = material.files
         # copies are packed with the base's tensors
         same_base = not held or i == 0 or _is(held[0], result[0].source, result[0].files)
@@ -108,7 +108,7 @@ def _is(material: Material, source: Model, files: Mapping[str, str]) -> bool:
 def _keep(
     planned: Plan, folder: Path, wanted: list[Wanted], mine: list[int], home: Merged | None, opened: Merged | None
 ) -> dict[int, tuple[str | None, str | None]]:
-    """Digest of each copy of `mine`, and a warning if there is something to say."""
+    """Digest of each copy of `mine`, and warnings about copies that could not be made."""
     if not mine:
         return {}
     (folder / STATE_FOLDER).mkdir(exist_ok=True)
@@ -141,11 +141,11 @@ def _keep(
 
 
 def _published(home: Merged) -> dict[str, str | None]:
-    """What the repository's branch of states holds: path -> SHA-256."""
+    """Files on the repository's branch of states: path -> SHA-256."""
     try:
         branch = pin(ModelRef(home.snapshot.ref.text, home.snapshot.name, STATE_BRANCH, None))
     except SourceError:
-        return {}  # the copies are then made anew, or their absence is told
+        return {}  # the copies are then made again, or a warning says that they are missing
     return {name: info.sha256 for name, info in branch.files.items()}
 
 

@@ -39,7 +39,7 @@ from typing import Any
 from hfmerge.errors import CertificateError
 from hfmerge.hashing import canonical_json
 from hfmerge.ledger.entry import Entry
-from hfmerge.ledger.removal import Removal, find_removed
+from hfmerge.ledger.removal import RemovedModel, find_removed
 from hfmerge.ledger.repository import Merged
 from hfmerge.lifecycle.dsse import IN_TOTO, Envelope
 from hfmerge.lifecycle.keys import Trusted
@@ -63,7 +63,7 @@ BASES: Sequence[tuple[Any, str]] = (
         "byte",
     ),
     (False, "compared with the ledger, and not merged again"),
-    (True, "merged again from the materials"),  # of versions that did not tell exact from approximate
+    (True, "merged again from the materials"),  # written by versions that did not distinguish exact from approximate
 )
 """Values of `recomputed` -> words of the claim: what the signer did with the subjects before signing."""
 NOT_PROVED = (
@@ -125,7 +125,9 @@ class Told:
         return told
 
 
-def statement_of(merged: Merged, removal: Removal, *, recomputed: str | None, days: float | None) -> dict[str, Any]:
+def statement_of(
+    merged: Merged, removal: RemovedModel, *, recomputed: str | None, days: float | None
+) -> dict[str, Any]:
     """The statement about a merge that has lost a model; see the module's docstring.
 
     Args:
@@ -139,13 +141,13 @@ def statement_of(merged: Merged, removal: Removal, *, recomputed: str | None, da
     return _statement(merged, removal, told)
 
 
-def _statement(merged: Merged, removal: Removal, told: Told) -> dict[str, Any]:
+def _statement(merged: Merged, removal: RemovedModel, told: Told) -> dict[str, Any]:
     """The one statement that is true of a merge, a removal, and what the signer says."""
     base = merged.last.base.label
     names = ", ".join(model.label for model in merged.last.models)
     claim = (
-        f"The subjects are the weights of a merge of {names} into {base}. {removal.part.label} is none of these "
-        f"materials; it was taken out by step {removal.removed} of the ledger."
+        f"The subjects are the weights of a merge of {names} into {base}. {removal.model.label} is neither one of "
+        f"these models nor the base; it was taken out by step {removal.removed} of the ledger."
     )
     return {
         "_type": STATEMENT,
@@ -182,11 +184,11 @@ def _subjects_of(entry: Entry) -> list[dict[str, Any]]:
     return [{"name": name, "digest": {"sha256": sha256}} for name, sha256 in _weights(entry).items()]
 
 
-def _removed_of(removal: Removal) -> dict[str, Any]:
+def _removed_of(removal: RemovedModel) -> dict[str, Any]:
     return {
-        "identity": removal.part.identity,
-        "role": removal.part.role,
-        "files": dict(removal.part.files),
+        "identity": removal.model.identity,
+        "role": removal.model.role,
+        "files": dict(removal.model.files),
         "firstStep": removal.first,
         "lastStep": removal.last,
         "removedByStep": removal.removed,
@@ -198,7 +200,7 @@ def _weights(entry: Entry) -> dict[str, str]:
 
 
 def _of_ledger(entry: Entry) -> dict[str, Any]:
-    """What of the predicate follows from the ledger's last entry."""
+    """The fields of the predicate that follow from the ledger's last entry."""
     recorded = json.loads(entry.to_bytes())
     return {
         "ledger": {"file": entry.file, "sha256": entry.digest},
@@ -267,7 +269,7 @@ def _validity(told: Told, now: datetime) -> Check:
 
 
 def _subjects(subjects: Sequence[Mapping[str, Any]], merged: Merged) -> Check:
-    """The files themselves are compared with the ledger by `verify`; here the ledger with the certificate."""
+    """Compare the ledger's digests with the certificate; `verify` compares the files with the ledger."""
     names = [str(one["name"]) for one in subjects]
     named = {str(one["name"]): str(one["digest"]["sha256"]) for one in subjects}
     here = _weights(merged.last)
@@ -303,16 +305,16 @@ def _removed(payload: bytes, statement: Mapping[str, Any], told: Told, merged: M
         found = find_removed(merged.entries, removed["identity"], merged.snapshot.label)
     except CertificateError as error:
         return [Check("removed", False, plain(error))]
-    label = found.part.label
+    label = found.model.label
     if not _same(removed, _removed_of(found)):
-        return [Check("removed", False, f"the ledger tells {label} otherwise than the certificate")]
+        return [Check("removed", False, f"the ledger records {label} differently from the certificate")]
     gone = f"{label} was taken out by step {found.removed} and is not in the merge"
     return [Check("removed", True, gone), _words(payload, statement, _statement(merged, found, told))]
 
 
-def _words(payload: bytes, given: Mapping[str, Any], wanted: Mapping[str, Any]) -> Check:
+def _words(payload: bytes, statement: Mapping[str, Any], wanted: Mapping[str, Any]) -> Check:
     """Whether a statement is, byte for byte, the one that follows from the merge."""
-    theirs, ours = _flat(given), _flat(wanted)
+    theirs, ours = _flat(statement), _flat(wanted)
     for name in sorted({*theirs, *ours}):
         if name not in theirs:
             return Check("statement", False, f"the certificate lacks {name}")
@@ -332,8 +334,8 @@ def _flat(statement: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _recomputed(told: Told, replay: bool) -> Check:
-    """What the signer did is the signer's word; only a replay of one's own shows what comes out."""
-    here = "the check `replay` of this run shows what comes out"
+    """What the signer says of a replay is not checked; only a replay by the reader shows its result."""
+    here = "the check `replay` of this run shows the result"
     shows = here if replay else f"not checked here; {parameter('replay', True)} checks it"
     return Check("recomputed", True, f"the signer says that the subjects were {_basis(told.recomputed)}; {shows}")
 

@@ -13,12 +13,12 @@ from hfmerge.engine.workspace import recover
 from hfmerge.errors import CertificateError, HfMergeError, VerificationError
 from hfmerge.hashing import canonical_json, sha256_bytes
 from hfmerge.ledger.entry import short
-from hfmerge.ledger.removal import Part, Removal, check_no_copy, find_removed, parts
+from hfmerge.ledger.removal import ContainedModel, RemovedModel, check_no_copy, contained_models, find_removed
 from hfmerge.ledger.repository import Merged, open_merged
 from hfmerge.ledger.seen import acceptance, refuse_rewritten, remember
 from hfmerge.lifecycle.certificate import check_signature, check_statement, statement_of
 from hfmerge.lifecycle.dsse import Envelope, Signature
-from hfmerge.lifecycle.keys import Trusted, allowed_signers, fingerprint, private_key, public_keys
+from hfmerge.lifecycle.keys import Trusted, allowed_signers, key_fingerprint, private_key, public_keys
 from hfmerge.lifecycle.verify import Check, check_merged
 from hfmerge.lifecycle.witness import append, read_log
 from hfmerge.validation.limits import CERTIFICATE_BYTES
@@ -44,7 +44,7 @@ class Certificate:
 
     envelope: Envelope = field(repr=False)
     statement: Mapping[str, Any] = field(repr=False)
-    removal: Removal
+    removal: RemovedModel
     keyid: str | None
     warnings: tuple[str, ...]
 
@@ -98,7 +98,7 @@ def make_certificate(
     if log is not None and (problem := read_log(log).problem(merged)) is not None:
         raise VerificationError(f"{merged.snapshot.label}: not certified; {problem}; {acceptance(merged, log)}.")
     removal = find_removed(merged.entries, model, merged.snapshot.label)
-    warnings = copies_inside(merged, removal.part, model)
+    warnings = copies_inside(merged, removal.model, model)
     report = check_merged(merged, replay=replay, device=device)
     if report.verdict != "ok" and not (accept_approximate and report.verdict == "approximate"):
         todo = f"; certify where it was made, or pass {parameter('accept_approximate', True)}"
@@ -119,7 +119,7 @@ def make_certificate(
     return Certificate(envelope, statement, removal, keyid, tuple(warnings))
 
 
-def copies_inside(merged: Merged, gone: Part, model: str, seen: set[str] | None = None) -> list[str]:
+def copies_inside(merged: Merged, removed: ContainedModel, model: str, seen: set[str] | None = None) -> list[str]:
     """Look into the ledgers of merges that were merged for the weights of a model that has left, under any name.
 
     Args:
@@ -141,11 +141,11 @@ def copies_inside(merged: Merged, gone: Part, model: str, seen: set[str] | None 
         try:
             opened = open_merged(merged.refs.get(inner, inner))
         except HfMergeError as error:
-            notes.append(f"copies of {gone.name} were not looked for in {short(inner)}, a merge itself: {error}")
+            notes.append(f"copies of {removed.name} were not looked for in {short(inner)}, a merge itself: {error}")
             continue
-        found = [replace(part, role=f"{part.role} of {short(inner)}") for part in parts(opened.last)]
-        check_no_copy(gone, found, model, merged.snapshot.label)
-        notes += copies_inside(opened, gone, model, seen)
+        found = [replace(part, role=f"{part.role} of {short(inner)}") for part in contained_models(opened.last)]
+        check_no_copy(removed, found, model, merged.snapshot.label)
+        notes += copies_inside(opened, removed, model, seen)
     return notes
 
 
@@ -206,6 +206,6 @@ def given_certificate(
 def _signed(envelope: Envelope, key: Ed25519PrivateKey | None) -> tuple[Envelope, str | None]:
     if key is None:
         return envelope, None
-    keyid = fingerprint(key.public_key())
+    keyid = key_fingerprint(key.public_key())
     signature = Signature(keyid, key.sign(envelope.signed_bytes))
     return Envelope(envelope.payload, envelope.payload_type, (signature,)), keyid

@@ -16,7 +16,7 @@ from hfmerge.checkpoint.model import Model
 from hfmerge.engine.plan import Plan
 from hfmerge.engine.planner import make_plan
 from hfmerge.errors import HfMergeError, LedgerError
-from hfmerge.ledger.entry import Entry, Material, recipe_of, reference, short
+from hfmerge.ledger.entry import Entry, Material, material_reference, recipe_of, short
 from hfmerge.ledger.repository import Merged
 from hfmerge.lifecycle.archive_restore import planned_from
 from hfmerge.lifecycle.missing_sources import check_unchanged
@@ -111,12 +111,12 @@ def plan_subtract(merged: Merged, names: Sequence[str], *, measure: bool = False
     method = registry().get(name, MergeMethod)
     exactly = f"leave out {parameter('mode')}"
     if method.additive:
-        raise LedgerError(f"{name} keeps exact sums, which models leave by exact subtraction; {exactly}.")
+        raise LedgerError(f"{name} keeps exact sums, so a removal is exact at the same cost; {exactly}.")
     if not method.subtractable:
-        raise LedgerError(f"{name} merges all models at once, so none can be subtracted; {exactly}.")
+        raise LedgerError(f"{name} merges all models at once, so no single model can be subtracted; {exactly}.")
     gone = [last.find(given) for given in dict.fromkeys(names)]
     if again := [last.models[i].label for i in gone if last.models[i].subtracted]:
-        raise LedgerError(f"{again[0]} was subtracted before; to take it out for good, {exactly}.")
+        raise LedgerError(f"{again[0]} was subtracted before; to remove it exactly, {exactly}.")
     wanted = [replace(model, subtracted=model.subtracted or i in gone) for i, model in enumerate(last.models)]
     if all(model.subtracted for model in wanted):
         raise LedgerError(
@@ -188,7 +188,7 @@ def plan_models(
         except HfMergeError as error:
             if not start.leaving:
                 raise
-            # a model that leaves can neither be reached nor, for want of another state, be subtracted
+            # a model that leaves cannot be read, and there is no other state to subtract it from
             names = ", ".join(model.label for model in start.leaving)
             warnings.append(f"{names} cannot be subtracted, so the models that stay are read instead: {error}")
             continue
@@ -206,7 +206,7 @@ def plan_models(
 def _plan_from(
     merged: Merged, start: Start | None, wanted: Sequence[Material | ModelEntry], base: str | None, stream: bool
 ) -> Plan:
-    """The plan that goes on from one state, or from none."""
+    """The plan that continues from one kept state, or starts without one."""
     last = merged.last
     trust = _trusts(merged, wanted, base)
     leaving = start.leaving if start else ()
@@ -229,7 +229,7 @@ def _plan_from(
 
 
 def _trusts(merged: Merged, wanted: Sequence[Material | ModelEntry], base: str | None) -> bool:
-    """Whether code is run: if the caller allows it, where the merge was made with it, or a new model is named."""
+    """Whether models' code is run: the caller must allow it, and the merge ran code before or a new model is named."""
     new = base is not None or any(isinstance(model, ModelEntry) for model in wanted)
     return merged.consent.trust_remote_code and (new or merged.last.ran_code)
 
@@ -241,13 +241,13 @@ def _made_without(last: Entry, plan: Plan, count: int) -> bool:
 
 
 def _entry(model: Material, refs: Mapping[str, str]) -> ModelEntry:
-    return ModelEntry(reference(model, refs), model.weight, model.subtracted)
+    return ModelEntry(material_reference(model, refs), model.weight, model.subtracted)
 
 
 def _unchanged(
     last: Entry, plan: Plan, wanted: Sequence[Material | ModelEntry], base: str | None, start: Start | None
 ) -> list[str]:
-    """Compare what is listed of all sources with what was merged (see `check_unchanged`)."""
+    """Compare the listed digests of all sources with those of the merged files (see `check_unchanged`)."""
     known = [(last.base, plan.base)] if base is None else []
     both = zip(wanted, plan.deltas, strict=True)
     known += [(one, delta.source) for one, delta in both if isinstance(one, Material)]
@@ -261,7 +261,7 @@ def _how(last: Entry, start: Start | None, plan: Plan, method: type[MergeMethod]
     if plan.subtracted:
         names = ", ".join(plan.deltas[i].source.name for i in plan.subtracted)
         where = f"the kept state after model {start.prior.count}" if start else f"the merge of all {total} models"
-        return f"approximately without {names}, subtracted from {where}; this removes nothing for good"
+        return f"{names} approximately subtracted from {where}; a part of each stays in the weights"
     if start is None:
         why = "no kept state fits" if method.is_fold else f"{name} needs all models at once"
         return f"merged again from all {total} pinned sources ({why})"
@@ -349,12 +349,12 @@ def plan_rebase(merged: Merged, base: str, *, stream: bool = False) -> Change:
 
 
 def plan_without(
-    merged: Merged, gone: Sequence[int], parts: Mapping[int, str], subjects: Sequence[str], *, stream: bool = False
+    merged: Merged, removed: Sequence[int], parts: Mapping[int, str], subjects: Sequence[str], *, stream: bool = False
 ) -> Change:
     """Plan to remove models, and to replace inner merges by merges without some of their models.
 
     Args:
-        gone: indices of models that leave as a whole.
+        removed: indices of models that leave as a whole.
         parts: index of an inner merge -> reference of the same merge without some of its models.
         subjects: names of all removed models, those of inner merges included.
         stream: see `Recipe.stream`.
@@ -363,12 +363,12 @@ def plan_without(
         LedgerError: nothing would be left.
     """
     models = merged.last.models
-    stay = [i for i in range(len(models)) if i not in gone]
+    stay = [i for i in range(len(models)) if i not in removed]
     if not stay:
         raise LedgerError(f"{merged.snapshot.label}: holds no other model; {merged.last.base.label} is what is left.")
     wanted = [ModelEntry(parts[i], models[i].weight) if i in parts else models[i] for i in stay]
     plan, how = plan_models(merged, wanted, stream=stream)
-    notes = [f"{models[i].label} taken out" for i in gone]
+    notes = [f"{models[i].label} taken out" for i in removed]
     for at, i in enumerate(stay):
         if i in parts:
             notes.append(f"{models[i].label} replaced by {_label(plan.deltas[at].source)}, the same merge without it")
@@ -376,7 +376,7 @@ def plan_without(
 
 
 def _same(source: Model, material: Material) -> bool:
-    """Whether a source is, for sure, what a material was; folders are told apart by their digests only later."""
+    """Whether a source certainly is the material; folders are compared by their digests later."""
     under = source.beneath
     beneath = None if under is None else f"{under.name}@{under.snapshot.commit}"
     commit = source.snapshot.commit
@@ -384,5 +384,5 @@ def _same(source: Model, material: Material) -> bool:
 
 
 def _label(source: Model) -> str:
-    """As in a ledger, which never holds the path of a folder."""
+    """The source's label as a ledger has it: without the path of a folder."""
     return short(f"{source.name}@{source.snapshot.commit}") if source.snapshot.commit else source.name

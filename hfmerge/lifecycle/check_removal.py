@@ -21,7 +21,7 @@ from hfmerge.evaluation.suite import Suite, Task, load_suite
 from hfmerge.evaluation.weight_distance import distance, relative, same_weights
 from hfmerge.hub.download import fetch
 from hfmerge.hub.reference import Snapshot
-from hfmerge.ledger.entry import Material, reference
+from hfmerge.ledger.entry import Material, material_reference
 from hfmerge.ledger.repository import Merged, open_merged
 from hfmerge.lifecycle.changes import plan_replay
 from hfmerge.lifecycle.session import MergeResult
@@ -102,18 +102,18 @@ def check_removal(
     Raises:
         HfMergeError: no task of the suite is a removed model's; or what evaluating and merging raise.
     """
-    asked = load_suite(suite) if not isinstance(suite, Suite) else suite
+    suite = load_suite(suite) if not isinstance(suite, Suite) else suite
     last = opened.last
     gone = [last.models[last.find(name)] for name in names]
-    owners = {task.name: _owner(task, last.models) for task in asked.tasks}
+    owners = {task.name: _owner(task, last.models) for task in suite.tasks}
     removed = tuple(task for task, owner in owners.items() if owner in gone)
     if not removed:
         raise HfMergeError(
-            f"suite {asked.name}: no task says `head: {gone[0].name}`, so it cannot tell what leaves with that model."
+            f"suite {suite.name}: no task says `head: {gone[0].name}`, so it cannot tell what leaves with that model."
         )
-    heads = {task: reference(owner, opened.refs) for task, owner in owners.items() if owner is not None}
-    evaluator = Evaluator(asked, settings, heads=heads, progress=True)
-    rows = {"base": reference(last.base, opened.refs), "before": _where(opened)}
+    heads = {task: material_reference(owner, opened.refs) for task, owner in owners.items() if owner is not None}
+    evaluator = Evaluator(suite, settings, heads=heads, progress=True)
+    rows = {"base": material_reference(last.base, opened.refs), "before": _where(opened)}
     subjects = [_called(evaluator.open(ref), label) for label, ref in rows.items()]
     # scored now: a folder is about to be replaced
     first = evaluator.matrix(subjects)
@@ -145,7 +145,7 @@ def _never(left: Merged, device: str | None) -> Plan:
         return plan
     from hfmerge.learning.learn import learn
 
-    # replay rows are each model's own, and those that stay are kept
+    # each model has replay rows of its own; keep those of the models that stay
     return learn(plan, Ranks(), opened=left, device=device)[0]
 
 

@@ -13,7 +13,7 @@ from hfmerge.engine.options import DEFAULT, RunOptions
 from hfmerge.engine.plan import Estimate
 from hfmerge.engine.workspace import check_output
 from hfmerge.errors import VerificationError
-from hfmerge.ledger.removal import parts
+from hfmerge.ledger.removal import contained_models
 from hfmerge.ledger.repository import Merged, open_merged
 from hfmerge.lifecycle.admission import admit_job
 from hfmerge.lifecycle.job import Job
@@ -21,8 +21,8 @@ from hfmerge.lifecycle.nested import find_removal, inner_jobs
 from hfmerge.lifecycle.perform import DONE, check_place, lies_at, pinned_job, planned, target_of
 from hfmerge.lifecycle.push_target import Destination, admit, check_readers, destination, with_snapshots
 from hfmerge.lifecycle.record import readable_card
-from hfmerge.lifecycle.repeat import in_place
-from hfmerge.lifecycle.restore import check_code, find_earlier, restored
+from hfmerge.lifecycle.repeat import already_restored, in_place
+from hfmerge.lifecycle.restore import check_code, find_earlier
 from hfmerge.lifecycle.session import Session, session
 from hfmerge.lifecycle.verify import verify_merge
 
@@ -78,7 +78,9 @@ def forecast(job: Job, options: RunOptions = DEFAULT) -> Forecast:
         }
         check_place(job, merged, options)
         if merged is not None and in_place(merged, job.output, job.to):
-            done = {**DONE, "restore": lambda asked, opened: restored(opened, int(asked.step or 0))}.get(job.action)
+            done = {**DONE, "restore": lambda job, opened: already_restored(opened, int(job.step or 0))}.get(
+                job.action
+            )
             if done is not None and here.on_main(partial(done, job, merged)):
                 return Forecast(
                     job.action, f"done already by step {merged.last.step}", None, _labels(merged), **places
@@ -110,7 +112,7 @@ def admit_push(folder: Path, to: Destination, *, check: bool = True) -> tuple[Me
         VerificationError: the folder is not what its ledger says. PushError: it may not go there.
     """
     opened = open_merged(str(folder.absolute()))
-    inputs = with_snapshots(parts(opened.last), opened.refs)
+    inputs = with_snapshots(contained_models(opened.last), opened.refs)
     level, note = admit(to, inputs, history=opened.history)
     check_readers(to, level, inputs)
     if check:

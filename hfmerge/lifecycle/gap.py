@@ -24,7 +24,7 @@ def gap_of(plan: Plan, outcome: Outcome, folder: Path, exact: Plan | None) -> di
     """
     found = {}
     models = zip(plan.recipe.models, outcome.squared_norms, strict=True)
-    # of weights by pattern the greatest
+    # for weights by pattern, the greatest weight counts
     norms = [max(map(abs, values_of(entry.weight))) * math.sqrt(squared) for entry, squared in models]
     bound = plan.method.gap_bound(norms, plan.subtracted)
     if outcome.merged_norm and bound is not None:

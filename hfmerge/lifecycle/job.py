@@ -93,9 +93,9 @@ class ChangeOptions(TypedDict, total=False):
     options: RunOptions
 
 
-def run_options(given: ChangeOptions) -> RunOptions:
+def run_options(keywords: ChangeOptions) -> RunOptions:
     """How the run uses the machine."""
-    return given.get("options", DEFAULT)
+    return keywords.get("options", DEFAULT)
 
 
 def change_job(action: Action, merged: str | Path, **given: Unpack[ChangeOptions]) -> Job:

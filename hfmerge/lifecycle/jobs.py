@@ -18,13 +18,13 @@ from hfmerge.recipe.recipe import ModelEntry, read_models
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-JobAsked = tuple[Job, RunOptions]
+JobAndOptions = tuple[Job, RunOptions]
 """A job, and how its run uses the machine."""
 PUBLISHING = ("create_pr", "commit_message", "overwrite", "publish_private")
 """Arguments of `merge` that say how it is published, and are no keys of a recipe."""
 
 
-def merge_job(recipe: AnyRecipe | None = None, *, options: RunOptions = DEFAULT, **more: Any) -> JobAsked:
+def merge_job(recipe: AnyRecipe | None = None, *, options: RunOptions = DEFAULT, **more: Any) -> JobAndOptions:
     """Of `api.merge`."""
     allowed = {name: more.pop(name) for name in PUBLISHING if name in more}
     given, origin = given_recipe(recipe, options.consent, **more)
@@ -32,7 +32,7 @@ def merge_job(recipe: AnyRecipe | None = None, *, options: RunOptions = DEFAULT,
     return Job("merge", recipe=given, origin=origin, output=given.output, to=to), options
 
 
-def add_job(merged: str | Path, models: Any, **options: Unpack[ChangeOptions]) -> JobAsked:
+def add_job(merged: str | Path, models: Any, **options: Unpack[ChangeOptions]) -> JobAndOptions:
     """Of `api.add`."""
     job = change_job("add", merged, **options)
     return dataclasses.replace(job, models=read_models(models, "add")), run_options(options)
@@ -46,7 +46,7 @@ def unmerge_job(
     mode: Literal["exact", "subtract"] = "exact",
     measure: bool = False,
     **options: Unpack[ChangeOptions],
-) -> JobAsked:
+) -> JobAndOptions:
     """Of `api.unmerge`."""
     if measure and mode == "exact":
         raise LedgerError("unmerge: there is no gap to measure unless models are subtracted (mode: subtract).")
@@ -57,28 +57,28 @@ def unmerge_job(
 
 def replace_job(
     merged: str | Path, old: str, new: str, *, weight: float | None = None, **options: Unpack[ChangeOptions]
-) -> JobAsked:
+) -> JobAndOptions:
     """Of `api.replace`."""
     job = change_job("replace", merged, **options)
     return dataclasses.replace(job, names=(old,), models=(ModelEntry(new),), weight=weight), run_options(options)
 
 
-def reorder_job(merged: str | Path, models: Sequence[str], **options: Unpack[ChangeOptions]) -> JobAsked:
+def reorder_job(merged: str | Path, models: Sequence[str], **options: Unpack[ChangeOptions]) -> JobAndOptions:
     """Of `api.reorder`."""
     return dataclasses.replace(change_job("reorder", merged, **options), names=tuple(models)), run_options(options)
 
 
-def rebase_job(merged: str | Path, base: str, **options: Unpack[ChangeOptions]) -> JobAsked:
+def rebase_job(merged: str | Path, base: str, **options: Unpack[ChangeOptions]) -> JobAndOptions:
     """Of `api.rebase`."""
     return dataclasses.replace(change_job("rebase", merged, **options), base=base), run_options(options)
 
 
-def restore_job(merged: str | Path, step: int, **options: Unpack[ChangeOptions]) -> JobAsked:
+def restore_job(merged: str | Path, step: int, **options: Unpack[ChangeOptions]) -> JobAndOptions:
     """Of `api.restore`."""
     return dataclasses.replace(change_job("restore", merged, **options), step=step), run_options(options)
 
 
-JOBS: Mapping[str, Callable[..., JobAsked]] = {
+JOBS: Mapping[str, Callable[..., JobAndOptions]] = {
     **{"merge": merge_job, "add": add_job, "unmerge": unmerge_job, "replace": replace_job},
     **{"reorder": reorder_job, "rebase": rebase_job, "restore": restore_job},
 }

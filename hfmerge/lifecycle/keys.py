@@ -39,10 +39,10 @@ class Trusted:
     @property
     def keyid(self) -> str:
         """Fingerprint, as `ssh-keygen -l` prints it."""
-        return fingerprint(self.key)
+        return key_fingerprint(self.key)
 
 
-def fingerprint(key: Ed25519PublicKey) -> str:
+def key_fingerprint(key: Ed25519PublicKey) -> str:
     """OpenSSH's SHA-256 fingerprint of a key."""
     from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 

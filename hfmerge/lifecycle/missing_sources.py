@@ -42,7 +42,7 @@ def naming_vanished(
         why = {one: f", and its kept copy cannot take its place ({text})" for one, text in (useless or {}).items()}
         reasons = "; ".join(reason + why.get(material.identity, "") for material, reason, _ in lost)
         ways = list(dict.fromkeys(way for material, _, files in lost for way in _ways(merged, material, files)))
-        raise NotFoundError(f"{merged.snapshot.label}: {reasons}. What remains: {'; '.join(ways)}.") from error
+        raise NotFoundError(f"{merged.snapshot.label}: {reasons}. You can use: {'; '.join(ways)}.") from error
 
 
 def check_unchanged(material: Material, source: Model) -> list[str]:
@@ -68,7 +68,7 @@ def check_unchanged(material: Material, source: Model) -> list[str]:
                     f"{snapshot.label}: {name} is not the file that was merged (sha256 {found[:12]}..., the ledger "
                     f"says {digest[:12]}...); somebody has changed what this commit gives, so it cannot be used."
                 )
-        if snapshot.gone:
+        if snapshot.vanished:
             warnings.append(f"{snapshot.label} is gone from the Hub; the copy in this machine's cache is used.")
     return warnings
 
@@ -86,13 +86,13 @@ def _listed_digest(snapshot: Snapshot, name: str) -> str | None:
     info = snapshot.files.get(name)
     if info is None:
         return None
-    if info.sha256 is None and (snapshot.gone or (info.size <= _SMALL and not snapshot.offline)):
+    if info.sha256 is None and (snapshot.vanished or (info.size <= _SMALL and not snapshot.offline)):
         return sha256_file(fetch(snapshot, name))
     return info.sha256
 
 
 def _lost(material: Material) -> tuple[str, Mapping[str, str]] | None:
-    """Why a material cannot be had, and the files of it that cannot; None if it can, or lies in a folder."""
+    """Why a material cannot be read from the Hub, and which files; None if it can, or lies in a folder."""
     return next(((reason, files) for _, reason, files in lost_places(material)), None)
 
 
@@ -106,7 +106,7 @@ def lost_places(material: Material) -> Iterator[tuple[str, str, Mapping[str, str
             _reach(pin(ModelRef(identity, name, commit, None)), files)
         except (NotFoundError, AccessError) as error:
             reason = str(error).removeprefix(f"{identity}: ").partition(";")[0].rstrip(".")
-            yield identity, f"{short(identity)} cannot be had from the Hub any more ({reason})", files
+            yield identity, f"{short(identity)} can no longer be read from the Hub ({reason})", files
 
 
 def _reach(snapshot: Snapshot, files: Mapping[str, str]) -> None:
@@ -116,16 +116,19 @@ def _reach(snapshot: Snapshot, files: Mapping[str, str]) -> None:
     for name in files:
         if cached(snapshot, name) is not None:
             continue
-        if snapshot.gone:
-            raise NotFoundError(f"{snapshot.label}: no such repository or commit, and {name} is not in the cache here")
+        if snapshot.vanished:
+            raise NotFoundError(
+                f"{snapshot.label}: no such repository or commit, and {name} is not in the cache of this machine"
+            )
         url = hf_hub_url(snapshot.name, name, revision=snapshot.commit)
         with hub_errors(snapshot.label):
+            # mypy cannot infer the type of a lambda with a default
             patiently(lambda url=url: get_hf_file_metadata(url))  # type: ignore[misc]
         return
 
 
 def _ways(merged: Merged, material: Material, files: Mapping[str, str]) -> list[str]:
-    """What a user who lacks a material can still do; the way closest to the request comes first."""
+    """The commands with which a user can go on without a material, the one closest to the request first."""
     ref, base = (
         merged.snapshot.name if merged.snapshot.folder is None else str(merged.snapshot.ref.text),
         merged.last.base,
@@ -134,7 +137,7 @@ def _ways(merged: Merged, material: Material, files: Mapping[str, str]) -> list[
     again = _elsewhere(material.name, _own(material)) if files == _own(material) else None
     if again is not None:
         way = call("rebase", ref, base=again) if material is base else call("replace", ref, material.name, again)
-        ways.append(f"{way}, whose files are the same")
+        ways.append(f"{way}, which has the same files")
     if material is not base:
         if len(merged.last.models) > 1:
             ways.append(f"{call('unmerge', ref, remove=material.name)}, which does not read it")
@@ -152,5 +155,5 @@ def _elsewhere(name: str, files: Mapping[str, str]) -> str | None:
         snapshot = pin(ModelRef(name, name, None, None))
         same = all(_listed_digest(snapshot, file) == digest for file, digest in files.items())
     except HfMergeError:
-        return None  # it is only a hint; why the material itself cannot be had is told already
+        return None  # this is only a hint; the message already says why the material cannot be read
     return f"{name}@{snapshot.commit}" if same and not snapshot.offline else None

@@ -14,7 +14,7 @@ from pathlib import Path
 from hfmerge.engine.ranks import Ranks
 from hfmerge.errors import HfMergeError, LedgerError, NotFoundError
 from hfmerge.hub.reference import parse_ref
-from hfmerge.ledger.entry import Entry, Material, contained, named, reference, same_model
+from hfmerge.ledger.entry import Entry, Material, contained, material_reference, named, same_model
 from hfmerge.ledger.repository import Merged, open_merged
 from hfmerge.lifecycle.job import Job
 from hfmerge.lifecycle.push_target import destination
@@ -28,12 +28,12 @@ class Removal:
     """The models that a removal takes out, of the merge and of its inner merges.
 
     Attributes:
-        gone: indices of models that leave as a whole.
+        removed: indices of models that leave as a whole.
         within: index of an inner merge -> identities of the models that leave this inner merge.
         subjects: names of all models that leave.
     """
 
-    gone: tuple[int, ...]
+    removed: tuple[int, ...]
     within: dict[int, tuple[str, ...]]
     subjects: tuple[str, ...]
 
@@ -111,14 +111,15 @@ def _inner_job(job: Job, merged: Merged, i: int, identities: Sequence[str], *, f
             f"{what}: lies in a merge beneath the adapter {model.label}; unmerge {model.name} as a whole."
         )
     try:
-        inner = open_merged(reference(model, merged.refs))
+        inner = open_merged(material_reference(model, merged.refs))
     except HfMergeError as error:
         raise LedgerError(
-            f"{what}: is a part of the merge {model.label}, which cannot be read to take it out there: {error}"
+            f"{what}: is a part of the merge {model.label}, which cannot be read, "
+            f"so the model cannot be taken out of it: {error}"
         ) from error
     _check_is_its_ledger(inner, model, what)
     direct = find_removal(inner.last, identities)
-    rest = [one for k, one in enumerate(inner.last.models) if k not in direct.gone]
+    rest = [one for k, one in enumerate(inner.last.models) if k not in direct.removed]
     if not rest:
         return None
     folder = Path(job.output) if job.output is not None else merged.snapshot.folder
@@ -138,7 +139,7 @@ def _inner_job(job: Job, merged: Merged, i: int, identities: Sequence[str], *, f
     on_hub = parse_ref(place)[0].folder is None
     return Job(
         "unmerge",
-        merged=reference(model, merged.refs),
+        merged=material_reference(model, merged.refs),
         names=tuple(identities),
         inner_to=f"{place}-inner" if direct.within else None,
         output=None if on_hub else place,
@@ -172,11 +173,11 @@ def _beside(folder: Path | None, model: Material, identities: Sequence[str]) -> 
 
 
 def _already(place: str, inner: Merged, rest: Sequence[Material]) -> Merged | None:
-    """What is at `place`, if it is a later step of the same ledger that holds exactly the models that stay."""
+    """The merge at `place`, if it is a later step of the same ledger and holds exactly the models that stay."""
     try:
         later = open_merged(place)
     except (LedgerError, NotFoundError):
-        return None  # nothing is there yet, or something else
+        return None  # there is nothing at the place yet, or no merge
     ours, theirs = inner.last, later.last
     grown = later.entries[: len(inner.entries)] == inner.entries and len(later.entries) > len(inner.entries)
     alike = len(theirs.models) == len(rest) and all(map(same_model, theirs.models, rest))

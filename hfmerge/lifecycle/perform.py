@@ -50,10 +50,10 @@ from hfmerge.lifecycle.record import (
     local_sources,
     other_arithmetic,
     readable_card,
-    record,
+    record_result,
     refuse_unknown_files,
 )
-from hfmerge.lifecycle.repeat import added, finish, in_place, replaced
+from hfmerge.lifecycle.repeat import already_added, already_replaced, finish, in_place
 from hfmerge.lifecycle.restore import restore_step
 from hfmerge.lifecycle.session import MergeResult, Session, push_written, session
 from hfmerge.validation.wording import parameter, size
@@ -74,9 +74,9 @@ PLANS: Mapping[str, Callable[[Job, Merged], Change]] = {
 }
 """Action -> the plan of a job that changes a merge."""
 DONE: Mapping[str, Callable[[Job, Merged], bool]] = {
-    "add": lambda job, merged: added(merged, job.models),
+    "add": lambda job, merged: already_added(merged, job.models),
     "unmerge": lambda job, merged: removed_already(merged, job.names),
-    "replace": lambda job, merged: replaced(merged, job.names[0], job.models[0].model, job.weight),
+    "replace": lambda job, merged: already_replaced(merged, job.names[0], job.models[0].model, job.weight),
 }
 """Action -> whether the merge's last step is this very job, for actions that may be repeated."""
 
@@ -169,13 +169,13 @@ def _plan_unmerge(job: Job, merged: Merged) -> Change:
     if not job.parts:
         return plan_unmerge(merged, job.names, stream=job.stream)
     removal = find_removal(merged.last, job.names)
-    gone = sorted({*removal.gone, *(i for i, ref in job.parts.items() if ref is None)})
+    gone = sorted({*removal.removed, *(i for i, ref in job.parts.items() if ref is None)})
     parts = {i: ref for i, ref in job.parts.items() if ref is not None}
     return plan_without(merged, gone, parts, removal.subjects, stream=job.stream)
 
 
 def target_of(job: Job, merged: Merged | None) -> Path | None:
-    """Folder of the result; None where it only goes to the Hub."""
+    """Folder of the result; None if the result is only published."""
     if job.output is not None:
         return Path(job.output)
     return merged.snapshot.folder if merged is not None else None
@@ -195,7 +195,8 @@ def check_place(job: Job, merged: Merged | None, options: RunOptions) -> None:
         raise PushError(f"{name}: lies on the Hub; say where the result goes: {where}.")
     if target is None and options.resume:
         raise OutputError(
-            "cannot resume: what only goes to the Hub is not kept here; name an output folder, or start anew."
+            "cannot resume: a run that only publishes leaves no unfinished work here; "
+            "name an output folder, or start anew."
         )
 
 
@@ -251,8 +252,8 @@ def _announce(change: Change, merged: Merged | None, device: Device, here: Sessi
         here.tell(f"{change.action}: {change.how}; reads {size(need.read)}{loads}")
     if merged is not None and (apart := other_arithmetic(change.plan, merged, environment(device))):
         here.tell(
-            f"the kept state was made with {'; '.join(apart)}: the last bits will be of both. Compute where it was "
-            "made, or merge all models again, for bytes that one of them gives alone."
+            f"the kept state was made with {'; '.join(apart)}: the last bits of the result will depend on both. "
+            "For bytes that depend on one alone, compute where the state was made, or merge all models again."
         )
 
 
@@ -261,7 +262,7 @@ def _folder_for(
     target: Path | None, plan: Plan, here: Session, device: Device, *, replace: bool
 ) -> Iterator[Workspace]:
     """The folder to build in, held by one process a disk: a workspace that becomes `target`, or a temporary one."""
-    # the folder may be the current one, which is another once it was replaced
+    # the target may be the current folder, which is a different folder after it was replaced
     made, ranks = None if target is None else target.absolute(), here.ranks
     with contextlib.ExitStack() as stack:
 
@@ -298,7 +299,7 @@ def _temporary(plan: Plan) -> Iterator[Workspace]:
 def _with_weights(
     change: Change, merged: Merged | None, place: Workspace, here: Session
 ) -> tuple[Change, Learned | None]:
-    """A change whose plan has learned weights, if its recipe asks for them, and what is kept of learning.
+    """The change with learned weights in its plan, if its recipe asks for them, and the record of learning.
 
     The progress of learning is noted in the journal of `place`, so that a killed run can be continued.
     """
@@ -337,7 +338,9 @@ def _run(
         gap = here.on_main(partial(gap_of, plan, outcome, place.folder, change.exact)) if plan.subtracted else None
         known = here.on_main(partial(learned.keep, place.folder)) if learned is not None else None
         entry, notes = here.on_main(
-            partial(record, change, place.folder, outcome, merged, existing, gap=gap, copies=copies, learned=known)
+            partial(
+                record_result, change, place.folder, outcome, merged, existing, gap=gap, copies=copies, learned=known
+            )
         )
         places = local_sources(plan, entry, merged)
         here.on_main(partial(note_places, entry, place.output, places))

@@ -24,7 +24,7 @@ from hfmerge.errors import HfMergeError, OfflineError, OutputError, PushError
 from hfmerge.evaluation.plots.embedding import FIGURES, drawn
 from hfmerge.hashing import sha256_bytes
 from hfmerge.hub.client import hub_api, hub_errors, patiently
-from hfmerge.hub.commits import commit_once, moved, tag_once, upload
+from hfmerge.hub.commits import NewCommit, commit_once, moved, tag_once, upload
 from hfmerge.hub.download import pin
 from hfmerge.hub.privacy import restricted
 from hfmerge.hub.reference import ModelRef, Snapshot
@@ -37,10 +37,10 @@ from hfmerge.hub.state_branch import (
     withdraw_states,
 )
 from hfmerge.ledger.card import FILE, card_facts, combine_cards, present_site, render_card
-from hfmerge.ledger.card_sections import PREFIX, carried_scores, part, with_part
-from hfmerge.ledger.entry import FOLDER, Entry
+from hfmerge.ledger.card_sections import RESULTS_PREFIX, carried_scores, part, with_part
+from hfmerge.ledger.entry import LEDGER_FOLDER, Entry
 from hfmerge.ledger.log import commit_of
-from hfmerge.ledger.removal import parts
+from hfmerge.ledger.removal import contained_models
 from hfmerge.ledger.repository import ledger_in, noted_places
 from hfmerge.ledger.seen import remember_steps, repository_place
 from hfmerge.lifecycle.push_target import (
@@ -112,7 +112,7 @@ def open_push(folder: Path, to: Destination, written: Sequence[str] = ()) -> Ope
     """
     snapshot = pin(ModelRef(str(folder), None, None, folder))
     entries, history = ledger_in(snapshot)
-    inputs = with_snapshots(parts(entries[-1]), noted_places(snapshot, entries[-1]))
+    inputs = with_snapshots(contained_models(entries[-1]), noted_places(snapshot, entries[-1]))
     levels = restricted(part.identity for part in inputs)
     notes = []
     target = find_target(to)
@@ -160,7 +160,7 @@ def push_folder(
     entries, history, remote, head = opened.entries, opened.history, opened.target.files, opened.target.head
     existing = card_there(repo_id, opened.target)
     card = combine_cards(existing, render_card(entries, card_facts(entries[-1], repo_id, present_site())))
-    # pictures and scores are those of the folder, or none
+    # pictures and scores come from the folder, never from the repository
     mine = files[FILE].read_text(encoding="utf-8") if FILE in files else ""
     card = carried_scores(mine, with_part(card, FIGURES, part(mine, FIGURES)))
     new = [CommitOperationAdd(name, str(path)) for name, path in files.items() if name != FILE and name not in given]
@@ -171,8 +171,8 @@ def push_folder(
     states = {name: held[name] for name in sorted(last.beside) if name in held}
     if create_pr and states:
         notes.append(
-            f"the kept state stays here: a pull request cannot carry the branch {STATE_BRANCH}; once it is merged, "
-            "repeat the command as a direct push, which drops the state of the step before"
+            f"the kept state was not published: a pull request cannot change the branch {STATE_BRANCH}. When the pull "
+            "request is merged, push directly; that publishes the state, and deletes the state of the step before"
         )
 
     def publish_states() -> None:
@@ -187,11 +187,12 @@ def push_folder(
         for operation in new:
             if operation.path_in_repo.endswith(".safetensors"):
                 upload(api, repo_id, operation, create_pr=create_pr)
-        made = commit_once(
-            api, repo_id, [*adds, *gone], title=plain(to.message) if to.message else _message(last),
+        commit = NewCommit(
+            [*adds, *gone], title=plain(to.message) if to.message else _message(last),
             description="\n".join([f"{markdown(last.how)}.", f"Ledger: {last.file}", *opened.notes]),
             parent=head, proof={last.file: history[last.file]}, create_pr=create_pr,
         )  # fmt: skip
+        made = commit_once(api, repo_id, commit)
     tag = None
     if not create_pr:
         tag = _after_commit(api, repo_id, made.oid, opened, publish_states if kept else None, notes)
@@ -201,7 +202,7 @@ def push_folder(
 def _after_commit(
     api: Any, repo_id: str, oid: str, opened: Opened, again: Callable[[], None] | None, notes: list[str]
 ) -> str | None:
-    """Tag the commit, clear the branch of states and remember the history. What fails is said in a note.
+    """Tag the commit, clear the branch of states and remember the history. A failure adds a note.
 
     Args:
         again: publishes the states once more.
@@ -210,9 +211,9 @@ def _after_commit(
         The tag, or None.
     """
     entries, history, last, tag = opened.entries, opened.history, opened.entries[-1], None
-    if any(name.startswith(f"{FOLDER}/") for name in opened.lost):
+    if any(name.startswith(f"{LEDGER_FOLDER}/") for name in opened.lost):
         notes.extend(_untagged(api, repo_id))
-    advice = f"push the folder to {repo_id} again to make up for it"
+    advice = f"push the folder to {repo_id} again to correct this"
     try:
         with hub_errors(repo_id):
             tag = _tag(api, repo_id, oid, last, notes)
@@ -290,7 +291,7 @@ def _taken_back(api: Any, repo_id: str, states: Sequence[str]) -> Iterator[None]
     try:
         yield
     except OfflineError:
-        raise  # nobody can be asked to take anything back; `verify` names what is left
+        raise  # the Hub cannot be reached to delete them; `verify` names the files that are left
     except HfMergeError as error:
         try:
             with hub_errors(repo_id, "write"):
@@ -302,7 +303,7 @@ def _taken_back(api: Any, repo_id: str, states: Sequence[str]) -> Iterator[None]
 
 
 def _tidy(api: Any, repo_id: str, commit: str, last: Entry, strange: Sequence[str]) -> None:
-    """Delete obsolete states, and none that somebody publishes meanwhile.
+    """Delete obsolete states, but no state that somebody else publishes meanwhile.
 
     Who pushes publishes states, then a ledger that lists them, then again those that are missing. So states of a
     ledger that comes while this deletes are either put back by who pushes, or seen afterwards and brought back here.
@@ -328,7 +329,7 @@ def _listed_states(repo_id: str) -> list[str]:
         LedgerError: it has one that cannot be read. SourceError: the Hub cannot be asked.
     """
     snapshot = pin(ModelRef(repo_id, repo_id, None, None))
-    if not any(name.startswith(f"{FOLDER}/") for name in snapshot.files):
+    if not any(name.startswith(f"{LEDGER_FOLDER}/") for name in snapshot.files):
         return []
     return list(ledger_in(snapshot)[0][-1].beside)
 
@@ -387,7 +388,7 @@ def _stale(remote: Mapping[str, Any], entries: Sequence[Entry], pictures: Sequen
     """Files of the repository that its last step left: products, licences, pictures, scores."""
     there = [entry for entry in entries if entry.file in remote]
     former = {*pictures, *(made_by(there[-1]) if there else ())}
-    return [name for name in remote if name in former or name.startswith(PREFIX)]
+    return [name for name in remote if name in former or name.startswith(RESULTS_PREFIX)]
 
 
 def with_disks(ranks: Ranks, target: str | Path | None, storage: str) -> Ranks:

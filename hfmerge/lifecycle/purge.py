@@ -196,7 +196,9 @@ def _purged(api: Any, merged: Merged, plan: PurgePlan) -> Purged:
         patiently(lambda: api.permanently_delete_lfs_files(repo_id, files, rewrite_history=False))
     after = _published(repo_id)
     if after.history != merged.history:
-        raise VerificationError(f"{repo_id}: squashed, but the ledger is another now; somebody pushed meanwhile.")
+        raise VerificationError(
+            f"{repo_id}: squashed, but its ledger changed meanwhile: somebody pushed. Look at its history."
+        )
     name, commit = f"step-{last.step:04d}", str(after.snapshot.commit)
     other = tag_once(api, repo_id, name, commit, "", [last.file, *last.products])
     notes = [OUT_OF_REACH]

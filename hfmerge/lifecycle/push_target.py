@@ -17,8 +17,8 @@ from hfmerge.hub.commits import download, listed, moved
 from hfmerge.hub.privacy import WORDS, level_of, restricted, snapshot_of
 from hfmerge.hub.state_branch import STATE_BRANCH, strange_files
 from hfmerge.ledger.card import FILE, licence_note, parse_card
-from hfmerge.ledger.entry import FOLDER, Entry, check_chain, ledger_files
-from hfmerge.ledger.removal import Part
+from hfmerge.ledger.entry import LEDGER_FOLDER, Entry, check_chain, ledger_files
+from hfmerge.ledger.removal import ContainedModel
 from hfmerge.lifecycle.verify import LICENCES, WEIGHTS
 from hfmerge.validation.limits import CARD_BYTES
 from hfmerge.validation.wording import call, parameter
@@ -125,7 +125,7 @@ def make_target(to: Destination, levels: Mapping[str, int]) -> None:
 
 def admit(
     to: Destination,
-    inputs: Collection[Part],
+    inputs: Collection[ContainedModel],
     *,
     history: Mapping[str, bytes],
     again: Callable[[Entry], bool] | None = None,
@@ -216,7 +216,7 @@ def require_writer(repo_id: str, user: str | None = None) -> None:
 
 
 def _user(to: Destination) -> Mapping[str, Any]:
-    """What the Hub says of the token's user, whose name is at `name`."""
+    """The Hub's answer on the token's user; the key `name` holds the name."""
     from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
     from huggingface_hub.utils import validate_repo_id
 
@@ -249,7 +249,7 @@ def _role(me: Mapping[str, Any]) -> str | None:
     return token.get("role")
 
 
-def _require_namespace(to: Destination, me: Mapping[str, Any], inputs: Collection[Part]) -> None:
+def _require_namespace(to: Destination, me: Mapping[str, Any], inputs: Collection[ContainedModel]) -> None:
     """Whether the user may create a repository there; where their token does not say, it is created at once."""
     namespace, _, name = to.repo_id.partition("/")
     roles = {str(org.get("name")).lower(): org.get("roleInOrg") for org in me.get("orgs") or ()}
@@ -265,7 +265,7 @@ def _require_namespace(to: Destination, me: Mapping[str, Any], inputs: Collectio
         ) from error
 
 
-def with_snapshots(inputs: Iterable[Part], places: Mapping[str, str]) -> list[Part]:
+def with_snapshots(inputs: Iterable[ContainedModel], places: Mapping[str, str]) -> list[ContainedModel]:
     """Inputs, and the repositories whose snapshots in a cache were merged as folders.
 
     Args:
@@ -275,11 +275,11 @@ def with_snapshots(inputs: Iterable[Part], places: Mapping[str, str]) -> list[Pa
     for part in tuple(found):
         repository = snapshot_of(places[part.identity]) if part.identity in places else None
         if repository is not None:
-            found.append(Part(repository, part.role, {}))
+            found.append(ContainedModel(repository, part.role, {}))
     return found
 
 
-def check_readers(to: Destination, level: int | None, inputs: Collection[Part]) -> None:
+def check_readers(to: Destination, level: int | None, inputs: Collection[ContainedModel]) -> None:
     """Check that everybody who may read the target may also read the inputs of the result.
 
     Args:
@@ -317,7 +317,7 @@ def _too_public(to: Destination, name: str, levels: Mapping[str, int], what: str
 def check_replacement(
     to: Destination,
     target: Target,
-    inputs: Collection[Part],
+    inputs: Collection[ContainedModel],
     history: Mapping[str, bytes],
     *,
     written: Collection[str] = (),
@@ -412,7 +412,7 @@ def _is_again(theirs: Mapping[str, bytes], again: Callable[[Entry], bool]) -> bo
 
 
 def _changed_since(target: Target, repo_id: str, theirs: Mapping[str, bytes], ours: Mapping[str, bytes]) -> list[str]:
-    """Files that a push would replace or delete, or that are loaded, and that are of neither of two ledgers.
+    """Files that a push would replace or delete, or that a loader reads, and that neither ledger lists.
 
     Args:
         theirs: path -> bytes of the ledger there.
@@ -448,7 +448,7 @@ def _of_a_model(name: str) -> bool:
     """Whether a file is of a model, or is one that a merge may need the place of."""
     if _loaded(name) or name.rpartition("/")[2] in CONFIGS:
         return True
-    return name == LICENCES or name.startswith((f"{FOLDER}/", "heads/"))
+    return name == LICENCES or name.startswith((f"{LEDGER_FOLDER}/", "heads/"))
 
 
 def _is_asset(name: str) -> bool:

@@ -32,7 +32,7 @@ from hfmerge.ledger.card import (
     present_site,
     render_card,
 )
-from hfmerge.ledger.card_sections import PREFIX, with_part, without_scores
+from hfmerge.ledger.card_sections import RESULTS_PREFIX, with_part, without_scores
 from hfmerge.ledger.entry import Entry, Material, MethodUsed, RunScalars, same_prefix, settings_of
 from hfmerge.ledger.repository import Merged, ledger_in, parts_of, state_path
 from hfmerge.lifecycle.changes import Change
@@ -44,7 +44,7 @@ from hfmerge.validation.values import plain_text
 from hfmerge.validation.wording import parameter
 
 
-def record(
+def record_result(
     change: Change,
     folder: Path,
     outcome: Outcome,
@@ -90,7 +90,7 @@ def record(
 def write_record(folder: Path, entry: Entry, opened: Merged | None, existing: str | None) -> None:
     """Write the ledger with a new entry, and the card and the list of licences that follow from it."""
     history = dict(opened.history) if opened else {}
-    Entry.from_bytes(entry.to_bytes(), entry.file)  # nothing is written that could not be read again
+    Entry.from_bytes(entry.to_bytes(), entry.file)  # an entry that the strict reader would refuse is never written
     history[entry.file] = entry.to_bytes()
     for name, data in history.items():
         path = folder / name
@@ -122,7 +122,7 @@ def readable_card(opened: Merged) -> str | None:
 
 
 def _check_loads(planned: Plan, folder: Path) -> None:
-    """The rule: transformers loads the result with no key missing or unexpected but those of the base itself."""
+    """Check that transformers loads the result without missing or unexpected keys, except those of the base itself."""
     from hfmerge.checkpoint.layout.load_check import load_back
 
     missing, unexpected = load_back(folder, trust_remote_code=planned.recipe.trust_remote_code)
@@ -130,9 +130,9 @@ def _check_loads(planned: Plan, folder: Path) -> None:
     known = set(planned.base_layout.unexpected)
     unexpected = tuple(key for key in unexpected if key not in known)
     if missing or unexpected:
-        what = f"lacks {missing[0]}" if missing else f"has {unexpected[0]} too many"
+        what = f"lacks the tensor {missing[0]}" if missing else f"has the unexpected tensor {unexpected[0]}"
         raise HfMergeError(
-            f"the merged {planned.base_layout.architecture} {what} when transformers loads it; not written."
+            f"the merged {planned.base_layout.architecture} {what} when transformers loads it; nothing was written."
         )
 
 
@@ -157,7 +157,7 @@ def entry_of(
     """The ledger entry of a run, without states of earlier steps, kept copies, and the record of learning.
 
     Args:
-        change, opened: see `record`.
+        change, opened: see `record_result`.
         notes: list to which warnings are added.
         gap: more scalars.
     """
@@ -210,7 +210,7 @@ def _material(
     doubtful: Collection[str],
     notes: list[str],
 ) -> Material:
-    """What the ledger says of one source; `doubtful` are streamed files whose digests were not checked."""
+    """The ledger's record of one source; `doubtful` names streamed files whose digests were not checked."""
     commit = source.snapshot.commit
     under = source.beneath
     beneath = None
@@ -237,7 +237,7 @@ def _front_matter(source: Model) -> dict[str, Any]:
         text = read_limited(fetch(source.snapshot, FILE), CARD_BYTES).decode("utf-8", errors="replace")
         return parse_card(text)[0]
     except (LedgerError, ValueError):
-        return {}  # somebody else's card that nobody can read says nothing, and a missing licence is warned of
+        return {}  # an unreadable card of a source counts as empty; a missing licence gives a warning elsewhere
 
 
 def _license(source: Model) -> str | None:
@@ -245,7 +245,7 @@ def _license(source: Model) -> str | None:
 
 
 def _said(value: Any) -> str | None:
-    """What somebody's card says under a key, if it is a text that the ledger takes."""
+    """The value of a key in a source's card, if it is a text that the ledger accepts."""
     try:
         return plain_text(value) or None
     except ValueError:
@@ -353,7 +353,7 @@ def _foreign(opened: Merged) -> Iterator[str]:
     own = {name for entry in opened.entries for name in (entry.file, *entry.products)} | {FILE, "LICENSE.md"}
     own |= {*drawn(readable_card(opened))}
     for name in opened.snapshot.files:
-        if name not in own and not name.startswith((f"{STATE_FOLDER}/", PREFIX)):
+        if name not in own and not name.startswith((f"{STATE_FOLDER}/", RESULTS_PREFIX)):
             yield name
 
 

@@ -38,7 +38,7 @@ def in_place(opened: Merged, output: str | Path | None, to: Destination | None) 
     return own and output is None and opened.snapshot.ref.revision in (None, "main")
 
 
-def added(opened: Merged, models: Sequence[ModelEntry]) -> bool:
+def already_added(opened: Merged, models: Sequence[ModelEntry]) -> bool:
     """Whether the last step added these very models."""
     if not models or not _last_was(opened, "add"):
         return False
@@ -46,10 +46,10 @@ def added(opened: Merged, models: Sequence[ModelEntry]) -> bool:
     if len(last) != len(before) + len(models):
         return False
     new = zip(last[len(before) :], models, strict=True)
-    return all(held.weight == asked.weight and _is(opened, held, asked.model) for held, asked in new)
+    return all(held.weight == new_model.weight and _is(opened, held, new_model.model) for held, new_model in new)
 
 
-def replaced(opened: Merged, old: str, new: str, weight: Weight | None) -> bool:
+def already_replaced(opened: Merged, old: str, new: str, weight: Weight | None) -> bool:
     """Whether the last step put this very model in the place of that one."""
     if not _last_was(opened, "replace"):
         return False
@@ -64,7 +64,7 @@ def replaced(opened: Merged, old: str, new: str, weight: Weight | None) -> bool:
     return came.weight == (gone.weight if weight is None else weight) and _is(opened, came, new)
 
 
-def restored(opened: Merged, step: int) -> bool:
+def already_restored(opened: Merged, step: int) -> bool:
     """Whether the last step went back to this one."""
     return opened.last.action == "restore" and opened.last.restored == step
 
@@ -79,7 +79,7 @@ def _is(opened: Merged, held: Material, ref: str) -> bool:
         places = parse_ref(ref)
         names = [_identity(place, held if place is places[-1] else None) for place in places]
     except HfMergeError:
-        return False  # the change itself says what is wrong with it
+        return False  # planning the change reports what is wrong with the reference
     return names == [*([held.beneath] if held.beneath else []), held.identity]
 
 

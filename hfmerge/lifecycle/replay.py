@@ -78,8 +78,8 @@ class _Found:
     def told(self) -> str:
         """What is not there byte for byte."""
         after = ", ".join(map(str, self.states))
-        weights = f"{', '.join(self.alike)} within {TOLERANCE:g} of the change and not with the same bytes"
-        states = f"the kept states after models {after} have other bytes, which no bound was compared with"
+        weights = f"{', '.join(self.alike)} within {TOLERANCE:g} of the change but with other bytes"
+        states = f"the kept states after models {after} have other bytes, and no bound tells whether that is right"
         return "; ".join([*([weights] if self.alike else []), *([states] if self.states else [])])
 
 
@@ -106,17 +106,17 @@ def replay(merged: Merged, device: str | None = None) -> tuple[Verdict, list[str
             found = _compared(merged, made, folder, _bounds(plan, outcome), explained=bool(reasons))
     except HfMergeError as error:
         return "failed", [str(error)]
-    files, sources = f"{len(last.products)} files come out", f"from {len(last.models)} sources"
+    files, sources = f"the replay made {len(last.products)} files", f"from {len(last.models)} sources"
     told = "; ".join(reasons)
     if found.wrong:
         return "failed", [f"{text} ({told})" if told else text for text in found.wrong]
     if found.alike or found.states:
-        return "approximate", [f"{files} alike {sources}: {found.told} ({told})"]
+        return "approximate", [f"{files} {sources}: {found.told} ({told})"]
     return "ok", [f"{files} with the same bytes {sources}, and {last.file} with the same fields"]
 
 
 def _plan(merged: Merged) -> Plan:
-    """The plan of a replay, which also makes the states that the ledger lists."""
+    """The plan of a replay. Its run also writes the states that the ledger lists."""
     plan, last = plan_replay(merged), merged.last
     if not plan.method.is_fold or plan.recipe.learn is not None:
         return plan
@@ -156,7 +156,7 @@ def _beside(last: Entry, made: Entry) -> Entry:
 
 
 def _bounds(plan: Plan, outcome: Outcome) -> dict[str, dict[str, float]]:
-    """Weight file -> tensor -> root mean square of its change; tensors that are copied from the base have none."""
+    """Weight file -> tensor -> root mean square of the tensor's change; without the tensors copied from the base."""
     found: dict[str, dict[str, float]] = {}
     for param in plan.params:
         change = outcome.changes.get(param.owner or param.key)
@@ -184,17 +184,17 @@ def _compared(
             if reason is None:
                 found.alike.append(name)
             else:
-                found.wrong.append(f"{name} differs in the replay{reason}")
+                found.wrong.append(f"the replay gives {name} other bytes{reason}")
         elif explained and path[:2] == ("byproducts", "states") and path[-1] == "sha256":
             found.states.append(made.states[int(path[2])].count)
         elif not (explained and _near(str(path[-1]), ours, theirs)):
             where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)[1:]
-            found.wrong.append(f"{where} is {_shown(ours)} in {merged.last.file}, {_shown(theirs)} by the replay")
+            found.wrong.append(f"{where} is {_shown(ours)} in {merged.last.file}, {_shown(theirs)} in the replay")
     return found
 
 
 def _apart(ours: Any, theirs: Any, path: Where = ()) -> Iterator[tuple[Where, Any, Any]]:
-    """Where two entries differ, and the two values, but for what is `NOT_REBUILT`."""
+    """The places where two entries differ, and both values; places in `NOT_REBUILT` are left out."""
     if any(_matches(path, pattern) for pattern in NOT_REBUILT):
         return
     if isinstance(ours, dict) and isinstance(theirs, dict):
@@ -204,7 +204,7 @@ def _apart(ours: Any, theirs: Any, path: Where = ()) -> Iterator[tuple[Where, An
         for i, (one, other) in enumerate(zip(ours, theirs, strict=True)):
             yield from _apart(one, other, (*path, i))
     elif path[-1:] == ("deviation",) and ours is ABSENT:
-        return  # a run that went on from the last state read no model, and measured none
+        return  # a run that continued from the last state read no model, so it measured no deviation
     # as text, so that True is not 1, and NaN is NaN
     elif ours is ABSENT or theirs is ABSENT or json.dumps(ours) != json.dumps(theirs):
         yield path, ours, theirs

@@ -33,7 +33,7 @@ from hfmerge.lifecycle.job import Job
 from hfmerge.lifecycle.publish import Pushed, push_folder
 from hfmerge.lifecycle.push_target import Destination
 from hfmerge.lifecycle.record import keep_foreign_files, readable_card, refuse_unknown_files, write_record
-from hfmerge.lifecycle.repeat import finish, in_place, restored
+from hfmerge.lifecycle.repeat import already_restored, finish, in_place
 from hfmerge.lifecycle.session import MergeResult, push_written
 from hfmerge.user_files import private_file, private_folder
 from hfmerge.validation.wording import parameter
@@ -74,7 +74,7 @@ def restore_step(job: Job, options: RunOptions) -> MergeResult:
         name = opened.snapshot.name
         where = f"{parameter('push_to', name)}, or {parameter('output', 'FOLDER')}"
         raise PushError(f"{name}: lies on the Hub; say where the result goes: {where}.")
-    if in_place(opened, output, to) and restored(opened, step):
+    if in_place(opened, output, to) and already_restored(opened, step):
         return finish(opened, to, Ranks())
     if 1 <= step <= len(opened.entries):
         admit_change(opened, to, Ranks(), options, entry=opened.entries[step - 1])()
@@ -107,7 +107,7 @@ def restore_step(job: Job, options: RunOptions) -> MergeResult:
 
 
 def check_code(earlier: Earlier, options: RunOptions) -> None:
-    """Copy no code into an output whose maker has not allowed it.
+    """Refuse to copy code into an output unless the caller allows it.
 
     Raises:
         UnsupportedError: the step has files of code; names the repository, the files, and how to allow it.
@@ -162,7 +162,7 @@ def _commit_with(repository: Snapshot, wanted: Entry) -> Snapshot:
         try:
             snapshot = pin(ModelRef(f"{repository.name}@{revision}", repository.name, revision, None))
         except NotFoundError:
-            continue  # no such tag
+            continue  # there is no such tag
         lost = next((name for name in wanted.products if not _has(snapshot, name, wanted.products[name])), "")
         if not lost:
             return snapshot
@@ -219,7 +219,7 @@ def _on_the_hub(opened: Merged, earlier: Earlier, to: Destination) -> Pushed:
 
 
 def _fill(folder: Path, earlier: Earlier, opened: Merged, existing: str | None) -> None:
-    """Everything of the step into a folder, compared with its digests on the way."""
+    """Copy all files of the step into a folder, and compare their digests."""
     files = {name: (fetch(earlier.snapshot, name), digest) for name, digest in earlier.entry.products.items()}
     for file, digest in earlier.entry.beside.items():
         branch = ModelRef(file, earlier.snapshot.name, earlier.states[file], None)

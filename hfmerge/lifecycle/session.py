@@ -95,9 +95,9 @@ class Session:
         self.on_main(partial(recover, merged))
         ref = self.pinned(merged)
         opened = self.each(lambda: open_merged(ref, sources, self.options.consent))
-        # as it was asked for: a history is remembered by its branch, not by the commit that stands for it in this run
-        asked = dataclasses.replace(opened.snapshot, ref=parse_ref(merged)[0])
-        self.on_main(partial(refuse_rewritten, dataclasses.replace(opened, snapshot=asked)))
+        # a history is remembered under the branch that the user named, not under the commit that this run pinned
+        as_named = dataclasses.replace(opened.snapshot, ref=parse_ref(merged)[0])
+        self.on_main(partial(refuse_rewritten, dataclasses.replace(opened, snapshot=as_named)))
         return opened
 
     def pinned(self, ref: str) -> str:

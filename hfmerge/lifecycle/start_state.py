@@ -37,7 +37,7 @@ def starts(
     if not method.is_fold or last.method.version != method.version:
         return
     if last.settings["vocabulary"] == "union" or "learn" in last.settings:
-        # the output's rows, or all weights, depend on all models, so no earlier state fits
+        # the rows of the output, or all weights, depend on all models, so no earlier state fits
         return
     found: list[tuple[int, int, Entry, KeptState, int, list[int | None]]] = []
     for entry, state in _kept(merged):
@@ -50,7 +50,7 @@ def starts(
             covered, held = len(models), list(range(len(models)))
         else:
             continue
-        # NaN and Inf do not leave a sum
+        # NaN and Inf cannot be subtracted from a sum
         if None in held and last.settings["allow_nonfinite"]:
             continue
         gone = [model for model, i in zip(models, held, strict=True) if i is None]

@@ -25,9 +25,9 @@ from hfmerge.hub.download import cached, fetch, pin
 from hfmerge.hub.reference import ModelRef, Snapshot
 from hfmerge.hub.state_branch import ATTRIBUTES, STATE_BRANCH
 from hfmerge.ledger.card import BEGIN, FILE, card_differs, card_pointer, licence_note
-from hfmerge.ledger.card_sections import PREFIX
-from hfmerge.ledger.entry import ARCHIVES, FOLDER, Entry
-from hfmerge.ledger.removal import parts
+from hfmerge.ledger.card_sections import RESULTS_PREFIX
+from hfmerge.ledger.entry import ARCHIVES, LEDGER_FOLDER, Entry
+from hfmerge.ledger.removal import contained_models
 from hfmerge.ledger.repository import Merged, open_merged
 from hfmerge.ledger.seen import acceptance, acquaintance, remember, rewritten
 from hfmerge.lifecycle.witness import append, read_log
@@ -258,9 +258,9 @@ def _foreign(name: str) -> str | None:
     Those are the files for the card and for git (see `is_asset`), and the scores that hfmerge puts beside the ledger.
     Whatever else there is, some loader may read.
     """
-    if name.startswith(f"{FOLDER}/"):
+    if name.startswith(f"{LEDGER_FOLDER}/"):
         return "is no entry of the ledger"
-    if is_asset(name) or re.fullmatch(rf"{re.escape(PREFIX)}[^/]+\.yaml", name):
+    if is_asset(name) or re.fullmatch(rf"{re.escape(RESULTS_PREFIX)}[^/]+\.yaml", name):
         return None
     if name.startswith("merge_state/"):
         return f"{_kind(name)} that the ledger does not know"
@@ -274,7 +274,7 @@ def _foreign(name: str) -> str | None:
 
 
 def _digests(merged: Merged) -> tuple[dict[str, str | None], int]:
-    """Path -> SHA-256 of what the ledger names, by LFS id or else read, None of all else; and how many were read."""
+    """Path -> SHA-256 of files the ledger names (LFS id, else read), None of others; and how many were read."""
     last, found, read = merged.last, {name: info.sha256 for name, info in merged.snapshot.files.items()}, 0
     for name in (*last.products, *last.beside):
         if name in found and found[name] is None:
@@ -283,7 +283,7 @@ def _digests(merged: Merged) -> tuple[dict[str, str | None], int]:
 
 
 def _downloaded(merged: Merged) -> tuple[dict[str, str | None], int]:
-    """As `_digests`, of what the Hub serves; also of the ledger and of what people read."""
+    """As `_digests`, but of the bytes that the Hub serves, and also for the ledger, the card and the licences."""
     snapshot, last = merged.snapshot, merged.last
     names = [
         name for name in (*last.products, *last.beside, *merged.history, FILE, LICENCES) if name in snapshot.files
@@ -310,7 +310,7 @@ def _card(entries: Sequence[Entry], text: bytes | None, licences: bytes | None) 
         # the ledger's last entry has no successor to name its digest; the card does
         named, found = card_pointer(card).get("sha256"), last.digest
         if re.search(r"\r(?!\n)", card.partition(BEGIN)[0]):
-            # to YAML a line break like any other, so that the byte would not count
+            # YAML reads it as a line break, so the comparison of the parsed front matter would not see it
             problem: str | None = f"{FILE} has a carriage return in its front matter"
         elif named != found:
             problem = f"{last.file} has the digest {found[:12]}..., {FILE} names {str(named)[:12]}...; one was changed"
@@ -320,16 +320,16 @@ def _card(entries: Sequence[Entry], text: bytes | None, licences: bytes | None) 
         problem = str(error)
     note = licence_note([last.base, *last.models])
     if problem is None and note is not None and licences != note.encode():
-        problem = f"{LICENCES} is not what the ledger gives"
+        problem = f"{LICENCES} is not the file that follows from the ledger"
     return Check("card", problem is None, problem or "says what the ledger says")
 
 
 def _materials(last: Entry) -> Iterator[Check]:
     """Of folders that were merged: whether the digests of their files give the digest by which they are known."""
-    for part in parts(last):
+    for part in contained_models(last):
         _, folder, digest = part.identity.rpartition("@sha256:")
         if folder and part.read and folder_digest(part.files) != digest:
-            yield Check("materials", False, f"{part.label}: the digests of its files do not give its own")
+            yield Check("materials", False, f"{part.label}: its digest does not follow from the digests of its files")
 
 
 def _pointers(merged: Merged) -> Iterator[Check]:
@@ -400,7 +400,7 @@ def left_behind(merged: Merged) -> list[Check]:
     if folder is not None:
         left = "left beside the folder by a killed run; repeat its command, or delete it"
         return [Check(name, False, left) for name in leftovers(folder)]
-    # an earlier commit is not what the branch goes with
+    # the branch of states belongs to the newest commit, not to an earlier one
     if merged.snapshot.ref.revision not in (None, "main") or (branch := _state_branch(merged)) is None:
         return []
     what = (
@@ -412,7 +412,7 @@ def left_behind(merged: Merged) -> list[Check]:
 
 
 def _replay(merged: Merged, device: str | None) -> list[Check]:
-    """One check; of a replay that fails one for each thing that differs."""
+    """One check; a replay that fails gives one check for each difference."""
     from hfmerge.lifecycle.replay import replay
 
     verdict, lines = replay(merged, device)

@@ -33,9 +33,9 @@ from typing import Any
 
 from hfmerge.errors import LedgerError, OutputError
 from hfmerge.hashing import sha256_bytes
-from hfmerge.ledger.entry import FOLDER
+from hfmerge.ledger.entry import LEDGER_FOLDER
 from hfmerge.ledger.repository import Merged
-from hfmerge.ledger.seen import digests_of, first_apart, may_be_older, place_of, recall, remember_steps
+from hfmerge.ledger.seen import digests_of, first_apart, may_be_older, place_of, recall_seen, remember_steps
 from hfmerge.validation.limits import LOG_BYTES, LOG_LINE
 from hfmerge.validation.strict_json import read_json, read_limited_stream
 
@@ -82,7 +82,7 @@ class Record:
             and {*ledger} == {"file", "sha256", "step"}
             and type(record.number) is type(step) is int
             and step > 0
-            and ledger["file"] == f"{FOLDER}/{step:04d}.json"
+            and ledger["file"] == f"{LEDGER_FOLDER}/{step:04d}.json"
             and _SHA256.fullmatch(ledger["sha256"])
             and record.did in DID
             and (record.certificate is None or _SHA256.fullmatch(record.certificate))
@@ -137,9 +137,9 @@ class Log:
 
     def _repair(self) -> str:
         what = (
-            "lacked its end, which was added"
+            "was incomplete and was completed"
             if self.missing_end
-            else f"was torn ({len(self.torn)} bytes), and cut off"
+            else f"was incomplete ({len(self.torn)} bytes) and was deleted"
         )
         return f"its last line {what}"
 
@@ -201,7 +201,7 @@ def _line(record: Record) -> bytes:
 
 
 def _write(file: Path, handle: int, log: Log, data: bytes) -> None:
-    """Put an unfinished line right, and add a whole one, or nothing."""
+    """Repair an unfinished last line and add a whole line; if that fails, add nothing."""
     end = log.whole + (len(log.torn) if log.missing_end else 0)
     data = b"\n" + data if log.missing_end else data
     try:
@@ -228,7 +228,7 @@ def _sync_folder(folder: Path) -> None:
 
 @contextmanager
 def _held(file: Path, how: int) -> Iterator[int]:
-    """The log's file under a lock, made where it is to be written and is not there."""
+    """Open the log's file under a lock; a missing file is created if it is to be written."""
     writes = how == fcntl.LOCK_EX
     if file.exists() and not file.is_file():
         raise OutputError(f"{file}: is not a regular file; choose another one for the log.")
@@ -277,7 +277,7 @@ def _checked(file: Path, data: bytes) -> Log:
         except LedgerError:
             pass  # the first part of a record
     digests = [*(record.previous for record in records[1:]), head] if records else []
-    seen = recall(_place(file))
+    seen = recall_seen(_place(file))
     apart = first_apart(seen.steps.items(), [str(one) for one in digests], older=False) if seen is not None else None
     if apart is not None:
         what = "is another one now" if apart[2] is not None else f"is missing: the log ends with record {len(records)}"
@@ -304,5 +304,5 @@ def _next(file: Path, line: bytes, number: int, previous: str | None) -> Record:
 
 
 def _place(file: Path) -> str:
-    """What the log's own head is remembered under."""
+    """The name under which the log's own head is remembered."""
     return f"log:{sha256_bytes(os.path.realpath(file).encode('utf-8', 'surrogateescape'))}"

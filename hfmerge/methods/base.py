@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from typing_extensions import Self
 
-    from hfmerge.methods.spectral import Variant
+    from hfmerge.methods.spectral import OpcmVariant
 
 Carry = dict[str, TaskVector]
 """The carried state of one block: named task vectors. It is never normalised; only the merged change is."""
@@ -117,7 +117,7 @@ class MergeMethod:
         return None
 
     @property
-    def projection(self) -> tuple[float, Variant] | None:
+    def projection(self) -> tuple[float, OpcmVariant] | None:
         """`alpha` and `variant` of OPCM's projection, if the method projects changes in this way; else None."""
         return None
 
@@ -343,7 +343,7 @@ class Measure(ABC):
         """The measurement of one piece, from one task vector per model, each read when indexed; pure."""
 
     @abstractmethod
-    def add(self, found: Any) -> None:
+    def add(self, measured: Any) -> None:
         """Add one result of `find`."""
 
     @abstractmethod

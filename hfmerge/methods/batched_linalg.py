@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _Found = TypeVar("_Found")
 
 _MINE: ContextVar[tuple[Company, int] | None] = ContextVar("company", default=None)
-"""Of which company a thread is a member, and which."""
+"""The company that a thread belongs to, and its number there."""
 
 
 def apart(function: Callable[[Tensor], _Found], matrix: Tensor) -> _Found:
@@ -86,7 +86,7 @@ class Company:
             self._meet()
 
     def _meet(self) -> None:
-        """If everyone present has asked, answer all, whoever's thread this is."""
+        """If all members wait for an answer, compute all answers on this thread."""
         if not self._asked or len(self._asked) < len(self._present):
             return
         alike: dict[Any, list[tuple[Tensor, Future[Any]]]] = {}
@@ -94,24 +94,24 @@ class Company:
             key = (function, matrix.shape, matrix.dtype, matrix.device)
             alike.setdefault(key, []).append((matrix, answer))
         self._asked.clear()
-        for (function, *_), asked in alike.items():
-            _answer(function, asked)
+        for (function, *_), waiting in alike.items():
+            _answer(function, waiting)
 
 
-def _answer(function: Callable[[Tensor], Any], asked: list[tuple[Tensor, Future[Any]]]) -> None:
+def _answer(function: Callable[[Tensor], Any], waiting: list[tuple[Tensor, Future[Any]]]) -> None:
     import torch
 
     found = None
-    if len(asked) > 1:
+    if len(waiting) > 1:
         try:
-            found = function(torch.stack([matrix for matrix, _ in asked]))
+            found = function(torch.stack([matrix for matrix, _ in waiting]))
         except lapack_error():
-            pass  # one of them does not converge; each alone shows which
+            pass  # one matrix does not converge; decompose each alone to find out which
         except Exception as error:  # whatever it is, it is the members' to handle
-            for _, answer in asked:
+            for _, answer in waiting:
                 answer.set_exception(error)
             return
-    for i, (matrix, answer) in enumerate(asked):
+    for i, (matrix, answer) in enumerate(waiting):
         try:
             if found is None:
                 answer.set_result(function(matrix))

@@ -271,7 +271,7 @@ class method:  # noqa: N801
     def __call__(self, target: Any) -> Any:
         if not isinstance(target, type):
             return self._made(target)
-        # what neither declaration nor class names is not that of another method which it extends
+        # attributes that neither names are reset, so that none is inherited from an extended method
         unset = {key: getattr(MergeMethod, key) for key in FURTHER if key not in vars(target)}
         for attribute, value in {**unset, **self._attributes}.items():
             setattr(target, attribute, value)

@@ -181,7 +181,7 @@ class AdditiveFold(FoldMethod):
         # multiplying by a power of two is exact
         multiples = (term * (1.0 / step)).round_()
         if total is None:
-            # minus zero becomes zero, which it could not be told from in a sum
+            # minus zero becomes zero, because a sum cannot tell the two apart
             result = multiples.mul_(sign * step).add_(0.0).to(dtype)
         else:
             # of one dtype, as mixed ones are slow
@@ -192,7 +192,7 @@ class AdditiveFold(FoldMethod):
             return result
         low, high = (float(edge) for edge in result.aminmax())
         if not (math.isfinite(low) and math.isfinite(high)):
-            # what was NaN or Inf may stay so; what became it is too large
+            # NaN and Inf of the input may stay; a value that became infinite is too large
             large = bool(term.isfinite().all()) and (total is None or bool(total.isfinite().all()))
             finite = term if large else result.nan_to_num(0.0, 0.0, 0.0)
             low, high = float(finite.min()), float(finite.max())

@@ -74,7 +74,7 @@ class MdmOc(JointMethod):
         """M with `c = M a`, whose columns are the shares of unit weights; from the Gram matrix."""
         if found is None:
             return None
-        columns = [shares(found, [float(i == t) for i in range(models)]) for t in range(models)]
+        columns = [coefficients(found, [float(i == t) for i in range(models)]) for t in range(models)]
         return [list(row) for row in zip(*columns, strict=True)]
 
     def dependent(self, found: Sequence[float]) -> tuple[int, ...]:
@@ -92,7 +92,7 @@ class MdmOc(JointMethod):
         import torch
 
         total: TaskVector | None = None
-        for i, share in enumerate(shares(self.examine(taus) if found is None else found, weights)):
+        for i, share in enumerate(coefficients(self.examine(taus) if found is None else found, weights)):
             if share == 0.0:
                 continue
             tau = taus[i]
@@ -144,8 +144,8 @@ class ModelProducts(Measure):
     def find(self, taus: Sequence[TaskVector]) -> Iterator[list[float]]:
         yield gram(taus)
 
-    def add(self, found: list[float]) -> None:
-        for sums, value in zip(self._sums, found, strict=True):
+    def add(self, measured: list[float]) -> None:
+        for sums, value in zip(self._sums, measured, strict=True):
             sums.append(value)
 
     def join(self, other: ModelProducts) -> None:
@@ -167,9 +167,9 @@ def gram(taus: Sequence[TaskVector]) -> list[float]:
     return _square(triangle, len(taus))
 
 
-def shares(found: Sequence[float], weights: Sequence[float]) -> list[float]:
+def coefficients(products: Sequence[float], weights: Sequence[float]) -> list[float]:
     """The coefficients `c` of the task vectors from their Gram matrix and the coefficients `a` of the `d_t`."""
-    lower, independent = _orthogonal(found)
+    lower, independent = _orthogonal(products)
     result = [weight if one else 0.0 for weight, one in zip(weights, independent, strict=True)]
     for t in reversed(range(len(result))):
         for j in range(t):
@@ -177,9 +177,9 @@ def shares(found: Sequence[float], weights: Sequence[float]) -> list[float]:
     return result
 
 
-def _orthogonal(found: Sequence[float]) -> tuple[list[list[float]], list[bool]]:
+def _orthogonal(products: Sequence[float]) -> tuple[list[list[float]], list[bool]]:
     """Rows of L below the diagonal, and which task vectors are independent of those before them."""
-    count = math.isqrt(len(found))
+    count = math.isqrt(len(products))
     lower: list[list[float]] = []
     squares: list[float] = []
     independent: list[bool] = []
@@ -187,11 +187,11 @@ def _orthogonal(found: Sequence[float]) -> tuple[list[list[float]], list[bool]]:
         inner: list[float] = []  # <tau_t, d_j>
         row: list[float] = []
         for j in range(t):
-            known = math.fsum([found[t * count + j], *(-inner[i] * lower[j][i] for i in range(j))])
+            known = math.fsum([products[t * count + j], *(-inner[i] * lower[j][i] for i in range(j))])
             inner.append(known if independent[j] else 0.0)
             row.append(known / squares[j] if independent[j] else 0.0)
-        square = math.fsum([found[t * count + t], *(-inner[j] * row[j] for j in range(t))])
-        independent.append(square > DEPENDENT * found[t * count + t])
+        square = math.fsum([products[t * count + t], *(-inner[j] * row[j] for j in range(t))])
+        independent.append(square > DEPENDENT * products[t * count + t])
         squares.append(square)
         lower.append(row)
     return lower, independent

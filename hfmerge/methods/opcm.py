@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 from hfmerge.methods.base import Carry, FoldMethod
 from hfmerge.methods.declare import method
-from hfmerge.methods.spectral import Variant, cleared, cleared_by_sketch
+from hfmerge.methods.spectral import OpcmVariant, cleared, cleared_by_sketch
 from hfmerge.task_vector import Core, TaskVector
 
 
@@ -60,14 +60,14 @@ class OPCM(FoldMethod):
         default=0.5,
         metadata={"minimum": 0.0, "maximum": 1.0, "help": "share of the singular values whose block is cleared"},
     )
-    variant: Variant = field(default="code", metadata={"help": "which components of a new task vector are kept"})
+    variant: OpcmVariant = field(default="code", metadata={"help": "which components of a new task vector are kept"})
     spectral: Spectral = field(
         default="exact",
         metadata={"help": "randomized: faster for matrices of a thousand rows, and approximate"},
     )
 
     @property
-    def projection(self) -> tuple[float, Variant]:
+    def projection(self) -> tuple[float, OpcmVariant]:
         return self.alpha, self.variant
 
     def step(self, carry: Carry | None, tau: TaskVector, weight: float, *, matrix: bool) -> Carry:
@@ -123,7 +123,7 @@ def project(
     tau: Tensor,
     shape: tuple[int, int],
     alpha: float,
-    variant: Variant,
+    variant: OpcmVariant,
     spectral: Spectral = "exact",
 ) -> Tensor:
     """P(tau): the part of `tau` that OPCM adds to the accumulator `total`.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from hfmerge.methods.base import Survey
 from hfmerge.methods.declare import Block, method, option
-from hfmerge.methods.trimming import parts
+from hfmerge.methods.trimming import flat_pieces
 
 
 if TYPE_CHECKING:
@@ -56,7 +56,9 @@ def slerp(
         t = block.weights[1] / (block.weights[0] + block.weights[1])
     near, far = _shares(t, *found)
     merged = torch.empty_like(first, memory_format=torch.contiguous_format)
-    for into, origin, one, other in zip(parts(merged), parts(block.base()), parts(first), parts(second), strict=True):
+    for into, origin, one, other in zip(
+        flat_pieces(merged), flat_pieces(block.base()), flat_pieces(first), flat_pieces(second), strict=True
+    ):
         torch.add(origin, one, out=into).mul_(near).add_(origin + other, alpha=far).sub_(origin)
     return merged
 
@@ -71,7 +73,7 @@ class Angle(Survey):
         import torch
 
         first, second = taus
-        for origin, near, far in zip(parts(base()), parts(first), parts(second), strict=True):
+        for origin, near, far in zip(flat_pieces(base()), flat_pieces(first), flat_pieces(second), strict=True):
             one, other = (origin + near).double(), (origin + far).double()
             pairs = ((one, one), (other, other), (one, other))
             squares = [float(torch.dot(left, right)) for left, right in pairs]

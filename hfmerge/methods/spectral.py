@@ -33,7 +33,7 @@ from hfmerge.methods.batched_linalg import apart, lapack_error
 if TYPE_CHECKING:
     from torch import Tensor
 
-Variant = Literal["code", "code-no-diagonal", "paper"]
+OpcmVariant = Literal["code", "code-no-diagonal", "paper"]
 
 EPS = 2.0**-23
 """Machine epsilon of float32, the greatest precision a direction of a checkpoint can be trusted to."""
@@ -73,14 +73,14 @@ def split(singular: Tensor, shape: tuple[int, int], alpha: float) -> tuple[int, 
     return rank, rank
 
 
-def cleared(total: Tensor, tau: Tensor, shape: tuple[int, int], alpha: float, variant: Variant) -> Tensor:
+def cleared(total: Tensor, tau: Tensor, shape: tuple[int, int], alpha: float, variant: OpcmVariant) -> Tensor:
     """`tau` without what `variant` clears, exactly: by the Gram matrix where it can be trusted, else by an SVD."""
     by_gram = cleared_by_gram(total, tau, shape, alpha, variant)
     return cleared_by_svd(total, tau, shape, alpha, variant) if by_gram is None else by_gram
 
 
 def cleared_by_gram(
-    total: Tensor, tau: Tensor, shape: tuple[int, int], alpha: float, variant: Variant
+    total: Tensor, tau: Tensor, shape: tuple[int, int], alpha: float, variant: OpcmVariant
 ) -> Tensor | None:
     """See the module; None where the spectrum's range or clusters forbid this way, or eigenvalues do not converge."""
     import torch
@@ -133,7 +133,7 @@ def gram_uncertainty(squares: Tensor, r: int, rank: int, elements: int) -> float
     return math.sqrt(total / elements)
 
 
-def cleared_by_svd(total: Tensor, tau: Tensor, shape: tuple[int, int], alpha: float, variant: Variant) -> Tensor:
+def cleared_by_svd(total: Tensor, tau: Tensor, shape: tuple[int, int], alpha: float, variant: OpcmVariant) -> Tensor:
     """See the module.
 
     Raises:
@@ -151,7 +151,7 @@ def cleared_by_svd(total: Tensor, tau: Tensor, shape: tuple[int, int], alpha: fl
 
 
 def cleared_by_sketch(
-    total: Tensor, tau: Tensor, shape: tuple[int, int], alpha: float, variant: Variant
+    total: Tensor, tau: Tensor, shape: tuple[int, int], alpha: float, variant: OpcmVariant
 ) -> Tensor | None:
     """See the module; the diagonal beyond the block stays. None where the exact ways are no slower.
 
@@ -202,7 +202,7 @@ def _filtered(gram: Tensor, block: Tensor, edge: float, top: float) -> Tensor:
     return block
 
 
-def _without_block(tau: Tensor, lead_u: Tensor, lead_v: Tensor, variant: Variant) -> Tensor:
+def _without_block(tau: Tensor, lead_u: Tensor, lead_v: Tensor, variant: OpcmVariant) -> Tensor:
     """`tau` without its components in the leading directions: of both sides at once, or of either (`paper`)."""
     import torch
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Literal
 
 from hfmerge.methods.declare import Block, Member, method, option
-from hfmerge.methods.trimming import Histograms, KthMagnitudes, kth_magnitude, parts, trim
+from hfmerge.methods.trimming import Histograms, KthMagnitudes, flat_pieces, kth_magnitude, trim
 
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def ties(
     def trimmed(model: Member) -> Iterable[Tensor]:
         if model.index in held:
             return held[model.index]
-        pieces = (_weighted(trim(part, limits[model.index]), model.weight) for part in parts(model.tau))
+        pieces = (_weighted(trim(part, limits[model.index]), model.weight) for part in flat_pieces(model.tau))
         if (len(held) + 1) * size > _HELD:
             return pieces
         held[model.index] = list(pieces)
@@ -65,18 +65,20 @@ def ties(
 
     sums = torch.cat(list(trimmed(models[0])))
     for model in models[1:]:
-        for votes, value in zip(parts(sums), trimmed(model), strict=True):
+        for votes, value in zip(flat_pieces(sums), trimmed(model), strict=True):
             votes += value
     # Inf against -Inf elects nothing; a large block's signs take a byte each
     elected = sums.sign().nan_to_num_(0.0) if size * len(models) <= _HELD else _signs(sums)
     sums.zero_()
     shares = torch.zeros_like(sums)
     for model in models:
-        for sign, total, share, value in zip(parts(elected), parts(sums), parts(shares), trimmed(model), strict=True):
+        for sign, total, share, value in zip(
+            flat_pieces(elected), flat_pieces(sums), flat_pieces(shares), trimmed(model), strict=True
+        ):
             agreeing = value.mul_(sign.float()).clamp_min_(0.0)
             total += agreeing
             share.add_(agreeing.sign_(), alpha=abs(model.weight))
-    for sign, total, share in zip(parts(elected), parts(sums), parts(shares), strict=True):
+    for sign, total, share in zip(flat_pieces(elected), flat_pieces(sums), flat_pieces(shares), strict=True):
         total.mul_(sign.float()).div_(share.clamp_min_(torch.finfo(torch.float32).tiny)).mul_(scale)
     return sums.view(shape)
 
@@ -86,7 +88,7 @@ def _signs(values: Tensor) -> Tensor:
     import torch
 
     signs = torch.empty_like(values, dtype=torch.int8)
-    for into, part in zip(parts(signs), parts(values), strict=True):
+    for into, part in zip(flat_pieces(signs), flat_pieces(values), strict=True):
         into.copy_(part.sign().nan_to_num_(0.0))
     return signs
 

@@ -39,7 +39,7 @@ def kept(count: int, density: float) -> int:
     return min(count, max(1, round(density * count)))
 
 
-def parts(values: Tensor) -> Iterator[Tensor]:
+def flat_pieces(values: Tensor) -> Iterator[Tensor]:
     """A tensor as flat pieces of `PART` elements, one at least, without copying what is contiguous."""
     flat = values.reshape(-1)
     return (flat[at : at + PART] for at in range(0, max(1, flat.numel()), PART))
@@ -56,7 +56,7 @@ def kth_magnitude(values: Tensor, density: float) -> float:
     flat = values.reshape(-1)
     search = KthMagnitude([thinned(flat, flat.numel())], flat.numel(), density)
     while search.value is None:
-        for part in parts(flat):
+        for part in flat_pieces(flat):
             search.add(part)
         search.settle()
     return search.value
@@ -177,8 +177,9 @@ class Histograms(Measure):
     def find(self, taus: Sequence[TaskVector]) -> Iterator[tuple[int, Tensor]]:
         return ((model, magnitude_histogram(tau.to_dense())) for model, tau in enumerate(taus))
 
-    def add(self, found: tuple[int, Tensor]) -> None:
-        self._totals[found[0]].add_(found[1])
+    def add(self, measured: tuple[int, Tensor]) -> None:
+        model, histogram = measured
+        self._totals[model].add_(histogram)
 
     def join(self, other: Histograms) -> None:
         for total, more in zip(self._totals, other._totals, strict=True):

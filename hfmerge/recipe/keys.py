@@ -1,7 +1,7 @@
 """Keys of a recipe: how a field of a dataclass declares a key, and how a section of keys is read.
 
-A key is a field of a frozen dataclass: `Recipe`, `Learning`, `ReplayAsked`, or a method. The reader, the flag of the
-command line, the ledger's settings and the reference page follow from the field.
+A key is a field of a frozen dataclass: `Recipe`, `Learning`, `ReplaySettings`, or a method. The reader, the flag of
+the command line, the ledger's settings and the reference page follow from the field.
 """
 
 from __future__ import annotations

@@ -9,14 +9,14 @@ from typing import Any, Literal
 
 from hfmerge.errors import Problem, RecipeError
 from hfmerge.recipe.keys import keys_of, read_key
-from hfmerge.recipe.replay import ReplayAsked, read_replay
+from hfmerge.recipe.replay import ReplaySettings, read_replay
 from hfmerge.validation.values import Section, show
 
 
 Loss = Literal["distill", "labels", "mixed"]
 Groups = Literal["parameter", "layer", "model"]
 
-HELD = 1 << 30
+HELD_BYTES = 1 << 30
 """Bytes of changes that stay in memory between steps; more are read again for every step."""
 
 
@@ -59,7 +59,7 @@ class Learning:
     suite: str | None = None
     rows: int = field(default=16, metadata={"minimum": 1})
     split: str = "train"
-    replay: ReplayAsked = ReplayAsked()
+    replay: ReplaySettings = ReplaySettings()
     groups: Groups = "layer"
     start: float | None = None
     low: float = 0.0
@@ -94,7 +94,7 @@ class Learning:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Learning:
         """Inverse of `to_dict`."""
-        return cls(**{**data, "replay": ReplayAsked(**data["replay"])})
+        return cls(**{**data, "replay": ReplaySettings(**data["replay"])})
 
 
 def read_learning(value: Any, section: Section, method: str, learnable: Sequence[str]) -> Learning | None:
@@ -145,11 +145,11 @@ def _read(section: Section) -> dict[str, Any]:
     return found
 
 
-def _replay(section: Section) -> ReplayAsked:
+def _replay(section: Section) -> ReplaySettings:
     value = section.data.get("replay", {})
     if not isinstance(value, Mapping):
         section.report("replay", f"must be a mapping, not {show(value)}")
-        return ReplayAsked()
+        return ReplaySettings()
     inner = Section(value, section.at("replay"), section.problems)
     before = len(section.problems)
     try:
@@ -157,4 +157,4 @@ def _replay(section: Section) -> ReplayAsked:
     except RecipeError:
         # the same problems as the section got
         assert len(section.problems) > before
-        return ReplayAsked()
+        return ReplaySettings()

@@ -65,13 +65,13 @@ def apply_overrides(
     if choice:
         data["method"] = choice
     if learn is not None:
-        asked: dict[str, Any] = {**(data.get("learn") or {})}
+        chosen: dict[str, Any] = {**(data.get("learn") or {})}
         for name, value in _option_flags(learn, problems, "learn").items():
             if name.startswith("replay."):
-                asked["replay"] = {**asked.get("replay", {}), name.removeprefix("replay."): value}
+                chosen["replay"] = {**chosen.get("replay", {}), name.removeprefix("replay."): value}
             else:
-                asked[name] = value
-        data["learn"] = asked
+                chosen[name] = value
+        data["learn"] = chosen
     result = check_recipe(data, "command line", problems, None)
     return dataclasses.replace(result, notes=recipe.notes if recipe else ())
 

@@ -366,5 +366,5 @@ def _entries(
 
 
 def _identity(model: str) -> str:
-    """What makes two references the same before anything is resolved."""
+    """A key that two references share if they name the same model, before anything is resolved."""
     return model.rstrip("/") or model

@@ -13,10 +13,10 @@ from typing import Any, Literal, Union, get_args, get_origin
 from hfmerge.recipe.keys import RecipeKey, keys_of
 from hfmerge.recipe.learning import Learning
 from hfmerge.recipe.recipe import ModelEntry, Recipe
-from hfmerge.recipe.replay import ReplayAsked
+from hfmerge.recipe.replay import ReplaySettings
 
 
-SECTIONS: dict[str, type] = {"": Recipe, "models": ModelEntry, "learn": Learning, "learn.replay": ReplayAsked}
+SECTIONS: dict[str, type] = {"": Recipe, "models": ModelEntry, "learn": Learning, "learn.replay": ReplaySettings}
 """Dotted path of a section -> its dataclass; of `models` it is one item."""
 
 

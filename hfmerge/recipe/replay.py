@@ -26,7 +26,7 @@ _ALL = ("auto", *dict.fromkeys(name for names in GENERATORS.values() for name in
 
 
 @dataclass(frozen=True)
-class ReplayAsked:
+class ReplaySettings:
     """How replay rows are made; checked when it is built.
 
     Attributes:
@@ -58,7 +58,7 @@ class ReplayAsked:
 
     def __post_init__(self) -> None:
         problems: list[Problem] = []
-        read_keys(Section(self.to_dict(), "replay", problems), keys_of(ReplayAsked))
+        read_keys(Section(self.to_dict(), "replay", problems), keys_of(ReplaySettings))
         if problems:
             raise RecipeError(problems, "replay")
 
@@ -86,8 +86,8 @@ class ReplayAsked:
         return name, known[name] if self.steps is None else self.steps
 
 
-def read_replay(section: Section) -> ReplayAsked:
+def read_replay(section: Section) -> ReplaySettings:
     """The replay section of a recipe; what is wrong goes to the section's problems, and its default is taken."""
-    keys = keys_of(ReplayAsked)
+    keys = keys_of(ReplaySettings)
     section.refuse_unknown([key.name for key in keys], "key")
-    return ReplayAsked(**read_keys(section, keys))
+    return ReplaySettings(**read_keys(section, keys))

@@ -37,7 +37,7 @@ class PatternWeights:
 
 @lru_cache(maxsize=4096)
 def _first_fit(patterns: tuple[str, ...], name: str) -> int:
-    """Worked out once for many visits of one parameter, which may be a few rows each."""
+    """The first pattern that fits a name; cached, because a parameter may be visited a few rows at a time."""
     return next(i for i, pattern in enumerate(patterns) if fnmatch.fnmatchcase(name, pattern))
 
 

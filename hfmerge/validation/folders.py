@@ -73,7 +73,7 @@ def _is_file(root: Path, path: Path) -> bool:
         try:
             mode = path.stat().st_mode
         except OSError:
-            return False  # it leads to nothing, or in a circle
+            return False  # the link is broken or circular
     kind = SPECIAL.get(stat.S_IFMT(mode))
     if kind is not None:
         raise SourceError(f"{root}: {path.relative_to(root)} is {kind}, and no file; take it out of the folder.")

@@ -26,10 +26,10 @@ class Limit:
     most: int
     reason: str
 
-    def check(self, found: int) -> None:
+    def check(self, number: int) -> None:
         """Refuse a number beyond the limit. Raises ValueError, whose text names limit, number and reason."""
-        if found > self.most:
-            raise ValueError(f"has {found:,} {self.what}; the limit is {self.most:,}: {self.reason}")
+        if number > self.most:
+            raise ValueError(f"has {number:,} {self.what}; the limit is {self.most:,}: {self.reason}")
 
 
 JSON_BYTES = Limit("bytes", 16 * MB, "configurations and manifests take kilobytes")

@@ -242,7 +242,7 @@ def line(value: object) -> str:
     if not found:
         raise ValueError("must not be empty")
     if not found.isprintable():
-        text(f"-{found}-")  # says what is wrong; blanks at the ends are not
+        text(f"-{found}-")  # raises the error; the dashes keep blanks at the ends from being one
     return found
 
 

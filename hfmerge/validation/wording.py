@@ -26,7 +26,7 @@ class Spelling:
 
 
 _spellings = [Spelling()]
-"""The last one counts."""
+"""The last one is in use."""
 
 
 def parameter(name: str, value: object = None) -> str:

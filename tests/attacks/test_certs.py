@@ -151,8 +151,8 @@ def test_a_key_of_the_envelope_is_there_twice(made: Path) -> None:
 
 LIES: list[tuple[str, Callable[[dict[str, Any]], object], str]] = [
     ("claim", lambda p: p.update(claim="hfmerge proves that nobody was ever harmed."), "claim is not what follows"),
-    ("role", lambda p: p["removed"].update(role="base"), "otherwise than the certificate"),
-    ("name", lambda p: p["removed"].update(identity="m1"), "otherwise than the certificate"),
+    ("role", lambda p: p["removed"].update(role="base"), "differently from the certificate"),
+    ("name", lambda p: p["removed"].update(identity="m1"), "differently from the certificate"),
     ("recomputed", lambda p: p.update(recomputed=True), "claim is not what follows"),
     ("recomputed", lambda p: p.update(recomputed="exact"), "claim is not what follows"),
     ("recomputed", lambda p: p.update(recomputed="by a notary"), "recomputed is 'by a notary'"),
@@ -476,7 +476,10 @@ def test_a_torn_last_line_is_put_right(made: Path, tmp_path: Path) -> None:
     """A writer is killed while it adds a record: no attack, and nothing of the log is lost."""
     merged, log = witnessed(made, tmp_path)
     whole = log.read_bytes()
-    for torn, said in ((b'{"certificate":null,"di', "was torn (23 bytes), and cut off"), (b"", "lacked its end")):
+    for torn, said in (
+        (b'{"certificate":null,"di', "was incomplete (23 bytes) and was deleted"),
+        (b"", "was incomplete and was completed"),
+    ):
         log.write_bytes(whole + torn if torn else whole[:-1])
         run = tiny.done("verify", merged, "--log", log)
         assert said in run.out and log.read_bytes().startswith(whole)

@@ -309,7 +309,7 @@ def test_killed_between_the_commit_and_the_clean_up(world: World, tmp_path: Path
     assert run.code == 1 and held[0] in run.out and "on the branch merge-state" in run.out, run.out
     head = world.heads(repo_id)["main"]
     run = tiny.done(*command)
-    assert "done already" in run.out and world.heads(repo_id)["main"] == head
+    assert "did this before" in run.out and world.heads(repo_id)["main"] == head
     assert not {*held} & {*states(world, repo_id)} and tiny.done("verify", repo_id).code == 0
     assert f"step-000{3 if verb == 'restore' else 2}" in [t.name for t in world.api.list_repo_refs(repo_id).tags]
     assert tiny.done(*command).code == 0, "done twice is done"
@@ -589,7 +589,7 @@ def test_what_is_left_in_and_beside_a_folder(world: World, tmp_path: Path) -> No
     assert run.code == 1 and all(f"FAIL {name}: " in run.out for name in wanted), run.out
     assert tiny.cli("certify", out, "--remove", "a").code == 1
     run = tiny.done(*command)
-    assert "done already" in run.out
+    assert "did this before" in run.out
     assert tiny.everything(out) == clean and tiny.done("verify", out).code == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["before", "merged"]
 

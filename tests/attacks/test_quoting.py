@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,8 @@ def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tiny.build("BertModel", tiny.config("bert"))
     tiny.save(base, root / "base")
     tiny.save(tiny.with_head("BertForSequenceClassification", base, 1, ["no", "yes"]), root / "m0")
-    tiny.save(tiny.fine_tune(base, 2), root / "m1")
+    for number in (1, 2):
+        tiny.save(tiny.fine_tune(base, number + 1), root / f"m{number}")
     tiny.done("merge", root / "m0", root / "m1", "--base", root / "base", "--method", "opcm", "--output", root / "out")
     return root
 
@@ -54,6 +57,13 @@ def forged(folder: Path, **changes: Any) -> Entry:
     model |= {key: changes[key] for key in ("license", "labels") if key in changes}
     data["action"]["how"] = changes.get("how", data["action"]["how"])
     return Entry.from_bytes(canonical_json(data), "forged")
+
+
+def one_line_each(run: tiny.Run) -> None:
+    """Nothing that a terminal obeys, and no line of theirs."""
+    for line in (run.out + run.err).split("\n"):
+        assert line.isprintable(), line
+        assert not line.startswith("ok   files: all verified")
 
 
 def harmless(card: str) -> None:
@@ -100,42 +110,47 @@ def test_markup_from_a_source_stays_text_in_what_is_published(merged: Path, tmp_
     assert tiny.cli("verify", out).code == 0
 
 
-@pytest.mark.parametrize("command", ["history", "history --graph", "verify", "diff", "add"])
+PLACES: dict[str, Callable[[dict[str, Any], str], Any]] = {
+    "how": lambda entry, text: entry["action"].update(how=text),
+    "kind of a model": lambda entry, text: entry["materials"]["models"][0].update(kind=text),
+    "name of a model": lambda entry, text: entry["materials"]["models"][0].update(name=text),
+    "name of the base": lambda entry, text: entry["materials"]["base"].update(name=text),
+    "setting": lambda entry, text: entry["settings"].update(norm=text),
+    "product": lambda entry, text: entry["products"].update({text: "0" * 64}),
+}
+"""Texts of a ledger that some command prints, or names in the error that refuses them."""
+
+
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("text", [HOSTILE["terminal"], HOSTILE["line"], HOSTILE["return"]], ids=["esc", "lf", "cr"])
-def test_a_ledger_prints_no_line_of_its_own(merged: Path, tmp_path: Path, command: str, text: str) -> None:
+def test_a_ledger_prints_no_line_of_its_own(merged: Path, tmp_path: Path, place: str, text: str) -> None:
     """A ledger carries escape sequences and line breaks, to overwrite what the terminal shows or to add a line."""
-    out = tmp_path / "out"
-    out.mkdir()
-    for path in (merged / "out").rglob("*"):
-        if path.is_file():
-            (out / path.relative_to(merged / "out")).parent.mkdir(parents=True, exist_ok=True)
-            (out / path.relative_to(merged / "out")).write_bytes(path.read_bytes())
-    entry = forged(out, how=text, license=text, labels=[text, "yes"])
-    (out / entry.file).write_bytes(entry.to_bytes())
+    out = Path(shutil.copytree(merged / "out", tmp_path / "out"))
+    path = out / "merge_history" / "0001.json"
+    entry = json.loads(path.read_bytes())
+    PLACES[place](entry, text)
+    path.write_bytes(canonical_json(entry))
     card = (out / "README.md").read_text()
-    (out / "README.md").write_text(re.sub(r"sha256: \w+", f"sha256: {sha256_bytes(entry.to_bytes())}", card))
-    verb, *flags = command.split()
-    more = {"diff": [out], "add": [merged / "m1", "--output", tmp_path / "new"]}.get(verb, [])
-    run = tiny.cli(verb, out, *more, *flags)
-    for line in (run.out + run.err).split("\n"):
-        assert line.isprintable(), line
-        assert not line.startswith("ok   files: all verified")
+    (out / "README.md").write_text(re.sub(r"sha256: \w+", f"sha256: {sha256_bytes(path.read_bytes())}", card))
+    for command in (
+        ("history", out),
+        ("history", out, "--graph"),
+        ("verify", out),
+        ("diff", out, merged / "out"),
+        ("add", out, merged / "m2", "--output", tmp_path / "new"),
+    ):
+        one_line_each(tiny.cli(*command))
 
 
-def test_names_from_folders_and_errors_are_one_line(merged: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("verb", ["merge", "history", "verify"])
+def test_names_from_folders_and_errors_are_one_line(merged: Path, tmp_path: Path, verb: str) -> None:
     """A folder's name has a line break and an escape sequence, and is named in an error."""
-    run = tiny.cli(
-        "merge",
-        tmp_path / "no\nhfmerge: verified\x1b[1A",
-        "--base",
-        merged / "base",
-        "--method",
-        "opcm",
-        "--output",
-        "x",
-    )
+    folder = tmp_path / "no\nok   files: all verified\x1b[1A"
+    folder.mkdir()
+    more = ("--base", merged / "base", "--method", "opcm", "--output", tmp_path / "x") if verb == "merge" else ()
+    run = tiny.cli(verb, folder, *more)
     assert run.code == 1
-    assert all(line.isprintable() and not line.startswith("hfmerge: verified") for line in run.err.split("\n"))
+    one_line_each(run)
 
 
 def test_json_stays_json(merged: Path) -> None:

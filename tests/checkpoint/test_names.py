@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hfmerge.checkpoint.layout import Layout, Match, describe, load_back, match
+from hfmerge.checkpoint.layout import Layout, Match, describe_layout, load_back, match
 from hfmerge.errors import CorruptFileError, NotFoundError, ShapeError, UnsupportedError
 from hfmerge.task_vector import WHOLE
 
@@ -123,7 +123,7 @@ def shapes_of(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def layout_of(folder: Path) -> Layout:
-    return describe(config_of(folder), shapes_of(folder), origin=folder.name)
+    return describe_layout(config_of(folder), shapes_of(folder), origin=folder.name)
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
@@ -504,24 +504,24 @@ def test_a_tower_that_fits_twice_is_refused(tmp_path: Path) -> None:
 def test_config_decides_the_class(tmp_path: Path) -> None:
     folder = save(build("BertForSequenceClassification", "bert"), tmp_path / "bert")
     config, shapes = config_of(folder), shapes_of(folder)
-    plain = describe({**config, "architectures": None}, shapes, origin="bert")
+    plain = describe_layout({**config, "architectures": None}, shapes, origin="bert")
     assert plain.architecture == "BertModel" and plain.unexpected == ("classifier.bias", "classifier.weight")
-    other = describe({**config, "architectures": ["OurBertWithExtras"]}, shapes, origin="bert")
+    other = describe_layout({**config, "architectures": ["OurBertWithExtras"]}, shapes, origin="bert")
     assert other.architecture == "BertModel"
-    kernel = describe({**config, "_attn_implementation": "flash_attention_2"}, shapes, origin="bert")
+    kernel = describe_layout({**config, "_attn_implementation": "flash_attention_2"}, shapes, origin="bert")
     assert kernel.missing == ()
     with pytest.raises(UnsupportedError, match=r"bert: .* no class for architecture Nope, model_type nope"):
-        describe({"architectures": ["Nope"], "model_type": "nope"}, shapes, origin="bert")
+        describe_layout({"architectures": ["Nope"], "model_type": "nope"}, shapes, origin="bert")
     with pytest.raises(UnsupportedError, match=r"bert: transformers cannot .*Bert"):
-        describe({**config, "hidden_size": 15}, shapes, origin="bert")
+        describe_layout({**config, "hidden_size": 15}, shapes, origin="bert")
     with pytest.raises(
         ShapeError, match=r"bert: bert\.embeddings\.word_embeddings\.weight gives .*\(30, 16\).*\(31, 16\)"
     ):
-        describe({**config, "vocab_size": 31}, shapes, origin="bert")
+        describe_layout({**config, "vocab_size": 31}, shapes, origin="bert")
     tower = save(build("CLIPVisionModel", "clip_vision"), tmp_path / "tower")
     whole = save(build("CLIPModel", "clip"), tmp_path / "clip")
     mixed = {**config_of(whole), "architectures": ["CLIPVisionModel"]}  # the whole model's config beside one tower
-    assert describe(mixed, shapes_of(tower), origin="tower").missing == ()
+    assert describe_layout(mixed, shapes_of(tower), origin="tower").missing == ()
 
 
 @pytest.mark.parametrize("section", [None, "text_config"])
@@ -529,18 +529,20 @@ def test_quantised_weights_are_refused(section: str | None, tmp_path: Path) -> N
     config = {"architectures": ["BertModel"], "model_type": "bert"}
     quantised = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
     with pytest.raises(UnsupportedError, match=r"some/model: the weights are quantised \(gptq\)"):
-        describe({**config, **({section: quantised} if section else quantised)}, {}, origin="some/model")
-    assert describe({**config, "quantization_config": None}, {}, origin="some/model").architecture == "BertModel"
+        describe_layout({**config, **({section: quantised} if section else quantised)}, {}, origin="some/model")
+    assert (
+        describe_layout({**config, "quantization_config": None}, {}, origin="some/model").architecture == "BertModel"
+    )
 
 
 def test_two_layouts_in_one_file_are_refused(tmp_path: Path) -> None:
     folder = save(build("MixtralForCausalLM", "mixtral"), tmp_path / "mixtral")
     shapes = {**shapes_of(folder), "model.layers.0.mlp.experts.down_proj": (4, 16, 24)}
     with pytest.raises(CorruptFileError, match=r"mixtral: .*both fill model\.layers\.0\.mlp\.experts\.down_proj"):
-        describe(config_of(folder), shapes, origin="mixtral")
+        describe_layout(config_of(folder), shapes, origin="mixtral")
     bert = save(build("BertModel", "bert"), tmp_path / "bert")
     twice = {**shapes_of(bert), "bert.pooler.dense.bias": (16,)}
-    layout = describe(config_of(bert), twice, origin="bert")
+    layout = describe_layout(config_of(bert), twice, origin="bert")
     assert layout.unexpected == ("pooler.dense.bias",)  # the loader takes the first of the two
     assert len(set(layout.canonical.values())) == len(twice)
 
@@ -795,7 +797,7 @@ def test_code_of_its_own_is_run_only_when_trusted(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     config = own_code(tmp_path / "plain")
     folder = str(tmp_path / "plain")
-    unknown = describe(config, OWN_SHAPES, origin=folder)
+    unknown = describe_layout(config, OWN_SHAPES, origin=folder)
     assert not (tmp_path / "modules").exists()
     assert unknown.architecture == "PlainModel" and unknown.canonical == {key: key for key in OWN_SHAPES}
     assert (unknown.missing, unknown.heads, unknown.tied, unknown.vocab_axis) == ((), (), {}, {})
@@ -803,7 +805,7 @@ def test_code_of_its_own_is_run_only_when_trusted(tmp_path: Path, monkeypatch: p
     with pytest.raises(UnsupportedError, match="has its own code"):
         load_back(tmp_path / "plain")
 
-    known = describe(config, OWN_SHAPES, origin=folder, trust_remote_code=True)
+    known = describe_layout(config, OWN_SHAPES, origin=folder, trust_remote_code=True)
     assert known.architecture == "PlainModel" and known.missing == ()
     assert known.vocab_axis == {"embed.weight": 0}
     assert len(known.blocks["qkv_proj.weight"]) == 1  # how it takes this apart is not known
@@ -816,9 +818,9 @@ def test_code_of_its_own_is_run_only_when_trusted(tmp_path: Path, monkeypatch: p
 
 def test_unknown_models_differ_by_a_first_name_at_most(tmp_path: Path) -> None:
     config = own_code(tmp_path / "plain")
-    bare = describe(config, OWN_SHAPES, origin="bare")
+    bare = describe_layout(config, OWN_SHAPES, origin="bare")
     longer = {**{f"plain.{key}": shape for key, shape in OWN_SHAPES.items()}, "score.weight": (2, 6)}
-    headed = describe(config, longer, origin="headed")
+    headed = describe_layout(config, longer, origin="headed")
     found = match(bare, headed)
     assert found.extra == ("score.weight",) and found.absent == ()
     assert found.origins["first.bias"].keys == ("plain.first.bias",)
@@ -887,7 +889,7 @@ def test_full_size_models_are_described_at_once(title: str, config_class: str, t
         shapes = stored_shapes(getattr(transformers, title)(config))
     assert len(shapes) == tensors
     start = time.process_time()
-    layout = describe(config.to_dict(), shapes, origin=title)
+    layout = describe_layout(config.to_dict(), shapes, origin=title)
     found = match(layout, layout)
     assert time.process_time() - start < seconds
     assert layout.missing == () and len(found.origins) == tensors

@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from hfmerge.checkpoint.streaming.blocks import LARGE, SMALL, BlockStore, cut
+from hfmerge.checkpoint.streaming.blocks import LARGE, SMALL, BlockStore, block_bounds
 from hfmerge.checkpoint.streaming.ordered_hash import OrderedDigest
-from hfmerge.checkpoint.streaming.remote_file import GAPS, RemoteFile
+from hfmerge.checkpoint.streaming.remote_file import COMPLETION_LIMITS, RemoteFile
 from hfmerge.checkpoint.streaming.session import remote_header
 from hfmerge.errors import CorruptFileError, OfflineError
 from hfmerge.hub.ranges import RangedFile, Traffic
@@ -118,7 +118,7 @@ def test_blocks_cover_a_file_along_its_tensors(lengths: list[int], unit: int) ->
     for length in lengths:
         spans.append((at, length))
         at += length
-    bounds = cut(100, spans, unit)
+    bounds = block_bounds(100, spans, unit)
     assert bounds[0] == 100 and bounds[-1] == at and bounds == sorted(set(bounds))
     assert all(stop - start <= max(unit, 2 * SMALL) for start, stop in zip(bounds, bounds[1:], strict=False))
     for start, length in spans:
@@ -288,7 +288,7 @@ def test_threads_share_requests() -> None:
 @pytest.mark.parametrize("read", [["layer.000"], ["layer.011", "layer.000"], ["layer.005"]])
 def test_little_that_is_missing_is_fetched_for_the_digest(read: list[str]) -> None:
     with opened(matrices(12, 2)) as one:
-        assert 24 * MIB <= GAPS[0]
+        assert 24 * MIB <= COMPLETION_LIMITS[0]
         for key in read:
             one.tensor(key)
         one.file.complete()
@@ -324,7 +324,7 @@ def test_an_order_that_no_memory_can_mend_is_told() -> None:
         assert one.file.unverified == (
             "it was read in another order than it is stored in, and memory to hash it ran out"
         )
-        assert one.file.again <= GAPS[0]
+        assert one.file.again <= COMPLETION_LIMITS[0]
         one.file.expect(one.keys)
 
 

@@ -151,7 +151,7 @@ def test_a_plan_says_what_will_be_read(world: World) -> None:
     assert 0 <= sizes + world.size("org/base") - plan["stream"] < 60_000, "twice the base, and headers left out"
     assert plan["disk"] < 3.1 * world.size("org/base"), "the result and its state, no sources"
     text = world.streaming.done("plan", *asked("opcm"), "--stream").out
-    assert "stream   " in text and "nothing is stored but the result" in text
+    assert "stream   " in text and "only the result is stored" in text
     plain = world.streaming.done("plan", *asked("opcm", "a", "b", "c"), "--json").json["estimate"]
     assert plain["stream"] == 0 and plain["download"] == sizes
 
@@ -276,7 +276,7 @@ def test_a_hub_that_stays_out_of_order(world: World, tmp_path: Path) -> None:
         "org/",
         "model",
         ".safetensors: ",
-        "wants no request for 4000 s",
+        "asks to wait 4000 s",
         "run again then, or without --stream",
     ):
         assert part in run.err

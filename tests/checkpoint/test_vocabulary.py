@@ -94,7 +94,7 @@ def test_another_vocabulary_is_refused_with_both_remedies(llama: Path, tmp_path:
     assert run.code == 1 and len(run.err.strip().splitlines()) == 1
     assert f"{llama / model}: its vocabulary has" in run.err
     assert "`vocabulary: base`" in run.err and "`vocabulary: union`" in run.err
-    number = "same number of tokens but other ones" if model == "other" else f"{len(VOCABULARIES[model])} rows"
+    number = "as many tokens as the base's, but other ones" if model == "other" else f"{len(VOCABULARIES[model])} rows"
     assert number in run.err
     assert not list(tmp_path.iterdir())
 

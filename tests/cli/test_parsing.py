@@ -157,13 +157,12 @@ def test_token_and_cache_count_for_one_command(monkeypatch: pytest.MonkeyPatch, 
         seen.append((get_token(), constants.HF_HUB_CACHE, args.merged))
         return 0
 
-    monkeypatch.setattr(reading, "_history", look)
-    build_parser.cache_clear()
-    try:
+    with monkeypatch.context() as patched:
+        patched.setattr(reading, "_history", look)
+        build_parser.cache_clear()
         given = ("--token", "hf_other", "--cache-dir", str(tmp_path), "--revision", "v2")
         assert main(["history", "org/m", *given]) == 0 and main(["history", "org/m"]) == 0
-    finally:
-        build_parser.cache_clear()
+    build_parser.cache_clear()
     assert seen == [("hf_other", str(tmp_path), "org/m@v2"), ("hf_mine", before, "org/m")]
     assert os.environ["HF_TOKEN"] == "hf_mine"
     assert "names its revision already" in tiny.cli("history", "org/m@v1", "--revision", "v2").err

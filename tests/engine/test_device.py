@@ -123,7 +123,7 @@ def test_replay_asks_for_bytes_of_the_same_device_only(root: Path, tmp_path: Pat
     path.write_text(json.dumps(entry, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
     there, _ = beside(tmp_path, [["verify", str(out), "--replay", *ON, "--json"]])
     for check in map(replay, (there, tiny.cli("verify", out, "--replay", "--json"))):
-        assert check["verdict"] == "failed" and "model.safetensors differs in the replay" in check["detail"]
+        assert check["verdict"] == "failed" and "the replay gives model.safetensors other bytes" in check["detail"]
     entry["environment"]["fingerprint"] = "0" * 64
     path.write_text(json.dumps(entry, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
     off = replay(tiny.cli("verify", out, "--replay", "--json"))
@@ -249,4 +249,4 @@ def test_cuda_gives_the_cpu_s_weights_but_for_round_off(root: Path, tmp_path: Pa
     close(there, here)
     assert entries(there)[0]["environment"]["device"] == torch.cuda.get_device_name()
     again = tiny.done("verify", there, "--replay", "--device", "cuda")
-    assert "come out with the same bytes" in again.out
+    assert "files with the same bytes" in again.out

@@ -12,7 +12,7 @@ import pytest
 from huggingface_hub import HfApi
 
 import hfmerge
-from hfmerge.engine.ranks import Ranks, shares
+from hfmerge.engine.ranks import Ranks, assign_owners
 from hfmerge.engine.storage import disk_of_files, find_disks
 from hfmerge.hubserver.importer import import_folder
 from hfmerge.hubserver.serve import HubServer
@@ -195,7 +195,7 @@ def test_work_goes_to_the_processes_of_its_disk() -> None:
     assert [Ranks(rank, 5, disks=ranks.disks).leads for rank in range(5)] == [True, False, True, False, False]
     assert [Ranks(rank, 3).leads for rank in range(3)] == [True, False, False]
     crews = [ranks.on_disk(disk) for disk in (0, 1, 1, 0, 1, 1)]
-    owners = shares([5.0, 4.0, 3.0, 2.0, 2.0, 1.0], 5, crews)
+    owners = assign_owners([5.0, 4.0, 3.0, 2.0, 2.0, 1.0], 5, crews)
     assert owners == [0, 2, 3, 1, 4, 4]
 
 

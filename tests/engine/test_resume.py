@@ -422,7 +422,7 @@ def test_the_flags(root: Path, undisturbed: Callable[[str], dict[str, str]], tmp
     refused = tiny.cli(*command(root, out, *flags), "--resume")
     assert refused.code == 1 and f"{out}: no interrupted run to resume there; leave out --resume." in refused.err
     refused = tiny.cli(*command(root, out, *flags)[:6], *flags, "--push-to", "me/nowhere", "--resume")
-    assert refused.code == 1 and "what only goes to the Hub is not kept here" in refused.err
+    assert refused.code == 1 and "a run that only publishes leaves no unfinished work here" in refused.err
     killed_midway(root, out, *flags)
     again = tiny.done(*command(root, out, *flags), "--no-resume")
     assert reused(again) == 0 and "resuming" not in again.err
@@ -581,7 +581,7 @@ def test_a_journal_gives_back_what_was_noted(tmp_path: Path) -> None:
         thread.join()
     first.close()
     past = read_past(folder)
-    assert past.attempts == 1 and {key: done.found for key, done in past.finished.items()} == steps
+    assert past.attempts == 1 and {key: done.result for key, done in past.finished.items()} == steps
     assert all(done.wrote == (Region("f", key[1], 7),) for key, done in past.finished.items())
     second = Journal(folder, 3, past)
     second.note(("copied", "x", None), Finished(None))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hfmerge.engine.ranks import Ranks, shares
+from hfmerge.engine.ranks import Ranks, assign_owners
 from hfmerge.errors import HfMergeError, Problem, RecipeError
 from hfmerge.methods import registry
 from tests.fixtures import tiny
@@ -133,11 +133,11 @@ def test_a_killed_process_stops_the_others_and_leaves_nothing(root: Path, tmp_pa
 def test_shares_are_balanced_and_deterministic() -> None:
     costs = [float(cost) for cost in (100, 1, 1, 50, 50, 3, 97, 2)]
     for world in (1, 2, 3, 5):
-        owners = shares(costs, world)
+        owners = assign_owners(costs, world)
         loads = [sum(c for c, o in zip(costs, owners, strict=True) if o == rank) for rank in range(world)]
-        assert owners == shares(costs, world)
+        assert owners == assign_owners(costs, world)
         assert max(loads) <= sum(costs) / world + max(costs)
-    assert shares(costs, 1) == [0] * len(costs)
+    assert assign_owners(costs, 1) == [0] * len(costs)
 
 
 def test_one_process_needs_no_group() -> None:

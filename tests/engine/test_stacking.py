@@ -21,7 +21,7 @@ from hfmerge.checkpoint.layout import Origin
 from hfmerge.checkpoint.write_digests import Trail
 from hfmerge.checkpoint.writer import SafetensorsWriter, Slot
 from hfmerge.engine import batched_sum
-from hfmerge.engine.batched_sum import ROW, Memory, merged
+from hfmerge.engine.batched_sum import ROW, Term, ThreadBuffers, merge_rows
 from hfmerge.methods import AdditiveFold, Carry
 from hfmerge.methods.linear import Linear, TaskArithmetic
 from hfmerge.task_vector import Dense, squared_norm
@@ -51,6 +51,10 @@ def readers(model: Path, folder: Path, values: Sequence[Tensor]) -> list[DeltaRe
         save_file({NAME: value}, own / "model.safetensors", metadata={"format": "pt"})
         found.append(DeltaReader(full_delta(describe(str(own)), {NAME: Origin((NAME,))}, {})))
     return found
+
+
+def terms(models: Sequence[DeltaReader], weights: Sequence[float]) -> list[Term]:
+    return [Term(model, NAME, weight) for model, weight in zip(models, weights, strict=True)]
 
 
 def one_by_one(
@@ -97,8 +101,8 @@ def test_the_bytes_of_one_after_the_other(
         value[3::11] = base[3::11].to(value.dtype)
     factors = [weights or (0.7, -1.3, 1.0, 0.1)[i % 4] for i in range(len(values))]
     for method in (Linear(), TaskArithmetic(scale=0.3), Linear(sums="float32")):
-        found = merged(
-            method, readers(model, _new(tmp_path), values), [NAME] * len(values), base, 0, factors, Memory(),
+        found = merge_rows(
+            method, terms(readers(model, _new(tmp_path), values), factors), base, 0, ThreadBuffers(),
             dtype=torch.float64, keep=True,
         )  # fmt: skip
         total, change, squares = one_by_one(method, base, values, factors)
@@ -120,8 +124,8 @@ def _new(folder: Path) -> Path:
 def test_what_may_not_fit_is_looked_at_one_by_one(value: float, model: Path, tmp_path: Path) -> None:
     base, values = torch.zeros(2 * ROW), [normal(i, 2 * ROW) for i in range(2)]
     values[1][7] = value
-    found = merged(
-        Linear(), readers(model, tmp_path, values), [NAME, NAME], base, 0, (0.5, 0.5), Memory(),
+    found = merge_rows(
+        Linear(), terms(readers(model, tmp_path, values), (0.5, 0.5)), base, 0, ThreadBuffers(),
         dtype=torch.float32, keep=False,
     )  # fmt: skip
     assert found is None
@@ -130,8 +134,8 @@ def test_what_may_not_fit_is_looked_at_one_by_one(value: float, model: Path, tmp
 def test_rows_in_the_middle_of_a_tensor(model: Path, tmp_path: Path) -> None:
     base, values = normal(0, 4 * ROW), [normal(i, 4 * ROW) for i in (1, 2)]
     part = slice(ROW + 5, 3 * ROW)
-    found = merged(
-        Linear(), readers(model, tmp_path, values), [NAME, NAME], base[part], part.start, (1.0, 1.0), Memory(),
+    found = merge_rows(
+        Linear(), terms(readers(model, tmp_path, values), (1.0, 1.0)), base[part], part.start, ThreadBuffers(),
         dtype=torch.float64, keep=False,
     )  # fmt: skip
     assert found is not None and found.sum is None

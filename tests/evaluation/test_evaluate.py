@@ -13,7 +13,7 @@ import transformers
 import hfmerge
 from hfmerge.errors import HeadError, HfMergeError, NotFoundError, SourceError, UnsupportedError
 from hfmerge.evaluation import loading, models
-from hfmerge.evaluation.batches import cut
+from hfmerge.evaluation.batches import length_batches
 from hfmerge.evaluation.evaluator import Evaluator, Settings
 from hfmerge.evaluation.suite import load_suite
 from tests.fixtures import evaluating, launching, tiny
@@ -108,10 +108,10 @@ def test_batches_limits_and_seeds(world: Path) -> None:
         for seed in (0, 0, 1, 2)
     ]
     assert some[0] == some[1] and some[0].n == 9 and len({score.value for score in some}) > 1
-    batches = cut([3, 9, 9, 1, 5], 2)
+    batches = length_batches([3, 9, 9, 1, 5], 2)
     assert batches == [[1, 2], [4, 0], [3]]
-    assert cut([8, 8, 8], 32, budget=16) == [[0, 1], [2]]
-    assert cut([8], 32, budget=4) == [[0]]
+    assert length_batches([8, 8, 8], 32, budget=16) == [[0, 1], [2]]
+    assert length_batches([8], 32, budget=4) == [[0]]
 
 
 def test_scores_are_remembered_until_anything_changes(world: Path, tmp_path: Path) -> None:
@@ -136,13 +136,13 @@ def test_scores_are_remembered_until_anything_changes(world: Path, tmp_path: Pat
 
 def test_a_merge_is_read_once_for_all_tasks(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[str] = []
-    stored = loading.stored
+    stored = loading.stored_tensors
 
     def counted(source: Any) -> Any:
         reads.append(source.snapshot.name)
         return stored(source)
 
-    monkeypatch.setattr(loading, "stored", counted)
+    monkeypatch.setattr(loading, "stored_tensors", counted)
     evaluator = Evaluator(load_suite(world / "suite.yaml"), FRESH)
     scores = evaluator.score(world / "merged")
     assert list(scores) == ["mood", "topic", "spam"] and reads == ["merged"]
@@ -180,7 +180,7 @@ def test_heads_are_found_by_their_labels(world: Path, tmp_path: Path) -> None:
         hfmerge.evaluate([world / "topic", world / "base"], suite(), settings=skip)
     with pytest.raises(HeadError, match="no label 'art' in the head of mood"):
         hfmerge.evaluate([world / "mood"], suite(), settings=FRESH)
-    with pytest.raises(HeadError, match="no classification head to lend"):
+    with pytest.raises(HeadError, match="has no classification head; name a model that has one"):
         hfmerge.evaluate([world / "mood"], suite(head=str(world / "base")), settings=FRESH)
     two = evaluating.suite(
         tmp_path / "two.yaml",

@@ -129,7 +129,7 @@ def test_reading_in_pieces_changes_nothing(full: tuple[Path, list[Path]], monkey
     base, models = full
     whole = hfmerge.inspect(recipe(base, models)).to_dict()
     monkeypatch.setattr(statistics, "HELD", 100)
-    monkeypatch.setattr(statistics, "TILE", 40)
+    monkeypatch.setattr(statistics, "_TILE", 40)
     pieces = hfmerge.inspect(recipe(base, models)).to_dict()
     del whole["seconds"], pieces["seconds"]
     assert pieces == whole

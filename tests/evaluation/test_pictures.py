@@ -15,7 +15,7 @@ from hfmerge.evaluation.plots.embedding import embed
 from hfmerge.evaluation.plots.style import short_names
 from hfmerge.hubserver.serve import HubServer
 from hfmerge.ledger.card import BEGIN
-from hfmerge.ledger.card_sections import files_in, part, with_part
+from hfmerge.ledger.card_sections import linked_files, part, with_part
 from hfmerge.recipe.recipe import MethodChoice, ModelEntry, Recipe
 from tests.fixtures import tiny
 
@@ -103,7 +103,7 @@ def test_a_marked_part_comes_and_goes_without_a_trace() -> None:
     once = with_part(card, "figures", "![a](figures/a.png)\n")
     assert part(once, "figures") == "![a](figures/a.png)" and "My own words." in once and part(card, "figures") is None
     twice = with_part(once, "figures", "![b](figures/b.png) and [c](figures/c.svg)")
-    assert files_in(part(twice, "figures"), "figures") == ["figures/b.png", "figures/c.svg"]
+    assert linked_files(part(twice, "figures"), "figures") == ["figures/b.png", "figures/c.svg"]
     assert with_part(twice, "figures", None) == card == with_part(card, "figures", None)
     assert part(with_part("no block", "figures", "x"), "figures") == "x"
 
@@ -160,7 +160,7 @@ def test_pictures_go_to_the_hub_and_leave_with_the_models(hub: HubServer, merged
         return Path(api.hf_hub_download("me/drawn", "README.md")).read_text(encoding="utf-8")
 
     on_hub = api.list_repo_files("me/drawn")
-    shown = files_in(part(card(), "figures"), "figures")
+    shown = linked_files(part(card(), "figures"), "figures")
     assert "figures/norm_per_layer.png" in shown and set(shown) <= set(on_hub)
     picture = Path(api.hf_hub_download("me/drawn", "figures/norm_per_layer.png")).read_bytes()
     assert picture == (merged / "figures" / "norm_per_layer.png").read_bytes()

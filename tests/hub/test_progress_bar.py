@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from huggingface_hub import constants
+from huggingface_hub.utils import are_progress_bars_disabled
 
 from hfmerge.hub import progress_bar as bars
 
@@ -28,18 +29,16 @@ def counted(clock: list[float], shown: bool = True) -> None:
 def test_a_line_a_minute(
     clock: list[float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from huggingface_hub.utils import enable_progress_bars
-
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", None)
     monkeypatch.setattr(sys.modules["huggingface_hub.utils.tqdm"], "HF_HUB_DISABLE_PROGRESS_BARS", None)
-    try:
+    with bars.only_on_a_terminal():
+        assert are_progress_bars_disabled("huggingface_hub.http_get") and are_progress_bars_disabled()
         counted(clock)
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) == 60 and lines[29] == "hfmerge: Merging: 50 % after 30 min"
         counted(clock, shown=False)
         assert capsys.readouterr().err == ""
-    finally:
-        enable_progress_bars("huggingface_hub")
+    assert not are_progress_bars_disabled("huggingface_hub.http_get")
 
 
 def test_nothing_where_bars_are_off(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,7 +26,7 @@ from tests.fixtures.shell import upload
 pytestmark = pytest.mark.slow
 DATA = random.Random(0).randbytes(3_000_000)
 SHA256 = hashlib.sha256(DATA).hexdigest()
-QUICK = Patience(tries=4, first=0.01, longest=0.02, asked=5.0)
+QUICK = Patience(tries=4, first=0.01, longest=0.02, longest_retry_after=5.0)
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ LASTING = {
     "gated": ("hub", Fault(status=403, headers={"X-Error-Code": "GatedRepo"}), AccessError, "gated"),
     "gone": ("hub", Fault(status=404, headers={"X-Error-Code": "EntryNotFound"}), NotFoundError, "no such file"),
     "teapot": ("hub", Fault(status=418), SourceError, "HTTP 418"),
-    "long wait": ("hub", Fault(status=429, headers={"Retry-After": "3600"}), OfflineError, "no request for 3600 s"),
+    "long wait": ("hub", Fault(status=429, headers={"Retry-After": "3600"}), OfflineError, "asks to wait 3600 s"),
     "round and round": ("hub", Fault(status=302, headers={"Location": "/x"}), SourceError, "redirects without end"),
 }
 

@@ -128,6 +128,15 @@ def test_refusals(hub: Hub, repo: str, method: str, path: str, status: int, code
         assert len(answer.headers["X-Repo-Commit"]) == 40
 
 
+@pytest.mark.parametrize("header", ["X_Request_Id", "X_Amzn_Trace_Id"])
+def test_a_request_keeps_the_name_that_its_client_gave(hub: Hub, header: str) -> None:
+    named = hub.ask("GET", "/api/models", **{header: "Root=1-67891233;a.b"})
+    assert named.headers["X-Request-Id"] == "Root=1-67891233;a.b"
+    for refused in ("x" * 201, "<b>", "a b", "\xe9"):
+        made = hub.ask("GET", "/api/models", **{header: refused}).headers["X-Request-Id"]
+        assert len(made) == 32 and int(made, 16)
+
+
 @pytest.mark.parametrize(
     "path",
     [

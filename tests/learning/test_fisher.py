@@ -24,14 +24,14 @@ from hfmerge.learning.replay.generate import generate
 from hfmerge.learning.space import Space
 from hfmerge.learning.student import Student, references, students
 from hfmerge.recipe.recipe import parse_recipe
-from hfmerge.recipe.replay import ReplayAsked
+from hfmerge.recipe.replay import ReplaySettings
 from hfmerge.recipe.weights import weight_at
 from tests.fixtures import tiny
 from tests.learning.test_replay import wordpieces
 
 
 pytestmark = pytest.mark.slow
-ROWS = ReplayAsked(rows=12, length=8, generator="unigram", held_out=0.25)
+ROWS = ReplaySettings(rows=12, length=8, generator="unigram", held_out=0.25)
 LEARN = {"replay": {**ROWS.to_dict()}, "steps": 6, "rate": 0.05, "batch": 9, "every": 3}
 
 

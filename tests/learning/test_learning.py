@@ -26,7 +26,7 @@ from hfmerge.methods.isotropic import MdmOcIso
 from hfmerge.methods.mdm_oc_subspace import MdmOcSubspace
 from hfmerge.recipe.learning import Learning
 from hfmerge.recipe.recipe import parse_recipe
-from hfmerge.recipe.replay import ReplayAsked
+from hfmerge.recipe.replay import ReplaySettings
 from hfmerge.recipe.weights import PatternWeights, weight_at
 from hfmerge.task_vector import Dense, LowRank, TaskVector, zero
 from tests.fixtures import evaluating, tiny
@@ -160,7 +160,7 @@ def test_the_plan_says_what_learning_takes(
     assert planned(models).learning_bytes == (6 * weights, 0) == planned(models, name="gram").learning_bytes
     held = planned(models, learn={**QUICK, "ewc": 1.0})
     assert held.learning_bytes == (8 * weights, 0) and held.estimate.memory > 8 * weights
-    monkeypatch.setattr("hfmerge.engine.plan.HELD", 0)
+    monkeypatch.setattr("hfmerge.engine.plan.HELD_BYTES", 0)
     plan = planned(models, name="gram")
     assert plan.learning_bytes == (3 * weights, 3 * weights) and plan.estimate.disk >= 3 * weights
     with Space(plan, groups="layer", budget=0, scratch=tmp_path) as space:
@@ -296,7 +296,7 @@ def test_a_few_labelled_rows(models: dict[str, Path], tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_recomputed_activations_and_shared_rows_change_nothing(models: dict[str, Path]) -> None:
     plan = planned(models)
-    asked = Learning(**{**QUICK, "replay": ReplayAsked(**FEW), "steps": 3})
+    asked = Learning(**{**QUICK, "replay": ReplaySettings(**FEW), "steps": 3})
     from hfmerge.learning.learn import _rows
 
     _, rows = _rows(plan, asked, {}, NOTHING, Ranks(), None, "cpu")

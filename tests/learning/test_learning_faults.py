@@ -103,7 +103,7 @@ def test_models_of_other_tokens(models: dict[str, Path], tmp_path: Path) -> None
     assert text != (other / "tokenizer.json").read_text()
     (other / "tokenizer.json").write_text(text)
     mixed = {**models, "a": other}
-    with pytest.raises(RecipeError, match="the same number of tokens but other ones; set `vocabulary: base`"):
+    with pytest.raises(RecipeError, match="as many tokens as the base's, but other ones; set `vocabulary: base`"):
         learned(mixed, tmp_path / "out")
     with pytest.raises(UnsupportedError, match="learn: a has other tokens than the base") as caught:
         learned(mixed, tmp_path / "out", vocabulary="base")

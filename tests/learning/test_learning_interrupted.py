@@ -71,8 +71,8 @@ def test_what_is_noted_counts_for_the_same_question_only(models: dict[str, Path]
     _, found = learn(plan, Ranks(), journal=tmp_path)
     told: list[str] = []
     again, same = learn(plan, Ranks(), journal=tmp_path, notify=told.append)
-    assert same.found is not None and found.found is not None
-    assert torch.equal(same.found.weights, found.found.weights) and same.found.curve == found.found.curve
+    assert same.optimum is not None and found.optimum is not None
+    assert torch.equal(same.optimum.weights, found.optimum.weights) and same.optimum.curve == found.optimum.curve
     assert any("80 were made" in line for line in told)
     assert [a.digest for a in same.replays if a] == [b.digest for b in found.replays if b]
     assert Progress(tmp_path, "another question").steps() is None
@@ -86,7 +86,7 @@ def test_what_is_noted_counts_for_the_same_question_only(models: dict[str, Path]
         path.write_bytes(data[: len(data) // 2])
     told.clear()
     _, anew = learn(plan, Ranks(), journal=tmp_path, notify=told.append)
-    assert anew.found is not None and torch.equal(anew.found.weights, found.found.weights)
+    assert anew.optimum is not None and torch.equal(anew.optimum.weights, found.optimum.weights)
     assert not any("were made by" in line for line in told)
 
 

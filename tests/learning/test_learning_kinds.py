@@ -22,7 +22,7 @@ from hfmerge.learning.replay.dataset import Replay
 from hfmerge.learning.replay.generate import generate
 from hfmerge.learning.replay.targets import divergence
 from hfmerge.recipe.recipe import parse_recipe
-from hfmerge.recipe.replay import ReplayAsked
+from hfmerge.recipe.replay import ReplaySettings
 from hfmerge.recipe.weights import PatternWeights
 from tests.fixtures import evaluating, tiny
 from tests.learning.test_replay import PROCESSOR, TOKENS, wordpieces
@@ -121,7 +121,7 @@ def fresh(place: Path) -> Replay:
     kind = "image-classification" if (place / "preprocessor_config.json").exists() else "text-classification"
     if head is None:
         kind = "masked" if "MaskedLM" in subject.config["architectures"][0] else "causal"
-    return generate(subject, kind, ReplayAsked(**{**ROWS, "seed": 77}))
+    return generate(subject, kind, ReplaySettings(**{**ROWS, "seed": 77}))
 
 
 def apart(folder: Path, place: Path, rows: Replay) -> float:

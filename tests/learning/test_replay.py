@@ -28,7 +28,7 @@ from hfmerge.learning.replay.generate import generate
 from hfmerge.learning.replay.search import shared_out
 from hfmerge.learning.replay.targets import divergence, token_targets
 from hfmerge.learning.replay.words import read_vocabulary
-from hfmerge.recipe.replay import GENERATORS, ReplayAsked, read_replay
+from hfmerge.recipe.replay import GENERATORS, ReplaySettings, read_replay
 from hfmerge.validation.values import Section
 from tests.fixtures import evaluating, tiny
 
@@ -39,7 +39,7 @@ PROCESSOR = {
     "do_resize": True, "size": {"height": 8, "width": 8}, "do_normalize": True, "image_mean": [0.5] * 3,
     "image_std": [0.25] * 3, "do_rescale": True, "resample": 2, "image_processor_type": "ViTImageProcessor",
 }  # fmt: skip
-FEW = ReplayAsked(rows=12, length=12, seed=7, steps=6, batch_size=5, top=8)
+FEW = ReplaySettings(rows=12, length=12, seed=7, steps=6, batch_size=5, top=8)
 
 
 def wordpieces(folder: Path) -> Path:
@@ -113,7 +113,7 @@ def outputs(subject: Subject, replay: Replay, rows: list[int]) -> tuple[torch.Te
 @pytest.mark.parametrize(("kind", "name"), ALL)
 def test_a_generator_makes_rows_whose_targets_are_the_models(kind: str, name: str, tmp_path: Path) -> None:
     subject, spare = opened(kind, tmp_path, name)
-    asked = ReplayAsked(**{**FEW.to_dict(), "generator": name})
+    asked = ReplaySettings(**{**FEW.to_dict(), "generator": name})
     made = generate(subject, kind, asked, spare=spare)
     assert (len(made), made.generator, made.held_out, made.learned) == (12, name, 2, range(10))
     assert made.passes > 0 and made.seconds > 0 and made.source.startswith("model@sha256:")
@@ -133,7 +133,7 @@ def test_a_generator_makes_rows_whose_targets_are_the_models(kind: str, name: st
             assert (ids[:, 0] == 2).all() and (ids[text] >= 6).logical_or(ids[text] == 4).all()
     again = generate(opened(kind, tmp_path / "again", name)[0], kind, asked, spare=spare)
     assert again.data == made.data and again.digest == made.digest
-    other = generate(subject, kind, ReplayAsked(**{**asked.to_dict(), "seed": 8}), spare=spare)
+    other = generate(subject, kind, ReplaySettings(**{**asked.to_dict(), "seed": 8}), spare=spare)
     assert other.digest != made.digest
 
 
@@ -176,7 +176,7 @@ def test_the_search_moves_rows_to_their_classes_and_leaves_the_rest(tmp_path: Pa
     subject = open_subject(str(folder))
     both = {}
     for name in ("unigram", "contrast"):
-        asked = ReplayAsked(rows=30, length=14, generator=name, seed=1, steps=40, confidence=0.6)
+        asked = ReplaySettings(rows=30, length=14, generator=name, seed=1, steps=40, confidence=0.6)
         both[name] = generate(subject, "text-classification", asked)
     logs = {name: made.targets["logits"].log_softmax(-1) for name, made in both.items()}
     wanted = shared_out(logs["unigram"])
@@ -194,7 +194,7 @@ def test_images_become_what_the_classifier_is_sure_of(name: str, tmp_path: Path)
     subject = open_subject(str(images(tmp_path / "model", "resnet")))
     sure = {}
     for generator in ("noise", name):
-        asked = ReplayAsked(rows=9, generator=generator, steps=30, confidence=0.6)
+        asked = ReplaySettings(rows=9, generator=generator, steps=30, confidence=0.6)
         made = generate(subject, "image-classification", asked)
         pixels = made.inputs["pixel_values"]
         assert pixels.dtype == torch.float16 and pixels.shape == (9, 3, 8, 8)
@@ -203,7 +203,7 @@ def test_images_become_what_the_classifier_is_sure_of(name: str, tmp_path: Path)
     wanted = shared_out(sure["noise"])
     gains = (sure[name] - sure["noise"])[range(9), wanted]
     assert gains.mean() > 0.02 and wanted.bincount().tolist() == [3, 3, 3]
-    assert generate(subject, "image-classification", ReplayAsked(rows=2, steps=1)).generator == "statistics"
+    assert generate(subject, "image-classification", ReplaySettings(rows=2, steps=1)).generator == "statistics"
 
 
 def test_rows_are_shared_out_to_the_classes_they_are_nearest_to() -> None:
@@ -228,7 +228,7 @@ def test_heads_of_numbers_and_of_independent_labels(tmp_path: Path) -> None:
     found = generate(number, "text-classification", FEW)
     assert (found.scores, found.generator) == ("values", "unigram") and found.targets["logits"].shape == (12, 1)
     with pytest.raises(HfMergeError, match="gives numbers and no classes"):
-        generate(number, "text-classification", ReplayAsked(rows=4, generator="contrast"))
+        generate(number, "text-classification", ReplaySettings(rows=4, generator="contrast"))
 
 
 def test_a_decoder_without_padding_token_classifies(tmp_path: Path) -> None:
@@ -294,14 +294,14 @@ def test_the_alphabet_comes_last_and_characters_alone_are_even() -> None:
 
 def test_what_is_asked_is_checked_all_at_once() -> None:
     with pytest.raises(RecipeError) as caught:
-        ReplayAsked(rows=1, generator="contrasts", held_out=0.7, seed=-1, temperature=0.0)
+        ReplaySettings(rows=1, generator="contrasts", held_out=0.7, seed=-1, temperature=0.0)
     told = str(caught.value)
     for part in ("must be at least 2, not 1", "did you mean", "must be at most 0.5", "seed", "temperature"):
         assert part in told
     problems: list[Any] = []
     found = read_replay(Section({"rows": "many", "lenght": 3}, "learn.replay", problems))
     assert [problem.path for problem in problems] == ["learn.replay.lenght", "learn.replay.rows"]
-    assert found == ReplayAsked() and ReplayAsked(**json.loads(json.dumps(FEW.to_dict()))) == FEW
+    assert found == ReplaySettings() and ReplaySettings(**json.loads(json.dumps(FEW.to_dict()))) == FEW
 
 
 def test_what_does_not_fit_is_refused_in_one_line(tmp_path: Path) -> None:
@@ -326,9 +326,9 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path: Path) -> None:
     ]  # fmt: skip
     for error, told, subject, kind, options in cases:
         with pytest.raises(error, match=told):
-            generate(subject, kind, ReplayAsked(rows=4, **options))
+            generate(subject, kind, ReplaySettings(rows=4, **options))
     with pytest.raises(HfMergeError, match="words: its tokenizer has other tokens than texts's"):
-        generate(texts, "text-classification", ReplayAsked(rows=4, generator="masked"), spare=words)
+        generate(texts, "text-classification", ReplaySettings(rows=4, generator="masked"), spare=words)
     state = load_file(tmp_path / "texts" / "model.safetensors")
     state["classifier.bias"][1] = float("nan")
     save_file(state, tmp_path / "texts" / "model.safetensors", metadata={"format": "pt"})

@@ -147,7 +147,7 @@ def test_the_hub_out_of_reach_leaves_who_and_when_open(
         online.done("history", published)
     with Shell(**{**hub.env(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}) as offline:
         run = offline.done("history", published)
-    assert "who and when are not known" in run.err and "when" not in run.out.splitlines()[0]
+    assert "authors and dates are not known" in run.err and "when" not in run.out.splitlines()[0]
 
 
 def test_diff_of_two_steps(out: Path) -> None:

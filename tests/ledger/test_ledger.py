@@ -262,7 +262,7 @@ def test_an_edited_card_is_noticed(out: Path) -> None:
 def test_an_edited_list_of_licences_is_noticed(out: Path) -> None:
     path = out / "LICENSE.md"
     path.write_text(path.read_text().replace("not stated", "mit", 1))
-    assert culprits(out) == ["card: LICENSE.md is not what the ledger gives"]
+    assert culprits(out) == ["card: LICENSE.md is not the file that follows from the ledger"]
 
 
 def test_what_people_write_stays(root: Path, out: Path) -> None:
@@ -425,7 +425,9 @@ def test_the_model_beneath_an_adapter_is_checked_too(tmp_path: Path) -> None:
 
 def test_replay_compares_every_file(root: Path, out: Path) -> None:
     report = hfmerge.verify(out, replay=True)
-    assert report.ok and report.checks[-1].detail.startswith("4 files come out with the same bytes from 3 sources")
+    assert report.ok and report.checks[-1].detail.startswith(
+        "the replay made 4 files with the same bytes from 3 sources"
+    )
 
 
 def rewrite_last(out: Path, **changes: object) -> None:
@@ -449,21 +451,25 @@ def test_replay_catches_a_ledger_that_was_rewritten_as_a_whole(root: Path, out: 
     flip(out / "model.safetensors", -1)
     rewrite_last(out)
     run = tiny.cli("verify", out, "--replay")
-    assert run.code == 1 and "FAIL replay: model.safetensors differs in the replay" in run.out
+    assert run.code == 1 and "FAIL replay: the replay gives model.safetensors other bytes" in run.out
 
 
 def test_replay_of_a_merge_made_elsewhere_allows_for_other_arithmetic_and_no_more(root: Path, out: Path) -> None:
     name = sorted(tiny.tensors(out))[0]
     tiny.edit(out, lambda held: held.update({name: held[name] * (1 + 2.0**-22)}))
     rewrite_last(out)
-    assert "differs in the replay" in tiny.cli("verify", out, "--replay").out
+    assert "other bytes" in tiny.cli("verify", out, "--replay").out
     rewrite_last(out, device="another device", fingerprint="of another device")
     run = tiny.cli("verify", out, "--replay")
-    assert run.code == 3 and "come out alike" in run.out and "device another device, here cpu" in run.out
+    assert (
+        run.code == 3
+        and "of the change but with other bytes" in run.out
+        and "device another device, here cpu" in run.out
+    )
     tiny.edit(out, lambda held: held.update({name: held[name] * 1.01}))
     rewrite_last(out, device="another device", fingerprint="of another device")
     run = tiny.cli("verify", out, "--replay")
-    assert run.code == 1 and f"differs in the replay: {name} differs by up to" in run.out
+    assert run.code == 1 and f"other bytes: {name} differs by up to" in run.out
 
 
 def test_names_of_models_are_found_in_all_their_forms(root: Path, made: Path, tmp_path: Path) -> None:

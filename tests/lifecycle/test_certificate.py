@@ -26,11 +26,11 @@ import hfmerge
 from hfmerge.errors import CertificateError
 from hfmerge.hashing import canonical_json, sha256_file
 from hfmerge.ledger.entry import Entry, contained
-from hfmerge.ledger.removal import find_removed, parts
+from hfmerge.ledger.removal import contained_models, find_removed
 from hfmerge.ledger.repository import open_merged
 from hfmerge.lifecycle.certificate import check_signature, check_statement
 from hfmerge.lifecycle.dsse import Envelope, Signature
-from hfmerge.lifecycle.keys import PASSPHRASE, Trusted, allowed_signers, fingerprint, private_key, public_keys
+from hfmerge.lifecycle.keys import PASSPHRASE, Trusted, allowed_signers, key_fingerprint, private_key, public_keys
 from tests.fixtures import tiny
 
 
@@ -136,7 +136,7 @@ def test_signatures_that_name_no_key_count_all_the_same(made: Path) -> None:
 def test_the_fingerprint_is_that_of_openssh() -> None:
     line = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIB6CzM6RrJ6OszdSQEyFKcCY/CBZIg1wQ2iwQ4YdnUzl"
     key = serialized(line)
-    assert fingerprint(key) == "SHA256:3s+z/fO/FOx+1IdACmMH7m3s53D24zaBvg0bRPOcVRQ"  # by ssh-keygen -l
+    assert key_fingerprint(key) == "SHA256:3s+z/fO/FOx+1IdACmMH7m3s53D24zaBvg0bRPOcVRQ"  # by ssh-keygen -l
 
 
 def serialized(line: str) -> ed25519.Ed25519PublicKey:
@@ -150,7 +150,7 @@ def serialized(line: str) -> ed25519.Ed25519PublicKey:
 def test_another_checks_it_with_the_key_and_recomputes_the_weights(made: Path) -> None:
     run = verify(made, "--public-key", made / "key.pub", "--replay")
     assert run.code == 0, run.out
-    assert "ok   signature: made by key@here (SHA256:" in run.out and "come out with the same bytes" in run.out
+    assert "ok   signature: made by key@here (SHA256:" in run.out and "files with the same bytes" in run.out
     assert "ok   removed: m1@" in run.out and "was taken out by step 2" in run.out
     report = hfmerge.verify(made / "merged", certificate=made / "certificate.json", public_key=made / "key.pub")
     assert report.ok and [check.what for check in report.checks if check.what in STATED] == list(STATED)
@@ -170,8 +170,8 @@ def test_without_output_it_is_printed(made: Path) -> None:
 
 def test_wrong_key(made: Path) -> None:
     text = refusal(verify(made, "--public-key", made / "other.pub"))
-    assert text.startswith("signature: made with another key") and fingerprint(KEY.public_key()) in text
-    assert fingerprint(OTHER.public_key()) in text
+    assert text.startswith("signature: made with another key") and key_fingerprint(KEY.public_key()) in text
+    assert key_fingerprint(OTHER.public_key()) in text
     assert "--public-key or --allowed-signers" in refusal(verify(made))
 
 
@@ -248,8 +248,8 @@ LIES: list[tuple[str, Callable[[dict[str, Any]], object], str]] = [
     ("machine", lambda s: s["predicate"]["environment"].update(torch="0"), "environment are not those"),
     ("settings", lambda s: s["predicate"]["settings"].update(dtype="float16"), "settings are not those"),
     ("never in", lambda s: s["predicate"]["removed"].update(identity="m9@sha256:00"), "never was in"),
-    ("other bytes", lambda s: s["predicate"]["removed"]["files"].update(x="0"), "otherwise than the certificate"),
-    ("other step", lambda s: s["predicate"]["removed"].update(removedByStep=7), "otherwise than the certificate"),
+    ("other bytes", lambda s: s["predicate"]["removed"]["files"].update(x="0"), "differently from the certificate"),
+    ("other step", lambda s: s["predicate"]["removed"].update(removedByStep=7), "differently from the certificate"),
     ("predicate", lambda s: s.update(predicateType="https://slsa.dev/provenance/v1"), "this version reads"),
     ("type", lambda s: s.update(_type="https://in-toto.io/Statement/v0.1"), "not an in-toto statement"),
     ("empty", lambda s: s["predicate"].clear(), "not a whole certificate"),
@@ -354,15 +354,21 @@ def test_parts_are_what_the_ledger_calls_contained(made: Path) -> None:
     )
     whole = dataclasses.replace(last.models[1], contains=("org/x@" + "b" * 40, "org/y@" + "c" * 40))
     last = dataclasses.replace(last, models=(under, whole))
-    assert [part.identity for part in parts(last)] == list(contained(last))
-    assert [part.role for part in parts(last)] == ["base", "model", "beneath m0", "model", *["part of m2"] * 2]
-    assert parts(last)[2].files == {"model.safetensors": "9" * 64}
+    assert [part.identity for part in contained_models(last)] == list(contained(last))
+    assert [part.role for part in contained_models(last)] == [
+        "base",
+        "model",
+        "beneath m0",
+        "model",
+        *["part of m2"] * 2,
+    ]
+    assert contained_models(last)[2].files == {"model.safetensors": "9" * 64}
 
 
 def test_a_model_beneath_an_adapter_or_within_a_merge_is_still_there(made: Path) -> None:
     first, last = entries(made)
     gone = next(model for model in first.models if model.name == "m1")
-    assert find_removed((first, last), "m1", "here").part.identity == gone.identity
+    assert find_removed((first, last), "m1", "here").model.identity == gone.identity
     inside = dataclasses.replace(last.models[0], contains=("org/x@" + "b" * 40, gone.identity))
     under = dataclasses.replace(last.models[0], beneath=gone.identity)
     faded = dataclasses.replace(gone, subtracted=True)
@@ -412,14 +418,14 @@ def test_private_keys_in_both_forms_with_and_without_passphrase(
 ) -> None:
     path = tmp_path / "key"
     path.write_bytes(private_bytes(KEY, form))
-    assert fingerprint(private_key(path).public_key()) == fingerprint(KEY.public_key())
+    assert key_fingerprint(private_key(path).public_key()) == key_fingerprint(KEY.public_key())
     path.write_bytes(private_bytes(KEY, form, b"secret"))
     monkeypatch.delenv(PASSPHRASE, raising=False)
-    assert fingerprint(private_key(path, lambda _: "secret").public_key()) == fingerprint(KEY.public_key())
+    assert key_fingerprint(private_key(path, lambda _: "secret").public_key()) == key_fingerprint(KEY.public_key())
     with pytest.raises(CertificateError, match="has a passphrase; set HFMERGE_KEY_PASSPHRASE"):
         private_key(path, lambda _: None)
     monkeypatch.setenv(PASSPHRASE, "secret")
-    assert fingerprint(private_key(path).public_key()) == fingerprint(KEY.public_key())
+    assert key_fingerprint(private_key(path).public_key()) == key_fingerprint(KEY.public_key())
     monkeypatch.setenv(PASSPHRASE, "wrong")
     with pytest.raises(CertificateError, match="does not open with this passphrase"):
         private_key(path)
@@ -449,11 +455,11 @@ def test_files_that_are_no_ed25519_keys(tmp_path: Path) -> None:
 def test_public_keys_in_pem_and_as_lines(tmp_path: Path) -> None:
     path = tmp_path / "keys"
     path.write_bytes(KEY.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
-    assert [one.keyid for one in public_keys(path)] == [fingerprint(KEY.public_key())]
+    assert [one.keyid for one in public_keys(path)] == [key_fingerprint(KEY.public_key())]
     path.write_text(f"# ours\nssh-rsa AAAA old\n{public_line(OTHER)} a b\n\n{public_line(KEY)}\n")
     assert [(one.name, one.keyid) for one in public_keys(path)] == [
-        ("a b", fingerprint(OTHER.public_key())),
-        ("keys", fingerprint(KEY.public_key())),
+        ("a b", key_fingerprint(OTHER.public_key())),
+        ("keys", key_fingerprint(KEY.public_key())),
     ]
 
 
@@ -476,7 +482,7 @@ def test_allowed_signers_of_openssh(tmp_path: Path, options: str, counts: bool) 
     path.write_text(f"# list\nme@org,you@org {options} {public_line(KEY)} a comment\n")
     if counts:
         assert [(one.name, one.keyid) for one in allowed_signers(path, NOW)] == [
-            ("me@org,you@org", fingerprint(KEY.public_key()))
+            ("me@org,you@org", key_fingerprint(KEY.public_key()))
         ]
     else:
         with pytest.raises(CertificateError, match="allows no ed25519 key now"):

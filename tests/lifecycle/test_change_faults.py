@@ -73,7 +73,7 @@ def test_a_name_that_is_there_twice(out: Path) -> None:
     second = dataclasses.replace(first, commit="b2" * 20)
     twice: Entry = dataclasses.replace(entry, models=(first, entry.models[1], second))
     with pytest.raises(
-        LedgerError, match="org/x: in the merge 2 times; name its commit: org/x@a1a1a1a1 or org/x@b2b2"
+        LedgerError, match="org/x: is in the merge 2 times; name its commit: org/x@a1a1a1a1 or org/x@b2b2"
     ):
         twice.find("org/x")
     assert twice.find("org/x@b2") == 2 and twice.find("org/x@a1a1") == 0
@@ -93,7 +93,7 @@ def test_a_name_that_means_several_models_in_inner_merges(root: Path, tmp_path: 
     entry = open_merged(str(out)).last
     identities = [one for model in entry.models for one in model.contains if one.startswith("same@")]
     removal = find_removal(entry, [identities[1].replace("sha256:", "")[:20]])
-    assert removal.within == {1: (identities[1],)} and removal.subjects == ("same",) and not removal.gone
+    assert removal.within == {1: (identities[1],)} and removal.subjects == ("same",) and not removal.removed
     # the same model in both leaves both
     assert [len(within) for within in find_removal(entry, ["m2"]).within.values()] == [1, 1]
 

@@ -71,8 +71,8 @@ def test_after_an_exact_removal_nothing_is_left(world: Path, tmp_path: Path, met
 def test_after_a_subtraction_the_gap_is_shown(world: Path, tmp_path: Path) -> None:
     out = merged(world, tmp_path / "out", "opcm")
     run = tiny.done("unmerge", out, "--remove", "mood", "--mode", "subtract", "--check", world / "suite.yaml")
-    assert "NOT the same bytes as a merge that never saw it" in run.out
-    assert "| never merged |" in run.out and "points against never merged" in run.out
+    assert "does NOT have the same bytes as a merge that never held the model" in run.out
+    assert "| never merged |" in run.out and "points compared with a merge that never held the model" in run.out
 
 
 def test_the_distance_is_that_of_the_weights(world: Path, tmp_path: Path) -> None:

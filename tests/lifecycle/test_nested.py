@@ -165,7 +165,7 @@ def test_a_source_whose_ledger_is_broken_is_a_model_like_any_other(root: Path, t
     path.write_bytes(path.read_bytes().replace(b"opcm", b"opcn") + b" ")
     flags = ("--base", root / "base", "--method", "linear", "--output", tmp_path / "out")
     run = tiny.done("merge", broken, root / "m3", *flags)
-    assert "warning: broken: taken as a model of its own, since its ledger says nothing" in run.err
+    assert "warning: broken: treated as a single model, because its ledger cannot be read" in run.err
     assert names(last(tmp_path / "out")) == ["base", "broken", "m3"]
 
 

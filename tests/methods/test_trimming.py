@@ -17,7 +17,7 @@ from hfmerge import merge
 from hfmerge.methods import JointMethod, registry
 from hfmerge.methods.slerp import slerp
 from hfmerge.methods.ties import ties
-from hfmerge.methods.trimming import PART, KthMagnitude, kept, kth_magnitude, parts, thinned, trim
+from hfmerge.methods.trimming import PART, KthMagnitude, flat_pieces, kept, kth_magnitude, thinned, trim
 from hfmerge.recipe.recipe import parse_recipe
 from hfmerge.task_vector import Dense
 from tests.fixtures import tiny
@@ -76,7 +76,7 @@ def test_a_good_sample_needs_one_round_and_keeps_little() -> None:
     values = normal(1, 20 * PART)
     for density in (0.01, 0.2, 0.7):
         search = KthMagnitude([thinned(values, values.numel())], values.numel(), density)
-        for piece in parts(values):
+        for piece in flat_pieces(values):
             search.add(piece)
         assert search._count < 0.03 * values.numel()
         search.settle()

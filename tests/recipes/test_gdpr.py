@@ -31,6 +31,6 @@ def test_a_removal_request_from_publication_to_proof() -> None:
     assert done.returncode == 0, done.stdout
     said = done.stdout
     assert said.count(": verified\n") == 2 and said.count(": NOT verified\n") == 1
-    assert "come out with the same bytes from 2 sources" in said
+    assert "files with the same bytes from 2 sources" in said
     assert "FAIL subjects: the certificate is for other weights" in said
     assert "@step-0002: gone" in said and said.count(": gone\n") == 2

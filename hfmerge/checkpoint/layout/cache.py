@@ -28,7 +28,7 @@ IGNORED = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 """Keys of config.json that say nothing about names and shapes."""
 
 
-def recall(kind: str, question: Any, ask: Callable[[], Any], *, most: int = CACHED_FILES) -> Any:
+def cached_answer(kind: str, question: Any, ask: Callable[[], Any], *, most: int = CACHED_FILES) -> Any:
     """The answer to a question, from the disk or from `ask`, whose answer is then kept; errors are not.
 
     Args:

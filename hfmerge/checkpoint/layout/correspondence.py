@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hfmerge.checkpoint.layout.conversion import Group
-from hfmerge.checkpoint.layout.layout import Layout, Memory
+from hfmerge.checkpoint.layout.layout import Layout, MemoryLayout
 from hfmerge.checkpoint.layout.skeleton import one_line
 from hfmerge.errors import CorruptFileError, ShapeError, UnsupportedError
 
@@ -99,11 +99,11 @@ def match(base: Layout, source: Layout) -> Match:
     )
 
 
-def _outputs(memory: Memory, name: str) -> tuple[str, ...]:
+def _outputs(memory: MemoryLayout, name: str) -> tuple[str, ...]:
     return tuple(part.partition("#")[0] for part in name.split("+"))
 
 
-def _filling(memory: Memory, name: str) -> tuple[Group, int] | None:
+def _filling(memory: MemoryLayout, name: str) -> tuple[Group, int] | None:
     """The group that fills a parameter, itself or through a tie, and at which of its outputs."""
     for candidate in (name, memory.ties.get(name)):
         if candidate in memory.filling:
@@ -168,7 +168,7 @@ def _model(layout: Layout) -> PreTrainedModel | None:
     return None if layout.memory.skeleton is None else layout.memory.skeleton.model
 
 
-def _align(ours: Memory, theirs: Memory) -> dict[str, str]:
+def _align(ours: MemoryLayout, theirs: MemoryLayout) -> dict[str, str]:
     """Base name -> source name for every parameter both have, under the alignment in which most shapes agree.
 
     Where no shape agrees, the alignment with most names tells the caller which shapes do not.
@@ -200,7 +200,7 @@ def _align(ours: Memory, theirs: Memory) -> dict[str, str]:
     return names
 
 
-def _under(ours: Memory, theirs: Memory, mine: str, its: str) -> dict[str, str]:
+def _under(ours: MemoryLayout, theirs: MemoryLayout, mine: str, its: str) -> dict[str, str]:
     """Base name -> source name if the source's tower `its` is the base's tower `mine`; the rest by equal names."""
     names: dict[str, str] = {}
     here, there = (f"{tower}." if tower else "" for tower in (mine, its))
@@ -219,7 +219,7 @@ def _under(ours: Memory, theirs: Memory, mine: str, its: str) -> dict[str, str]:
     return names
 
 
-def _fits(ours: Memory, mine: str, theirs: Memory, its: str) -> bool:
+def _fits(ours: MemoryLayout, mine: str, theirs: MemoryLayout, its: str) -> bool:
     """What a class does not know is the same only if it looks the same."""
     known = mine not in ours.strange and its not in theirs.strange
     return known or ours.parameters[mine] == theirs.parameters[its]
@@ -229,7 +229,7 @@ def _pattern(name: str) -> str:
     return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
 
 
-def _same_depth(ours: Memory, theirs: Memory, names: Mapping[str, str]) -> None:
+def _same_depth(ours: MemoryLayout, theirs: MemoryLayout, names: Mapping[str, str]) -> None:
     """Raises ShapeError if one model has layers like those both have, but more of them."""
     for one, met in ((ours, set(names)), (theirs, set(names.values()))):
         apart = one.heads | one.strange | met
@@ -239,7 +239,7 @@ def _same_depth(ours: Memory, theirs: Memory, names: Mapping[str, str]) -> None:
                 raise ShapeError(f"{theirs.origin}: another number of layers: {name} is in {one.origin} alone")
 
 
-def _same_shapes(ours: Memory, theirs: Memory, names: Mapping[str, str], free: set[str]) -> None:
+def _same_shapes(ours: MemoryLayout, theirs: MemoryLayout, names: Mapping[str, str], free: set[str]) -> None:
     wrong = [
         f"{mine} is {theirs.parameters[its]}, {ours.origin} has {ours.parameters[mine]}"
         for mine, its in names.items()

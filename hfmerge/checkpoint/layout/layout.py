@@ -8,14 +8,14 @@ from functools import cached_property, partial
 from typing import Any
 
 from hfmerge.checkpoint.layout.blocks import guessed_blocks, memory_blocks, stored_blocks
-from hfmerge.checkpoint.layout.cache import recall, relevant
+from hfmerge.checkpoint.layout.cache import cached_answer, relevant
 from hfmerge.checkpoint.layout.conversion import Group, Renamer, complete, missing, trace
 from hfmerge.checkpoint.layout.skeleton import Shape, Skeleton, build
 from hfmerge.task_vector import WHOLE, Segment
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryLayout:
     """The in-memory side of a layout, in canonical names; `correspondence.match` and module paths need it.
 
     Attributes:
@@ -84,7 +84,7 @@ class Layout:
     unexpected: tuple[str, ...]
     vocab_axis: dict[str, int]
     blocks: dict[str, tuple[Segment, ...]]
-    memory: Memory = field(repr=False, compare=False)
+    memory: MemoryLayout = field(repr=False, compare=False)
 
     def parameter_of_module(self, path: str) -> str | None:
         """Stored key of the weight of a module, None if the checkpoint stores no tensor for that weight alone.
@@ -128,7 +128,7 @@ class Layout:
         return found[0] if len(found) == 1 else None
 
 
-def describe(
+def describe_layout(
     config: Mapping[str, Any], shapes: Mapping[str, Shape], *, origin: str, trust_remote_code: bool = False
 ) -> Layout:
     """What the stored tensors of a checkpoint mean, without reading them.
@@ -149,7 +149,7 @@ def describe(
         ShapeError: tensors do not have the shapes that config.json describes.
         CorruptFileError: a parameter is stored twice in different layouts.
     """
-    if config.get("auto_map"):  # what code of its own says is its own
+    if config.get("auto_map"):  # the answer depends on code of the model's own, so it is not cached
         return _described(config, shapes, origin, trust_remote_code)
     fresh: list[Layout] = []
 
@@ -157,7 +157,7 @@ def describe(
         fresh.append(_described(config, shapes, origin, trust_remote_code))
         return _plain(fresh[0])
 
-    found = recall("layouts", [relevant(config), [[key, list(shape)] for key, shape in shapes.items()]], ask)
+    found = cached_answer("layouts", [relevant(config), [[key, list(shape)] for key, shape in shapes.items()]], ask)
     return fresh[0] if fresh else _layout(found, origin, partial(_skeleton, config, shapes, origin))
 
 
@@ -173,7 +173,7 @@ def _described(config: Mapping[str, Any], shapes: Mapping[str, Shape], origin: s
     tied, groups = _ties(skeleton, groups)
     named = _named(skeleton, groups, strange)
     heads = skeleton.heads()
-    memory = Memory(
+    memory = MemoryLayout(
         origin=origin,
         parameters={
             **{_canonical(name, skeleton): shape for name, shape in skeleton.parameters.items()},
@@ -250,7 +250,7 @@ def _layout(plain: Mapping[str, Any], origin: str, build: Callable[[], Skeleton]
         for blocks in plain["kinds"]
     ]
     said = plain["memory"]
-    memory = Memory(
+    memory = MemoryLayout(
         origin,
         parameters={name: tuple(shape) for name, shape in said["parameters"].items()},
         groups=tuple(
@@ -286,7 +286,7 @@ def _tuples(lists: list[list[Any]]) -> tuple[tuple[Any, ...], ...]:
 def _unknown(architecture: str, model_type: str, shapes: dict[str, Shape], origin: str) -> Layout:
     names = {key: key for key in shapes}
     first = dict.fromkeys(key.partition(".")[0] for key in shapes if "." in key)
-    memory = Memory(
+    memory = MemoryLayout(
         origin,
         parameters=shapes,
         groups=tuple(Group(key, (key,), ((key,),)) for key in shapes),

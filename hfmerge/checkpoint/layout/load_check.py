@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hfmerge.checkpoint.headers import read_header
-from hfmerge.checkpoint.layout.cache import recall, relevant
+from hfmerge.checkpoint.layout.cache import cached_answer, relevant
 from hfmerge.checkpoint.layout.conversion import Renamer
 from hfmerge.checkpoint.layout.skeleton import Shape, find_class, one_line, skeleton_of
 from hfmerge.errors import CorruptFileError, NotFoundError, ShapeError, UnsupportedError
@@ -37,7 +37,7 @@ def load_back(folder: Path, *, trust_remote_code: bool = False) -> tuple[tuple[s
         missing, unexpected = _load(folder, config, trust_remote_code)
     else:
         question = [relevant(config), [[key, list(shape)] for key, shape in sorted(_header_shapes(folder).items())]]
-        missing, unexpected = recall("loaded", question, lambda: _load(folder, config, trust_remote_code))
+        missing, unexpected = cached_answer("loaded", question, lambda: _load(folder, config, trust_remote_code))
     return tuple(missing), tuple(unexpected)
 
 

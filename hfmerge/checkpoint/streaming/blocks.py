@@ -139,7 +139,7 @@ class BlockStore:
             self._unread = self._held = 0
 
 
-def cut(start: int, spans: Sequence[tuple[int, int]], unit: int) -> list[int]:
+def block_bounds(start: int, spans: Sequence[tuple[int, int]], unit: int) -> list[int]:
     """Bounds of blocks: small tensors together, larger ones by themselves, those beyond `unit` in equal parts.
 
     Args:

@@ -12,15 +12,15 @@ from functools import partial
 from itertools import accumulate
 
 from hfmerge.checkpoint.headers import Header
-from hfmerge.checkpoint.streaming.blocks import BlockStore, adjacent, block_at, cut
+from hfmerge.checkpoint.streaming.blocks import BlockStore, adjacent, block_at, block_bounds
 from hfmerge.checkpoint.streaming.ordered_hash import OrderedDigest
 from hfmerge.errors import CorruptFileError
 from hfmerge.hub.ranges import RangedFile
 
 
-GAPS = (32 << 20, 50)
+COMPLETION_LIMITS = (32 << 20, 50)
 """For its digest alone a file may be completed by so many bytes, or by this fraction of it, whichever is more."""
-Blocks = dict[int, memoryview]
+_Blocks = dict[int, memoryview]
 
 
 class RemoteFile:
@@ -42,8 +42,8 @@ class RemoteFile:
         self._number = store.join(self)
         self._bounds: list[int] = []
         self._digest: OrderedDigest | None = None
-        self._held: Blocks = {}
-        self._coming: dict[int, Future[Blocks]] = {}
+        self._held: _Blocks = {}
+        self._coming: dict[int, Future[_Blocks]] = {}
         self._times: list[int] = []
         self._read = bytearray()
         self._spent = 0
@@ -66,7 +66,7 @@ class RemoteFile:
                         dict.fromkeys(range(block_at(bounds, start), block_at(bounds, start + entry.nbytes - 1) + 1))
                     )
             for block in self._held:
-                self._store.read(self._number, block)  # what was read ahead for nothing may go
+                self._store.read(self._number, block)  # blocks that were read ahead and not used may be dropped
             self._order, self._mark = list(order), 0
             self._place = {block: place for place, block in enumerate(self._order)}
             self._reach = [0, *accumulate(self._length(block) for block in self._order)]
@@ -107,7 +107,7 @@ class RemoteFile:
             self._digest.advance()
         return data
 
-    def _request(self, i: int) -> Future[Blocks]:
+    def _request(self, i: int) -> Future[_Blocks]:
         """Begin to fetch a block, and with it those that follow it both in the file and in what was announced."""
         last, place = i + 1, self._place.get(i)
         while (
@@ -121,7 +121,7 @@ class RemoteFile:
             last += 1
         return self._submit(i, last)
 
-    def _submit(self, first: int, last: int) -> Future[Blocks]:
+    def _submit(self, first: int, last: int) -> Future[_Blocks]:
         future = self._store.submit(partial(self._receive, first, last))
         for block in range(first, last):
             self._coming[block] = future
@@ -142,7 +142,7 @@ class RemoteFile:
                 self._request(block)
             self._mark += 1
 
-    def _receive(self, first: int, last: int) -> Blocks:
+    def _receive(self, first: int, last: int) -> _Blocks:
         """Fetch some blocks; on a thread of the pool."""
         try:
             data = memoryview(self._ranged.read(self._bounds[first], self._bounds[last]))
@@ -165,7 +165,7 @@ class RemoteFile:
                 self._times[block] += 1
                 self._digest.add(block, part)
                 if block not in self._place:
-                    self._store.read(self._number, block)  # nobody will
+                    self._store.read(self._number, block)  # counts as read: nobody will read it
             behind = self._digest.waiting > self._store.memory // 4
         # a digest that is slower than the network holds it up
         (self._digest.settle if behind else self._digest.advance)()
@@ -201,7 +201,7 @@ class RemoteFile:
 
     def _spend(self, count: int) -> bool:
         """Whether so many more bytes may be fetched for the digest alone."""
-        if self._spent + count > max(GAPS[0], self._ranged.size // GAPS[1]):
+        if self._spent + count > max(COMPLETION_LIMITS[0], self._ranged.size // COMPLETION_LIMITS[1]):
             return False
         self._spent += count
         return True
@@ -226,7 +226,7 @@ class RemoteFile:
             if self._digest.given_up is None and not self._spend(sum(self._length(block) for block in missing)):
                 unread = sum(self._length(block) for block in missing if not self._times[block])
                 self._digest.give_up(
-                    f"the merge had no need of {unread} of its {self._ranged.size} bytes"
+                    f"the merge did not read {unread} of its {self._ranged.size} bytes"
                     if unread
                     else "it was read in another order than it is stored in, and memory to hash it ran out"
                 )
@@ -254,7 +254,7 @@ class RemoteFile:
         """Where blocks begin, and the end of the file. The lock is held."""
         if not self._bounds:
             spans = [(self.header.offsets[key], entry.nbytes) for key, entry in self.header.entries.items()]
-            self._bounds = cut(self.header.end, sorted(spans), self._store.unit)
+            self._bounds = block_bounds(self.header.end, sorted(spans), self._store.unit)
             count = len(self._bounds) - 1
             self._times, self._read, self._asked = [0] * count, bytearray(count), bytearray(count)
             self._digest = OrderedDigest(self._head, count, self._sha256, self._lock)

@@ -32,7 +32,7 @@ def served_digests(snapshot: Snapshot, files: Sequence[str]) -> dict[str, str]:
     """
     from huggingface_hub import hf_hub_url
 
-    if snapshot.offline or snapshot.gone:
+    if snapshot.offline or snapshot.vanished:
         raise OfflineError(
             f"{snapshot.label}: the Hub does not serve it now; run again online, or without "
             f"{parameter('download', True)}."

@@ -22,10 +22,10 @@ from hfmerge.engine.options import RunOptions
 from hfmerge.engine.partition import visit_bytes
 from hfmerge.engine.plan import Param, Plan
 from hfmerge.engine.planner import build_method, make_plan
-from hfmerge.engine.ranks import Ranks, shares
+from hfmerge.engine.ranks import Ranks, assign_owners
 from hfmerge.engine.threads import AHEAD, core_count, overlapped, resident_memory
 from hfmerge.errors import Problem, RecipeError
-from hfmerge.evaluation.inspection.spectra import Asked, Spectrum
+from hfmerge.evaluation.inspection.spectra import Detail, Spectrum
 from hfmerge.evaluation.inspection.statistics import HELD, Changes, Measured, measure
 from hfmerge.hub.progress_bar import progress_bar
 from hfmerge.methods.opcm import OPCM
@@ -42,7 +42,7 @@ Square = tuple[tuple[float | None, ...], ...]
 
 
 @dataclass(frozen=True)
-class Part:
+class LayerStatistics:
     """The whole model, or one layer of it; per model in order, or T x T.
 
     Attributes:
@@ -88,8 +88,8 @@ class Inspection:
     names: tuple[str, ...]
     alpha: float
     variant: str
-    whole: Part
-    layers: tuple[Part, ...]
+    whole: LayerStatistics
+    layers: tuple[LayerStatistics, ...]
     spectra: tuple[Spectrum, ...]
     seconds: float
     warnings: tuple[str, ...]
@@ -138,10 +138,10 @@ def inspect_models(
         raise RecipeError(
             [Problem(parameter("matrices"), f"{', '.join(matrices)} match no matrix that a model changes")], origin
         )
-    asked = Asked(True, TOPS, alpha, variant)
-    plain = dataclasses.replace(asked, spectral=False)
+    detail = Detail(True, TOPS, alpha, variant)
+    plain = dataclasses.replace(detail, spectral=False)
     apart = chosen if spectral else set[str]()
-    owners = shares([_cost(param, param.key in apart) for param in touched], ranks.world)
+    owners = assign_owners([_cost(param, param.key in apart) for param in touched], ranks.world)
 
     def mine() -> dict[str, Measured]:
         own = [param for param, owner in zip(touched, owners, strict=True) if owner == ranks.rank]
@@ -151,7 +151,7 @@ def inspect_models(
 
             def work(param: Param) -> Measured:
                 ranks.check()
-                return measure(changes, param, asked if param.key in apart else plain)
+                return measure(changes, param, detail if param.key in apart else plain)
 
             changes.expect(own)
             return {one.key: one for one in _over(plan, own, work, options, bar=ranks.main)}
@@ -221,16 +221,16 @@ def _streamed(plan: Plan) -> Iterator[Streaming | None]:
         yield streaming
 
 
-def by_layer(found: Sequence[Measured]) -> Mapping[str, list[Measured]]:
+def by_layer(measured: Sequence[Measured]) -> Mapping[str, list[Measured]]:
     """Parameters by layer, in stored order.
 
     A layer's name ends with the first number in a tensor's name ("encoder.layer.3"); other tensors go by their first
     word ("embeddings"), or two where the first stands before layers as well ("model.norm").
     """
-    numbered = {one.key: _numbered(one.key) for one in found}
+    numbered = {one.key: _numbered(one.key) for one in measured}
     stems = {name.partition(".")[0] for name in numbered.values() if name is not None}
     layers: dict[str, list[Measured]] = {}
-    for one in found:
+    for one in measured:
         name = numbered[one.key]
         if name is None:
             words = one.key.split(".")
@@ -245,11 +245,11 @@ def _numbered(key: str) -> str | None:
     return ".".join(words[: places[0] + 1]) if places else None
 
 
-def _part(name: str, found: Sequence[Measured]) -> Part:
-    models = range(len(found[0].gram))
+def _part(name: str, measured: Sequence[Measured]) -> LayerStatistics:
+    models = range(len(measured[0].gram))
 
     def total(field: str, i: int, j: int) -> float:
-        return math.fsum(getattr(one, field)[i][j] for one in found)
+        return math.fsum(getattr(one, field)[i][j] for one in measured)
 
     norms = tuple(math.sqrt(total("gram", i, i)) for i in models)
 
@@ -265,14 +265,14 @@ def _part(name: str, found: Sequence[Measured]) -> Part:
         whole = total("matrices", i, 0)
         return total("matrices", i, 1) / whole if whole else None
 
-    magnitude = math.fsum(one.magnitude[0] for one in found)
-    return Part(
+    magnitude = math.fsum(one.magnitude[0] for one in measured)
+    return LayerStatistics(
         name,
-        sum(one.elements for one in found),
+        sum(one.elements for one in measured),
         norms,
         tuple(tuple(cosine(i, j) for j in models) for i in models),
         tuple(tuple(conflict(i, j) for j in models) for i in models),
-        1.0 - math.fsum(one.magnitude[1] for one in found) / magnitude if magnitude else None,
+        1.0 - math.fsum(one.magnitude[1] for one in measured) / magnitude if magnitude else None,
         tuple(cleared(i) for i in models),
     )
 

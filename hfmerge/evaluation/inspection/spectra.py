@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hfmerge.methods.opcm import project
-from hfmerge.methods.spectral import Variant
+from hfmerge.methods.spectral import OpcmVariant
 from hfmerge.task_vector import Core, LowRank, Segment, TaskVector, cut
 
 
@@ -43,7 +43,7 @@ class Spectrum:
 
 
 @dataclass(frozen=True)
-class Asked:
+class Detail:
     """What to measure beyond inner products and signs.
 
     Attributes:
@@ -55,11 +55,11 @@ class Asked:
     spectral: bool
     tops: tuple[int, ...]
     alpha: float
-    variant: Variant
+    variant: OpcmVariant
 
 
 def take_apart(
-    key: str, block: Segment, taus: Iterable[TaskVector | None], weights: Sequence[float], asked: Asked
+    key: str, block: Segment, taus: Iterable[TaskVector | None], weights: Sequence[float], detail: Detail
 ) -> tuple[list[tuple[float, float]], list[Spectrum]]:
     """Spectra of one matrix, and per model the squared norms of its change and of the part that OPCM would clear.
 
@@ -76,14 +76,14 @@ def take_apart(
         if square == 0.0:
             parts.append((0.0, 0.0))
             continue
-        spectra.append(_spectrum(key, block.label, i, tau, asked.tops))
+        spectra.append(_spectrum(key, block.label, i, tau, detail.tops))
         tau = tau.scaled(weights[i])
         if total is None:
             total = tau
             parts.append((square, 0.0))
             continue
         core = Core.of(total, tau)
-        kept = project(core.first, core.second, core.shape, asked.alpha, asked.variant)
+        kept = project(core.first, core.second, core.shape, detail.alpha, detail.variant)
         before = float(core.second.square().sum())
         parts.append((square, square * max(0.0, 1.0 - float(kept.square().sum()) / before)))
         total = core.lift(core.first + kept)

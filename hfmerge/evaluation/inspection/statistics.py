@@ -16,7 +16,7 @@ from hfmerge.checkpoint.streaming.session import Streaming
 from hfmerge.checkpoint.vocabulary import extended_base
 from hfmerge.engine.plan import Param, Plan
 from hfmerge.engine.plan_readers import open_deltas
-from hfmerge.evaluation.inspection.spectra import Asked, Spectrum, take_apart
+from hfmerge.evaluation.inspection.spectra import Detail, Spectrum, take_apart
 from hfmerge.task_vector import LowRank, TaskVector
 
 
@@ -27,7 +27,7 @@ Number = TypeVar("Number", int, float)
 
 HELD = 1 << 25
 """Elements of all models' changes of one parameter that are held at once; more are read some rows at a time."""
-TILE = 1 << 20
+_TILE = 1 << 20
 """Elements of one model's change that signs are compared in at a time."""
 
 
@@ -121,7 +121,7 @@ class Changes:
         return [(at, min(at + step, shape[0])) for at in range(0, shape[0], step)]
 
 
-def measure(changes: Changes, param: Param, asked: Asked) -> Measured:
+def measure(changes: Changes, param: Param, detail: Detail) -> Measured:
     """Measure one parameter.
 
     Raises:
@@ -139,11 +139,11 @@ def measure(changes: Changes, param: Param, asked: Asked) -> Measured:
         if not math.isfinite(sums.gram[i][i]):
             changes.check_finite(i, param.key)
     matrices, spectra = [(0.0, 0.0)] * count, []
-    for block in param.blocks if asked.spectral else ():
+    for block in param.blocks if detail.spectral else ():
         if block.matrix and len(block.shape(param.slot.shape)) == 2:
             # what was too much to hold is read once more, one model at a time
             source = whole if whole is not None else changes.task_vectors(param)
-            parts, found = take_apart(param.key, block, source, weights, asked)
+            parts, found = take_apart(param.key, block, source, weights, detail)
             matrices = [(a + c, b + d) for (a, b), (c, d) in zip(matrices, parts, strict=True)]
             spectra.extend(found)
     return Measured(
@@ -181,7 +181,7 @@ class _Sums:
             self._add_signs(models, piece)
 
     def _add_signs(self, models: Sequence[int], piece: Sequence[Tensor]) -> None:
-        """Flat pieces of at most `TILE` elements: counts up to 2^24 are exact in float32."""
+        """Flat pieces of at most `_TILE` elements: counts up to 2^24 are exact in float32."""
         import torch
 
         signs = torch.stack([change.sign() for change in piece])
@@ -198,14 +198,14 @@ class _Sums:
 
 
 def _pieces(taus: Sequence[TaskVector]) -> Iterator[list[Tensor]]:
-    """The same elements of every change, flat, at most `TILE` (or one row) at a time."""
+    """The same elements of every change, flat, at most `_TILE` (or one row) at a time."""
     if not taus:
         return
     shape = taus[0].shape
     if len(shape) < 2:
         yield [tau.to_dense().reshape(-1) for tau in taus]
         return
-    step = max(1, TILE // math.prod(shape[1:]))
+    step = max(1, _TILE // math.prod(shape[1:]))
     for at in range(0, shape[0], step):
         yield [_rows(tau, at, at + step).reshape(-1) for tau in taus]
 

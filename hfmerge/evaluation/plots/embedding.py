@@ -1,6 +1,7 @@
 """Pictures in a merge's card: drawn into `figures/` and shown in a marked part of their own.
 
-The part is about the models in the merge, so the next `add` or `unmerge` leaves it out (see `lifecycle.record`).
+The part is about the models in the merge, so the next `add` or `unmerge` leaves it out (see
+`lifecycle.record.record_result`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 from hfmerge.errors import OutputError
 from hfmerge.evaluation.plots import draw_all
 from hfmerge.ledger.card import FILE
-from hfmerge.ledger.card_sections import files_in, part, with_part
+from hfmerge.ledger.card_sections import linked_files, part, with_part
 from hfmerge.ledger.entry import Entry
 from hfmerge.ledger.repository import open_merged
 
@@ -85,4 +86,4 @@ def figures_text(written: Sequence[Path]) -> str:
 
 def drawn(text: str | None) -> list[str]:
     """Files that the pictures of a card lie in."""
-    return files_in(part(text, FIGURES), FIGURES) if text is not None else []
+    return linked_files(part(text, FIGURES), FIGURES) if text is not None else []

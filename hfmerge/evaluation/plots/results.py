@@ -6,7 +6,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hfmerge.evaluation.plots.style import COLOURS, MARKERS, canvas, cut, heatmap, lines, save, short_names, title_of
+from hfmerge.evaluation.plots.style import (
+    COLOURS,
+    MARKERS,
+    canvas,
+    heatmap,
+    lines,
+    save,
+    short_names,
+    shortened,
+    title_of,
+)
 
 
 def draw_evaluation(data: Mapping[str, Any], folder: Path) -> list[Path]:
@@ -110,7 +120,7 @@ def _similarity(variants: Sequence[Mapping[str, Any]], folder: Path) -> list[Pat
         label = one["label"] if found is None else f"{one['label']} (rho {found:+.2f})"
         cosines, drops = [pair["cosine"] for pair in pairs], [pair["drop"] for pair in pairs]
         colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
-        axes.scatter(cosines, drops, s=22, color=colour, marker=marker, alpha=0.8, label=cut(label))
+        axes.scatter(cosines, drops, s=22, color=colour, marker=marker, alpha=0.8, label=shortened(label))
     axes.axhline(0.0, color="#999999", linewidth=0.8)
     axes.set_xlabel("cosine of the two task vectors")
     axes.set_ylabel("drop of the earlier task's score")
@@ -140,12 +150,12 @@ def _over(variant: Mapping[str, Any], step: int, field: str) -> list[float]:
     return [value for value in found if value is not None]
 
 
-def _mean(found: Sequence[float]) -> float | None:
-    return sum(found) / len(found) if found else None
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
-def _range(found: Sequence[float]) -> tuple[float, float]:
-    return (min(found), max(found)) if found else (float("nan"), float("nan"))
+def _range(values: Sequence[float]) -> tuple[float, float]:
+    return (min(values), max(values)) if values else (float("nan"), float("nan"))
 
 
 def _least(row: Sequence[float | None]) -> float:

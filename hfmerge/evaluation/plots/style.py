@@ -129,7 +129,7 @@ def heatmap(
 
     table = np.array([[np.nan if value is None else value for value in row] for row in values], dtype=float)
     height, width = table.shape
-    rows, columns = list(map(cut, rows)), list(map(cut, columns))
+    rows, columns = list(map(shortened, rows)), list(map(shortened, columns))
     longest = max(len(name) for name in rows)
     figure, axes = canvas(1.9 + 0.62 * width + 0.07 * longest, 1.5 + 0.36 * height + 0.05 * max(map(len, columns)))
     shown = axes.imshow(
@@ -182,16 +182,16 @@ def lines(
     for i, (name, values) in enumerate(list(series.items())[:MOST_NAMES]):
         colour = COLOURS[i % len(COLOURS)]
         shown = np.array([np.nan if value is None else value for value in values[::every]], dtype=float)
-        axes.plot(places, shown, label=cut(name), color=colour, marker=MARKERS[i % len(MARKERS)])
+        axes.plot(places, shown, label=shortened(name), color=colour, marker=MARKERS[i % len(MARKERS)])
         if spread is not None and name in spread:
             low, high = np.array(spread[name][::every], dtype=float).T
             axes.fill_between(places, low, high, color=colour, alpha=0.12, linewidth=0)
     step = max(1, len(places) // MOST_TICKS)
-    names = [f"{place:g}" for place in places] if ticks is None else list(map(cut, ticks[::every]))
+    names = [f"{place:g}" for place in places] if ticks is None else list(map(shortened, ticks[::every]))
     turned = any(len(name) > 5 for name in names)
     turn: dict[str, Any] = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if turned else {}
     axes.set_xticks(list(places)[::step], names[::step], **turn)
-    axes.set_xlabel(cut(across))
+    axes.set_xlabel(shortened(across))
     axes.set_ylabel(up)
     axes.grid(axis="y")
     if len(series) > 1:
@@ -202,10 +202,10 @@ def lines(
 
 def title_of(figure: Figure, title: str) -> None:
     """A title at the figure's left edge, where long ones have room."""
-    figure.suptitle(cut(title, 2 * MOST_NAMES), x=0.01, ha="left", fontsize=10.0, fontweight="bold")
+    figure.suptitle(shortened(title, 2 * MOST_NAMES), x=0.01, ha="left", fontsize=10.0, fontweight="bold")
 
 
-def cut(name: str, most: int = MOST_NAMES) -> str:
+def shortened(name: str, most: int = MOST_NAMES) -> str:
     """A name of which there may be any number of characters, on one line."""
     text = plain(name)
     return text if len(text) <= most else f"{text[: most - 1]}\N{HORIZONTAL ELLIPSIS}"

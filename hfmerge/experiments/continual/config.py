@@ -82,16 +82,16 @@ def orders(models: int, count: int, seed: int) -> list[tuple[int, ...]]:
     raise AssertionError("there is always another seed")
 
 
-def pair(suite: Suite, names: Sequence[str], refs: Sequence[str], given: Mapping[str, str]) -> list[str]:
+def pair(suite: Suite, names: Sequence[str], refs: Sequence[str], owners: Mapping[str, str]) -> list[str]:
     """The task of every model, in the models' order.
 
-    A task belongs to the model that `given` names, else to the one whose classification head the suite names, else to
+    A task belongs to the model that `owners` names, else to the one whose classification head the suite names, else to
     the one whose name, without what all names begin with, is the task's, else to the only one whose name has the
     task's in it.
 
     Args:
         names, refs: of the models, as results and as the recipe have them.
-        given: task -> model.
+        owners: task -> model.
 
     Raises:
         RecipeError: a model without a task, or with several; all such faults at once.
@@ -102,7 +102,7 @@ def pair(suite: Suite, names: Sequence[str], refs: Sequence[str], given: Mapping
     plain_names = [_plain(name.rpartition("--")[2]) for name in names]
     short = [_plain(name) for name in short_names(names)]
     for task in suite.tasks:
-        owner = given.get(task.name, task.head if task.classifies else None)
+        owner = owners.get(task.name, task.head if task.classifies else None)
         if owner is not None:
             plain = owner.partition("@")[0] if owner not in known else owner
             if plain not in known:
@@ -115,7 +115,7 @@ def pair(suite: Suite, names: Sequence[str], refs: Sequence[str], given: Mapping
         hits = hits or [i for i, name in enumerate(plain_names) if wanted in name]
         if len(hits) == 1:
             found[hits[0]].append(task.name)
-    for task_name in given:
+    for task_name in owners:
         if task_name not in [task.name for task in suite.tasks]:
             problems.append(Problem(f"task {task_name}", f"is not in {suite.name}"))
     for i, tasks in found.items():

@@ -13,10 +13,10 @@ from hfmerge.evaluation.results import Score
 from hfmerge.experiments.continual import metrics
 
 
-def identity(source: Model) -> str:
+def model_identity(source: Model) -> str:
     """What a model is, wherever it lies: commit on the Hub, or digest of its files; an adapter with its base."""
     own = source.snapshot.commit or folder_digest(digests(source))
-    beneath = "" if source.beneath is None else f"{identity(source.beneath)}+"
+    beneath = "" if source.beneath is None else f"{model_identity(source.beneath)}+"
     return f"{beneath}{source.kind}:{own}"
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hfmerge.evaluation.results import table
+from hfmerge.evaluation.results import markdown_table
 from hfmerge.validation.quoting import Markdown, markdown
 
 
@@ -51,7 +51,7 @@ def to_markdown(data: Mapping[str, Any]) -> str:
     parts = [
         f"{len(models)} models on {base}, {orders}, suite {suite}, {shown} rows a task. "
         "Mean ± sample standard deviation over orders.",
-        table("", list(COLUMNS.values()), _labels(variants), [_summary(one["summary"]) for one in variants]),
+        markdown_table("", list(COLUMNS.values()), _labels(variants), [_summary(one["summary"]) for one in variants]),
         "Score on every task after the last step, mean over orders:",
         _by_task(models, variants),
         "ACC on the tasks seen so far, mean over orders:",
@@ -150,12 +150,12 @@ def _by_task(models: Sequence[Mapping[str, Any]], variants: Sequence[Mapping[str
     rows.append([sum(column) / len(column) for column in zip(*rows, strict=True)])
     names = [*(model["task"] for model in models), Markdown("**mean**")]
     cells = [[f"{value:.3f}" for value in row] for row in rows]
-    return table("task", ["alone", "base", *_labels(variants)], names, cells)
+    return markdown_table("task", ["alone", "base", *_labels(variants)], names, cells)
 
 
 def _by_step(variants: Sequence[Mapping[str, Any]], count: int) -> str:
     cells = [[f"{mean_over_orders(one, t, 'accuracy'):.3f}" for t in range(count)] for one in variants]
-    return table("models", [str(t + 1) for t in range(count)], _labels(variants), cells)
+    return markdown_table("models", [str(t + 1) for t in range(count)], _labels(variants), cells)
 
 
 def _costs(variants: Sequence[Mapping[str, Any]]) -> str:
@@ -165,7 +165,7 @@ def _costs(variants: Sequence[Mapping[str, Any]]) -> str:
         peaks = [step["peak_bytes"] for step in steps if step["peak_bytes"] is not None]
         seconds = f"{sum(step['seconds'] for step in steps) / len(steps):.1f}" if steps else "-"
         cells.append([seconds, f"{max(peaks) / 1e6:.0f}" if peaks else "-"])
-    return table("", ["seconds", "peak memory of the process, MB"], _labels(variants), cells)
+    return markdown_table("", ["seconds", "peak memory of the process, MB"], _labels(variants), cells)
 
 
 def _removals(models: Sequence[Mapping[str, Any]], variants: Sequence[Mapping[str, Any]]) -> str:
@@ -195,7 +195,7 @@ def _removals(models: Sequence[Mapping[str, Any]], variants: Sequence[Mapping[st
         "base there",
         "s",
     ]
-    return table("removed", columns, names, cells)
+    return markdown_table("removed", columns, names, cells)
 
 
 def _interference(models: Sequence[Mapping[str, Any]], variants: Sequence[Mapping[str, Any]]) -> str:
@@ -205,7 +205,7 @@ def _interference(models: Sequence[Mapping[str, Any]], variants: Sequence[Mappin
     for one in with_it:
         shares = [one["inspection"]["interference"][i] for i in order]
         cells.append(["-" if share is None else f"{share:.1%}" for share in shares])
-    return table("", [models[i]["task"] for i in order], _labels(with_it), cells)
+    return markdown_table("", [models[i]["task"] for i in order], _labels(with_it), cells)
 
 
 def _similarity(variants: Sequence[Mapping[str, Any]]) -> str:
@@ -223,4 +223,4 @@ def _similarity(variants: Sequence[Mapping[str, Any]]) -> str:
             ]
         )
     columns = ["ordered pairs", "Pearson r", "Spearman rho", "mean drop", "largest drop"]
-    return table("", columns, _labels(variants), cells)
+    return markdown_table("", columns, _labels(variants), cells)

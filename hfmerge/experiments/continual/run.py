@@ -33,7 +33,7 @@ from hfmerge.evaluation.weight_distance import distance, relative, same_weights
 from hfmerge.experiments.continual import metrics
 from hfmerge.experiments.continual.config import Variant, arranged, check_variants, pair
 from hfmerge.experiments.continual.config import orders as drawn_orders
-from hfmerge.experiments.continual.measures import PeakMemory, identity, summed_up, values
+from hfmerge.experiments.continual.measures import PeakMemory, model_identity, summed_up, values
 from hfmerge.hashing import canonical_json, sha256_bytes
 from hfmerge.ledger.repository import open_merged
 from hfmerge.methods import registry
@@ -71,7 +71,9 @@ class Experiment:
     tasks: Mapping[str, str] | None = None
 
 
-def run_continual(asked: Experiment, folder: Path, *, notify: Callable[[str], object] | None = None) -> dict[str, Any]:
+def run_continual(
+    experiment: Experiment, folder: Path, *, notify: Callable[[str], object] | None = None
+) -> dict[str, Any]:
     """Measure everything that is not measured yet; the result is JSON-able. `report` makes tables of it.
 
     Args:
@@ -81,29 +83,29 @@ def run_continual(asked: Experiment, folder: Path, *, notify: Callable[[str], ob
     Raises:
         HfMergeError: an error of merging or evaluating. Earlier measurements stay.
     """
-    check_variants(asked.variants)
-    plan = api.plan(asked.variants[0].recipe)
+    check_variants(experiment.variants)
+    plan = api.plan(experiment.variants[0].recipe)
     sources = [delta.source for delta in plan.deltas]
-    refs = [entry.model for entry in asked.variants[0].recipe.models]
+    refs = [entry.model for entry in experiment.variants[0].recipe.models]
     names = [source.name for source in sources]
-    tasks = pair(asked.suite, [source.slug for source in sources], refs, dict(asked.tasks or {}))
-    suite = asked.suite.select(tasks)
+    tasks = pair(experiment.suite, [source.slug for source in sources], refs, dict(experiment.tasks or {}))
+    suite = experiment.suite.select(tasks)
     owners = dict(zip(tasks, refs, strict=True))
     heads = {task.name: owners[task.name] for task in suite.tasks if task.classifies}
-    evaluator = Evaluator(suite, asked.settings, heads=heads)
-    run = _Run(asked, folder, plan, tasks, evaluator, notify or (lambda line: None))
-    base = run.scores("the base", run.base, asked.variants[0].recipe.base, range(len(refs)))
+    evaluator = Evaluator(suite, experiment.settings, heads=heads)
+    run = _Run(experiment, folder, plan, tasks, evaluator, notify or (lambda line: None))
+    base = run.scores("the base", run.base, experiment.variants[0].recipe.base, range(len(refs)))
     alone: dict[int, Score] = {}
     for i, name in enumerate(names):
         alone |= run.scores(f"{name} alone", run.identities[i], refs[i], [i])
-    arrivals = drawn_orders(len(refs), asked.orders, asked.seed)
+    arrivals = drawn_orders(len(refs), experiment.orders, experiment.seed)
     return {
         "kind": "continual",
         "schema": _SCHEMA,
-        "suite": {"name": asked.suite.name, "digest": asked.suite.digest},
+        "suite": {"name": experiment.suite.name, "digest": experiment.suite.digest},
         "settings": {
-            "orders": len(arrivals), "seed": asked.seed, "limit": asked.settings.limit,
-            "sample_seed": asked.settings.seed, "removals": asked.removals, "mode": asked.mode,
+            "orders": len(arrivals), "seed": experiment.seed, "limit": experiment.settings.limit,
+            "sample_seed": experiment.settings.seed, "removals": experiment.removals, "mode": experiment.mode,
         },
         "base": public_name(plan.base),
         "models": [
@@ -113,7 +115,7 @@ def run_continual(asked: Experiment, folder: Path, *, notify: Callable[[str], ob
             }
             for i, source in enumerate(sources)
         ],
-        "variants": [run.variant(variant, arrivals, base, alone) for variant in asked.variants],
+        "variants": [run.variant(variant, arrivals, base, alone) for variant in experiment.variants],
         "environment": environment(),
     }  # fmt: skip
 
@@ -123,20 +125,20 @@ class _Run:
 
     def __init__(
         self,
-        asked: Experiment,
+        experiment: Experiment,
         folder: Path,
         plan: Plan,
         tasks: Sequence[str],
         evaluator: Evaluator,
         notify: Callable[[str], object],
     ):
-        self.asked, self.tasks, self.evaluator, self.notify = asked, tasks, evaluator, notify
+        self.experiment, self.tasks, self.evaluator, self.notify = experiment, tasks, evaluator, notify
         self.cells, self.place = folder / "cells", folder / "merge"
         self.cells.mkdir(parents=True, exist_ok=True)
         # the same rows for all orders: they depend on the model alone
         self.options = RunOptions(rows=folder / "rows")
-        self.identities = [identity(delta.source) for delta in plan.deltas]
-        self.base = identity(plan.base)
+        self.identities = [model_identity(delta.source) for delta in plan.deltas]
+        self.base = model_identity(plan.base)
         self.rows: dict[str, list[Any]] = {}
         self.standing: list[Any] | None = None
         self.left()
@@ -161,7 +163,7 @@ class _Run:
         found = []
         for k, order in enumerate(arrivals):
             steps = [self.step(variant, order, t) for t in range(len(order))]
-            wanted = self.asked.removals == "all" or (self.asked.removals == "first" and k == 0)
+            wanted = self.experiment.removals == "all" or (self.experiment.removals == "first" and k == 0)
             removals = [self.removal(variant, order, i) for i in order] if wanted and len(order) > 1 else []
             self.left()
             found.append(
@@ -227,17 +229,17 @@ class _Run:
         key = ["step", self._merge_of(variant.recipe, seen), [[self.tasks[i], i] for i in (*seen, *upcoming)]]
         return self._cell(f"{variant.label}: {len(seen)} models", key, work)
 
-    def removal(self, variant: Variant, order: Sequence[int], gone: int) -> dict[str, Any]:
+    def removal(self, variant: Variant, order: Sequence[int], removed: int) -> dict[str, Any]:
         """Take one model out of the whole merge, and compare with the merge that never saw it."""
 
         def work() -> dict[str, Any]:
             self._stand_at(variant.recipe, order)
             options = self._options(variant.recipe)
-            name = open_merged(str(self.place)).last.models[order.index(gone)].name
+            name = open_merged(str(self.place)).last.models[order.index(removed)].name
             with tempfile.TemporaryDirectory(dir=self.place.parent) as folder:
                 out, never = Path(folder) / "unmerged", Path(folder) / "never"
-                result = api.unmerge(self.place, name, output=out, mode=self.asked.mode, options=options)
-                rest = arranged(variant.recipe, [i for i in order if i != gone])
+                result = api.unmerge(self.place, name, output=out, mode=self.experiment.mode, options=options)
+                rest = arranged(variant.recipe, [i for i in order if i != removed])
                 other = api.merge(rest, output=never, options=options)
                 identical = same_weights(result.entry.products, other.entry.products)
                 first = self._evaluate(str(out), order)
@@ -245,14 +247,14 @@ class _Run:
                 norm = float(other.entry.scalars.merged_norm)
                 apart = 0.0 if identical else relative(distance(out, never), norm)
             found = metrics.fidelity(
-                name, gone, values(first), values(second),
+                name, removed, values(first), values(second),
                 identical=identical, distance=apart, seconds=result.seconds["total"],
             )  # fmt: skip
             return {**asdict(found), "how": result.entry.how}
 
-        key = ["removal", self._merge_of(variant.recipe, order), list(self.tasks), gone]
-        key += [self.asked.mode] if self.asked.mode != "exact" else []
-        return self._cell(f"{variant.label}: without {self.tasks[gone]}", key, work)
+        key = ["removal", self._merge_of(variant.recipe, order), list(self.tasks), removed]
+        key += [self.experiment.mode] if self.experiment.mode != "exact" else []
+        return self._cell(f"{variant.label}: without {self.tasks[removed]}", key, work)
 
     def inspection(self, variant: Variant, order: Sequence[int]) -> dict[str, Any]:
         """Cosine of task vectors, and what OPCM clears of each model in this order; listed as in the recipe."""
@@ -286,9 +288,9 @@ class _Run:
 
     def _cell(self, title: str, key: Sequence[Any], work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """A cell from its file, or measured and put there in one rename."""
-        settings = self.asked.settings
+        settings = self.experiment.settings
         rows = [self.evaluator.pin(task).digest for task in self.evaluator.suite.tasks]
-        about = [_SCHEMA, __version__, self.asked.suite.digest, rows, settings.limit, settings.seed, *key]
+        about = [_SCHEMA, __version__, self.experiment.suite.digest, rows, settings.limit, settings.seed, *key]
         path = self.cells / f"{key[0]}-{sha256_bytes(canonical_json(about))[:24]}.json"
         if path.is_file():
             found: dict[str, Any] = json.loads(path.read_bytes())
@@ -303,12 +305,12 @@ class _Run:
 
     def _merge_of(self, recipe: Recipe, order: Sequence[int]) -> list[Any]:
         """Everything that the merge of some models in an order depends on."""
-        asked = recipe.to_dict()
-        given = {key: asked[key] for key in ("method", "dtype", "include", "exclude", "vocabulary", "learn")}
+        settings = recipe.to_dict()
+        chosen = {key: settings[key] for key in ("method", "dtype", "include", "exclude", "vocabulary", "learn")}
         if recipe.learn is not None and recipe.learn.suite is not None:
-            given["labelled"] = self._labelled(recipe.learn.suite)
+            chosen["labelled"] = self._labelled(recipe.learn.suite)
         models = [[self.identities[i], stored(recipe.models[i].weight)] for i in order]
-        return [given, registry()[recipe.method.name].version, self.base, models]
+        return [chosen, registry()[recipe.method.name].version, self.base, models]
 
     def _stand_at(self, recipe: Recipe, order: Sequence[int]) -> None:
         """Have the merge of these models in the work folder; made anew where the steps to it were measured before."""

@@ -37,7 +37,7 @@ def model_tree(hub: Hub, row: RepoRow, call: Call) -> ModelTree:
     """The tree of a model; of anything else an empty one."""
     if row.kind != "model":
         return ModelTree([], [])
-    relation, names = _bases(tip_facts(hub, row).found)
+    relation, names = _bases(tip_facts(hub, row).fields)
     parents = [Relative(name, relation, _seen(hub, name, call)) for name in names[:_MOST]]
     others = [other for other in hub.database.repos("model") if hub.may_see(other, call.user)]
     found = listed(hub, "model", others)
@@ -49,9 +49,9 @@ def model_tree(hub: Hub, row: RepoRow, call: Call) -> ModelTree:
     return ModelTree(parents, children[:_MOST])
 
 
-def _bases(found: Mapping[str, Any]) -> tuple[str, list[str]]:
+def _bases(fields: Mapping[str, Any]) -> tuple[str, list[str]]:
     """How a model comes from others, and from which, as its card says."""
-    return str(found.get("baseModels", {}).get("relation") or "base"), base_models(found.get("cardData") or {})
+    return str(fields.get("baseModels", {}).get("relation") or "base"), base_models(fields.get("cardData") or {})
 
 
 def _seen(hub: Hub, name: str, call: Call) -> RepoRow | None:

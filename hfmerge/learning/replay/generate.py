@@ -24,10 +24,10 @@ from hfmerge.evaluation.processors import (
 from hfmerge.hub.progress_bar import progress_bar
 from hfmerge.learning.replay import images, sampling
 from hfmerge.learning.replay.dataset import Replay
-from hfmerge.learning.replay.search import search, shared_out
+from hfmerge.learning.replay.search import Schedule, search, shared_out
 from hfmerge.learning.replay.targets import token_targets
 from hfmerge.learning.replay.words import Vocabulary, read_vocabulary
-from hfmerge.recipe.replay import ReplayAsked
+from hfmerge.recipe.replay import ReplaySettings
 
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ SCORES = {"multi_label_classification": "labels", "regression": "values"}
 def generate(
     subject: Subject,
     kind: str,
-    asked: ReplayAsked | None = None,
+    settings: ReplaySettings | None = None,
     *,
     spare: Subject | None = None,
     progress: bool = False,
@@ -57,7 +57,7 @@ def generate(
     Args:
         subject: the fine-tuned model, with its tokenizer or image processor. Its weights are kept as it was opened.
         kind: "text-classification", "image-classification", "causal" or "masked".
-        asked: how many rows, and how they are made.
+        settings: how many rows, and how they are made.
         spare: the masked language model for the generator `masked` of a classifier (its base, as a rule), and the
             model whose tokenizer or image processor is taken where the subject has none.
         progress: show a bar with the time left.
@@ -68,16 +68,16 @@ def generate(
     """
     import torch
 
-    asked = asked or ReplayAsked()
-    asked.chosen(kind)
+    settings = settings or ReplaySettings()
+    settings.chosen(kind)
     begun = time.monotonic()
     model, scores = _opened(subject, kind)
-    name = _generator(asked, kind, model, scores, subject.info.label)
-    asked = dataclasses.replace(asked, generator=name)
-    steps = asked.chosen(kind)[1]
+    name = _generator(settings, kind, model, scores, subject.info.label)
+    settings = dataclasses.replace(settings, generator=name)
+    steps = settings.chosen(kind)[1]
     title = f"Replay of {subject.info.label}"
-    with progress_bar(asked.rows * (1 + steps), title, "row", shown=progress) as bar:
-        maker = _Maker(subject, spare, model, kind, scores, asked, steps, bar.update)
+    with progress_bar(settings.rows * (1 + steps), title, "row", shown=progress) as bar:
+        maker = _Maker(subject, spare, model, kind, scores, settings, steps, bar.update)
         inputs, targets, pad = maker.pixels() if kind == "image-classification" else maker.texts()
         bar.total = bar.n
         bar.refresh()
@@ -87,8 +87,8 @@ def generate(
     info = subject.info
     mark = info.commit or (f"sha256:{info.digest}" if info.digest else "")
     return Replay(
-        f"{info.label}@{mark}" if mark else info.label, kind, name, asked.seed, scores, pad, asked.kept_back, inputs,
-        targets, maker.passes, time.monotonic() - begun,
+        f"{info.label}@{mark}" if mark else info.label, kind, name, settings.seed, scores, pad, settings.kept_back,
+        inputs, targets, maker.passes, time.monotonic() - begun,
     )  # fmt: skip
 
 
@@ -102,7 +102,7 @@ class _Maker:
         model: PreTrainedModel,
         kind: str,
         scores: str,
-        asked: ReplayAsked,
+        settings: ReplaySettings,
         steps: int,
         update: Callable[[int], object],
     ):
@@ -110,9 +110,9 @@ class _Maker:
 
         self.passes = 0
         self._subject, self._spare, self._model, self._kind = subject, spare, model, kind
-        self._scores, self._asked, self._steps, self._update = scores, asked, steps, update
+        self._scores, self._asked, self._steps, self._update = scores, settings, steps, update
         self._snapshots = (*subject.snapshots, *(spare.snapshots if spare is not None else ()))
-        self._random: Generator = torch.Generator().manual_seed(asked.seed)
+        self._random: Generator = torch.Generator().manual_seed(settings.seed)
         self._log_chances = torch.nn.functional.logsigmoid if scores == "labels" else _log_softmax
 
     @property
@@ -124,7 +124,7 @@ class _Maker:
         """Inputs and targets of rows of text, and the token they are padded with."""
         import torch
 
-        label, asked = self._subject.info.label, self._asked
+        label, settings = self._subject.info.label, self._asked
         tokenizer = load_tokenizer(find_snapshot(self._snapshots, TOKENIZER_FILES, "tokenizer", label))
         writer = self._writer(tokenizer)
         models = [model for model in (self._model, writer) if model is not None]
@@ -133,28 +133,27 @@ class _Maker:
         # without a padding token a decoder cannot tell where its row ends
         if getattr(self._model.config, "pad_token_id", None) is None:
             self._model.config.pad_token_id = words.pad
-        length = longest(tokenizer, self._subject.config, asked.length)
+        length = longest(tokenizer, self._subject.config, settings.length)
         # of a row of one token a causal model has nothing to predict
         fewest = 2 if self._kind == "causal" else 1
         least = len(words.before) + len(words.after) + fewest
         if length < least:
             raise HfMergeError(f"{label}: replay rows of {length} tokens leave no room for text; {least} at least.")
-        if asked.generator == "sampled":
+        if settings.generator == "sampled":
             rows = sampling.continued(
-                self._model, words, self._runner, rows=asked.rows, length=length, temperature=asked.temperature,
+                self._model, words, self._runner, rows=settings.rows, length=length, temperature=settings.temperature,
                 generator=self._random,
             )  # fmt: skip
         else:
-            rows = words.spans(asked.rows, fewest, length, self._random)
-        if asked.generator == "contrast":
+            rows = words.spans(settings.rows, fewest, length, self._random)
+        if settings.generator == "contrast":
             rows = search(
-                self._model, rows, self._logits(rows, words.pad), words, self._log_chances,
-                confidence=asked.confidence, steps=self._steps, batch_size=asked.batch_size, generator=self._random,
-                tick=self._tick,
+                self._model, rows, self._logits(rows, words.pad), words, self._log_chances, self._schedule(),
+                confidence=settings.confidence,
             )  # fmt: skip
         if writer is not None:
             rows = sampling.filled(
-                writer, rows, words, self._runner, steps=self._steps, temperature=asked.temperature,
+                writer, rows, words, self._runner, steps=self._steps, temperature=settings.temperature,
                 budget=_budget(writer), generator=self._random,
             )  # fmt: skip
         if self._kind == "text-classification":
@@ -168,13 +167,13 @@ class _Maker:
         """Inputs and targets of images."""
         import torch
 
-        asked = self._asked
+        settings = self._asked
         processor = load_images(
             find_snapshot(self._snapshots, IMAGE_FILES, "image processor", self._subject.info.label)
         )
         size = images.probe(processor)
-        values = images.noise(processor, size, asked.rows, self._random)
-        goal = math.log(asked.confidence) if asked.confidence > 0 else float("-inf")
+        values = images.noise(processor, size, settings.rows, self._random)
+        goal = math.log(settings.confidence) if settings.confidence > 0 else float("-inf")
 
         def loss(logits: Tensor, wanted: Tensor) -> Tensor:
             return (goal - self._log_chances(logits).gather(1, wanted[:, None])[:, 0]).clamp_min(0)
@@ -186,14 +185,16 @@ class _Maker:
 
             return torch.stack(self._runner.run([1] * len(pixels), work))
 
-        if asked.generator != "noise" and self._steps:
+        if settings.generator != "noise" and self._steps:
             values = images.convinced(
-                self._model, values, shared_out(self._log_chances(seen(values))), size, loss, steps=self._steps,
-                batch_size=asked.batch_size, statistics=asked.generator == "statistics", generator=self._random,
-                tick=self._tick,
+                self._model, values, shared_out(self._log_chances(seen(values))), size, loss, self._schedule(),
+                statistics=settings.generator == "statistics",
             )  # fmt: skip
         stored = values.to(torch.float16)
         return {"pixel_values": stored}, {"logits": seen(stored)}, None
+
+    def _schedule(self) -> Schedule:
+        return Schedule(self._steps, self._asked.batch_size, self._random, self._tick)
 
     def _writer(self, tokenizer: Any) -> PreTrainedModel | None:
         """The masked language model that writes the rows, if one does."""
@@ -260,14 +261,14 @@ def _opened(subject: Subject, kind: str) -> tuple[PreTrainedModel, str]:
     return model, SCORES.get(str(head.config.get("problem_type")), default)
 
 
-def _generator(asked: ReplayAsked, kind: str, model: PreTrainedModel, scores: str, label: str) -> str:
+def _generator(settings: ReplaySettings, kind: str, model: PreTrainedModel, scores: str, label: str) -> str:
     """The generator that is asked for, or the one that fits the model."""
-    name = asked.chosen(kind)[0]
+    name = settings.chosen(kind)[0]
     image = kind == "image-classification"
     normalised = image and bool(images.normalisations(model))
-    if asked.generator == "auto" and scores == "values":
+    if settings.generator == "auto" and scores == "values":
         return "noise" if image else "unigram"
-    if asked.generator == "auto" and normalised:
+    if settings.generator == "auto" and normalised:
         return "statistics"
     if scores == "values" and name in ("contrast", "statistics"):
         raise HfMergeError(f"{label}: its head gives numbers and no classes; take {'noise' if image else 'unigram'}.")

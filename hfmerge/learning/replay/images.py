@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from hfmerge.learning.replay.search import Schedule
+
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor, nn
@@ -88,12 +90,9 @@ def convinced(
     wanted: Tensor,
     pixels: Pixels,
     loss: Callable[[Tensor, Tensor], Tensor],
+    schedule: Schedule,
     *,
-    steps: int,
-    batch_size: int,
     statistics: bool,
-    generator: Generator,
-    tick: Callable[[int], object],
 ) -> Tensor:
     """Images moved by gradient, each towards a class.
 
@@ -116,13 +115,14 @@ def convinced(
     model.requires_grad_(False)
     low, high = pixels.low.to(device), pixels.high.to(device)
     found = []
+    batch_size = schedule.batch_size
     for at in range(0, len(start), batch_size):
         # in shares of the range from black to white
         values = ((start[at : at + batch_size].to(device) - low) / (high - low)).requires_grad_()
         kinds = wanted[at : at + batch_size].to(device)
         optimiser = torch.optim.Adam([values], lr=RATE)
-        for _ in range(steps):
-            seen = _jittered(values, generator)
+        for _ in range(schedule.steps):
+            seen = _jittered(values, schedule.generator)
             with _entering(model if statistics else None) as distances:
                 logits = model(pixel_values=(low + (high - low) * seen).to(model.dtype)).logits.float()
             rough = (values.diff(dim=-1).abs().mean() + values.diff(dim=-2).abs().mean()) * len(values)
@@ -133,7 +133,7 @@ def convinced(
             optimiser.step()
             with torch.no_grad():
                 values.clamp_(0, 1)
-            tick(len(values))
+            schedule.tick(len(values))
         found.append((low + (high - low) * values.detach()).cpu())
     return torch.cat(found)
 
@@ -153,8 +153,8 @@ def _entering(model: PreTrainedModel | None) -> Iterator[list[Tensor]]:
 
     distances: list[Tensor] = []
 
-    def look(layer: Any, given: Sequence[Tensor]) -> None:
-        values = given[0].float().transpose(0, 1).flatten(1)
+    def look(layer: Any, inputs: Sequence[Tensor]) -> None:
+        values = inputs[0].float().transpose(0, 1).flatten(1)
         spread = layer.running_var.float() + layer.eps
         mean, variance = values.mean(1) - layer.running_mean.float(), values.var(1, unbiased=False) + layer.eps
         # that of normal distributions, which does not depend on a channel's scale

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hfmerge.evaluation.batches import cut, padded
+from hfmerge.evaluation.batches import length_batches, padded
 from hfmerge.learning.replay.words import Vocabulary
 
 
@@ -21,18 +22,32 @@ SHARE = 8
 """One in so many tokens of a row is drawn anew in a step."""
 
 
+@dataclass(frozen=True)
+class Schedule:
+    """How rows are moved towards classes.
+
+    Attributes:
+        steps: of each row, at most.
+        batch_size: rows that go through the model together.
+        generator: the random numbers.
+        tick: told how many rows have made a step.
+    """
+
+    steps: int
+    batch_size: int
+    generator: Generator
+    tick: Callable[[int], object]
+
+
 def search(
     model: PreTrainedModel,
     rows: Sequence[Any],
     known: Tensor,
     vocabulary: Vocabulary,
     log_chances: Callable[[Tensor], Tensor],
+    schedule: Schedule,
     *,
     confidence: float,
-    steps: int,
-    batch_size: int,
-    generator: Generator,
-    tick: Callable[[int], object],
 ) -> list[Any]:
     """Rows moved towards the classes, as many towards each.
 
@@ -48,7 +63,6 @@ def search(
         known: logits of the rows, (rows, classes).
         log_chances: logits -> logarithm of the probability of each class.
         confidence: of its class that a row need not exceed.
-        steps: at most.
 
     Returns:
         int32 arrays, in the rows' order.
@@ -60,10 +74,11 @@ def search(
     goal = math.log(confidence) if confidence > 0 else float("-inf")
 
     def look(some: list[Any], classes: Tensor) -> tuple[list[float], list[Tensor]]:
-        return _look(model, some, classes, vocabulary.pad, log_chances, batch_size, tick)
+        return _look(model, some, classes, vocabulary.pad, log_chances, schedule)
 
-    reached, slopes = look(found, wanted) if steps else ([], [])
-    for _ in range(steps):
+    reached, slopes = look(found, wanted) if schedule.steps else ([], [])
+    generator = schedule.generator
+    for _ in range(schedule.steps):
         left = [i for i in range(len(found)) if reached[i] < goal]
         if not left:
             break
@@ -106,29 +121,28 @@ def _look(
     wanted: Tensor,
     pad: int,
     log_chances: Callable[[Tensor], Tensor],
-    batch_size: int,
-    tick: Callable[[int], object],
+    schedule: Schedule,
 ) -> tuple[list[float], list[Tensor]]:
     """Logarithm of the probability of each row's class, and its slope at the embedding of every token."""
     import torch
 
     seen: list[Tensor] = []
 
-    def catch(module: Any, given: Any, output: Tensor) -> Tensor:
+    def catch(module: Any, inputs: Any, output: Tensor) -> Tensor:
         seen.append(output.detach().requires_grad_())
         return seen[-1]
 
     scores, slopes = [0.0] * len(rows), [torch.empty(0)] * len(rows)
     hook = model.get_input_embeddings().register_forward_hook(catch)
     try:
-        for batch in cut([len(row) for row in rows], batch_size):
+        for batch in length_batches([len(row) for row in rows], schedule.batch_size):
             tokens, mask = padded([rows[i] for i in batch], pad, str(model.device))
             logits = model(input_ids=tokens, attention_mask=mask).logits.float()
             reached = log_chances(logits).gather(1, wanted[batch].to(logits.device)[:, None])[:, 0]
             (slope,) = torch.autograd.grad(reached.sum(), seen.pop())
             for k, (i, score) in enumerate(zip(batch, reached.tolist(), strict=True)):
                 scores[i], slopes[i] = score, slope[k, : len(rows[i])].clone()
-            tick(len(batch))
+            schedule.tick(len(batch))
     finally:
         hook.remove()
     return scores, slopes

@@ -11,7 +11,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from hfmerge.errors import RecipeError
-from hfmerge.recipe.mergekit.syntax import Input, Layout, constant, read_dtype, read_layout, read_vocabulary, reference
+from hfmerge.recipe.mergekit.syntax import (
+    Input,
+    ModelInputs,
+    constant,
+    model_text,
+    read_dtype,
+    read_model_inputs,
+    read_tokenizer_source,
+)
 from hfmerge.recipe.mergekit.weights import model_weight, weight_sums
 from hfmerge.recipe.weights import PatternWeights, Weight, values_of, written
 from hfmerge.validation.values import Section, flag, number, show, suggestion, text
@@ -68,9 +76,9 @@ def convert(data: Mapping[str, Any], origin: str) -> tuple[dict[str, Any], list[
     if data.get("chat_template") is not None:
         top.report("chat_template", "cannot be expressed; the merge keeps the base's, remove the key")
     method = _method(top)
-    base = top.read("base_model", reference, None, nullable=True)
-    layout = read_layout(top, notes)
-    settings = {"dtype": read_dtype(top, notes), "vocabulary": read_vocabulary(top, base)}
+    base = top.read("base_model", model_text, None, nullable=True)
+    layout = read_model_inputs(top, notes)
+    settings = {"dtype": read_dtype(top, notes), "vocabulary": read_tokenizer_source(top, base)}
     merge: dict[str, Any] = {}
     if method and base is None and method != "linear" and data.get("base_model") is None:
         top.report("base_model", f"is missing; {method} needs one")
@@ -99,7 +107,7 @@ def _method(top: Section) -> str | None:
 class _Conversion:
     """The method's part of one conversion; what is wrong or noteworthy is added to `top.problems` and `notes`."""
 
-    def __init__(self, top: Section, notes: list[str], method: str, base: str | None, layout: Layout):
+    def __init__(self, top: Section, notes: list[str], method: str, base: str | None, layout: ModelInputs):
         self.top, self.notes, self.method, self.base, self.layout = top, notes, method, base, layout
         self.others = tuple(entry for entry in layout.inputs if entry.model != base)
 

@@ -19,7 +19,7 @@ class Input:
 
 
 @dataclass(frozen=True)
-class Layout:
+class ModelInputs:
     """The models of a merge.
 
     Attributes:
@@ -33,14 +33,14 @@ class Layout:
     sliced: bool
 
 
-def read_layout(top: Section, notes: list[str]) -> Layout:
+def read_model_inputs(top: Section, notes: list[str]) -> ModelInputs:
     """The models, from `models` or from a single slice that takes the same layers of each."""
     models, slices = top.data.get("models"), top.data.get("slices")
     parameters = _parameters(top)
     if models is not None and slices is not None:
         top.report("slices", "stands beside models; keep one of the two")
     elif models is not None:
-        return Layout(_inputs(top, "models", ("model", "parameters")), (parameters,), sliced=False)
+        return ModelInputs(_inputs(top, "models", ("model", "parameters")), (parameters,), sliced=False)
     elif slices is None and top.data.get("modules") is None:
         top.report("models", "is missing")
     elif slices is not None and (not isinstance(slices, list | tuple) or len(slices) != 1):
@@ -55,8 +55,8 @@ def read_layout(top: Section, notes: list[str]) -> Layout:
                 part.report(key, "a setting of one slice cannot be expressed; use base_model of the whole file")
         inputs = _inputs(part, "sources", ("model", "layer_range", "parameters"))
         _check_ranges(part, notes)
-        return Layout(inputs, (_parameters(part), parameters), sliced=True)
-    return Layout((), (parameters,), sliced=False)
+        return ModelInputs(inputs, (_parameters(part), parameters), sliced=True)
+    return ModelInputs((), (parameters,), sliced=False)
 
 
 def _inputs(parent: Section, key: str, known: tuple[str, ...]) -> tuple[Input, ...]:
@@ -73,7 +73,7 @@ def _inputs(parent: Section, key: str, known: tuple[str, ...]) -> tuple[Input, .
             continue
         section = Section(item, path, parent.problems)
         section.refuse_unknown(known, "key")
-        result.append(Input(section.read("model", reference, "", required=True), _parameters(section)))
+        result.append(Input(section.read("model", model_text, "", required=True), _parameters(section)))
     return tuple(result) if len(result) == len(given) and all(entry.model for entry in result) else ()
 
 
@@ -115,7 +115,7 @@ def read_dtype(top: Section, notes: list[str]) -> str | None:
     return written
 
 
-def read_vocabulary(top: Section, base: str | None) -> str | None:
+def read_tokenizer_source(top: Section, base: str | None) -> str | None:
     """`base`, `union`, or None, from `tokenizer_source` or `tokenizer`."""
     key, given, settings = "tokenizer_source", top.data.get("tokenizer_source"), top.data.get("tokenizer")
     if settings is not None and given is not None:
@@ -134,7 +134,7 @@ def read_vocabulary(top: Section, base: str | None) -> str | None:
     if given in ("base", "union"):
         return str(given)
     try:
-        source = reference(given)
+        source = model_text(given)
     except ValueError as error:
         top.report(key, str(error))
         return None
@@ -175,7 +175,7 @@ def constant(setting: Any) -> Any:
     return values[0]
 
 
-def reference(value: Any) -> str:
+def model_text(value: Any) -> str:
     """A model as text, `path[@revision][+adapter[@revision]]`, from mergekit's text or mapping. Raises ValueError."""
     if not isinstance(value, Mapping):
         return text(value)
@@ -188,7 +188,7 @@ def reference(value: Any) -> str:
     if value.get("model") is None:
         raise ValueError("must be text, or a mapping with `model` or `path`")
     adapter = value.get("lora")
-    return reference(value["model"]) + (f"+{reference(adapter)}" if adapter is not None else "")
+    return model_text(value["model"]) + (f"+{model_text(adapter)}" if adapter is not None else "")
 
 
 def _dtype_name(value: Any) -> str:
