@@ -40,7 +40,7 @@ from hfmerge.lifecycle.purge import Purged, PurgePlan, purge
 from hfmerge.lifecycle.push_target import Destination
 from hfmerge.lifecycle.record import adopt_card
 from hfmerge.lifecycle.session import AnyRecipe, MergeResult, given_recipe, session
-from hfmerge.lifecycle.verify import Report, verify_merge
+from hfmerge.lifecycle.verify import FurtherChecks, Report, verify_merge
 from hfmerge.recipe.recipe import MethodChoice, ModelEntry
 
 
@@ -372,14 +372,10 @@ def verify(
         )  # fmt: skip
     return verify_merge(
         str(merged),
-        replay=replay,
-        device=device,
+        FurtherChecks(replay, device, download, given),
         sources=sources,
         consent=Consent(trust_remote_code, allow_pickle),
-        download=download,
-        also=partial(given.checks, replay=replay) if given is not None else None,
         log=log,
-        certificate=given.sha256 if given is not None else None,
         accept_rewritten=accept_rewritten,
     )
 

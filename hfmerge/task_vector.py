@@ -294,7 +294,7 @@ class Core:
     For two dense changes the coordinates are the matrices themselves. For two low-rank changes they are their
     components in orthonormal bases of the joint column and row spaces (k x k, k = the sum of the ranks): every
     product of the two matrices, and so their singular value decompositions, are kept without loss.
-    Model: "Core Space", NeurIPS 2025.
+    Source: "Core Space", NeurIPS 2025.
 
     Attributes:
         first, second: the coordinates, float64.

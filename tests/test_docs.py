@@ -44,6 +44,7 @@ def models(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     pages.clear()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # of peft
 @pytest.mark.parametrize("path", HOW_TO, ids=lambda path: path.stem)
 def test_how_to(path: Path, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

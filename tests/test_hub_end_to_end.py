@@ -100,6 +100,7 @@ def child(world: World, home: Path, *arguments: str, **variables: str) -> subpro
     return subprocess.CompletedProcess(process.args, process.returncode or 0, out, err)
 
 
+@pytest.mark.slow
 def test_merge_add_unmerge_by_id_gives_the_bytes_of_never_merged(world: World, tmp_path: Path) -> None:
     first = merge(world, "org/merged", ["org/a", "org/b"])
     assert first.pushed is not None and first.pushed.tag == "step-0001"

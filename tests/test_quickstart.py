@@ -10,6 +10,7 @@ from hfmerge.hubserver.serve import HubServer
 from tests.fixtures import pages
 
 
+@pytest.mark.slow
 def test_quickstart(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pages.run(pages.ROOT / "docs" / "quickstart.md", tmp_path, monkeypatch)
     pages.clear()

@@ -62,6 +62,7 @@ MAKERS: dict[str, Callable[[int, int, int], TaskVector]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("second", MAKERS)
 @pytest.mark.parametrize("first", MAKERS)
 @quick
@@ -194,6 +195,7 @@ def test_cut_refuses_factors_of_a_stack() -> None:
         cut(low_rank(0, 3, 4, 1), Segment("experts.0", True, expert=0))
 
 
+@pytest.mark.slow
 @quick
 @given(data=st.data(), m=st.integers(1, 12), n=sizes, axis=st.integers(0, 1), transposed=st.booleans(), seed=seeds)
 def test_blocks_that_share_out_an_axis_rebuild_the_tensor(

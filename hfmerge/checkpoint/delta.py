@@ -34,6 +34,8 @@ class Delta:
         lora: base stored key -> factors.
         beneath: origins in the full model under a `base+adapter` adapter.
         tied: stored keys of the model that are copies -> the keys they copy.
+        apart: parameters that the base ties and this model changes at this end alone; what it changes in them is in
+            no other field. The planner unties the base unless the recipe leaves them out.
     """
 
     source: Model
@@ -41,6 +43,7 @@ class Delta:
     lora: dict[str, LoraOrigin] = field(default_factory=dict)
     beneath: dict[str, Origin] = field(default_factory=dict)
     tied: dict[str, str] = field(default_factory=dict)
+    apart: tuple[str, ...] = ()
 
     def rank(self, key: str) -> int | None:
         """Rank of the change of a stored tensor: 0 for none, None for a dense one."""
@@ -178,12 +181,13 @@ class DeltaReader:
         return result
 
 
-def full_delta(source: Model, origins: dict[str, Origin], tied: dict[str, str]) -> Delta:
+def full_delta(source: Model, origins: dict[str, Origin], tied: dict[str, str], apart: tuple[str, ...]) -> Delta:
     """Delta of a full checkpoint."""
-    return Delta(source, full=origins, tied=tied)
+    return Delta(source, full=origins, tied=tied, apart=apart)
 
 
-def adapter_delta(source: Model, mapped: AdapterMap, beneath: dict[str, Origin]) -> Delta:
-    """Delta of an adapter, on the base itself or on another full model `beneath`."""
+def adapter_delta(source: Model, mapped: AdapterMap, under: Delta | None) -> Delta:
+    """Delta of an adapter, on the base itself or on another full model, whose delta `under` is."""
     full = {key: Origin((name,)) for key, name in mapped.replaced.items()}
-    return Delta(source, full=full, lora=mapped.lora, beneath=beneath)
+    beneath, apart = (dict(under.full), under.apart) if under is not None else ({}, ())
+    return Delta(source, full, mapped.lora, beneath, mapped.tied, (*apart, *mapped.apart))

@@ -19,6 +19,10 @@ from hfmerge.validation.values import folder_name
 from hfmerge.validation.wording import parameter
 
 
+MODULE_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+"""The weight files of a sentence-transformers module; it reads the first that is there."""
+
+
 def describe(
     ref: str,
     *,
@@ -27,6 +31,7 @@ def describe(
     streaming: Streaming | None = None,
     copies: Mapping[str, Path] | None = None,
     beside: Sequence[str] = (),
+    modules: bool = True,
 ) -> Model:
     """Pin a reference and read its small files and headers; weights stay where they are.
 
@@ -38,6 +43,7 @@ def describe(
         streaming: session that streams weights that are not in the cache; None: weights are downloaded.
         copies: see `pin`.
         beside: safetensors files of the model that are read beside its weights.
+        modules: also describe the weights of the sentence-transformers modules that `modules.json` names.
 
     Raises:
         SourceError: with the file and the remedy.
@@ -50,6 +56,8 @@ def describe(
         except ValueError as error:
             raise SourceError(f"{ref}: {error}; rename the folder.") from error
     source = _describe_pinned(ref, snapshot, allow_pickle, streaming)
+    if modules:
+        source = _with_modules(source, allow_pickle, streaming)
     source = replace(source, beside={file: _beside(snapshot, file) for file in beside})
     if len(places) == 1:
         return source
@@ -63,6 +71,8 @@ def describe(
     ):
         return source
     under = _describe_pinned(places[0].text, beneath, allow_pickle, streaming)
+    if modules:
+        under = _with_modules(under, allow_pickle, streaming)
     if under.kind != "full":
         raise SourceError(f"{ref}: {under.snapshot.label} is itself an adapter; write `model+adapter`.")
     return replace(source, beneath=under)
@@ -98,6 +108,38 @@ def _describe_pinned(ref: str, snapshot: Snapshot, allow_pickle: bool, streaming
     return Model(ref, snapshot, "full", config, None, tensors, pickled, streams=streams)
 
 
+def _with_modules(source: Model, allow_pickle: bool, streaming: Streaming | None) -> Model:
+    """A model with the weights of its sentence-transformers modules, each tensor under `folder/name`."""
+    snapshot = source.snapshot
+    if "modules.json" not in snapshot.files:
+        return source
+    paths = [str(module.get("path") or "") for module in read_snapshot_json(snapshot, "modules.json")]
+    tensors, renamed, streams = dict(source.tensors), dict(source.renamed), list(source.streams)
+    folders: list[str] = []
+    pickled = source.pickled
+    for file in sorted(snapshot.files):
+        folder, _, name = file.rpartition("/")
+        inside = any(path and f"{folder}/".startswith(f"{path}/") for path in paths)
+        if not inside or name not in MODULE_WEIGHTS or folder in folders:
+            continue
+        binary = name == MODULE_WEIGHTS[1]
+        if binary and not allow_pickle:
+            raise UnsupportedError(
+                f"{snapshot.label}: modules.json names {folder}, whose weights are pickled ({name}); convert them to "
+                f"safetensors, or pass {parameter('allow_pickle', True)} if you trust the author."
+            )
+        entries, streamed = _entries(snapshot, file, binary, streaming)
+        for key, entry in entries.items():
+            tensors[f"{folder}/{key}"] = replace(entry, file=file)
+            renamed[f"{folder}/{key}"] = key
+        pickled |= binary
+        folders.append(folder)
+        streams += [file] if streamed else []
+    return replace(
+        source, tensors=tensors, renamed=renamed, modules=tuple(folders), pickled=pickled, streams=tuple(streams)
+    )
+
+
 def _headers(
     snapshot: Snapshot, stem: str, allow_pickle: bool, streaming: Streaming | None
 ) -> tuple[dict[str, TensorEntry], bool, tuple[str, ...]]:
@@ -106,6 +148,11 @@ def _headers(
         single, index = f"{stem}.{suffix}", f"{stem}.{suffix}.index.json"
         if single in snapshot.files:  # loaders read this file first
             weight_map, files = None, [single]
+            if index in snapshot.files and {*read_snapshot_json(snapshot, index)["weight_map"].values()} != {single}:
+                raise UnsupportedError(
+                    f"{snapshot.label}: holds {single} and {index}, which names other files; transformers would load "
+                    f"{single} alone. Keep one of the two, in a folder or revision of its own."
+                )
         elif index in snapshot.files:
             weight_map = read_snapshot_json(snapshot, index)["weight_map"]
             if not weight_map:
@@ -147,7 +194,8 @@ def _headers(
         name for name in snapshot.files if name.endswith((".gguf", ".h5", ".msgpack", ".onnx", ".safetensors", ".bin"))
     ]
     what = f"only {', '.join(held[:3])}" if held else "no weights"
-    raise UnsupportedError(f"{snapshot.label}: {what}; a {stem}.safetensors or its index is needed.")
+    wanted = stem.removeprefix("pytorch_")
+    raise UnsupportedError(f"{snapshot.label}: {what}; a {wanted}.safetensors or its index is needed.")
 
 
 def _beside(snapshot: Snapshot, file: str) -> Mapping[str, TensorEntry]:

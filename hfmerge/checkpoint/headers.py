@@ -82,12 +82,12 @@ def parse_header(head: bytes, file: str, size: int, where: str) -> Header:
     entries: dict[str, TensorEntry] = {}
     spans: dict[str, tuple[int, int]] = {}
     try:
-        found = read_json(head[8:end], HEADER_BYTES, values=HEADER_VALUES)
-        if not isinstance(found, dict):
+        header = read_json(head[8:end], HEADER_BYTES, values=HEADER_VALUES)
+        if not isinstance(header, dict):
             raise ValueError("holds no JSON object")
-        table(_said, _said)(found.pop("__metadata__", {}))
-        TENSORS.check(len(found))
-        for key, info in found.items():
+        table(_said, _said)(header.pop("__metadata__", {}))
+        TENSORS.check(len(header))
+        for key, info in header.items():
             TENSOR_NAME.check(len(key))
             spans[key], entries[key] = _entry(file, info)
     except ValueError as error:

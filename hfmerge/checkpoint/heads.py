@@ -141,7 +141,7 @@ def load_with_head(model: str | Path, source: str, **options: Any) -> PreTrained
     import transformers
     from safetensors.torch import load_file
 
-    backbone = describe(str(model))
+    backbone = describe(str(model), modules=False)
     snapshot = backbone.snapshot
     slug = source.partition("@")[0].rstrip("/").replace("/", "--")
     prefix = f"{HEADS_FOLDER}/{slug}/"
@@ -156,9 +156,9 @@ def load_with_head(model: str | Path, source: str, **options: Any) -> PreTrained
     known = getattr(transformers, str(name), None)
     if not (isinstance(known, type) and issubclass(known, transformers.PreTrainedModel)):
         raise SourceError(f"{snapshot.label}: {prefix}config.json names {name}, which transformers does not have.")
-    found = find_class(config, f"{snapshot.label}: {prefix}config.json", False)
-    assert found is not None  # it is a class of transformers
-    cls, settings = found
+    head_class = find_class(config, f"{snapshot.label}: {prefix}config.json", False)
+    assert head_class is not None  # it is a class of transformers
+    cls, settings = head_class
     rows = backbone.config.get("vocab_size")
     if rows is not None and hasattr(settings, "vocab_size"):
         settings.vocab_size = rows  # the backbone may have other rows, where vocabularies were aligned

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from hfmerge.checkpoint.lora_targets import Targets
 from hfmerge.checkpoint.model import Model
 from hfmerge.checkpoint.patterns import Patterns
 from hfmerge.errors import CorruptFileError, ShapeError, UnsupportedError
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from hfmerge.checkpoint.reader import Reader
 
 PEFT_PREFIX = "base_model.model."
+Ends = Mapping[str, tuple[str, ...]]
+"""Stored key of an untied base -> all its stored keys that were tied with it, the owner of the value first."""
+NO_ENDS: Ends = {}
 
 PLAIN: Mapping[str, tuple[Any, ...]] = {
     "use_dora": (False, None),
@@ -80,11 +84,18 @@ class AdapterMap:
         lora: base stored key -> factors.
         replaced: base stored key -> adapter key of a whole copy (`modules_to_save`, or an embedding beneath a LoRA).
         heads: adapter key -> name in the model, for trained modules the base does not have.
+        tied: adapter key of a second copy of a tied weight -> adapter key of the first copy; the two must be equal.
+        apart: parameters, in the adapter's names, that the base ties and the adapter changes at this end alone. They
+            are in no other field: the base has to be untied before their change has a place.
+        notes: what of the adapter is left out, and why; one sentence each.
     """
 
-    lora: dict[str, LoraOrigin]
-    replaced: dict[str, str]
-    heads: dict[str, str]
+    lora: dict[str, LoraOrigin] = field(default_factory=dict)
+    replaced: dict[str, str] = field(default_factory=dict)
+    heads: dict[str, str] = field(default_factory=dict)
+    tied: dict[str, str] = field(default_factory=dict)
+    apart: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def check_plain(source: Model) -> None:
@@ -110,122 +121,200 @@ def check_plain(source: Model) -> None:
         )
 
 
-def map_adapter(source: Model, base: Layout) -> AdapterMap:
+def map_adapter(source: Model, base: Layout, ends: Ends = NO_ENDS) -> AdapterMap:
     """Match every tensor of a LoRA adapter with the base, from headers alone.
+
+    Args:
+        base: layout of the base.
+        ends: of a base that was untied: stored key -> all stored keys that were tied with it, itself included.
 
     Raises:
         UnsupportedError: not plain LoRA. ShapeError: factors do not fit the base. CorruptFileError: a factor is
             missing.
     """
     check_plain(source)
-    config = source.adapter or {}
-    known = Patterns()
-    lora: dict[str, LoraOrigin] = {}
-    replaced: dict[str, str] = {}
-    heads: dict[str, str] = {}
-    for key in source.tensors:
-        path = key.removeprefix(PEFT_PREFIX)
-        if path.endswith((".lora_B.weight", ".lora_embedding_B")):
-            continue
-        if path.endswith(".lora_A.weight"):
-            module = path.removesuffix(".lora_A.weight")
-            up_key = key.replace(".lora_A.weight", ".lora_B.weight")
-            _add_lora(lora, source, base, config, known, module, key, up_key)
-        elif path.endswith(".lora_embedding_A"):
-            module = path.removesuffix(".lora_embedding_A")
-            up_key = key.replace(".lora_embedding_A", ".lora_embedding_B")
-            _add_lora(lora, source, base, config, known, module, key, up_key)
-        elif "lora_" in path or (".base_layer." in path and not path.endswith(".base_layer.weight")):
-            raise UnsupportedError(f"{source.snapshot.label}: {key} is not part of plain LoRA.")
-        else:
-            # the embedding that PEFT saves beneath a LoRA of it is loaded in place of the base's
-            _add_copy(replaced, heads, source, base, config, key, path.replace(".base_layer.weight", ".weight"))
-    ups = {origin.up_key for origin in lora.values()}
-    for key in source.tensors:
-        if key.endswith((".lora_B.weight", ".lora_embedding_B")) and key not in ups:
-            raise CorruptFileError(
-                f"{source.snapshot.label}: {key} has no lora_A beside it; the adapter is incomplete."
+    return _Mapping(source, base, ends).map()
+
+
+class _Mapping:
+    """The matching of one adapter with a base; see `map_adapter`."""
+
+    def __init__(self, source: Model, base: Layout, ends: Ends):
+        self.source, self.base, self.ends = source, base, ends
+        self.label, self.config = source.snapshot.label, source.adapter or {}
+        self.patterns = Patterns()
+        self.lora: dict[str, LoraOrigin] = {}
+        self.own: dict[str, str] = {}
+        self.shared: dict[str, str] = {}
+        self.heads: dict[str, str] = {}
+        self.tied: dict[str, str] = {}
+        self.apart: list[str] = []
+        self.notes: list[str] = []
+        self.targets = Targets(self.config, self.patterns)
+        self.skipped: list[str] = []
+        self.unread: str | None = None
+
+    def map(self) -> AdapterMap:
+        """Sort all tensors."""
+        for key in self.source.tensors:
+            path = key.removeprefix(PEFT_PREFIX)
+            if path.endswith((".lora_B.weight", ".lora_embedding_B")):
+                continue
+            if path.endswith(".lora_A.weight"):
+                module = path.removesuffix(".lora_A.weight")
+                self._add_lora(module, key, key.replace(".lora_A.weight", ".lora_B.weight"))
+            elif path.endswith(".lora_embedding_A"):
+                module = path.removesuffix(".lora_embedding_A")
+                self._add_lora(module, key, key.replace(".lora_embedding_A", ".lora_embedding_B"))
+            elif "lora_" in path or (".base_layer." in path and not path.endswith(".base_layer.weight")):
+                raise UnsupportedError(f"{self.label}: {key} is not part of plain LoRA.")
+            else:
+                # the embedding that PEFT saves beneath a LoRA of it is loaded in place of the base's
+                self._add_copy(key, path.replace(".base_layer.weight", ".weight"))
+        if self.skipped:
+            names = self.skipped
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            self.notes.append(
+                f"{self.label}: adapter_config.json does not name {', '.join(names[:3])}{more}, for which the file "
+                "has factors; they are left out, as PEFT does."
             )
-    if not lora and not replaced:
-        raise UnsupportedError(f"{source.snapshot.label}: changes no parameter of the base {base.architecture}.")
-    return AdapterMap(lora, replaced, heads)
+        if self.unread is not None:
+            self.notes.append(
+                f"{self.label}: which modules adapter_config.json names cannot be told here ({self.unread}); all "
+                "factors in the file are merged."
+            )
+        ups = {up for down, up in _pairs(self.source)}
+        for key in self.source.tensors:
+            if key.endswith((".lora_B.weight", ".lora_embedding_B")) and key not in ups:
+                raise CorruptFileError(f"{self.label}: {key} has no lora_A beside it; the adapter is incomplete.")
+        replaced = dict(self.own)
+        for target, key in self.shared.items():
+            replaced.setdefault(target, key)
+        for target, key in self.shared.items():
+            for end in self.ends.get(target, ()):
+                replaced.setdefault(end, key)
+                if end in self.shared and key < self.shared[end]:
+                    # both were loaded into one tensor, so it is not known which of them counts
+                    self.tied.setdefault(self.shared[end], key)
+        if not self.lora and not replaced and not self.apart:
+            raise UnsupportedError(f"{self.label}: changes no parameter of the base {self.base.architecture}.")
+        return AdapterMap(self.lora, replaced, self.heads, self.tied, tuple(self.apart), tuple(self.notes))
+
+    def _is_tied(self, target: str) -> bool:
+        return self.base.canonical[target] in self.base.memory.ties.values()
+
+    def _keeps_ties(self) -> bool:
+        """Whether the adapter was trained so that what the base ties stays tied."""
+        return bool(self.config.get("ensure_weight_tying"))
+
+    def _add_copy(self, key: str, path: str) -> None:
+        """Sort a whole parameter into those of the base and those of the adapter's own head."""
+        base, shape = self.base, self.source.tensors[key].shape
+        target = base.parameter_of_module(path)
+        own_head = target in base.heads and target not in base.vocab_axis
+        if target is None and self.source.is_of_module(key):
+            self.notes.append(f"{self.label}: {key} belongs to a module that the base does not have; it is left out.")
+            return
+        if target is None or (own_head and shape != base.shapes[target]):
+            self.heads[key] = path
+            return
+        if shape != base.shapes[target]:
+            raise ShapeError(
+                f"{self.label}: its copy of {target} is {shape}, the base has {base.shapes[target]}; it was trained "
+                "on another base, or on one with more tokens."
+            )
+        # PEFT trains a copy of what `modules_to_save` names; any other copy it loads into the base's own tensor
+        trained = self._saves(path) and not self._keeps_ties()
+        if trained and self._is_tied(target):
+            self.apart.append(path)
+        elif trained:
+            self.own[target] = key
+        elif target in self.shared:
+            self.tied[key] = self.shared[target]
+        else:
+            self.shared[target] = key
+
+    def _saves(self, path: str) -> bool:
+        """Whether `modules_to_save` names the module of a parameter, as PEFT compares names: by their end."""
+        module = f".{path.rpartition('.')[0]}."
+        saved = self.config.get("modules_to_save")
+        names = [saved] if isinstance(saved, str) else saved or ()
+        return any(f".{name}." in module for name in names)
+
+    def _add_lora(self, module: str, down_key: str, up_key: str) -> None:
+        """Match the factors of one module with the stored tensor that they change."""
+        target = self.base.parameter_of_module(module)
+        if up_key not in self.source.tensors:
+            raise CorruptFileError(f"{self.label}: {down_key} has no lora_B beside it; the adapter is incomplete.")
+        if target is None:
+            raise ShapeError(f"{self.label}: changes {module}, which the base {self.base.architecture} does not have.")
+        tied = self._keeps_ties() and (self._is_tied(target) or target in self.ends)
+        if not tied and not self._is_targeted(module):
+            self.skipped.append(module)
+            return
+        origin = self._origin(module, target, down_key, up_key)
+        if self._is_tied(target) and not self._keeps_ties():
+            self.apart.append(f"{module}.weight")
+            return
+        if tied:
+            # PEFT makes the factors of all ends out of the same two tensors, and saves them once for each end
+            for end in self.ends.get(target, (target,)):
+                self.lora.setdefault(end, origin)
+            return
+        if target in self.lora:
+            raise UnsupportedError(
+                f"{self.label}: {module} is the same parameter as another module that the adapter changes too; leave "
+                f"it out with `exclude: [{target}]`."
+            )
+        self.lora[target] = origin
+
+    def _is_targeted(self, module: str) -> bool:
+        """Whether PEFT gives factors to a module; it ignores those that the file has for any other one."""
+        try:
+            return self.targets.has(module)
+        except ValueError as error:
+            self.unread = f"{error}"
+            return True
+
+    def _origin(self, module: str, target: str, down_key: str, up_key: str) -> LoraOrigin:
+        """The factors of one module, if they fit its stored tensor."""
+        label, config, base = self.label, self.config, self.base
+        down, up = self.source.tensors[down_key].shape, self.source.tensors[up_key].shape
+        wanted = base.shapes[target]
+        if len(down) != 2 or len(up) != 2 or len(wanted) != 2:
+            raise UnsupportedError(
+                f"{label}: {down_key} {down} changes a {len(wanted)}-D tensor; only matrices are merged."
+            )
+        rank = down[0]
+        if up[1] != rank:
+            raise ShapeError(f"{label}: {module}: A has rank {rank}, B has rank {up[1]}.")
+        try:
+            alpha = matching(self.patterns, config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
+            configured = matching(self.patterns, config.get("rank_pattern"), module, config.get("r", 8))
+        except ValueError as error:
+            raise UnsupportedError(f"{label}: adapter_config.json: {error}.") from error
+        if configured != rank:
+            raise CorruptFileError(
+                f"{label}: {module}: the configuration says r = {configured}, the file holds {rank}."
+            )
+        scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+        full = (up[0], down[1])
+        swapped = down_key.endswith(".lora_embedding_A") or any(block.transposed for block in base.blocks[target])
+        if wanted != (full[::-1] if swapped else full):
+            raise ShapeError(
+                f"{label}: {module}: the adapter changes {full}, the base has {wanted}; it was trained on another "
+                "base."
+            )
+        return LoraOrigin(down_key, up_key, scale, rank, swapped)
 
 
-def _add_copy(
-    replaced: dict[str, str],
-    heads: dict[str, str],
-    source: Model,
-    base: Layout,
-    config: Mapping[str, Any],
-    key: str,
-    path: str,
-) -> None:
-    """Sort a whole trained parameter into those of the base and those of the adapter's own head."""
-    label, shape = source.snapshot.label, source.tensors[key].shape
-    target = base.parameter_of_module(path)
-    own_head = target in base.heads and target not in base.vocab_axis
-    if target is None or (own_head and shape != base.shapes[target]):
-        heads[key] = path
-        return
-    if shape != base.shapes[target]:
-        raise ShapeError(
-            f"{label}: its copy of {target} is {shape}, the base has {base.shapes[target]}; it was trained on another "
-            "base, or on one with more tokens."
-        )
-    tied = base.canonical[target] in base.memory.ties.values()
-    if (tied or target in replaced) and ".base_layer." not in key and not config.get("ensure_weight_tying"):
-        raise UnsupportedError(
-            f"{label}: trains {path} apart from what the base ties it to (`ensure_weight_tying` is not set); merge it "
-            "into its base with peft (merge_and_unload) and give the full model."
-        )
-    replaced.setdefault(target, key)
-
-
-def _add_lora(
-    lora: dict[str, LoraOrigin],
-    source: Model,
-    base: Layout,
-    config: Mapping[str, Any],
-    known: Patterns,
-    module: str,
-    down_key: str,
-    up_key: str,
-) -> None:
-    label, embedding = source.snapshot.label, down_key.endswith(".lora_embedding_A")
-    if up_key not in source.tensors:
-        raise CorruptFileError(f"{label}: {down_key} has no lora_B beside it; the adapter is incomplete.")
-    target = base.parameter_of_module(module)
-    if target is None:
-        raise ShapeError(f"{label}: changes {module}, which the base {base.architecture} does not have.")
-    down, up = source.tensors[down_key].shape, source.tensors[up_key].shape
-    wanted = base.shapes[target]
-    if len(down) != 2 or len(up) != 2 or len(wanted) != 2:
-        raise UnsupportedError(
-            f"{label}: {down_key} {down} changes a {len(wanted)}-D tensor; only matrices are merged."
-        )
-    rank = down[0]
-    if up[1] != rank:
-        raise ShapeError(f"{label}: {module}: A has rank {rank}, B has rank {up[1]}.")
-    try:
-        alpha = matching(known, config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
-        configured = matching(known, config.get("rank_pattern"), module, config.get("r", 8))
-    except ValueError as error:
-        raise UnsupportedError(f"{label}: adapter_config.json: {error}.") from error
-    if configured != rank:
-        raise CorruptFileError(f"{label}: {module}: the configuration says r = {configured}, the file holds {rank}.")
-    scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-    full = (up[0], down[1])
-    swapped = embedding or any(block.transposed for block in base.blocks[target])
-    if wanted != (full[::-1] if swapped else full):
-        raise ShapeError(
-            f"{label}: {module}: the adapter changes {full}, the base has {wanted}; it was trained on another base."
-        )
-    if target in lora:
-        raise UnsupportedError(
-            f"{label}: {module} shares its weight with another module that the adapter changes too; merge it into its "
-            "base with peft (merge_and_unload) and give the full model."
-        )
-    lora[target] = LoraOrigin(down_key, up_key, scale, rank, swapped)
+def _pairs(source: Model) -> list[tuple[str, str]]:
+    """Stored keys of the factors A, each with the key that its B has."""
+    return [
+        (key, key.replace(".lora_A.weight", ".lora_B.weight").replace(".lora_embedding_A", ".lora_embedding_B"))
+        for key in source.tensors
+        if key.endswith((".lora_A.weight", ".lora_embedding_A"))
+    ]
 
 
 def matching(known: Patterns, patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:

@@ -25,6 +25,9 @@ class Model:
         beneath: for `base+adapter` on another model than the merge's base: that model.
         streams: weight files that are read from the Hub piece by piece; others are read on this machine.
         beside: further file that the method reads -> what each tensor in it is.
+        renamed: key of `tensors` -> its name in its file, where that is another one: a tensor of a module has the
+            module's folder before its name, and the other end of a tie has the values of the tensor that is stored.
+        modules: folders of sentence-transformers modules whose weights are among the tensors.
     """
 
     ref: str
@@ -37,6 +40,8 @@ class Model:
     beneath: Model | None = None
     streams: tuple[str, ...] = field(default=(), repr=False)
     beside: Mapping[str, Mapping[str, TensorEntry]] = field(default_factory=dict, repr=False)
+    renamed: Mapping[str, str] = field(default_factory=dict, repr=False)
+    modules: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -52,6 +57,14 @@ class Model:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Stored key -> shape."""
         return {key: entry.shape for key, entry in self.tensors.items()}
+
+    def stored_key(self, key: str) -> str:
+        """Name, in its file, of what a key of `tensors` stands for."""
+        return self.renamed.get(key, key)
+
+    def is_of_module(self, key: str) -> bool:
+        """Whether a tensor belongs to a module of sentence-transformers, and not to the class of transformers."""
+        return key.startswith(tuple(f"{folder}/" for folder in self.modules))
 
     def streamed_bytes(self, keys: Iterable[str]) -> int:
         """Bytes of those of the tensors that are streamed."""

@@ -173,15 +173,25 @@ class Patterns:
         Raises:
             ValueError: the pattern is no regular expression, cannot be matched here, or is beyond a limit.
         """
-        if pattern not in self._tests:
-            self._tests[pattern] = _reader(pattern, self._work)
+        return self._fits(rf"(.*\.)?({pattern})$", pattern, module)
+
+    def is_all_of(self, pattern: str, module: str) -> bool:
+        """Whether a pattern means the whole path of a module, as a text under `target_modules` does.
+
+        Raises:
+            ValueError: see `fits`.
+        """
+        return self._fits(rf"({pattern})$", pattern, module)
+
+    def _fits(self, expression: str, pattern: str, module: str) -> bool:
+        if expression not in self._tests:
+            self._tests[expression] = _reader(expression, pattern, self._work)
         self._work.add(1)
-        return self._tests[pattern](module)
+        return self._tests[expression](module)
 
 
-def _reader(pattern: str, work: _Work) -> Test:
+def _reader(expression: str, pattern: str, work: _Work) -> Test:
     PATTERN.check(len(pattern))
-    expression = rf"(.*\.)?({pattern})$"
     if re.fullmatch(r"\^?[\w-]+(\.[\w-]+)*", pattern):  # names, where a dot is any character
         known = re.compile(expression)
         return lambda module: known.match(module) is not None

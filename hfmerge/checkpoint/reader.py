@@ -119,7 +119,7 @@ class Reader:
         for key in keys:
             file = self.source.tensors[key].file
             if file in files:
-                files[file].append(key)
+                files[file].append(self.source.stored_key(key))
         for file, names in files.items():
             self._stream(file).expect(names)
 
@@ -130,6 +130,7 @@ class Reader:
             CorruptFileError: the file ends before the tensor does, or holds another one under the name.
         """
         entry = self.source.tensors[key]
+        key = self.source.stored_key(key)
         handle = self._handle(entry.file)
         if isinstance(handle, dict):
             tensor: Tensor = handle[key] if rows is None else handle[key][rows[0] : rows[1]]
@@ -154,6 +155,7 @@ class Reader:
             CorruptFileError: as for `stored`.
         """
         entry = self.source.tensors[key]
+        key = self.source.stored_key(key)
         handle = self._handle(entry.file)
         where = f"{self.source.snapshot.label}: {entry.file}: {key}"
         if isinstance(handle, dict):
@@ -206,7 +208,7 @@ class Reader:
                 if file in self.source.streams:
                     stream = self._stream(file)
                     self._open[file] = _Opened(stream, stream.header)
-                elif self.source.pickled:
+                elif self.source.pickled and not file.endswith(".safetensors"):
                     self._open[file] = load_pickle(fetch(self.source.snapshot, file), where, device="cpu")
                 else:
                     path = fetch(self.source.snapshot, file)

@@ -27,6 +27,7 @@ from hfmerge.validation.limits import (
 from hfmerge.validation.strict_json import read_json_file
 from hfmerge.validation.values import (
     Kind,
+    amount,
     flag,
     items,
     line,
@@ -73,6 +74,10 @@ def _pattern(value: object) -> str:
 
 def _modules(value: object) -> object:
     return _pattern(value) if isinstance(value, str) else items(_pattern, PATTERNS)(value)
+
+
+def _layers(value: object) -> object:
+    return amount(value) if isinstance(value, int) else items(amount, LAYERS)(value)
 
 
 def _anything(value: object) -> object:
@@ -144,6 +149,7 @@ ADAPTER = record(
         "target_modules": nullable(_modules),
         "exclude_modules": nullable(_modules),
         "layers_pattern": nullable(_modules),
+        "layers_to_transform": nullable(_layers),
         "modules_to_save": nullable(items(_pattern, PATTERNS)),
     },
     strict=False,

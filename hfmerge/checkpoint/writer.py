@@ -64,15 +64,25 @@ class Slot:
         return count * SIZES[self.dtype]
 
 
-def header_bytes(slots: Mapping[str, Slot], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
-    """Length prefix and header of a file, and the absolute offset of every tensor."""
+def header_bytes(
+    slots: Mapping[str, Slot], metadata: Mapping[str, str], prefix: str = ""
+) -> tuple[bytes, dict[str, int]]:
+    """Length prefix and header of a file, and the absolute offset of every tensor.
+
+    Args:
+        prefix: what the names of `slots` begin with, and names in the file do not.
+    """
     order = sorted(slots, key=lambda name: (-RANKS.index(slots[name].dtype), name.encode()))
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     at = 0
     starts = {}
     for name in order:
         slot = slots[name]
-        header[name] = {"dtype": slot.dtype, "shape": list(slot.shape), "data_offsets": [at, at + slot.nbytes]}
+        header[name.removeprefix(prefix)] = {
+            "dtype": slot.dtype,
+            "shape": list(slot.shape),
+            "data_offsets": [at, at + slot.nbytes],
+        }
         starts[name] = at
         at += slot.nbytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
@@ -89,14 +99,21 @@ class SafetensorsWriter:
         slots: its tensors.
         metadata: strings for the header; default `{"format": "pt"}`.
         create: lay the file out; without it, open one that another process of the run has laid out.
+        prefix: what the names begin with here and not in the file.
     """
 
     def __init__(
-        self, path: Path, slots: Mapping[str, Slot], metadata: Mapping[str, str] | None = None, *, create: bool = True
+        self,
+        path: Path,
+        slots: Mapping[str, Slot],
+        metadata: Mapping[str, str] | None = None,
+        *,
+        create: bool = True,
+        prefix: str = "",
     ):
         self.path = path
         self.slots = dict(slots)
-        header, self._offsets = header_bytes(slots, {"format": "pt"} if metadata is None else metadata)
+        header, self._offsets = header_bytes(slots, {"format": "pt"} if metadata is None else metadata, prefix)
         self._missing = {name: slot.nbytes for name, slot in self.slots.items()}
         self._lock = threading.Condition()
         with disk_errors(path):
@@ -257,8 +274,12 @@ def write_index(folder: Path, weight_map: Mapping[str, str], total_size: int) ->
     (folder / "model.safetensors.index.json").write_text(text + "\n", encoding="utf-8")
 
 
+SINGLE = "model.safetensors"
+"""The weight file of a model, or of a module, that has only one."""
+
+
 def shard_names(files: Sequence[str]) -> dict[str, str]:
     """The output's weight files for the base's: `model.safetensors`, or `model-0000i-of-0000n.safetensors`."""
     if len(files) == 1:
-        return {files[0]: "model.safetensors"}
+        return {files[0]: SINGLE}
     return {file: f"model-{i:05d}-of-{len(files):05d}.safetensors" for i, file in enumerate(sorted(files), 1)}

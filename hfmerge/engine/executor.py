@@ -28,11 +28,12 @@ from hfmerge.engine.device import device_for, full_float32
 from hfmerge.engine.estimate import stream_memory, stream_readers
 from hfmerge.engine.journal import Journal, read_past
 from hfmerge.engine.options import DEFAULT, RunOptions
-from hfmerge.engine.plan import DTYPE_NAMES, KeptState, Plan
+from hfmerge.engine.plan import DTYPE_NAMES, KeptState, Plan, folder_of
 from hfmerge.engine.ranks import Ranks
 from hfmerge.engine.run_files import STATE_FOLDER, RunFiles
 from hfmerge.engine.scheduler import Passes
 from hfmerge.engine.storage import own_params
+from hfmerge.engine.untying import TEXT_SECTION, TIE_FLAG
 from hfmerge.errors import CorruptFileError, UnsupportedError
 from hfmerge.hashing import sha256_file
 from hfmerge.hub.download import fetch
@@ -147,9 +148,9 @@ def _run(
         outcome = Passes(plan, files, ranks, options, device).merge()
         hashed = trail.digests() if trail is not None else {}
         parts = ranks.together(lambda: {i: future.result() for i, future in mine.items()})
-        found = _one_answer(parts, wanted)
+        answers = _one_answer(parts, wanted)
     known = tuple(
-        found[0] if i == 0 else found.get(i - start) if i > start else None for i in range(len(plan.deltas) + 1)
+        answers[0] if i == 0 else answers.get(i - start) if i > start else None for i in range(len(plan.deltas) + 1)
     )
     made = ranks.together(
         lambda: finish_folder(plan, folder, hashed, streaming) if ranks.main else _weight_digests(plan, folder, ranks)
@@ -253,7 +254,8 @@ def finish_folder(
     """
     for model, head in plan.heads:
         write_head(head, plan.deltas[model].source, folder, streaming)
-    floats = {p.slot.dtype for p in plan.params if plan.base.tensors[p.key].floating}
+    own = [param for param in plan.params if not folder_of(param.file)]
+    floats = {param.slot.dtype for param in own if plan.base.tensors[param.key].floating}
     changes: dict[str, Any] = {}
     if len(floats) == 1:
         changes = {"torch_dtype": None, "dtype": DTYPE_NAMES[floats.pop()]}
@@ -263,13 +265,18 @@ def finish_folder(
             changes["text_config"] = {**text, "vocab_size": plan.vocabulary.size}
         else:
             changes["vocab_size"] = plan.vocabulary.size
+    if plan.untied:
+        changes = {
+            **{key: plan.base.config[key] for key in (TIE_FLAG, TEXT_SECTION) if key in plan.base.config},
+            **changes,
+        }
     code = plan.recipe.trust_remote_code
     copy_side_files(plan.base.snapshot, list(plan.side_files), folder, changes, remote_code=code)
     if plan.vocabulary is not None and plan.vocabulary.added:
         write_tokenizer(plan.vocabulary, plan.base.snapshot, folder)
-    if len(plan.slots()) > 1:
-        total = sum(param.slot.nbytes for param in plan.params)
-        write_index(folder, {param.key: param.file for param in plan.params}, total)
+    if len({param.file for param in own}) > 1:
+        total = sum(param.slot.nbytes for param in own)
+        write_index(folder, {param.key: param.file for param in own}, total)
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     products = [name for name in files if not name.startswith(f"{STATE_FOLDER}/")]
     return {name: hashed.get(name) or sha256_file(folder / name) for name in products}

@@ -149,14 +149,14 @@ class Folding:
         first = 0 if self.chunk.rows is None else self.chunk.rows[0] * math.prod(entry.shape[1:])
         writers = [writer for writer in (files.states.get(count), files.scratch) if writer is not None]
         dtype = torch.float32 if SIZES[param.slot.dtype] < 4 else torch.float64
-        found = merge_rows(plain, terms, self.data.base(), first, files.memory, dtype=dtype, keep=bool(writers))
-        if found is None:
+        rows = merge_rows(plain, terms, self.data.base(), first, files.memory, dtype=dtype, keep=bool(writers))
+        if rows is None:
             return None
-        if found.sum is not None:
-            carries = [_settled(method, param, param.blocks[0], count, {"S": Dense(found.sum)})]
+        if rows.sum is not None:
+            carries = [_settled(method, param, param.blocks[0], count, {"S": Dense(rows.sum)})]
             for writer in writers:
                 self._store(writer, carries, count)
-        return Folded([(square,) for square in found.squares], [Dense(found.change)])
+        return Folded([(square,) for square in rows.squares], [Dense(rows.change)])
 
     def _prior_carry(self, block: Segment) -> Carry | None:
         """What the prior state holds of a block, without the models that leave; None where there is none."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from hfmerge.checkpoint.delta import Delta, adapter_delta, full_delta
 from hfmerge.checkpoint.heads import Head, adapter_head, full_head
-from hfmerge.checkpoint.layout import Layout, Origin, describe_layout, match
+from hfmerge.checkpoint.layout import Layout, Origin, describe_layout, match, with_modules
 from hfmerge.checkpoint.layout.cache import relevant
-from hfmerge.checkpoint.lora import PEFT_PREFIX, AdapterMap, map_adapter
+from hfmerge.checkpoint.lora import NO_ENDS, PEFT_PREFIX, AdapterMap, Ends, map_adapter
 from hfmerge.checkpoint.model import Model
 from hfmerge.checkpoint.vocabulary import same_tokens
 from hfmerge.errors import CorruptFileError, ShapeError, SourceError, UnsupportedError
@@ -27,28 +28,41 @@ class Layouts:
 
     def of(self, source: Model) -> Layout:
         """The layout of a full checkpoint."""
+        shapes = {key: shape for key, shape in source.shapes.items() if not source.is_of_module(key)}
         config = relevant(source.config)
         # code of a repository's own is its own, whatever its configuration says; it is that of the whole commit's id,
         # since a branch may be called like the beginning of one
         snapshot = source.snapshot
         label = f"{snapshot.name}@{snapshot.commit}" if snapshot.commit else snapshot.label
         own = label if config.get("auto_map") else ""
-        key = json.dumps([own, config, sorted(source.shapes.items())], sort_keys=True)
+        key = json.dumps([own, config, sorted(source.shapes.items()), source.modules], sort_keys=True)
         if key not in self._known:
-            self._known[key] = describe_layout(
-                source.config, source.shapes, origin=own or snapshot.label, trust_remote_code=self._trust
+            layout = describe_layout(
+                source.config, shapes, origin=own or snapshot.label, trust_remote_code=self._trust
             )
+            self._known[key] = with_modules(layout, {k: s for k, s in source.shapes.items() if k not in shapes})
         return self._known[key]
 
 
 def match_source(
-    recipe: Recipe, base: Model, layouts: Layouts, layout: Layout, source: Model, warnings: list[str]
+    recipe: Recipe,
+    base: Model,
+    layouts: Layouts,
+    layout: Layout,
+    source: Model,
+    warnings: list[str],
+    ends: Ends = NO_ENDS,
 ) -> tuple[Delta, Head | None, int | None]:
-    """One model in the base's layout: its delta, its head, and its embedding rows where its vocabulary differs."""
+    """One model in the base's layout: its delta, its head, and its embedding rows where its vocabulary differs.
+
+    Args:
+        ends: see `map_adapter`.
+    """
     if source.kind == "adapter":
         _check_adapter_base(base, source)
-        mapped = _own_head(map_adapter(source, layout), source, base, layout)
-        beneath: dict[str, Origin] = {}
+        mapped = _own_head(map_adapter(source, layout, ends), source, base, layout)
+        warnings.extend(mapped.notes)
+        under: Delta | None = None
         if source.beneath is not None:
             under, _, rows = _match_full(recipe, base, layouts, layout, source.beneath, warnings)
             if rows is not None:
@@ -57,9 +71,8 @@ def match_source(
                     "beneath "
                     "an adapter; merge the adapter into it with peft (merge_and_unload) and give the full model."
                 )
-            beneath = dict(under.full)
         head = adapter_head(source, base.config, mapped.heads) if mapped.heads else None
-        return adapter_delta(source, mapped, beneath), head, None
+        return adapter_delta(source, mapped, under), head, None
     delta, head_keys, size = _match_full(recipe, base, layouts, layout, source, warnings)
     head = full_head(source, head_keys) if head_keys else None
     return delta, head, size
@@ -69,9 +82,13 @@ def _own_head(mapped: AdapterMap, source: Model, base: Model, layout: Layout) ->
     """The adapter's copy of the base's head is its own head unless a config.json beside it names the same labels."""
     if source.config.get("id2label") and _labels(source.config) == _labels(base.config):
         return mapped
-    own = {t: key for t, key in mapped.replaced.items() if t in layout.heads and t not in layout.vocab_axis}
+    own = {
+        t: key
+        for t, key in mapped.replaced.items()
+        if t in layout.heads and t not in layout.vocab_axis and not base.is_of_module(t)
+    }
     heads = {**mapped.heads, **{key: key.removeprefix(PEFT_PREFIX) for key in own.values()}}
-    return AdapterMap(mapped.lora, {t: key for t, key in mapped.replaced.items() if t not in own}, heads)
+    return replace(mapped, replaced={t: key for t, key in mapped.replaced.items() if t not in own}, heads=heads)
 
 
 def _check_adapter_base(base: Model, source: Model) -> None:
@@ -111,17 +128,17 @@ def _match_full(
     other = layouts.of(source)
     if other.missing:
         raise CorruptFileError(f"{label} lacks {some(other.missing)} of its own class {other.architecture}.")
-    found = match(layout, other)
+    matched = match(layout, other)
     labels_differ = _labels(base.config) != _labels(source.config)
-    heads = list(found.extra)
+    heads = list(matched.extra)
     origins: dict[str, Origin] = {}
     wrong: list[str] = []
     size: int | None = None
-    for key, where in found.origins.items():
+    for key, where in matched.origins.items():
         wanted, got = layout.shapes[key], _origin_shape(where, other, layout, key)
         axis = layout.vocab_axis.get(key)
         if got == wanted:
-            if key in layout.heads and axis is None and labels_differ:
+            if key in layout.heads and axis is None and labels_differ and not base.is_of_module(key):
                 heads.extend(where.keys)
             else:
                 origins[key] = where
@@ -143,16 +160,21 @@ def _match_full(
         raise ShapeError(
             f"{label}: its vocabulary has {what}; set `vocabulary: base` (the base's tokens) or `vocabulary: union`."
         )
-    if found.absent:
-        merged = len(found.origins)
+    if matched.absent:
+        merged = len(matched.origins)
         warnings.append(
-            f"{label} ({other.architecture}) has no {some(found.absent)}: it changes {merged} of "
-            f"{merged + len(found.absent)} parameters, the others keep the base's value as far as it is concerned."
+            f"{label} ({other.architecture}) has no {some(matched.absent)}: it changes {merged} of "
+            f"{merged + len(matched.absent)} parameters, the others keep the base's value as far as it is concerned."
         )
     if strange := [key for key in other.unexpected if key in heads]:
         heads = [key for key in heads if key not in strange]
         warnings.append(f"{label}: {some(strange)} belongs to no part of {other.architecture} and is left out.")
-    return full_delta(source, origins, dict(other.tied)), tuple(heads), size
+    apart = tuple(key for key in heads if other.canonical[key] in layout.memory.ties)
+    return (
+        full_delta(source, origins, dict(other.tied), apart),
+        tuple(key for key in heads if key not in apart),
+        size,
+    )
 
 
 def _origin_shape(where: Origin, other: Layout, base: Layout, key: str) -> tuple[int, ...]:

@@ -124,6 +124,7 @@ class Plan:
 
     A plan is plain data. It holds no open file and no built model.
     `leaving` are models that the prior state holds and that are subtracted from it, with their weights.
+    `untied` are the models for which the base is untied (see `engine.untying`); `base` then has all ends of its ties.
     """
 
     recipe: Recipe
@@ -141,6 +142,7 @@ class Plan:
     warnings: tuple[str, ...]
     leaving: tuple[Delta, ...] = field(default=(), repr=False)
     leaving_weights: tuple[Weight, ...] = ()
+    untied: tuple[int, ...] = ()
 
     def weights_of(self, param: Param) -> tuple[float, ...]:
         """The models' weights in one merged parameter, in order."""
@@ -259,6 +261,11 @@ def carry_slots(method: FoldMethod, param: Param, block: Segment, count: int) ->
 def state_name(param: Param, block: Segment, name: str) -> str:
     """Name of one carried task vector in a state file."""
     return f"{param.key}#{block.label}:{name}" if block.label else f"{param.key}:{name}"
+
+
+def folder_of(file: str) -> str:
+    """The folder of a module's weight file, with a slash, with which the keys of its tensors begin; "" in the root."""
+    return file[: file.rfind("/") + 1]
 
 
 def needs_two_passes(plan: Plan) -> bool:

@@ -18,7 +18,7 @@ from hfmerge.validation.values import Section, record, show, text, whole
 
 
 FORMAT = "hfmerge plan"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Version of the JSON form. It is raised whenever a field of a plan is added, removed or changed."""
 
 
@@ -92,6 +92,11 @@ def _check_consistent(plan: Plan) -> None:
     for model, head in plan.heads:
         if not is_segment(head.slug) or not 0 <= model < count:
             raise ValueError(f"a head has the name {show(head.slug)} and the model {model}")
+    if not all(0 <= model < count for model in plan.untied):
+        raise ValueError(f"{show(list(plan.untied))} are not all models that untie the base")
+    for source in plan.sources:
+        if strange := [key for key in source.renamed if key not in source.tensors]:
+            raise ValueError(f"{show(strange[0])} is no tensor of {show(source.name)}")
     for param in plan.params:
         if param.mode == "merge" and (len(param.ranks), len(param.leaving)) != (count, gone):
             raise ValueError(f"{show(param.key)} has {len(param.ranks)} and {len(param.leaving)} ranks")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,17 @@ from hfmerge.checkpoint.describe import describe
 from hfmerge.checkpoint.headers import FLOATS
 from hfmerge.checkpoint.heads import Head
 from hfmerge.checkpoint.layout import Layout
+from hfmerge.checkpoint.lora import NO_ENDS, Ends
 from hfmerge.checkpoint.model import Model
 from hfmerge.checkpoint.side_files import side_files
 from hfmerge.checkpoint.streaming.session import Streaming, leave_session
 from hfmerge.checkpoint.vocabulary import MergedVocabulary, align
-from hfmerge.checkpoint.writer import Slot, shard_names
+from hfmerge.checkpoint.writer import SINGLE, Slot, shard_names
+from hfmerge.engine.adapter_chain import below_adapters
 from hfmerge.engine.estimate import with_estimate
 from hfmerge.engine.model_match import Layouts, match_source, some
-from hfmerge.engine.plan import SAFETENSORS_DTYPES, BaseLayout, Estimate, Param, Plan, Prior
+from hfmerge.engine.plan import SAFETENSORS_DTYPES, BaseLayout, Estimate, Param, Plan, Prior, folder_of
+from hfmerge.engine.untying import TIE_FLAG, one_sided, untie
 from hfmerge.errors import HfMergeError, Problem, RecipeError, UnsupportedError
 from hfmerge.methods import MergeMethod, registry
 from hfmerge.recipe.recipe import ModelEntry, Recipe
@@ -93,7 +96,10 @@ def make_plan(
     layouts = Layouts(recipe.trust_remote_code)
     layout = _base_layout(base, layouts, problems, origin)
     _check_duplicates(sources[: len(recipe.models)], problems)
-    deltas, heads, sizes = _matched(recipe, (base, layout), layouts, sources, places, problems, warnings)
+    base, layout, matched = _with_ends(recipe, base, layout, layouts, sources)
+    problems += [Problem(places[i], text) for i, text in matched.problems]
+    warnings += matched.warnings
+    deltas, heads, sizes = matched.deltas, matched.heads, matched.sizes
     if not problems:
         _check_slugs(sources[: len(recipe.models)], problems)
     if problems:
@@ -106,18 +112,25 @@ def make_plan(
         raise RecipeError([Problem("models", "no model changes any parameter that is merged")], origin)
     _check_beside(params, whole, origin)
     keep = _kept_states(recipe, method, len(whole), prior.count if prior else 0)
-    sides = tuple(side_files(base.snapshot, remote_code=recipe.trust_remote_code))
+    sides = _side_files(recipe, base, params)
     needed = _as_needed(recipe, base, whole)
     known = BaseLayout(layout.architecture, layout.tied, layout.missing, layout.unexpected)
     plan = Plan(
         needed, method, base, known, tuple(whole), params, tuple(heads), vocabulary, sides, keep, prior,
         Estimate(0, 0, 0, 0, 0, 0, 0, 0.0), tuple(warnings), tuple(gone),
-        tuple(entry.weight for entry in leaving),
+        tuple(entry.weight for entry in leaving), matched.untied,
     )  # fmt: skip
     plan = with_estimate(replace(plan, warnings=(*plan.warnings, *_weights_that_meet(plan, origin))))
     if streaming is not None:
         leave_session(streaming)
     return plan
+
+
+def _side_files(recipe: Recipe, base: Model, params: Sequence[Param]) -> tuple[str, ...]:
+    """The side files of the base that the merge copies: those that it does not write itself."""
+    written = {param.file for param in params}
+    names = side_files(base.snapshot, remote_code=recipe.trust_remote_code)
+    return tuple(name for name in names if name not in written)
 
 
 def _described(
@@ -163,38 +176,83 @@ def _base_layout(base: Model, layouts: Layouts, problems: list[Problem], origin:
     return layout
 
 
+@dataclass
+class _Matched:
+    """All models in the base's layout.
+
+    Attributes:
+        deltas: of the models that fit.
+        heads: index of a model that has a head, and the head.
+        sizes: for each model, the size of its vocabulary where it differs.
+        problems: why models do not fit, each with the model's index.
+        untied: indices of the models for which the base was untied.
+    """
+
+    deltas: list[Delta] = field(default_factory=list)
+    heads: list[tuple[int, Head]] = field(default_factory=list)
+    sizes: list[int | None] = field(default_factory=list)
+    problems: list[tuple[int, str]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    untied: tuple[int, ...] = ()
+
+
 def _matched(
     recipe: Recipe,
-    base: tuple[Model, Layout],
+    base: Model,
+    layout: Layout,
     layouts: Layouts,
     sources: Sequence[Model | None],
-    places: Sequence[str],
-    problems: list[Problem],
-    warnings: list[str],
-) -> tuple[list[Delta], list[tuple[int, Head]], list[int | None]]:
-    """Changes of all models; index and head of those that have one; and sizes of vocabularies that differ."""
-    deltas: list[Delta] = []
-    heads: list[tuple[int, Head]] = []
-    sizes: list[int | None] = []
+    ends: Ends = NO_ENDS,
+) -> _Matched:
+    found = _Matched()
     for i, source in enumerate(sources):
-        sizes.append(None)
+        found.sizes.append(None)
         if source is None:
             continue
         try:
-            delta, head, size = match_source(recipe, base[0], layouts, base[1], source, warnings)
+            delta, head, size = match_source(recipe, base, layouts, layout, source, found.warnings, ends)
         except HfMergeError as error:
-            problems.append(Problem(places[i], str(error)))
+            found.problems.append((i, str(error)))
             continue
-        sizes[i] = size
-        deltas.append(delta)
+        found.sizes[i] = size
+        found.deltas.append(delta)
         if head is not None and i < len(recipe.models) and not recipe.models[i].subtracted:
-            heads.append((i, head))
-    for one in (base[0], *sources):
+            found.heads.append((i, head))
+    below = below_adapters(base, sources)
+    found.problems += below.problems
+    found.warnings += below.warnings
+    for one in (base, *sources):
         if one is not None and one.pickled:
-            warnings.append(
+            found.warnings.append(
                 f"{one.snapshot.label}: pickled weights have no header, so the file was fetched to read it."
             )
-    return deltas, heads, sizes
+    return found
+
+
+def _with_ends(
+    recipe: Recipe, base: Model, layout: Layout, layouts: Layouts, sources: Sequence[Model | None]
+) -> tuple[Model, Layout, _Matched]:
+    """All models in the layout of the base, which is untied if a model changes one end of a tie alone."""
+    found = _matched(recipe, base, layout, layouts, sources)
+    if found.problems:
+        return base, layout, found
+    merged = found.deltas[: len(recipe.models)]
+    untied = one_sided(merged, lambda key: is_merged(recipe, key))
+    if not untied:
+        return base, layout, found
+    names = list(dict.fromkeys(name for i in untied for name in merged[i].apart))
+    try:
+        other = untie(base, layout, layouts, names)
+    except UnsupportedError as error:
+        found.problems.append((untied[0], str(error)))
+        return base, layout, found
+    found = _matched(recipe, other.base, other.layout, layouts, sources, other.ends)
+    for i in untied:
+        found.warnings.append(
+            f"{merged[i].source.snapshot.label} changes {some(merged[i].apart)} apart from the weight that the base "
+            f"ties it to; the merge has a tensor for each, and `{TIE_FLAG}: false`."
+        )
+    return other.base, other.layout, replace(found, untied=untied)
 
 
 def _vocabulary(
@@ -304,20 +362,10 @@ def _params(
     warnings: list[str],
 ) -> tuple[Param, ...]:
     """One entry per tensor of the base, in stored order: the output's keys are the base's keys."""
-    files = shard_names(sorted({entry.file for entry in base.tensors.values()}))
-    used: dict[str, bool] = dict.fromkeys((*recipe.include, *recipe.exclude), False)
-
-    def chosen(key: str) -> bool:
-        inside = not recipe.include
-        for pattern in recipe.include:
-            if fnmatch.fnmatchcase(key, pattern):
-                used[pattern] = inside = True
-        for pattern in recipe.exclude:
-            if fnmatch.fnmatchcase(key, pattern):
-                used[pattern] = True
-                inside = False
-        return inside
-
+    files = shard_names(sorted({entry.file for key, entry in base.tensors.items() if not base.is_of_module(key)}))
+    files |= {
+        entry.file: f"{folder_of(entry.file)}{SINGLE}" for key, entry in base.tensors.items() if base.is_of_module(key)
+    }
     elementwise = build_method(recipe).needs == "elements"
     params = []
     for key, entry in base.tensors.items():
@@ -328,19 +376,30 @@ def _params(
         if vocabulary is not None and vocabulary.added and axis is not None:
             shape = (*shape[:axis], vocabulary.size, *shape[axis + 1 :])
         file, slot = files[entry.file], Slot(dtype, shape)
-        inside = chosen(key)
+        inside = is_merged(recipe, key)
         if key in layout.tied:
             params.append(Param(key, file, slot, "tied", owner=layout.tied[key]))
         elif entry.dtype not in FLOATS or not inside:
             params.append(Param(key, file, slot, "copy", vocab_axis=axis))
         else:
             ranks = tuple(delta.rank(key) for delta in deltas)
-            gone = tuple(delta.rank(key) for delta in leaving)
+            leaving_ranks = tuple(delta.rank(key) for delta in leaving)
             # a method of single elements ignores the matrices inside a tensor
             blocks = (WHOLE,) if elementwise else layout.blocks[key]
-            params.append(Param(key, file, slot, "merge", None, blocks, ranks, axis, gone))
-    warnings.extend(f"pattern {pattern!r} matches no parameter." for pattern, hit in used.items() if not hit)
+            params.append(Param(key, file, slot, "merge", None, blocks, ranks, axis, leaving_ranks))
+    known = [*base.tensors, *(name for delta in deltas for name in delta.apart)]
+    warnings.extend(
+        f"pattern {pattern!r} matches no parameter."
+        for pattern in dict.fromkeys((*recipe.include, *recipe.exclude))
+        if not any(fnmatch.fnmatchcase(key, pattern) for key in known)
+    )
     return tuple(params)
+
+
+def is_merged(recipe: Recipe, key: str) -> bool:
+    """Whether the recipe's patterns let models change a parameter."""
+    inside = not recipe.include or any(fnmatch.fnmatchcase(key, pattern) for pattern in recipe.include)
+    return inside and not any(fnmatch.fnmatchcase(key, pattern) for pattern in recipe.exclude)
 
 
 def _check_beside(params: Sequence[Param], deltas: Sequence[Delta], origin: str) -> None:

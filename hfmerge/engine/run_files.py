@@ -15,7 +15,7 @@ from hfmerge.checkpoint.writer import SafetensorsWriter, Slot, bytes_of
 from hfmerge.engine.batched_sum import ThreadBuffers
 from hfmerge.engine.journal import Finished, Journal, Key, checksum
 from hfmerge.engine.partition import Chunk
-from hfmerge.engine.plan import KeptState, Param, Plan, needs_two_passes
+from hfmerge.engine.plan import KeptState, Param, Plan, folder_of, needs_two_passes
 from hfmerge.engine.plan_readers import open_deltas
 from hfmerge.engine.ranks import Ranks
 from hfmerge.engine.storage import own_params
@@ -103,7 +103,9 @@ class RunFiles:
         if create and plan.keep:
             (self.folder / STATE_FOLDER).mkdir(exist_ok=True)
         for file, slots in sorted(plan.slots().items()):
-            self.outputs[file] = SafetensorsWriter(self.folder / file, slots, create=create)
+            if create:
+                (self.folder / file).parent.mkdir(parents=True, exist_ok=True)
+            self.outputs[file] = SafetensorsWriter(self.folder / file, slots, create=create, prefix=folder_of(file))
         for count in plan.keep:
             self.states[count] = SafetensorsWriter(self._state(count), plan.state_slots(count), create=create)
         if needs_two_passes(plan) and len(plan.deltas) not in self.states:
@@ -156,12 +158,14 @@ class RunFiles:
 
     def intact(self, done: Sequence[tuple[Chunk, Finished]]) -> bool:
         """Whether all chunks' bytes are on the disk as the journal says; they then count as written."""
-        writers = {w.path.name: w for w in (*self.outputs.values(), *self.states.values(), self.scratch) if w}
+        # files of two folders may have one name, but no tensor in common
+        everything = [w for w in (*self.outputs.values(), *self.states.values(), self.scratch) if w]
+        writers = {(w.path.name, tensor): w for w in everything for tensor in w.slots}
         sizes = []
         for chunk, finished in done:
             for region in finished.wrote:
-                writer = writers.get(region.file)
-                if writer is None or region.tensor not in writer.slots:
+                writer = writers.get((region.file, region.tensor))
+                if writer is None:
                     return False
                 found, size = 0, 0
                 for tile in chunk.tiles():

@@ -137,8 +137,8 @@ class Passes:
         # before any process adds to the journal
         self.ranks.on_main(lambda: self._announce(merging, writing, copying))
         known = self._known()
-        found = self._over(merging, _or_copy(lambda visit: visit.merge(known, write=not two)))
-        norms = [n for _, n in found if n is not None]
+        visited = self._over(merging, _or_copy(lambda visit: visit.merge(known, write=not two)))
+        norms = [n for _, n in visited if n is not None]
         new = range(len(plan.deltas) - self.files.start)
         squares = tuple(math.fsum(chain(*(n.models[i] for n in norms))) for i in new)
         squared_norms = (*(plan.prior.squared_norms if plan.prior else ()), *squares)
@@ -158,7 +158,7 @@ class Passes:
             "squared_norms": squared_norms,
             "merged_norm": read_out * scale,
             "scale": scale,
-            "changes": _changes(plan, found, scale),
+            "changes": _changes(plan, visited, scale),
             "states": states,
             "deviation": max(deviations, default=None),
             "dependent": tuple(sum(i in n.dependent for n in norms) for i in range(len(plan.deltas))),

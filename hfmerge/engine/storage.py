@@ -18,7 +18,7 @@ from hfmerge.checkpoint.writer import header_bytes
 from hfmerge.engine.device import Device
 from hfmerge.engine.environment import differences, environment
 from hfmerge.engine.partition import Chunk, cost
-from hfmerge.engine.plan import Param, Plan
+from hfmerge.engine.plan import Param, Plan, folder_of
 from hfmerge.engine.ranks import Ranks, assign_owners
 from hfmerge.errors import HfMergeError, OutputError
 from hfmerge.hashing import canonical_json, sha256_bytes
@@ -173,8 +173,9 @@ def stand_ins(plan: Plan, folder: Path, ranks: Ranks) -> Iterator[None]:
             at = disk_of_files(plan, ranks)
             for file, slots in plan.slots().items():
                 if at[file] != ranks.disk:
-                    header, _ = header_bytes(slots, {"format": "pt"})
+                    header, _ = header_bytes(slots, {"format": "pt"}, folder_of(file))
                     path = folder / file
+                    path.parent.mkdir(parents=True, exist_ok=True)
                     with open(path, "xb") as handle:
                         made.append(path)
                         handle.write(header)

@@ -40,13 +40,13 @@ def lm_eval_score(subject: Subject, task: Task, *, batch_size: int, seed: int) -
     if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
         raise HfMergeError(f"{label}: lm-evaluation-harness needs a tokenizer with a bos_token or an eos_token.")
     model = HFLM(pretrained=subject.whole("causal"), tokenizer=tokenizer, batch_size=batch_size, device=subject.device)
-    found = lm_eval.simple_evaluate(
+    results = lm_eval.simple_evaluate(
         model=model, tasks=[task.benchmark], num_fewshot=task.shots or None, limit=task.limit, random_seed=seed,
         numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed, task_manager=manager,
         log_samples=False, bootstrap_iters=1000,
     )  # fmt: skip
-    values = found["results"][task.benchmark]
-    return _reported(task, values, int(found["n-samples"][task.benchmark]["effective"]))
+    values = results["results"][task.benchmark]
+    return _reported(task, values, int(results["n-samples"][task.benchmark]["effective"]))
 
 
 def _reported(task: Task, values: dict[str, Any], n: int) -> Score:
@@ -87,8 +87,10 @@ def mteb_score(subject: Subject, task: Task, *, batch_size: int) -> Score:
         wanted.load_data()  # else it is gone when its rows are counted
     name = str(snapshot.folder) if snapshot.folder is not None else snapshot.name
     model = SentenceTransformer(name, revision=snapshot.commit, device=subject.device, trust_remote_code=False)
-    found = mteb.evaluate(model, wanted, cache=None, encode_kwargs={"batch_size": batch_size}, show_progress_bar=False)
-    result = found.task_results[0]
+    results = mteb.evaluate(
+        model, wanted, cache=None, encode_kwargs={"batch_size": batch_size}, show_progress_bar=False
+    )
+    result = results.task_results[0]
     rows = _rows(wanted.dataset, task.split)
     return Score(float(result.get_score()), rows, math.nan, math.nan, task.metric, "none")
 

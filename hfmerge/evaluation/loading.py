@@ -73,7 +73,9 @@ def with_base(source: Model) -> Model:
             f"{source.snapshot.label}: names the base {base!r}, which is not a repository; write `base+adapter`."
         )
     revision = adapter.get("revision")
-    return dataclasses.replace(source, beneath=describe(f"{base}@{revision}" if revision else str(base)))
+    return dataclasses.replace(
+        source, beneath=describe(f"{base}@{revision}" if revision else str(base), modules=False)
+    )
 
 
 def adapter_config(source: Model) -> dict[str, Any]:

@@ -234,10 +234,10 @@ class Subject:
         """An instance of the config's class over the given tensors, complete or an error."""
         import torch
 
-        found = find_class(dict(config), self.info.label, False)
-        if found is None:
+        model_class = find_class(dict(config), self.info.label, False)
+        if model_class is None:
             raise SourceError(f"{self.info.label}: has code of its own, which is not run.")
-        cls, settings = found
+        cls, settings = model_class
         dtypes = [value.dtype for value in state.values() if value.is_floating_point()]
         options = {"device_map": {"": self.device}} if self.device != "cpu" else {}
         missing: list[str] = []
@@ -278,7 +278,7 @@ def open_subject(
     Raises:
         SourceError: it cannot be named, found, reached or read.
     """
-    source = describe(ref, copies=copies)
+    source = describe(ref, copies=copies, modules=False)
     config: Mapping[str, Any] = source.config
     snapshots: tuple[Snapshot, ...] = (source.snapshot,)
     digest = loading.digest_of(source)

@@ -225,12 +225,12 @@ def parse_suite(
     top = Section(data, "", found)
     top.refuse_unknown(("name", "description", "extends", "tasks"), "key")
     name = top.read("name", text, "", required=True)
-    given = data.get("tasks")
+    entries = data.get("tasks")
     tasks: list[Task] = []
-    if not isinstance(given, list) or not given:
+    if not isinstance(entries, list) or not entries:
         top.report("tasks", "must be a list of tasks, at least one")
     else:
-        tasks = [_task(item, i, known, found) for i, item in enumerate(given)]
+        tasks = [_task(item, i, known, found) for i, item in enumerate(entries)]
         names = [task.name for task in tasks]
         for i, task in enumerate(names):
             if task and names.index(task) != i:

@@ -59,19 +59,19 @@ def labelled_rows(task: Task, suite: Suite, subject: Subject, *, split: str, row
     limited = dataclasses.replace(task, split=split, limit=rows)
     pin = pin_data(limited, suite.folder)
     where = f"{task.name} ({pin.label})"
-    found = load_rows(limited, pin, limit=rows, seed=seed)
+    loaded = load_rows(limited, pin, limit=rows, seed=seed)
     head = subject.own_head()
     assert head is not None and task.label is not None
-    values = list(found[task.label])
+    values = list(loaded[task.label])
     if task.by_index:
         answers = list(numbered_answers(limited, values, head.labels, where).values)
     else:
-        named = named_answers(limited, found.features[task.label], values, where)
+        named = named_answers(limited, loaded.features[task.label], values, where)
         places = head_rows(named.used, head.labels, where, head.owner)
         answers = [places[named.names[value]] for value in named.values]
     logits = torch.full((len(answers), len(head.labels)), CERTAIN)
     logits[range(len(answers)), answers] = 0.0
-    inputs, pad = _pixels(task, found, subject, where) if task.image else _texts(task, found, subject, where)
+    inputs, pad = _pixels(task, loaded, subject, where) if task.image else _texts(task, loaded, subject, where)
     mark = f"{pin.name}@{pin.digest}"
     return Replay(mark, task.kind, "labels", seed, "classes", pad, 0, inputs, {"logits": logits})
 

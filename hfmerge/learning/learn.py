@@ -140,19 +140,16 @@ def learn(
             begun = progress.steps()
             from_there = "" if begun is None else f"; {begun['step']} were made by a run that was interrupted"
             notify(f"learning {start.numel()} weights, at most {learning.steps} steps{from_there}")
-        found = _optimised(space, merge, start, learning, ranks, anchor, progress)
-        information = _information(space, merge, found, anchor, learning, ranks) if learning.ewc else None
+        optimum = _optimised(space, merge, start, learning, ranks, anchor, progress)
+        information = _information(space, merge, optimum, anchor, learning, ranks) if learning.ewc else None
     entries = tuple(
-        dataclasses.replace(entry, weight=space.weights_of(found.weights, i, DIGITS))
+        dataclasses.replace(entry, weight=space.weights_of(optimum.weights, i, DIGITS))
         for i, entry in enumerate(plan.recipe.models)
     )
-    how = f"weights learned by {learning.loss}, {found.steps} steps"
-    how += f", from those of the first {count} models" if count else ""
-    how += f", on {name_of(place)}" if place != CPU else ""
-    how += ", stopped early" if found.fault is not None else ""
-    warnings += _faults(found, space)
+    how = _how(learning, optimum, count, place)
+    warnings += _faults(optimum, space)
     plan = dataclasses.replace(plan, recipe=dataclasses.replace(plan.recipe, models=entries))
-    return _warned(plan, warnings), Learned(replays, information, found, how, space.groups, name_of(place))
+    return _warned(plan, warnings), Learned(replays, information, optimum, how, space.groups, name_of(place))
 
 
 def _faults(optimum: Optimum, space: Space) -> Iterator[str]:
@@ -176,6 +173,14 @@ def _question(opened: Merged | None, action: str, device: str) -> str:
 def _device(opened: Merged | None) -> str:
     """What computed the weights of an existing merge, by its name."""
     return str((opened.last.learned if opened is not None and opened.last.learned else {}).get("device", CPU))
+
+
+def _how(learning: Learning, optimum: Optimum, count: int, place: str) -> str:
+    """What the ledger says about the learning; `count` models had learned weights before."""
+    how = f"weights learned by {learning.loss}, {optimum.steps} steps"
+    how += f", from those of the first {count} models" if count else ""
+    how += f", on {name_of(place)}" if place != CPU else ""
+    return how + (", stopped early" if optimum.fault is not None else "")
 
 
 def _of_devices(opened: Merged | None, learning: str | None, place: str) -> list[str]:

@@ -125,7 +125,7 @@ def students(
     """
     wanted = tuple(keys)
     base = open_subject(source_reference(plan.base.snapshot), device=place, dtype="float32", copies=plan.copies)
-    found = []
+    made = []
     whole: PreTrainedModel | None = None
     for delta, ref, some in zip(plan.deltas, references(plan), rows, strict=True):
         subject = open_subject(ref, device=place, dtype="float32", copies=plan.copies)
@@ -144,8 +144,8 @@ def students(
             model.config.pad_token_id = pads[0]
         if checkpointing:
             _checkpointed(model)
-        found.append(Student(subject.info.label, model, _places(model, delta, base, wanted), tuple(some)))
-    return found
+        made.append(Student(subject.info.label, model, _places(model, delta, base, wanted), tuple(some)))
+    return made
 
 
 def check_tokens(plan: Plan) -> None:

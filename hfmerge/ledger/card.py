@@ -163,6 +163,7 @@ def block(entries: Sequence[Entry], facts: Mapping[str, Any]) -> str:
             for e in entries
         ],
         learned=_learned(last),
+        untied=", ".join(m.name for m in last.models if m.untied),
         recipe=fenced(dump_yaml(public_recipe(last)), "yaml"),
         citations=fenced("\n".join(c.bibtex for c in method.citations) if method else "", "bibtex"),
     )

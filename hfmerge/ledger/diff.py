@@ -74,9 +74,9 @@ def compare(before: Entry, after: Entry) -> Difference:
     pairs = _pairs(before.models, after.models)
     same = [(a, b) for a, b in pairs if _key(a) == _key(b)]
     replaced = tuple((a, b) for a, b in pairs if _key(a) != _key(b))
-    gone = [a for a, _ in pairs]
+    removed = [a for a, _ in pairs]
     come = [b for _, b in pairs]
-    firsts = tuple(a.name for a in before.models if a in gone)
+    firsts = tuple(a.name for a in before.models if a in removed)
     places = {id(b): a.name for a, b in pairs}
     seconds = tuple(places[id(b)] for b in after.models if id(b) in places)
     norms = {b.label: (_norm(a), _norm(b)) for a, b in same if _norm(a) != _norm(b)}
@@ -88,7 +88,7 @@ def compare(before: Entry, after: Entry) -> Difference:
         before,
         after,
         added=tuple(b for b in after.models if b not in come),
-        removed=tuple(a for a in before.models if a not in gone),
+        removed=tuple(a for a in before.models if a not in removed),
         replaced=replaced,
         subtracted=tuple(b for a, b in same if b.subtracted and not a.subtracted),
         order=None if firsts == seconds else (firsts, seconds),

@@ -54,6 +54,7 @@ class Material:
         contains: if the model is itself a merge, or lies on one: identities of all models in that merge (see
             `contained`).
         subtracted: the model is still in the carried state and was approximately subtracted from the merged change.
+        untied: the model changes one end of a weight that the base ties, so the merge has a tensor for every end.
         kept: SHA-256 of the kept copy of the model, which lies beside the carried states.
     """
 
@@ -72,6 +73,7 @@ class Material:
     ledger: str | None = None
     contains: tuple[str, ...] = ()
     subtracted: bool = False
+    untied: bool = False
     kept: str | None = None
 
     @property
@@ -100,6 +102,8 @@ class Material:
             data["contains"] = list(self.contains)
         if self.subtracted:
             data["subtracted"] = True
+        if self.untied:
+            data["untied"] = True
         if self.kept is not None:
             data["kept"] = self.kept
         return data
@@ -197,6 +201,11 @@ class Entry:
     def file(self) -> str:
         """Its path in the repository."""
         return f"{LEDGER_FOLDER}/{self.step:04d}.json"
+
+    @property
+    def is_untied(self) -> bool:
+        """Whether the merge has a tensor for every end of what the base ties."""
+        return any(model.untied for model in self.models)
 
     @property
     def ran_code(self) -> bool:

@@ -106,8 +106,8 @@ def find_removed(entries: Sequence[Entry], model: str, where: str) -> RemovedMod
         near = difflib.get_close_matches(model.partition("@")[0], names, n=3, cutoff=0.5)
         hint = f" Did you mean {' or '.join(near)}?" if near else ""
         raise CertificateError(f"{model}: never was in {where}, whose ledger knows {', '.join(names)}.{hint}")
-    gone = [identity for identity in hits if identity not in now]
-    if not gone:
+    absent = [identity for identity in hits if identity not in now]
+    if not absent:
         part = now[hits[0]]
         todo = "to be without it, merge on another base, or merge models that do not contain it"
         if part.role in ("model", SUBTRACTED):
@@ -116,7 +116,7 @@ def find_removed(entries: Sequence[Entry], model: str, where: str) -> RemovedMod
     if len(hits) > 1:
         states = ", ".join(f"{short(one)} ({'still there' if one in now else 'removed'})" for one in hits)
         raise CertificateError(f"{model}: {where} has had it in {len(hits)} states: {states}; name the commit.")
-    part = known[gone[0]]
+    part = known[absent[0]]
     check_no_copy(part, steps[-1], model, where)
     held = [entry.step for entry, step in zip(entries, steps, strict=True) if part.identity in _identities(step)]
     return RemovedModel(part, held[0], held[-1], held[-1] + 1)

@@ -231,8 +231,8 @@ def check_folders(refs: Mapping[str, str], material: Material, *, allow_pickle: 
             )
         source = describe(path, allow_pickle=allow_pickle)
         source = with_beside(source, material.files if identity == material.identity else ())
-        found = digests(source, remembered_digest)
-        if folder_digest(found) != digest:
+        present = digests(source, remembered_digest)
+        if folder_digest(present) != digest:
             raise LedgerError(
                 f"{name}@{digest[:8]}: the files in {path} are not those that were merged; restore them, or name a "
                 f"copy with {parameter('sources', {name: 'FOLDER'})}."

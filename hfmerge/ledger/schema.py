@@ -145,6 +145,7 @@ _MATERIAL = record(
         "ledger": sha256,
         "contains": items(identity, FILES),
         "subtracted": flag,
+        "untied": flag,
         "kept": sha256,
     },
 )

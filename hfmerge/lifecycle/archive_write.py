@@ -168,6 +168,10 @@ def _made(planned: Plan, path: Path, wanted: Wanted, base: Reader, identity: str
 def pairs_of(delta: Delta, base: Model) -> dict[str, dict[str, str]]:
     """Weight file -> its tensor -> the base's stored key, for tensors that change one of the same dtype and shape."""
     result: dict[str, dict[str, str]] = {}
+    # the ends of a tie that this merge opened have one stored tensor
+    held: dict[tuple[str, str], str] = {}
+    for key, entry in base.tensors.items():
+        held.setdefault((entry.file, base.stored_key(key)), key)
     for mark, place, origins in (("", delta.source, delta.full), ("+", delta.source.beneath, delta.beneath)):
         if place is None:
             continue
@@ -177,5 +181,7 @@ def pairs_of(delta: Delta, base: Model) -> dict[str, dict[str, str]]:
         for tensor, key in sorted(found.items()):
             own, other = place.tensors[tensor], base.tensors[key]
             if (own.dtype, own.shape) == (other.dtype, other.shape):
-                result.setdefault(mark + own.file, {})[tensor] = key
+                result.setdefault(mark + own.file, {})[place.stored_key(tensor)] = held[
+                    other.file, base.stored_key(key)
+                ]
     return result

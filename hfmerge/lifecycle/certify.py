@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -19,7 +19,7 @@ from hfmerge.ledger.seen import acceptance, refuse_rewritten, remember
 from hfmerge.lifecycle.certificate import check_signature, check_statement, statement_of
 from hfmerge.lifecycle.dsse import Envelope, Signature
 from hfmerge.lifecycle.keys import Trusted, allowed_signers, key_fingerprint, private_key, public_keys
-from hfmerge.lifecycle.verify import Check, check_merged
+from hfmerge.lifecycle.verify import Check, FurtherChecks, check_merged
 from hfmerge.lifecycle.witness import append, read_log
 from hfmerge.validation.limits import CERTIFICATE_BYTES
 from hfmerge.validation.strict_json import read_limited
@@ -60,7 +60,6 @@ def make_certificate(
     device: str | None = None,
     sources: Mapping[str, str] | None = None,
     log: str | Path | None = None,
-    ask: Callable[[str], str | None] | None = None,
     consent: Consent = NO_CONSENT,
 ) -> Certificate:
     """Certify that a merge no longer holds a model, after checking it against its ledger.
@@ -76,7 +75,6 @@ def make_certificate(
         device: where a replay computes, see `RunOptions.device`.
         sources: name of a folder material -> where it lies now.
         log: see `witness`; checked first, and a record is added.
-        ask: see `private_key`.
         consent: what a replay may do with the sources.
 
     Raises:
@@ -91,7 +89,7 @@ def make_certificate(
         )
     if days is not None and not 0 < days <= 36500:
         raise CertificateError(f"{parameter('days', days)}: write a number of days, above 0 and up to 36500.")
-    signer = private_key(key, ask) if key is not None else None
+    signer = private_key(key) if key is not None else None
     recover(ref)
     merged = open_merged(ref, sources, consent)
     refuse_rewritten(merged)
@@ -99,7 +97,7 @@ def make_certificate(
         raise VerificationError(f"{merged.snapshot.label}: not certified; {problem}; {acceptance(merged, log)}.")
     removal = find_removed(merged.entries, model, merged.snapshot.label)
     warnings = copies_inside(merged, removal.model, model)
-    report = check_merged(merged, replay=replay, device=device)
+    report = check_merged(merged, FurtherChecks(replay, device))
     if report.verdict != "ok" and not (accept_approximate and report.verdict == "approximate"):
         todo = f"; certify where it was made, or pass {parameter('accept_approximate', True)}"
         todo = "" if report.verdict == "failed" else todo
@@ -143,8 +141,8 @@ def copies_inside(merged: Merged, removed: ContainedModel, model: str, seen: set
         except HfMergeError as error:
             notes.append(f"copies of {removed.name} were not looked for in {short(inner)}, a merge itself: {error}")
             continue
-        found = [replace(part, role=f"{part.role} of {short(inner)}") for part in contained_models(opened.last)]
-        check_no_copy(removed, found, model, merged.snapshot.label)
+        inside = [replace(part, role=f"{part.role} of {short(inner)}") for part in contained_models(opened.last)]
+        check_no_copy(removed, inside, model, merged.snapshot.label)
         notes += copies_inside(opened, removed, model, seen)
     return notes
 

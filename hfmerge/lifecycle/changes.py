@@ -114,10 +114,10 @@ def plan_subtract(merged: Merged, names: Sequence[str], *, measure: bool = False
         raise LedgerError(f"{name} keeps exact sums, so a removal is exact at the same cost; {exactly}.")
     if not method.subtractable:
         raise LedgerError(f"{name} merges all models at once, so no single model can be subtracted; {exactly}.")
-    gone = [last.find(given) for given in dict.fromkeys(names)]
-    if again := [last.models[i].label for i in gone if last.models[i].subtracted]:
+    subtracted = [last.find(given) for given in dict.fromkeys(names)]
+    if again := [last.models[i].label for i in subtracted if last.models[i].subtracted]:
         raise LedgerError(f"{again[0]} was subtracted before; to remove it exactly, {exactly}.")
-    wanted = [replace(model, subtracted=model.subtracted or i in gone) for i, model in enumerate(last.models)]
+    wanted = [replace(model, subtracted=model.subtracted or i in subtracted) for i, model in enumerate(last.models)]
     if all(model.subtracted for model in wanted):
         raise LedgerError(
             f"{merged.snapshot.label}: holds no other model; the base {last.base.label} is what is left."
@@ -126,7 +126,7 @@ def plan_subtract(merged: Merged, names: Sequence[str], *, measure: bool = False
     exact = None
     if measure:
         exact, _ = plan_models(merged, [model for model in wanted if not model.subtracted], stream=stream)
-    subjects = tuple(last.models[i].name for i in sorted(set(gone)))
+    subjects = tuple(last.models[i].name for i in sorted(set(subtracted)))
     return Change("subtract", subjects, how, tuple(wanted), plan, exact)
 
 
@@ -194,6 +194,10 @@ def plan_models(
             continue
         if _made_without(last, plan, start.prior.count):
             warnings.append("the kept state was made without code of the models' own, so the models are read instead.")
+            continue
+        if start.untied != bool(plan.untied):
+            # an end of a tie has sums of its own in one of them alone
+            warnings.append("the kept state is of a merge with other tied weights, so the models are read instead.")
             continue
         break
     else:
@@ -291,19 +295,21 @@ def plan_replace(merged: Merged, old: str, new: str, *, weight: Weight | None = 
     """
     last = merged.last
     place = last.find(old)
-    gone = last.models[place]
-    entry = ModelEntry(new, gone.weight if weight is None else weight)
+    replaced = last.models[place]
+    entry = ModelEntry(new, replaced.weight if weight is None else weight)
     wanted: list[Material | ModelEntry] = [*last.models]
     wanted[place] = entry
     plan, how = plan_models(merged, wanted, stream=stream)
     came = plan.deltas[place].source
-    if entry.weight == gone.weight and _same(came, gone):
+    if entry.weight == replaced.weight and _same(came, replaced):
         raise LedgerError(
-            f"{merged.snapshot.label}: holds {gone.label} already, with this weight; nothing to replace."
+            f"{merged.snapshot.label}: holds {replaced.label} already, with this weight; nothing to replace."
         )
-    weighs = "" if entry.weight == gone.weight else f", its weight {shown(gone.weight)} by {shown(entry.weight)}"
-    said = f"{gone.label} replaced by {_label(came)}{weighs}, at place {place + 1} of {len(wanted)}; {how}"
-    return Change("replace", (gone.name, came.name), said, leading(wanted), plan)
+    weighs = (
+        "" if entry.weight == replaced.weight else f", its weight {shown(replaced.weight)} by {shown(entry.weight)}"
+    )
+    said = f"{replaced.label} replaced by {_label(came)}{weighs}, at place {place + 1} of {len(wanted)}; {how}"
+    return Change("replace", (replaced.name, came.name), said, leading(wanted), plan)
 
 
 def plan_reorder(merged: Merged, names: Sequence[str], *, stream: bool = False) -> Change:

@@ -104,12 +104,13 @@ def check_removal(
     """
     suite = load_suite(suite) if not isinstance(suite, Suite) else suite
     last = opened.last
-    gone = [last.models[last.find(name)] for name in names]
+    removed_models = [last.models[last.find(name)] for name in names]
     owners = {task.name: _owner(task, last.models) for task in suite.tasks}
-    removed = tuple(task for task, owner in owners.items() if owner in gone)
+    removed = tuple(task for task, owner in owners.items() if owner in removed_models)
     if not removed:
         raise HfMergeError(
-            f"suite {suite.name}: no task says `head: {gone[0].name}`, so it cannot tell what leaves with that model."
+            f"suite {suite.name}: no task says `head: {removed_models[0].name}`, so it cannot tell what leaves with "
+            "that model."
         )
     heads = {task: material_reference(owner, opened.refs) for task, owner in owners.items() if owner is not None}
     evaluator = Evaluator(suite, settings, heads=heads, progress=True)

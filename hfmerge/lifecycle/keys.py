@@ -95,14 +95,14 @@ def public_keys(path: str | Path) -> tuple[Trusted, ...]:
             key = load_pem_public_key(data.lstrip())
         except ValueError as error:
             raise CertificateError(f"{path}: not a public key ({error}).") from error
-        found = [Trusted(Path(path).name, key)] if isinstance(key, Ed25519PublicKey) else []
+        keys = [Trusted(Path(path).name, key)] if isinstance(key, Ed25519PublicKey) else []
     else:
         fields = [line.split(None, 2) for line in _lines(data, path)]
         own = [field for field in fields if len(field) > 1 and field[0] == _KIND]
-        found = [Trusted(field[2] if len(field) > 2 else Path(path).name, _ssh_key(field[1], path)) for field in own]
-    if not found:
+        keys = [Trusted(field[2] if len(field) > 2 else Path(path).name, _ssh_key(field[1], path)) for field in own]
+    if not keys:
         raise CertificateError(f"{path}: no ed25519 public key in it; give a `.pub` file or one in PEM.")
-    return tuple(found)
+    return tuple(keys)
 
 
 def allowed_signers(path: str | Path, now: datetime) -> tuple[Trusted, ...]:

@@ -62,10 +62,10 @@ def check_unchanged(material: Material, source: Model) -> list[str]:
         if snapshot.commit is None:
             continue
         for name, digest in files.items():
-            found = _listed_digest(snapshot, name)
-            if found is not None and found != digest:
+            listed = _listed_digest(snapshot, name)
+            if listed is not None and listed != digest:
                 raise CorruptFileError(
-                    f"{snapshot.label}: {name} is not the file that was merged (sha256 {found[:12]}..., the ledger "
+                    f"{snapshot.label}: {name} is not the file that was merged (sha256 {listed[:12]}..., the ledger "
                     f"says {digest[:12]}...); somebody has changed what this commit gives, so it cannot be used."
                 )
         if snapshot.vanished:

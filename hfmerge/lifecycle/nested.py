@@ -45,7 +45,7 @@ def find_removal(entry: Entry, names: Sequence[str]) -> Removal:
         LedgerError: a name is nowhere (the error suggests near names), is that of a model beneath an adapter, or fits
             several models.
     """
-    gone: list[int] = []
+    whole: list[int] = []
     within: dict[int, list[str]] = {}
     subjects: list[str] = []
     for name in dict.fromkeys(names):
@@ -57,15 +57,15 @@ def find_removal(entry: Entry, names: Sequence[str]) -> Removal:
         several = list(dict.fromkeys([*found, *(entry.models[i].identity for i in direct)]))
         if len(several) > 1:
             raise LedgerError(f"{name}: means {len(several)} models in this merge: {' and '.join(several)}; name one.")
-        gone += direct
+        whole += direct
         for i, hits in inner.items():
             if hits:
                 within.setdefault(i, []).extend(hits)
         subjects.append(several[0].rpartition("@")[0])
-    for i in gone:
+    for i in whole:
         within.pop(i, None)
     return Removal(
-        tuple(sorted(set(gone))), {i: tuple(dict.fromkeys(within[i])) for i in sorted(within)}, tuple(subjects)
+        tuple(sorted(set(whole))), {i: tuple(dict.fromkeys(within[i])) for i in sorted(within)}, tuple(subjects)
     )
 
 

@@ -155,18 +155,18 @@ def push_folder(
     api, repo_id, create_pr = hub_api(), to.repo_id, to.create_pr
     held = files_in(folder)
     files = _public_files(held)
-    given = {operation.path_in_repo: operation for operation in uploaded}
-    opened = open_push(folder, to, [name for name in (*files, *given) if name != FILE])
+    uploads = {operation.path_in_repo: operation for operation in uploaded}
+    opened = open_push(folder, to, [name for name in (*files, *uploads) if name != FILE])
     entries, history, remote, head = opened.entries, opened.history, opened.target.files, opened.target.head
     existing = card_there(repo_id, opened.target)
     card = combine_cards(existing, render_card(entries, card_facts(entries[-1], repo_id, present_site())))
     # pictures and scores come from the folder, never from the repository
     mine = files[FILE].read_text(encoding="utf-8") if FILE in files else ""
     card = carried_scores(mine, with_part(card, FIGURES, part(mine, FIGURES)))
-    new = [CommitOperationAdd(name, str(path)) for name, path in files.items() if name != FILE and name not in given]
-    adds = [*new, *given.values(), CommitOperationAdd(FILE, card.encode())]
+    new = [CommitOperationAdd(name, str(path)) for name, path in files.items() if name != FILE and name not in uploads]
+    adds = [*new, *uploads.values(), CommitOperationAdd(FILE, card.encode())]
     former = _stale(remote, entries, drawn(existing))
-    gone = [CommitOperationDelete(name) for name in sorted({*former, *opened.lost} - {*files, *given})]
+    deletions = [CommitOperationDelete(name) for name in sorted({*former, *opened.lost} - {*files, *uploads})]
     notes, last = list(opened.notes), entries[-1]
     states = {name: held[name] for name in sorted(last.beside) if name in held}
     if create_pr and states:
@@ -188,7 +188,7 @@ def push_folder(
             if operation.path_in_repo.endswith(".safetensors"):
                 upload(api, repo_id, operation, create_pr=create_pr)
         commit = NewCommit(
-            [*adds, *gone], title=plain(to.message) if to.message else _message(last),
+            [*adds, *deletions], title=plain(to.message) if to.message else _message(last),
             description="\n".join([f"{markdown(last.how)}.", f"Ledger: {last.file}", *opened.notes]),
             parent=head, proof={last.file: history[last.file]}, create_pr=create_pr,
         )  # fmt: skip

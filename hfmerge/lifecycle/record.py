@@ -170,7 +170,7 @@ def entry_of(
     for i, delta in enumerate(planned.deltas):
         files = outcome.source_digests[i + 1]
         if i < start and files is None:
-            models.append(kept[i])
+            models.append(dataclasses.replace(kept[i], untied=i in planned.untied))
             continue
         assert files is not None
         weight, norm = recipe.models[i].weight, outcome.squared_norms[i]
@@ -179,6 +179,8 @@ def entry_of(
         fields: dict[str, Any] = {"head": f"heads/{head.slug}", "labels": tuple(head.labels)} if head else {}
         if i in planned.subtracted:
             fields["subtracted"] = True
+        if i in planned.untied:
+            fields["untied"] = True
         models.append(Material.from_dict({**material.to_dict(), **fields}))
     base = _material(planned.base, outcome.source_digests[0] or {}, 1.0, None, doubtful, notes)
     method = planned.method

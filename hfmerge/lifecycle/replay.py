@@ -18,7 +18,7 @@ from typing import Any, Literal
 from hfmerge.engine.environment import TOLERANCE, excuses, far_apart
 from hfmerge.engine.executor import Outcome, run
 from hfmerge.engine.options import RunOptions
-from hfmerge.engine.plan import Plan
+from hfmerge.engine.plan import Plan, folder_of
 from hfmerge.errors import HfMergeError
 from hfmerge.hub.download import fetch
 from hfmerge.ledger.entry import Entry, Material
@@ -103,15 +103,15 @@ def replay(merged: Merged, device: str | None = None) -> tuple[Verdict, list[str
             outcome = run(plan, folder, options=RunOptions(device=device))
             made = _beside(last, entry_of(first_merge(plan), outcome, None, [], _gap(merged, plan, outcome, folder)))
             reasons = excuses(last.environment, made.environment)
-            found = _compared(merged, made, folder, _bounds(plan, outcome), explained=bool(reasons))
+            differences = _compared(merged, made, folder, _bounds(plan, outcome), explained=bool(reasons))
     except HfMergeError as error:
         return "failed", [str(error)]
     files, sources = f"the replay made {len(last.products)} files", f"from {len(last.models)} sources"
     told = "; ".join(reasons)
-    if found.wrong:
-        return "failed", [f"{text} ({told})" if told else text for text in found.wrong]
-    if found.alike or found.states:
-        return "approximate", [f"{files} {sources}: {found.told} ({told})"]
+    if differences.wrong:
+        return "failed", [f"{text} ({told})" if told else text for text in differences.wrong]
+    if differences.alike or differences.states:
+        return "approximate", [f"{files} {sources}: {differences.told} ({told})"]
     return "ok", [f"{files} with the same bytes {sources}, and {last.file} with the same fields"]
 
 
@@ -162,7 +162,7 @@ def _bounds(plan: Plan, outcome: Outcome) -> dict[str, dict[str, float]]:
         change = outcome.changes.get(param.owner or param.key)
         changes = found.setdefault(param.file, {})
         if change is not None:
-            changes[param.key] = change
+            changes[param.key.removeprefix(folder_of(param.file))] = change
     return found
 
 

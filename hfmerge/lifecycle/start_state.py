@@ -13,10 +13,15 @@ from hfmerge.methods import MergeMethod
 
 @dataclass(frozen=True)
 class Start:
-    """A state to continue from, and the models in it that are subtracted, as `Prior.held` counts them."""
+    """A state to continue from, and the models in it that are subtracted, as `Prior.held` counts them.
+
+    Attributes:
+        untied: see `Entry.is_untied`.
+    """
 
     prior: Prior
     leaving: tuple[Material, ...] = ()
+    untied: bool = False
 
 
 def starts(
@@ -39,7 +44,7 @@ def starts(
     if last.settings["vocabulary"] == "union" or "learn" in last.settings:
         # the rows of the output, or all weights, depend on all models, so no earlier state fits
         return
-    found: list[tuple[int, int, Entry, KeptState, int, list[int | None]]] = []
+    candidates: list[tuple[int, int, Entry, KeptState, int, list[int | None]]] = []
     for entry, state in _kept(merged):
         models = entry.models[: state.count]
         if method.additive:
@@ -56,8 +61,8 @@ def starts(
         gone = [model for model, i in zip(models, held, strict=True) if i is None]
         cost = total - covered + sum(not _left_out(model) for model in gone)
         if covered and cost < total:
-            found.append((cost, len(found), entry, state, covered, held))
-    for _, _, entry, state, covered, held in sorted(found, key=lambda each: each[:2]):
+            candidates.append((cost, len(candidates), entry, state, covered, held))
+    for _, _, entry, state, covered, held in sorted(candidates, key=lambda each: each[:2]):
         path = state_path(merged.snapshot, state, warnings)
         if path is None:
             continue
@@ -72,7 +77,7 @@ def starts(
             tuple(norms[i] for i in range(covered)),
             () if order == tuple(range(covered)) else order,
         )
-        yield Start(prior, leaving)
+        yield Start(prior, leaving, entry.is_untied)
 
 
 def _kept(merged: Merged) -> list[tuple[Entry, KeptState]]:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import posixpath
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from hfmerge.checkpoint.digests import folder_digest
 from hfmerge.checkpoint.side_files import is_asset, is_code, is_side_file
@@ -105,32 +105,54 @@ class Report:
         return [f"{check.what}: {check.detail}" for check in self.checks if not check.ok]
 
 
+class CertificateChecks(Protocol):
+    """A certificate whose checks belong to a report: SHA-256 of its file, and the checks."""
+
+    @property
+    def sha256(self) -> str: ...
+
+    def checks(self, merged: Merged, *, replay: bool) -> Sequence[Check]: ...
+
+
+@dataclass(frozen=True)
+class FurtherChecks:
+    """The checks that are made beside those of every merge.
+
+    Attributes:
+        replay: merge again from the pinned sources, and compare bytes and every field of the entry.
+        device: device of the replay, see `RunOptions.device`.
+        download: download and hash the files, instead of believing the digests that the Hub lists. A folder is always
+            read.
+        certificate: a certificate of removal to check.
+    """
+
+    replay: bool = False
+    device: str | None = None
+    download: bool = False
+    certificate: CertificateChecks | None = None
+
+
+NONE_FURTHER = FurtherChecks()
+"""The checks of every merge alone."""
+
+
 def verify_merge(
     ref: str,
+    further: FurtherChecks = NONE_FURTHER,
     *,
-    replay: bool = False,
-    device: str | None = None,
     sources: Mapping[str, str] | None = None,
-    download: bool = False,
-    also: Callable[[Merged], Sequence[Check]] | None = None,
     consent: Consent = NO_CONSENT,
     log: str | Path | None = None,
-    certificate: str | None = None,
     accept_rewritten: bool = False,
 ) -> Report:
     """Check a merge. If all checks pass, remember its history as seen and add a record to the log.
 
     Args:
         ref: `org/name[@revision]` or a folder.
-        replay: also merge again from the pinned sources, and compare bytes and every field of the entry.
-        device: device of the replay, see `RunOptions.device`.
+        further: the checks to make beside those of every merge.
         sources: name of a folder material -> where it lies now.
-        download: download and hash the files, instead of believing the digests that the Hub lists. A folder is always
-            read.
-        also: further checks, called with the opened merge.
         consent: consent for a replay. Without a replay no code is run and no pickle is read.
         log: append-only log against which the history is checked, see `witness`.
-        certificate: SHA-256 of the certificate that `also` checks, for the log.
         accept_rewritten: accept a history that differs from the one seen before, and remember it from now on.
 
     Raises:
@@ -143,27 +165,20 @@ def verify_merge(
     except LedgerError as error:
         there = not isinstance(error, NoLedgerError)
         return Report(ref, (Check("ledger", False, str(error)),), has_ledger=there)
-    accept = accept_rewritten
-    report = check_merged(merged, replay=replay, device=device, download=download, also=also, accept_rewritten=accept)
-    witness, did = _witnessed(merged, log, accept) if log is not None else (None, "verified")
+    report = check_merged(merged, further, accept_rewritten=accept_rewritten)
+    witness, did = _witnessed(merged, log, accept_rewritten) if log is not None else (None, "verified")
     checks = [*report.checks, *(() if witness is None else (witness,))]
     if not all(check.ok for check in checks):
         return replace(report, checks=tuple(checks))
-    note = remember(merged, anew=accept)
+    note = remember(merged, anew=accept_rewritten)
     if log is not None:
+        certificate = None if further.certificate is None else further.certificate.sha256
         checks[-1] = Check("log", True, append(log, merged, did, certificate=certificate))
     return replace(report, checks=tuple(checks), notes=() if note is None else (note,))
 
 
 def check_merged(
-    merged: Merged,
-    *,
-    replay: bool = False,
-    device: str | None = None,
-    download: bool = False,
-    also: Callable[[Merged], Sequence[Check]] | None = None,
-    strays: bool = True,
-    accept_rewritten: bool = False,
+    merged: Merged, further: FurtherChecks = NONE_FURTHER, *, strays: bool = True, accept_rewritten: bool = False
 ) -> Report:
     """Check a merge that is open already; see `verify_merge`.
 
@@ -172,7 +187,7 @@ def check_merged(
     """
     checks = [Check("ledger", True, f"{len(merged.entries)} entries, each names its parent's digest")]
     checks.append(_history(merged, accept_rewritten))
-    download = download and merged.snapshot.folder is None
+    download = further.download and merged.snapshot.folder is None
     files, read = _downloaded(merged) if download else _digests(merged)
     card, licences = merged.read(FILE), merged.read(LICENCES)
     checks.extend(check_contents(merged.entries, files, card, licences, read=read, downloaded=download))
@@ -181,9 +196,10 @@ def check_merged(
     checks.extend(_copies(merged, files) if download else ())
     checks.extend(_published_states(merged, download) if merged.snapshot.folder is None else [])
     checks.extend(left_behind(merged) if strays else [])
-    checks.extend(also(merged) if also is not None else ())
-    if replay:
-        checks.extend(_replay(merged, device))
+    if further.certificate is not None:
+        checks.extend(further.certificate.checks(merged, replay=further.replay))
+    if further.replay:
+        checks.extend(_replay(merged, further.device))
     return Report(merged.snapshot.label, tuple(checks), merged.snapshot.commit)
 
 
@@ -212,10 +228,10 @@ def check_contents(
         wanted |= last.beside
     good = True
     for name, digest in wanted.items():
-        found = files.get(name)
-        if found != digest:
+        actual = files.get(name)
+        if actual != digest:
             good = False
-            what = f"sha256 is {found[:12]}..., the ledger says {digest[:12]}..." if found else "missing"
+            what = f"sha256 is {actual[:12]}..., the ledger says {digest[:12]}..." if actual else "missing"
             yield Check(name, False, what)
     history = {entry.file for entry in entries}
     for name in files:

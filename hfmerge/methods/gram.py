@@ -46,7 +46,7 @@ class Gram(AdditiveFold):
     inputs, while `B`, which starts at zero, is all learned. Hence the defaults: of a matrix that some model changes
     densely, `side: right` and beta 0.1; of one that only adapters change, `side: left` and beta 100.
 
-    Model: the objective of WUDI-Merging, arXiv 2503.08099, which it minimises by gradient descent; its closed form is
+    Source: the objective of WUDI-Merging, arXiv 2503.08099, which it minimises by gradient descent; its closed form is
     that of regression mean, "Dataless Knowledge Fusion", arXiv 2212.09849, with `C_t` in the place of the inputs'
     covariance. The prior is ours.
     """

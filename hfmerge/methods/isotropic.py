@@ -35,7 +35,7 @@ class IsoC(AdditiveFold):
     (`s_i > s_1 * eps * max(m, n)`, eps of float32), as directions beyond it are nobody's; else
     `scale * sum w_t tau_t / T`. Weights are scaled to a mean of 1.
 
-    Model: "No Task Left Behind: Isotropic Model Merging with Common and Task-Specific Subspaces", arXiv 2502.04959.
+    Source: "No Task Left Behind: Isotropic Model Merging with Common and Task-Specific Subspaces", arXiv 2502.04959.
     Departure: directions and mean are those of the numerical rank, so that adapters can be merged; there the rank is
     full.
     """
@@ -66,7 +66,7 @@ class MdmOcIso(AdditiveFold):
     `d_t = tau_t / T`. The weights `a_t`, given or learned, do not change the directions, so the merged change is
     linear in them; all equal to 1 it is that of `iso_c`.
 
-    Model: the weighted sum of orthogonalised changes of arXiv 2507.20997 with the isotropic directions of
+    Source: the weighted sum of orthogonalised changes of arXiv 2507.20997 with the isotropic directions of
     arXiv 2502.04959 in the place of Gram-Schmidt; putting them together is ours.
 
     The state of a matrix is one sum with twice its rows: weighted changes above changes without weights. So are the

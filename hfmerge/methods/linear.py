@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 class Linear(AdditiveFold):
     """Weighted average of the models: `theta_0 + sum w_t tau_t / sum w_t`, which is `sum w_t theta_t / sum w_t`.
 
-    Model: "Model soups", arXiv 2203.05482 (uniform soup for equal weights).
+    Source: "Model soups", arXiv 2203.05482 (uniform soup for equal weights).
     """
 
     def read_out(self, sums: Mapping[str, Tensor], weights: Sequence[float], *, matrix: bool) -> Tensor:
@@ -47,7 +47,7 @@ class Linear(AdditiveFold):
 class TaskArithmetic(AdditiveFold):
     """Sum of task vectors: `theta_0 + scale * sum w_t tau_t`; a negative weight negates a task.
 
-    Model: "Editing Models with Task Arithmetic", arXiv 2212.04089, section 2.
+    Source: "Editing Models with Task Arithmetic", arXiv 2212.04089, section 2.
     """
 
     learnable: ClassVar[bool] = True

@@ -29,7 +29,7 @@ class MdmOcSubspace(OPCM):
     `a_t`, given or learned, do not change what is projected off what, so the merged change is linear in them; all
     equal to 1 it is OPCM's with `norm: none`.
 
-    Model: the projection of arXiv 2501.09522 in the place of the Gram-Schmidt of arXiv 2507.20997; putting them
+    Source: the projection of arXiv 2501.09522 in the place of the Gram-Schmidt of arXiv 2507.20997; putting them
     together is ours.
 
     The sum for the projections and the weighted sum are both carried, in float64, the latter always dense.

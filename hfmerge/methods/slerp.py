@@ -39,7 +39,7 @@ def slerp(
 
     With the angle `w` between the flattened tensors: `sin((1-t) w)/sin(w) * theta_1 + sin(t w)/sin(w) * theta_2`;
     straight interpolation where the tensors are nearly parallel or one of them is zero.
-    Model: Shoemake, "Animating rotation with quaternion curves", SIGGRAPH 1985, equation for slerp.
+    Source: Shoemake, "Animating rotation with quaternion curves", SIGGRAPH 1985, equation for slerp.
     Departure from common practice: the angle is taken in float64 from the weights as they are.
 
     Computed piece by piece, so that one tensor is held.

@@ -36,7 +36,7 @@ def ties(
 ) -> Tensor:
     """TIES-Merging: `theta_0 + scale * disjoint mean of the trimmed task vectors`.
 
-    Model: arXiv 2306.01708, algorithm 1. Per model only the `density` share of largest magnitudes is kept; the sign
+    Source: arXiv 2306.01708, algorithm 1. Per model only the `density` share of largest magnitudes is kept; the sign
     of an element is that of the weighted sum of what was kept; merged = sum of the agreeing weighted values over the
     sum of their weights' magnitudes. Departures: the paper trims each model over all parameters (`scope: model`, here
     with a histogram threshold, relative error 2^-12); `scope: tensor`, the default and other tools' habit, trims each

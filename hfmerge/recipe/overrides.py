@@ -42,10 +42,10 @@ def apply_overrides(
         RecipeError: all problems of the result, under the origin "command line".
     """
     keys = {key.name: key for key in keys_of(Recipe)}
-    given = {name: value for name, value in values.items() if value is not None}
+    overrides = {name: value for name, value in values.items() if value is not None}
     problems: list[Problem] = []
     data = recipe.to_dict() if recipe else {}
-    data |= {name: keys[name].from_flag(value) if name in keys else value for name, value in given.items()}
+    data |= {name: keys[name].from_flag(value) if name in keys else value for name, value in overrides.items()}
     if models is not None:
         data["models"] = [{"model": model} for model in models]
     if weights is not None:

@@ -49,12 +49,12 @@ def read_weight(section: Section, key: str) -> Weight | None:
 
     A mapping of `*` alone is the number it holds.
     """
-    given = section.data[key]
-    if not isinstance(given, Mapping):
+    value = section.data[key]
+    if not isinstance(value, Mapping):
         return section.read(key, factor, None)
-    inner, before = Section(given, section.at(key), section.problems), len(section.problems)
+    inner, before = Section(value, section.at(key), section.problems), len(section.problems)
     pairs: dict[str, float] = {}
-    for name in given:
+    for name in value:
         try:
             pattern = text(name)
         except ValueError as error:
@@ -64,7 +64,7 @@ def read_weight(section: Section, key: str) -> Weight | None:
             inner.report(pattern, "given twice; keep one")
         pairs[pattern] = inner.read(name, factor, 0.0)
     patterns = list(pairs)
-    if not given:
+    if not value:
         section.report(key, 'must not be empty; give a number, or patterns of which the last is "*"')
     elif "*" in patterns[:-1]:
         section.report(key, f'{show(patterns[patterns.index("*") + 1])} never counts, as it comes after "*"; move it')

@@ -36,7 +36,7 @@ def read_json(data: bytes, limit: Limit = JSON_BYTES, *, values: Limit = JSON_VA
     values.check(1 + data.count(b",") + data.count(b"[") + data.count(b"{"))
     try:
         text = data.decode("utf-8-sig")
-        found = json.loads(
+        value = json.loads(
             text, object_pairs_hook=_unique, parse_constant=_not_finite if finite else None,
             parse_float=_finite if finite else None,
         )  # fmt: skip
@@ -44,10 +44,10 @@ def read_json(data: bytes, limit: Limit = JSON_BYTES, *, values: Limit = JSON_VA
         raise ValueError(f"is not JSON: {error}") from error
     except RecursionError as error:
         raise ValueError(f"has too many levels of nesting; the limit is {JSON_DEPTH.most}") from error
-    _check_depth(found)
+    _check_depth(value)
     if "\\ud" in text or "\\uD" in text:
-        _check_encodable(found)
-    return found
+        _check_encodable(value)
+    return value
 
 
 def read_json_file(path: Path, limit: Limit = JSON_BYTES, *, values: Limit = JSON_VALUES, finite: bool = True) -> Any:

@@ -268,6 +268,7 @@ def test_what_the_signer_did_is_called_the_signer_s_word(made: Path) -> None:
 # A Hub that does not serve what it lists
 
 
+@pytest.mark.slow
 def test_a_hub_serves_other_bytes_than_it_lists(
     hub: HubServer, published: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -145,6 +145,7 @@ def test_a_ledger_gets_no_code_run(name: str, stranger: Path, canary: Path, tmp_
     assert str(stranger / ("m1" if name == "rebase" else "base")) in said
 
 
+@pytest.mark.slow
 def test_without_a_need_of_code_a_ledger_that_says_so_is_no_hindrance(
     stranger: Path, canary: Path, tmp_path: Path
 ) -> None:
@@ -160,6 +161,7 @@ def test_without_a_need_of_code_a_ledger_that_says_so_is_no_hindrance(
     assert json.loads((out / "merge_history" / "0002.json").read_bytes())["settings"]["trust_remote_code"] is False
 
 
+@pytest.mark.slow
 def test_on_the_hub_too(stranger: Path, canary: Path, hub: HubServer, tmp_path: Path) -> None:
     """The attacker publishes such a base and such a merge, and the victim replays it, adds to it and looks into it."""
     names = ("base", *MODELS)
@@ -182,6 +184,7 @@ def test_on_the_hub_too(stranger: Path, canary: Path, hub: HubServer, tmp_path: 
     tiny.done("verify", "evil/merged")
 
 
+@pytest.mark.slow
 def test_the_flag_of_this_run_allows_it(stranger: Path, canary: Path, tmp_path: Path) -> None:
     """No attack: who gives the flag, or a recipe that says so, gets what it says, and the code with its digest."""
     folders = places(stranger, "base", "m0", "m1")
@@ -200,6 +203,7 @@ def test_the_flag_of_this_run_allows_it(stranger: Path, canary: Path, tmp_path: 
     tiny.done("inspect", out, "--no-spectra", "--trust-remote-code")
 
 
+@pytest.mark.slow
 def test_a_branch_called_like_a_commit_gives_no_other_code(
     stranger: Path, canary: Path, hub: HubServer, tmp_path: Path
 ) -> None:
@@ -257,6 +261,7 @@ def test_a_ledger_gets_no_pickle_read(
     assert "only pickled weights (pytorch_model.bin)" in run.out + run.err and "--allow-pickle" in run.out + run.err
 
 
+@pytest.mark.slow
 def test_a_certificate_needs_the_flag_for_pickles(pickles: Path, tmp_path: Path) -> None:
     """The attacker asks for a replayed certificate of a merge whose base is a pickle."""
     root = Path(shutil.copytree(pickles, tmp_path / "root"))
@@ -268,6 +273,7 @@ def test_a_certificate_needs_the_flag_for_pickles(pickles: Path, tmp_path: Path)
     tiny.done(*words, "--allow-pickle")
 
 
+@pytest.mark.slow
 def test_the_flag_of_this_run_allows_pickles(pickles: Path, tmp_path: Path) -> None:
     """No attack: with the flag pickles are read as before, and the ledger says so only while they are needed."""
     out = Path(shutil.copytree(pickles / "merged", tmp_path / "out"))
@@ -281,6 +287,7 @@ def test_the_flag_of_this_run_allows_pickles(pickles: Path, tmp_path: Path) -> N
     tiny.done("verify", out, "--replay")
 
 
+@pytest.mark.slow
 def test_code_that_nobody_asked_for_is_not_in_the_output(stranger: Path, canary: Path, tmp_path: Path) -> None:
     """The attacker's base holds code under many names, also under those of a tokenizer; nobody has trusted it."""
     base = Path(shutil.copytree(stranger / "base", tmp_path / "base"))
@@ -302,6 +309,7 @@ def test_code_that_nobody_asked_for_is_not_in_the_output(stranger: Path, canary:
     assert tiny.cli("verify", tmp_path / "trusted").code == 1
 
 
+@pytest.mark.slow
 def test_restore_copies_no_code_that_nobody_allowed(stranger: Path, hub: HubServer, tmp_path: Path) -> None:
     """The attacker's merge had files of code at an earlier step, and the victim goes back to it."""
     out = merge(stranger, tmp_path / "merged", "--trust-remote-code")
@@ -383,6 +391,7 @@ def test_what_people_may_add_verifies(plain: Path, tmp_path: Path) -> None:
     tiny.done("verify", out)
 
 
+@pytest.mark.slow
 def test_files_more_in_a_repository_of_the_hub(plain: Path, hub: HubServer, tmp_path: Path) -> None:
     """The attacker puts such files into a published merge, by a commit of his own."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
@@ -403,6 +412,7 @@ def test_files_more_in_a_repository_of_the_hub(plain: Path, hub: HubServer, tmp_
     tiny.done("verify", "evil/listed")
 
 
+@pytest.mark.slow
 def test_what_a_tokenizer_reads_comes_from_the_base_and_is_in_the_ledger(tmp_path: Path) -> None:
     """The attacker changes a file that only some tokenizers read; it has to be in the output for that, and listed."""
     root = models(tmp_path / "root")

@@ -113,6 +113,7 @@ def write_header(path: Path, header: bytes, size: int = 0) -> None:
 # --- archives -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_small_zip_that_unpacks_to_gigabytes(tmp_path: Path) -> None:
     """The attacker keeps a copy of 300 KB whose member unfolds to 300 MB; its manifest declares ten bytes."""
     path = tmp_path / "copy.zip"
@@ -132,6 +133,7 @@ def test_a_small_zip_that_unpacks_to_gigabytes(tmp_path: Path) -> None:
     assert not list((tmp_path / "out").iterdir())
 
 
+@pytest.mark.slow
 def test_a_manifest_that_fills_the_memory(tmp_path: Path) -> None:
     """The attacker's manifest of 100 KB unfolds to 100 MB of JSON, and to gigabytes of lists."""
     path = tmp_path / "copy.zip"
@@ -217,6 +219,7 @@ def test_a_moderate_nesting_is_refused_too(root: Path, bad: Path) -> None:
 # --- headers and configurations -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_three_hundred_thousand_tensors(root: Path, bad: Path) -> None:
     """The attacker's header names 300,000 empty tensors, each of which is matched by some hundred expressions."""
     one = '"encoder.layer.%d.attention.self.query.weight": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}'
@@ -225,6 +228,7 @@ def test_three_hundred_thousand_tensors(root: Path, bad: Path) -> None:
     refused(plan(root, bad, seconds=10), "has 300,000 tensors; the limit is 250,000")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -410,6 +414,7 @@ def chained(folder: Path, count: int) -> None:
         parent = b'"' + hashlib.sha256(data).hexdigest().encode() + b'"'
 
 
+@pytest.mark.slow
 def test_a_ledger_of_ten_thousand_entries_is_read(merged: Path) -> None:
     """No attack: the ten-thousandth change of a merge, whose file `10000.json` text sorts before `1001.json`."""
     chained(merged, 10_001)
@@ -419,6 +424,7 @@ def test_a_ledger_of_ten_thousand_entries_is_read(merged: Path) -> None:
     assert [entry["step"] for entry in run.json["entries"]] == list(range(1, 10_002))
 
 
+@pytest.mark.slow
 def test_a_ledger_without_end(merged: Path) -> None:
     """The attacker's ledger has more entries than anybody reads, each of which is parsed and held in memory."""
     for step in range(1, 20_002):
@@ -434,6 +440,7 @@ def test_an_entry_without_end(merged: Path) -> None:
     refused(run, "has 1,073,741,824 bytes of ledger entry; the limit is 16,000,000")
 
 
+@pytest.mark.slow
 def test_a_card_without_end(merged: Path) -> None:
     """The attacker's card has a gigabyte, most of it a hole in the file, and is read whole."""
     with open(merged / "README.md", "r+b") as file:

@@ -125,6 +125,7 @@ def test_a_listed_file_leads_a_loader_to_one_that_is_not_listed(kind: str, plain
     assert run.code == 1 and f'makes a loader read "{name}", which the ledger does not know' in run.out
 
 
+@pytest.mark.slow
 def test_on_the_hub_a_listed_file_leads_to_a_picture(plain: Path, hub: HubServer, tmp_path: Path) -> None:
     """The attacker publishes such a merge; its weights, in a picture, could change later under the same history."""
     out = Path(shutil.copytree(plain / "merged", tmp_path / "out"))
@@ -234,6 +235,7 @@ MODULES: Mapping[str, tuple[str, str, str | None]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MODULES)
 def test_modules_of_sentence_transformers(kind: str, plain: Path, tmp_path: Path, imported: list[str]) -> None:
     """The attacker's modules.json names code of his folder, which sentence-transformers imports without a flag."""

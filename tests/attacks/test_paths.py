@@ -122,6 +122,7 @@ def test_a_kept_copy_does_not_get_into_the_hubs_cache(hub: HubServer, keeping: P
     assert hfmerge.history(keeping.parent / "never")[-1].entry.products == after.products
 
 
+@pytest.mark.slow
 def test_a_published_copy_does_not_get_into_the_hubs_cache(hub: HubServer, root: Path, tmp_path: Path) -> None:
     """The same with a merge on the Hub, whose branch of states holds the copy."""
     keeping = Path(shutil.copytree(root / "keeping", tmp_path / "made-up"))
@@ -141,6 +142,7 @@ def test_a_published_copy_does_not_get_into_the_hubs_cache(hub: HubServer, root:
     assert not list((Path(HOME) / "hub").rglob("*corp--other*"))
 
 
+@pytest.mark.slow
 def test_copies_are_for_their_user_alone(root: Path, keeping: Path) -> None:
     """Another user of the machine reads the victim's private sources where they are kept or unpacked."""
     previous = os.umask(0o022)
@@ -427,6 +429,7 @@ def test_another_merge_in_the_same_place_finds_no_folders(root: Path, tmp_path: 
     assert "--source patients=FOLDER" in text and not (out / "heads").exists()
 
 
+@pytest.mark.slow
 def test_the_user_s_own_folders_are_known_wherever_the_merge_goes(hub: HubServer, root: Path, tmp_path: Path) -> None:
     """Moved, copied or published, a merge by this user finds its folders without being told."""
     with tiny.elsewhere() as notes:

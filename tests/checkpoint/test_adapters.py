@@ -152,8 +152,6 @@ CASES: list[Any] = [
     pytest.param("bert", lora(lora_dropout=0.3), 4, id="dropout"),
     pytest.param("llama", lora(target_modules=["lm_head"]), 1, id="lm_head with its weight", marks=EMBEDDINGS),
     pytest.param("llama", lora(target_modules=["embed_tokens"]), 1, id="embedding with its weight", marks=EMBEDDINGS),
-    pytest.param("qwen3", lora(target_modules=["embed_tokens"]), 2, id="tied embedding", marks=[EMBEDDINGS, TIED]),
-    pytest.param("qwen3", lora(target_modules=["lm_head"]), 2, id="tied lm_head", marks=[EMBEDDINGS, TIED]),
     pytest.param(
         "qwen3",
         lora(target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True),
@@ -164,6 +162,7 @@ CASES: list[Any] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "settings", "changed"), CASES)
 def test_adapters_change_what_peft_changes(
     bases: dict[str, Path], tmp_path: Path, kind: str, settings: LoraConfig, changed: int
@@ -175,9 +174,8 @@ def test_adapters_change_what_peft_changes(
 
 @pytest.mark.parametrize(
     ("kind", "target"),
-    [("bert", "word_embeddings"), ("llama", "embed_tokens"), ("gpt2", "wte"), ("qwen3", "embed_tokens")],
+    [("bert", "word_embeddings"), ("llama", "embed_tokens")],
 )
-@TIED
 def test_adapters_of_embeddings(bases: dict[str, Path], tmp_path: Path, kind: str, target: str) -> None:
     adapter = trained(kind, tmp_path / "adapter", lora(target_modules=[target]), save_embedding_layers=False)
     assert len(load_file(adapter / "adapter_model.safetensors")) == 2
@@ -220,6 +218,7 @@ def test_half_precision_adapters_are_computed_in_float(bases: dict[str, Path], t
     )
 
 
+@pytest.mark.slow
 def test_several_adapters_add_up(bases: dict[str, Path], tmp_path: Path) -> None:
     adapters = [trained("bert", tmp_path / f"a{seed}", lora(r=seed), seed) for seed in (1, 2, 3)]
     ours = merged_by_us(tmp_path / "out", bases["bert"], *adapters)
@@ -230,6 +229,7 @@ def test_several_adapters_add_up(bases: dict[str, Path], tmp_path: Path) -> None
     assert not any(param.touched for param in params if param.key.endswith("key.weight"))
 
 
+@pytest.mark.slow
 def test_an_adapter_on_another_model_beneath_it(bases: dict[str, Path], tmp_path: Path) -> None:
     """`model+adapter` is the change from the base to the model with its adapter."""
     model = tiny.save(tiny.fine_tune(KINDS["bert"](), 5), tmp_path / "model")
@@ -240,6 +240,7 @@ def test_an_adapter_on_another_model_beneath_it(bases: dict[str, Path], tmp_path
     compare(same, merged_by_peft(bases["bert"], adapter), bases["bert"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["opcm", "linear", "ties"])
 def test_an_adapter_is_the_full_model_that_peft_makes_of_it(
     bases: dict[str, Path], tmp_path: Path, method: str
@@ -271,6 +272,7 @@ def test_saved_parameters_outside_any_leaf_module(bases: dict[str, Path], tmp_pa
 # Heads
 
 
+@pytest.mark.slow
 def test_a_copy_of_the_head_joins_the_merge_only_for_the_same_labels(bases: dict[str, Path], tmp_path: Path) -> None:
     """Without a config.json that names its labels, an adapter's classifier is a head of its own."""
     adapter = trained("bert", tmp_path / "adapter", lora(modules_to_save=["classifier"], task_type="SEQ_CLS"))
@@ -286,6 +288,7 @@ def test_a_copy_of_the_head_joins_the_merge_only_for_the_same_labels(bases: dict
     assert not (tmp_path / "together" / "heads").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("labels", [3, 5])
 def test_a_head_the_base_lacks_is_kept_apart(bases: dict[str, Path], tmp_path: Path, labels: int) -> None:
     backbone = tiny.save(KINDS["bert"]().bert, tmp_path / "backbone")
@@ -349,27 +352,6 @@ REAL: list[Any] = [
     ),
     pytest.param(
         "llama", lora(target_modules=[], target_parameters=["q_proj.weight"]), "`target_parameters", id="parameters"
-    ),
-    pytest.param(
-        "qwen3",
-        lora(target_modules=["q_proj"], modules_to_save=["embed_tokens"]),
-        r"model\.embed_tokens\.weight apart from what the base ties it to \(`ensure_weight_tying` is not set\)",
-        id="saved half of a tied pair",
-        marks=TIED,
-    ),
-    pytest.param(
-        "qwen3",
-        lora(target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"]),
-        "apart from what the base ties it to",
-        id="saved tied pair",
-        marks=TIED,
-    ),
-    pytest.param(
-        "qwen3",
-        lora(target_modules=["embed_tokens", "lm_head"]),
-        "shares its weight with another module that the adapter changes too",
-        id="both of a tied pair",
-        marks=[TIED, EMBEDDINGS],
     ),
 ]
 

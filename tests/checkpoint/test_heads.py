@@ -109,6 +109,7 @@ def test_heads_hold_only_the_heads_tensors_with_the_sources_bytes(bert: Path, tm
     assert "classifier.weight" not in tiny.tensors(out)
 
 
+@pytest.mark.slow
 def test_heads_come_and_go_with_their_models(bert: Path, tmp_path: Path) -> None:
     out = merge(bert, tmp_path / "out", "sentiment")
     tiny.done("add", out, bert / "topic", bert / "names")
@@ -184,6 +185,7 @@ def by_hand(bert: Path, folder: Path, rows: int) -> PreTrainedModel:
     return model.eval()
 
 
+@pytest.mark.slow
 def test_an_adapter_brings_its_head(bert: Path, tmp_path: Path) -> None:
     """`modules_to_save` on a base without a head; labels from a config.json beside the adapter, or LABEL_i."""
     adapter(tmp_path / "named", 1, 4)

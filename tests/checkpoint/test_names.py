@@ -283,6 +283,7 @@ PAIRS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: f"{pair.base[0]}-{pair.source[0]}-{pair.source[1]}")
 def test_values_move_bit_for_bit(pair: Pair, tmp_path: Path) -> None:
     original = build(*pair.base)
@@ -415,6 +416,7 @@ def test_names_of_old_files(tmp_path: Path) -> None:
     assert again.origins["bert.embeddings.position_ids"].keys == ("bert.embeddings.position_ids",)
 
 
+@pytest.mark.slow
 def test_prefixes_of_clip_towers(tmp_path: Path) -> None:
     """Towers are saved with and without `vision_model.`; both are the same tower."""
     model = build("CLIPVisionModel", "clip_vision", seed=1)
@@ -455,6 +457,7 @@ def test_missing_experts_are_named(lost: str, tmp_path: Path) -> None:
         match(whole, broken)
 
 
+@pytest.mark.slow
 def test_what_does_not_belong_together_is_refused(tmp_path: Path) -> None:
     base = layout_of(save(build("LlamaForCausalLM", "llama"), tmp_path / "base"))
     deeper = layout_of(save(build("LlamaForCausalLM", "llama", num_hidden_layers=3), tmp_path / "deeper"))
@@ -475,6 +478,7 @@ def test_what_does_not_belong_together_is_refused(tmp_path: Path) -> None:
     assert found.origins["classifier.weight"].keys == ("classifier.weight",)
 
 
+@pytest.mark.slow
 def test_a_tower_is_found_by_its_class(tmp_path: Path) -> None:
     encoder = build("BertModel", "bert", seed=1)
     config = transformers.VisionTextDualEncoderConfig.from_vision_text_configs(
@@ -488,6 +492,7 @@ def test_a_tower_is_found_by_its_class(tmp_path: Path) -> None:
     assert_equal_state(transformers.VisionTextDualEncoderModel.from_pretrained(base).text_model, encoder)
 
 
+@pytest.mark.slow
 def test_a_tower_that_fits_twice_is_refused(tmp_path: Path) -> None:
     settings = [build("BertModel", "bert").config for _ in range(2)]
     config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(*settings)
@@ -501,6 +506,7 @@ def test_a_tower_that_fits_twice_is_refused(tmp_path: Path) -> None:
         match(both, decoder)
 
 
+@pytest.mark.slow
 def test_config_decides_the_class(tmp_path: Path) -> None:
     folder = save(build("BertForSequenceClassification", "bert"), tmp_path / "bert")
     config, shapes = config_of(folder), shapes_of(folder)
@@ -879,6 +885,7 @@ def stored_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
     return {key: tuple(value.shape) for key, value in revert_weight_conversion(model, state).items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("title", "config_class", "tensors", "seconds"),
     [("BertForMaskedLM", "BertConfig", 202, 2), ("MixtralForCausalLM", "MixtralConfig", 995, 15)],

@@ -162,6 +162,7 @@ def test_a_stalled_digest_goes_on_where_it_was() -> None:
     assert digest.verified
 
 
+@pytest.mark.slow
 def test_in_the_announced_order_every_byte_comes_once(capfd: pytest.CaptureFixture[str]) -> None:
     with opened(layers(6)) as one:
         one.file.expect(one.keys)
@@ -173,6 +174,7 @@ def test_in_the_announced_order_every_byte_comes_once(capfd: pytest.CaptureFixtu
         assert len(one.source.reads) <= -(-len(one.source.data) // LARGE) + 6
 
 
+@pytest.mark.slow
 def test_thousands_of_small_tensors_come_in_few_requests() -> None:
     tensors = {f"expert.{i:05d}": torch.full((2000 + i % 900,), i % 251, dtype=torch.uint8) for i in range(8_000)}
     with opened(tensors) as one:
@@ -191,6 +193,7 @@ def test_without_an_announcement_only_what_is_asked_for_comes() -> None:
         ]
 
 
+@pytest.mark.slow
 def test_what_is_announced_is_read_ahead_and_nothing_else() -> None:
     with opened(matrices(12, 2), memory=16 * MIB) as one:
         wanted = ["layer.007", "layer.002", "layer.003", "layer.009"]
@@ -201,6 +204,7 @@ def test_what_is_announced_is_read_ahead_and_nothing_else() -> None:
         assert one.source.fetched == 4 * 2 * MIB and len(one.source.reads) == 3, "neighbours come together"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 4])
 def test_memory_stays_bounded_whatever_is_read(threads: int) -> None:
     """Four files of 24 MiB through 8 MiB, by several threads, in the announced order."""
@@ -234,6 +238,7 @@ def test_memory_stays_bounded_whatever_is_read(threads: int) -> None:
     assert again == 0 if threads == 1 else again <= 8 * MIB
 
 
+@pytest.mark.slow
 def test_going_over_parameters_tile_by_tile_asks_once() -> None:
     """As a method does that surveys a parameter before it merges it: three readers, three files, three sweeps."""
     readers, tile = 3, 1 << 17
@@ -262,6 +267,7 @@ def test_going_over_parameters_tile_by_tile_asks_once() -> None:
     assert sum(file.again for file in files) <= 54 * MIB, "at worst every block twice, for 432 reads of each file"
 
 
+@pytest.mark.slow
 def test_a_second_pass_reads_again_and_says_so() -> None:
     with opened(matrices(12, 2), memory=4 * MIB) as one:
         for _ in range(2):
@@ -285,6 +291,7 @@ def test_threads_share_requests() -> None:
         assert one.source.fetched == 4 * MIB
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("read", [["layer.000"], ["layer.011", "layer.000"], ["layer.005"]])
 def test_little_that_is_missing_is_fetched_for_the_digest(read: list[str]) -> None:
     with opened(matrices(12, 2)) as one:
@@ -312,6 +319,7 @@ def test_much_that_is_missing_is_not() -> None:
         assert one.source.fetched == 2 * MIB
 
 
+@pytest.mark.slow
 def test_an_order_that_no_memory_can_mend_is_told() -> None:
     """Read backwards: blocks wait for those before them until memory is full."""
     with opened(matrices(40, 2), memory=4 * MIB) as one:
@@ -328,6 +336,7 @@ def test_an_order_that_no_memory_can_mend_is_told() -> None:
         one.file.expect(one.keys)
 
 
+@pytest.mark.slow
 def test_a_later_pass_in_order_mends_it() -> None:
     with opened(matrices(40, 2), memory=4 * MIB) as one:
         for order in (one.keys[::-1], one.keys):
@@ -338,6 +347,7 @@ def test_a_later_pass_in_order_mends_it() -> None:
         assert one.file.unverified is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["first", "middle", "last"])
 def test_a_flipped_bit_is_an_error_by_name(place: str) -> None:
     size = len(save(matrices(6, 2), {"format": "pt"}))

@@ -98,6 +98,7 @@ text = st.text(st.characters(exclude_categories=["Cs"]), max_size=12).filter(lam
 shapes = st.lists(st.integers(0, 4), max_size=3).map(tuple)
 
 
+@pytest.mark.slow
 @quick
 @given(
     held=st.dictionaries(text, st.tuples(st.sampled_from(list(TORCH_NAMES)), shapes), min_size=0, max_size=8),
@@ -334,6 +335,7 @@ def merged(folders: list[Path], output: Path, **keys: Any) -> None:
     merge(parse_recipe(recipe, "test"), output=output)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [0, 3, 30, 70])
 def test_a_full_disk_leaves_no_half_written_model(
     models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
@@ -456,6 +458,7 @@ def test_broken_files_are_named(tmp_path: Path, data: bytes, words: str) -> None
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_what_safetensors_refuses_is_refused(tmp_path: Path) -> None:
     """One flipped bit anywhere in the header: refused, or read as safetensors itself reads it."""
     length = 8 + int.from_bytes(GOOD[:8], "little")
@@ -544,6 +547,7 @@ def poisoned(folder: Path, output: Path, key: str, bad: float, file: str = "mode
 KEY = "encoder.layer.1.output.dense.weight"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["opcm", "linear", "ties"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("whose", [0, 2])
@@ -557,6 +561,7 @@ def test_nan_and_inf_are_refused_by_name(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_nan_is_let_through_where_asked(models: list[Path], tmp_path: Path) -> None:
     folders = [*models[:2], poisoned(models[2], tmp_path / "bad", KEY, float("nan"))]
     merged(folders, tmp_path / "out", method="linear", allow_nonfinite=True)
@@ -567,12 +572,14 @@ def test_nan_is_let_through_where_asked(models: list[Path], tmp_path: Path) -> N
         merged(folders, tmp_path / "taken apart", method="opcm", allow_nonfinite=True)
 
 
+@pytest.mark.slow
 def test_nan_left_out_is_no_fault(models: list[Path], tmp_path: Path) -> None:
     folders = [*models[:2], poisoned(models[2], tmp_path / "bad", KEY, float("nan"))]
     merged(folders, tmp_path / "out", exclude=[KEY])
     assert torch.equal(tiny.tensors(tmp_path / "out")[KEY], tiny.tensors(models[0])[KEY])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["lora_A", "lora_B"])
 def test_nan_in_an_adapter_is_refused_by_name(models: list[Path], tmp_path: Path, part: str) -> None:
     plain = tiny.adapter(tmp_path / "plain", {"encoder.layer.0.output.dense": (16, 32)}, 1)
@@ -608,6 +615,7 @@ def pickled(folder: Path, output: Path, value: Any = None) -> Path:
     return output
 
 
+@pytest.mark.slow
 def test_pickled_weights_need_permission(models: list[Path], tmp_path: Path) -> None:
     folders = [pickled(folder, tmp_path / folder.name) for folder in models]
     with pytest.raises(RecipeError, match="only pickled weights.*to safetensors, or pass `allow_pickle=True` if you"):
@@ -619,6 +627,7 @@ def test_pickled_weights_need_permission(models: list[Path], tmp_path: Path) -> 
     assert sorted(path.name for path in (tmp_path / "out").glob("*.bin")) == []
 
 
+@pytest.mark.slow
 def test_safetensors_win_over_pickles(models: list[Path], tmp_path: Path) -> None:
     both = pickled(models[1], tmp_path / "one", {"nothing": Payload(tmp_path / "harm")})
     (both / "model.safetensors").write_bytes((models[1] / "model.safetensors").read_bytes())

@@ -113,6 +113,7 @@ def test_a_home_that_cannot_be_written_costs_time_only(notes: Path, old: Path) -
     assert read(old) == read(old) == (digest(old), 1000)
 
 
+@pytest.mark.slow
 def test_a_source_that_changes_in_place_shows_in_the_ledger(notes: Path, tmp_path: Path) -> None:
     """Two merges of one folder, whose weights were edited in between without a change of size or of times."""
     base = tiny.build("LlamaForCausalLM", tiny.config("llama"))

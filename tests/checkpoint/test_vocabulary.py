@@ -99,6 +99,7 @@ def test_another_vocabulary_is_refused_with_both_remedies(llama: Path, tmp_path:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "untied"])
 def test_base_keeps_the_tokens_of_the_base(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     root = request.getfixturevalue(kind)
@@ -138,6 +139,7 @@ def test_union_appends_the_tokens_of_the_sources(kind: str, tmp_path: Path, requ
     assert tied == (kind == "llama")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["linear", "opcm", "ties"])
 def test_union_goes_back_to_what_was_never_merged(llama: Path, tmp_path: Path, method: str) -> None:
     """Rows come and go with the models that bring them, in the weights, the tokenizer and the configuration."""
@@ -163,6 +165,7 @@ def test_base_goes_back_to_what_was_never_merged_from_the_kept_state(llama: Path
     assert tiny.files(out) == tiny.files(merged(llama, tmp_path / "never", "longer", "shuffled", **flags))
 
 
+@pytest.mark.slow
 def test_an_output_bias_has_rows_too(tmp_path: Path) -> None:
     """BERT's masked-word head has a bias of one number per token beside the tied matrix."""
     root = family(tmp_path / "bert", "BertForMaskedLM", "bert")
@@ -177,6 +180,7 @@ def test_an_output_bias_has_rows_too(tmp_path: Path) -> None:
     assert model(input_ids=torch.tensor([[3, 11]])).logits.shape[-1] == len(tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vocabulary", ["base", "union"])
 def test_heads_run_on_the_merged_vocabulary(vocabulary: str, tmp_path: Path) -> None:
     """The head's own configuration has the source's number of tokens, the backbone the merge's."""
@@ -218,6 +222,7 @@ def test_an_adapter_on_a_model_with_another_vocabulary_is_refused(llama: Path, t
     assert run.code == 1 and f"{llama / 'shuffled'} has another vocabulary than the base" in run.err
 
 
+@pytest.mark.slow
 def test_the_text_tower_of_a_larger_model_grows(tmp_path: Path) -> None:
     """A CLIPModel says in its `text_config` how many tokens it knows."""
     settings = tiny.config("clip")

@@ -284,6 +284,7 @@ def test_all_faults_of_all_sources_are_told_at_once(root: Path, tmp_path: Path, 
         assert line.startswith(f"  models[{i}]") and str(place) in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("method", ["linear", "opcm", "ties", "task_arithmetic"])
 def test_allow_nonfinite_goes_on(root: Path, tmp_path: Path, bad: Path, value: float, method: str) -> None:
@@ -562,6 +563,7 @@ def test_too_little_room(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "GB are needed" in message and "make room or choose another disk" in message
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_under_way(root: Path, tmp_path: Path) -> None:
     """A limit on the size of files stands for the full disk: the same system call fails in the same place."""
     before = listing(tmp_path)
@@ -572,6 +574,7 @@ def test_a_disk_that_fills_up_under_way(root: Path, tmp_path: Path) -> None:
     assert [name for name in listing(tmp_path) if not name.startswith("child-")] == before
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_at_a_small_file(root: Path, tmp_path: Path) -> None:
     """Here the weights still fit, and the head of a source, written after them, does not."""
     base = tiny.build("BertModel", tiny.config("bert"))
@@ -586,6 +589,7 @@ def test_a_disk_that_fills_up_at_a_small_file(root: Path, tmp_path: Path) -> Non
     assert [name for name in listing(tmp_path) if not name.startswith("child-")] == before
 
 
+@pytest.mark.slow
 def test_interrupted_by_hand(root: Path, tmp_path: Path) -> None:
     child = tiny.fork(tmp_path, arguments(root, root / "m0", root / "m1", out=tmp_path / "out"), hold="write")
     child.wait_until_held()
@@ -596,6 +600,7 @@ def test_interrupted_by_hand(root: Path, tmp_path: Path) -> None:
     assert all(name.startswith("child-") for name in listing(tmp_path))
 
 
+@pytest.mark.slow
 def test_killed_and_run_again(root: Path, tmp_path: Path) -> None:
     command = arguments(root, root / "m0", root / "m1", out=tmp_path / "out", method="opcm")
     child = tiny.fork(tmp_path, command, hold="write")
@@ -611,6 +616,7 @@ def test_killed_and_run_again(root: Path, tmp_path: Path) -> None:
     assert tiny.done("verify", tmp_path / "out").code == 0
 
 
+@pytest.mark.slow
 def test_two_merges_into_one_folder(root: Path, tmp_path: Path) -> None:
     first = tiny.fork(tmp_path, arguments(root, root / "m0", root / "m1", out=tmp_path / "out"), hold="write")
     first.wait_until_held()
@@ -633,6 +639,7 @@ def merged(root: Path, tmp_path: Path) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_models_that_are_not_in_the_merge(root: Path, tmp_path: Path, merged: Path) -> None:
     message = refused(tmp_path, "unmerge", merged, "--remove", "m0x")
     assert "m0x: not in this merge, which holds m0, m1. Did you mean m0?" in message
@@ -642,6 +649,7 @@ def test_models_that_are_not_in_the_merge(root: Path, tmp_path: Path, merged: Pa
     assert "holds no other model" in refused(tmp_path, "unmerge", merged, "--remove", "m1")
 
 
+@pytest.mark.slow
 def test_adding_what_cannot_be_added(root: Path, tmp_path: Path, merged: Path, bad: Path) -> None:
     assert "is models[0] again" in refused(tmp_path, "add", merged, root / "m0")
     assert "no such folder" in refused(tmp_path, "add", merged, tmp_path / "none")
@@ -660,6 +668,7 @@ def test_folders_that_are_no_merges(root: Path, tmp_path: Path) -> None:
         assert "no such folder" in refused(tmp_path, verb[0], tmp_path / "none", *verb[1:])
 
 
+@pytest.mark.slow
 def test_a_method_of_two_models_stays_one(root: Path, tmp_path: Path) -> None:
     out = tmp_path / "two"
     tiny.done(*arguments(root, root / "m0", root / "m1", out=out, method="slerp"))
@@ -667,6 +676,7 @@ def test_a_method_of_two_models_stays_one(root: Path, tmp_path: Path) -> None:
     assert "slerp takes exactly 2 models, 1 given" in refused(tmp_path, "unmerge", out, "--remove", "m0")
 
 
+@pytest.mark.slow
 def test_weights_that_vanish_when_a_model_leaves(root: Path, tmp_path: Path) -> None:
     out = tmp_path / "three"
     flags = ["--weight", "1", "--weight=-1", "--weight", "2"]
@@ -674,6 +684,7 @@ def test_weights_that_vanish_when_a_model_leaves(root: Path, tmp_path: Path) -> 
     assert "weights sum to zero" in refused(tmp_path, "unmerge", out, "--remove", "m2")
 
 
+@pytest.mark.slow
 def test_a_broken_note_of_local_folders(root: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with tiny.elsewhere() as notes:
@@ -684,12 +695,14 @@ def test_a_broken_note_of_local_folders(root: Path, tmp_path: Path) -> None:
     assert f"{note}: cannot be read" in message and "--source NAME=FOLDER" in message
 
 
+@pytest.mark.slow
 def test_a_change_into_its_own_folder_replaces_it(root: Path, tmp_path: Path, merged: Path) -> None:
     tiny.done("unmerge", merged, "--remove", "m1", "--output", f"{tmp_path}/../{tmp_path.name}/merged")
     tiny.done(*arguments(root, root / "m0", out=tmp_path / "never", method="opcm"), "--state", "all")
     assert tiny.files(merged) == tiny.files(tmp_path / "never")
 
 
+@pytest.mark.slow
 def test_files_of_people_outlive_a_change_of_the_folder(root: Path, tmp_path: Path, merged: Path) -> None:
     (merged / ".git").mkdir()
     held = {
@@ -708,6 +721,7 @@ def test_files_of_people_outlive_a_change_of_the_folder(root: Path, tmp_path: Pa
     assert not any((tmp_path / "elsewhere" / name).exists() for name in held)
 
 
+@pytest.mark.slow
 def test_a_change_that_is_killed_leaves_the_merge_as_it_was(root: Path, tmp_path: Path, merged: Path) -> None:
     before = tiny.everything(merged)
     child = tiny.fork(tmp_path, ["unmerge", merged, "--remove", "m0"], hold="write")
@@ -723,6 +737,7 @@ def test_a_change_that_is_killed_leaves_the_merge_as_it_was(root: Path, tmp_path
     assert names == ["merged", "never"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", ["verify", "history", "unmerge", "add"])
 def test_killed_at_the_very_moment_of_replacing(verb: str, root: Path, tmp_path: Path, merged: Path) -> None:
     """The old folder has its hidden name already, the new one still: the next command puts the old one back."""

@@ -182,6 +182,7 @@ def header_of(path: Path) -> tuple[dict[str, Any], bytes]:
     return json.loads(data[8 : 8 + length]), data[8 + length :]
 
 
+@pytest.mark.slow
 @EASY
 @given(data=st.data())
 def test_headers(root: Path, copied: Copied, data: st.DataObject) -> None:
@@ -192,6 +193,7 @@ def test_headers(root: Path, copied: Copied, data: st.DataObject) -> None:
     tried("plan", folder, "--base", root / "base", "--method", "opcm")
 
 
+@pytest.mark.slow
 @EASY
 @given(data=st.data())
 def test_indexes(root: Path, copied: Copied, data: st.DataObject) -> None:
@@ -201,6 +203,7 @@ def test_indexes(root: Path, copied: Copied, data: st.DataObject) -> None:
     tried("plan", folder, "--base", root / "base", "--method", "opcm")
 
 
+@pytest.mark.slow
 @EASY
 @given(data=st.data())
 def test_configurations(root: Path, copied: Copied, data: st.DataObject) -> None:
@@ -221,6 +224,7 @@ def test_adapter_configurations(root: Path, copied: Copied, data: st.DataObject)
     tried("plan", folder, "--base", root / "base", "--method", "opcm")
 
 
+@pytest.mark.slow
 @EASY
 @given(data=st.data())
 def test_cards(root: Path, copied: Copied, data: st.DataObject) -> None:

@@ -94,12 +94,14 @@ def test_two_commands_at_once_leave_nothing_behind() -> None:
     assert parameter("output") == "`output`"
 
 
+@pytest.mark.slow
 def test_the_command_line_has_a_flag_for_every_parameter_that_a_message_names() -> None:
     flags, names = Flags(build_parser()).known, named_in_messages("parameter")
     assert len(names) > 20
     assert {name: where for name, where in names.items() if name not in flags} == {}
 
 
+@pytest.mark.slow
 def test_every_call_that_a_message_names_is_a_public_function_and_a_command() -> None:
     commands = build_parser().format_help()
     for verb, where in named_in_messages("call").items():

@@ -135,6 +135,7 @@ def test_a_model_that_cannot_be_read_in_rows_leaves_no_trace(root: Path, tmp_pat
     assert norms(tmp_path / "left") == norms(tmp_path / "never")
 
 
+@pytest.mark.slow
 def test_the_embedding_is_summed_whatever_opcm_does_to_matrices(root: Path, tmp_path: Path) -> None:
     merge(root, tmp_path / "out", ("m1", "m2"), "--method", "opcm")
     base, *models = (tiny.tensors(root / name) for name in ("base", "m1", "m2"))

@@ -114,6 +114,7 @@ def test_batches_limits_and_seeds(world: Path) -> None:
     assert length_batches([8], 32, budget=4) == [[0]]
 
 
+@pytest.mark.slow
 def test_scores_are_remembered_until_anything_changes(world: Path, tmp_path: Path) -> None:
     suite = evaluating.suite(
         tmp_path / "suite.yaml",
@@ -134,6 +135,7 @@ def test_scores_are_remembered_until_anything_changes(world: Path, tmp_path: Pat
     assert not hfmerge.evaluate([copy], suite).scores[0][0].cached
 
 
+@pytest.mark.slow
 def test_a_merge_is_read_once_for_all_tasks(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[str] = []
     stored = loading.stored_tensors
@@ -192,6 +194,7 @@ def test_heads_are_found_by_their_labels(world: Path, tmp_path: Path) -> None:
     assert len(matrix.notes) == 1 and "| - |" in matrix.to_markdown()
 
 
+@pytest.mark.slow
 def test_labels_meet_by_name_whatever_their_order(world: Path, tmp_path: Path) -> None:
     names = ["Food", "LAW", "sport", "art"]
     numbers = [{"text": row["text"], "label": [n.lower() for n in names].index(row["label"])}
@@ -267,6 +270,7 @@ def test_models_that_cannot_be_scored(world: Path, tmp_path: Path) -> None:
         hfmerge.evaluate([world / "mood"], suite, heads={"moood": str(world / "mood")})
 
 
+@pytest.mark.slow
 def test_the_command_line(world: Path, tmp_path: Path) -> None:
     run = tiny.done(
         "evaluate", world / "mood", world / "merged", "--suite", world / "suite.yaml", "--task", "mood", "--limit", 10,
@@ -285,6 +289,7 @@ def test_the_command_line(world: Path, tmp_path: Path) -> None:
     assert "quickstart" in tiny.done("suites").out and "glue" in tiny.done("suites", "--json").json
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_same_numbers(world: Path, tmp_path: Path) -> None:
     arguments = [
         "-m",

@@ -80,6 +80,7 @@ def test_images_of_any_mode_become_rgb(images: Path, tmp_path: Path) -> None:
         decode_image(str(tmp_path / "no.png"), "here")
 
 
+@pytest.mark.slow
 def test_image_classification_with_a_head(images: Path, tmp_path: Path) -> None:
     base = tiny.build("ViTModel", tiny.config("vit"))
     model = tiny.with_head("ViTForImageClassification", base, 1, ["flat", "round", "square"])
@@ -208,6 +209,7 @@ def nll(model: Any, row: list[int], start: int = 1) -> float:
     return -sum(float(scores[i - 1, row[i]]) for i in range(start, len(row)))
 
 
+@pytest.mark.slow
 def test_perplexity_of_texts_and_of_one_text(llama: Path, tmp_path: Path) -> None:
     texts = evaluating.sentences(12, 3, 14)
     evaluating.write_rows(tmp_path / "rows.jsonl", [{"text": text} for text in texts])
@@ -229,6 +231,7 @@ def test_perplexity_of_texts_and_of_one_text(llama: Path, tmp_path: Path) -> Non
         score(tmp_path / "bare", tmp_path, **task)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", ["accuracy", "accuracy_norm"])
 def test_multiple_choice(metric: str, llama: Path, tmp_path: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(llama).eval()

@@ -56,6 +56,7 @@ def shown(path: Path) -> str:
     return " ".join(re.findall(r"<!-- (.*?) -->", path.read_text(encoding="utf-8")))
 
 
+@pytest.mark.slow
 def test_the_same_numbers_give_the_same_bytes(tmp_path: Path) -> None:
     first = draw_all([INSPECTION, EVALUATION], tmp_path / "a")
     second = draw_all([INSPECTION, EVALUATION], tmp_path / "b")
@@ -69,6 +70,7 @@ def test_the_same_numbers_give_the_same_bytes(tmp_path: Path) -> None:
     assert not any("<dc:date>" in path.read_text() for path in first if path.suffix == ".svg")
 
 
+@pytest.mark.slow
 def test_names_and_numbers_can_be_read(tmp_path: Path) -> None:
     draw_all([INSPECTION, EVALUATION], tmp_path)
     cosine = shown(tmp_path / "task_vector_cosine.svg")
@@ -119,6 +121,7 @@ def merged(tmp_path: Path) -> Path:
     return tmp_path / "merged"
 
 
+@pytest.mark.slow
 def test_a_card_shows_pictures_until_its_models_change(merged: Path, tmp_path: Path) -> None:
     card = merged / "README.md"
     plain = card.read_text()
@@ -151,6 +154,7 @@ def test_pictures_are_put_into_merges_only(merged: Path, tmp_path: Path) -> None
     assert tiny.everything(merged) == before
 
 
+@pytest.mark.slow
 def test_pictures_go_to_the_hub_and_leave_with_the_models(hub: HubServer, merged: Path, tmp_path: Path) -> None:
     tiny.done("inspect", merged, "--card", merged)
     tiny.done("push", merged, "me/drawn")

@@ -90,6 +90,7 @@ def test_a_digest_is_of_what_is_asked_and_of_no_path(tmp_path: Path) -> None:
                for kind in KINDS.values())  # fmt: skip
 
 
+@pytest.mark.slow
 def test_metrics_against_scikit_learn_and_known_intervals() -> None:
     from scipy.stats import pearsonr, spearmanr
     from sklearn.metrics import f1_score, matthews_corrcoef

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.hubserver.harness import Client, Hub
 
 
+@pytest.mark.slow
 def test_private(client: Client, hub: Hub) -> None:
     client.run("""
 api.create_repo("alice/secret", private=True)
@@ -88,6 +91,7 @@ assert api.list_repo_files("alice/readonly") == [".gitattributes"]
 """)
 
 
+@pytest.mark.slow
 def test_pull_requests(client: Client, hub: Hub, tmp_path: Path) -> None:
     (tmp_path / "new.txt").write_text("from bob")
     (tmp_path / "new.bin").write_bytes(b"n" * 5000)
@@ -167,6 +171,7 @@ assert fails(HfHubHTTPError, HfApi(token=False).create_pull_request, repo, "nobo
     )
 
 
+@pytest.mark.slow
 def test_discussions(client: Client) -> None:
     client.run("""
 import warnings

@@ -226,6 +226,7 @@ def test_odd_requests(hub: Hub, repo: str) -> None:
     assert wrong.status == 401 and wrong.headers["X-Error-Message"] == "Invalid credentials in Authorization header"
 
 
+@pytest.mark.slow
 def test_readers_of_a_repository_that_is_deleted(hub: Hub) -> None:
     statuses: list[int] = []
 

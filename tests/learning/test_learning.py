@@ -96,6 +96,7 @@ def test_merged_values_are_those_of_a_merge_with_these_weights(
         torch.testing.assert_close(value, stored[key], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["mdm_oc", "mdm_oc_iso", "mdm_oc_subspace", "gram"])
 @pytest.mark.parametrize(("budget", "groups"), [(0, "layer"), (1 << 30, "layer"), (1 << 30, "parameter")])
 def test_gradients_in_the_weights_are_those_of_autograd(

@@ -110,6 +110,7 @@ def outputs(subject: Subject, replay: Replay, rows: list[int]) -> tuple[torch.Te
         return model(**inputs).logits, targets
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "name"), ALL)
 def test_a_generator_makes_rows_whose_targets_are_the_models(kind: str, name: str, tmp_path: Path) -> None:
     subject, spare = opened(kind, tmp_path, name)
@@ -165,6 +166,7 @@ def test_broken_files_are_refused(tmp_path: Path) -> None:
         load_replay(path)
 
 
+@pytest.mark.slow
 def test_the_search_moves_rows_to_their_classes_and_leaves_the_rest(tmp_path: Path) -> None:
     folder = classifier(tmp_path / "model")
 
@@ -189,6 +191,7 @@ def test_the_search_moves_rows_to_their_classes_and_leaves_the_rest(tmp_path: Pa
     assert not torch.equal(before, after)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["contrast", "statistics"])
 def test_images_become_what_the_classifier_is_sure_of(name: str, tmp_path: Path) -> None:
     subject = open_subject(str(images(tmp_path / "model", "resnet")))
@@ -213,6 +216,7 @@ def test_rows_are_shared_out_to_the_classes_they_are_nearest_to() -> None:
     assert shared_out(torch.rand(50, 7)).bincount().tolist().count(7) == 6
 
 
+@pytest.mark.slow
 def test_heads_of_numbers_and_of_independent_labels(tmp_path: Path) -> None:
     subject = open_subject(str(classifier(tmp_path / "several")))
     tiny.edit_config(tmp_path / "several", problem_type="multi_label_classification")
@@ -304,6 +308,7 @@ def test_what_is_asked_is_checked_all_at_once() -> None:
     assert found == ReplaySettings() and ReplaySettings(**json.loads(json.dumps(FEW.to_dict()))) == FEW
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_refused_in_one_line(tmp_path: Path) -> None:
     texts = open_subject(str(classifier(tmp_path / "texts")))
     pictures = open_subject(str(images(tmp_path / "pictures")))

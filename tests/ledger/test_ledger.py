@@ -109,6 +109,7 @@ def test_history_tells_the_steps(root: Path, out: Path) -> None:
     assert data["entries"] == entries(out)
 
 
+@pytest.mark.slow
 def test_every_changed_byte_of_a_ledger_file_is_noticed(out: Path) -> None:
     """Of an earlier entry by the digest in its successor, of the last one by the digest in the card."""
     files = {f"merge_history/{path.name}": path.read_bytes() for path in sorted((out / "merge_history").iterdir())}
@@ -265,6 +266,7 @@ def test_an_edited_list_of_licences_is_noticed(out: Path) -> None:
     assert culprits(out) == ["card: LICENSE.md is not the file that follows from the ledger"]
 
 
+@pytest.mark.slow
 def test_what_people_write_stays(root: Path, out: Path) -> None:
     path = out / "README.md"
     text = path.read_text()
@@ -309,6 +311,7 @@ def test_a_source_with_an_unreadable_card_has_no_licence(root: Path, tmp_path: P
     assert "m0@" in run.err and " no licence." in run.err
 
 
+@pytest.mark.slow
 def test_licences_of_the_sources(root: Path, tmp_path: Path) -> None:
     folders = [Path(shutil.copytree(root / name, tmp_path / name)) for name in ("base", "m0", "m1")]
     for folder in folders:
@@ -326,6 +329,7 @@ def test_licences_of_the_sources(root: Path, tmp_path: Path) -> None:
     assert "license: apache-2.0" in (out / "README.md").read_text() and not (out / "LICENSE.md").exists()
 
 
+@pytest.mark.slow
 def test_a_moved_folder_is_asked_for_and_taken_with_source(root: Path, tmp_path: Path) -> None:
     shutil.copytree(root / "m1", tmp_path / "m1")
     out = merge(root, tmp_path / "out", "m0", str(tmp_path / "m1"), "m2")
@@ -347,6 +351,7 @@ def test_a_moved_folder_is_asked_for_and_taken_with_source(root: Path, tmp_path:
     assert tiny.files(out) == tiny.files(merge(root, tmp_path / "one", "m1"))
 
 
+@pytest.mark.slow
 def test_a_removed_model_need_not_be_there(root: Path, tmp_path: Path) -> None:
     shutil.copytree(root / "m1", tmp_path / "m1")
     out = merge(root, tmp_path / "out", "m0", str(tmp_path / "m1"), "m2")
@@ -355,6 +360,7 @@ def test_a_removed_model_need_not_be_there(root: Path, tmp_path: Path) -> None:
     assert tiny.files(out) == tiny.files(merge(root, tmp_path / "never", "m0", "m2"))
 
 
+@pytest.mark.slow
 def test_a_merge_carried_to_another_machine_asks_for_its_folders(root: Path, out: Path) -> None:
     with tiny.elsewhere():
         run = tiny.cli("add", out, root / "m2")
@@ -454,6 +460,7 @@ def test_replay_catches_a_ledger_that_was_rewritten_as_a_whole(root: Path, out: 
     assert run.code == 1 and "FAIL replay: the replay gives model.safetensors other bytes" in run.out
 
 
+@pytest.mark.slow
 def test_replay_of_a_merge_made_elsewhere_allows_for_other_arithmetic_and_no_more(root: Path, out: Path) -> None:
     name = sorted(tiny.tensors(out))[0]
     tiny.edit(out, lambda held: held.update({name: held[name] * (1 + 2.0**-22)}))
@@ -472,6 +479,7 @@ def test_replay_of_a_merge_made_elsewhere_allows_for_other_arithmetic_and_no_mor
     assert run.code == 1 and f"other bytes: {name} differs by up to" in run.out
 
 
+@pytest.mark.slow
 def test_names_of_models_are_found_in_all_their_forms(root: Path, made: Path, tmp_path: Path) -> None:
     digest = next(iter(entries(made)[1]["materials"]["models"]))["digest"]  # type: ignore[index]
     for i, name in enumerate(("m0", f"m0@{digest[:7]}", f"{root}/m0", "some/where/m0/")):

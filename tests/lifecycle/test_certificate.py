@@ -412,6 +412,7 @@ def test_of_two_revisions_the_removed_one_is_to_be_named(made: Path) -> None:
 # Keys
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [PrivateFormat.OpenSSH, PrivateFormat.PKCS8])
 def test_private_keys_in_both_forms_with_and_without_passphrase(
     tmp_path: Path, form: PrivateFormat, monkeypatch: pytest.MonkeyPatch

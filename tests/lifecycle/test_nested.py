@@ -85,6 +85,7 @@ def test_the_tree_shows_the_merge_as_a_branch(root: Path, tmp_path: Path) -> Non
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["opcm", "linear"])
 def test_unmerge_reaches_into_a_merge(root: Path, tmp_path: Path, method: str) -> None:
     out = merge(root, tmp_path / "out", "m3", "inner", "m4", method=method)
@@ -103,6 +104,7 @@ def test_unmerge_reaches_into_a_merge(root: Path, tmp_path: Path, method: str) -
     assert names(last(root / "inner")) == ["base", "m0", "m1"]
 
 
+@pytest.mark.slow
 def test_through_two_levels_and_from_everywhere(root: Path, tmp_path: Path) -> None:
     out = merge(root, tmp_path / "out", "middle", "m0", "m3")
     tiny.done("unmerge", out, "--remove", "m0")
@@ -181,6 +183,7 @@ def on_hub(repo_id: str, *models: str) -> hfmerge.MergeResult:
     return hfmerge.merge(hfmerge.Recipe(base="nest/base", models=entries, method=method, push_to=repo_id))
 
 
+@pytest.mark.slow
 def test_on_the_hub_the_inner_merge_goes_where_it_is_told(hubbed: None) -> None:
     on_hub("nest/outer", "nest/inner", "nest/m3")
     assert names(hfmerge.history("nest/outer")[-1].entry) == [
@@ -197,6 +200,7 @@ def test_on_the_hub_the_inner_merge_goes_where_it_is_told(hubbed: None) -> None:
     assert less.entry.products == hfmerge.history("nest/inner-less")[-1].entry.products
 
 
+@pytest.mark.slow
 def test_an_inner_merge_that_went_on_without_the_model_is_taken_as_it_is(hubbed: None) -> None:
     on_hub("nest/own", "nest/m0", "nest/m1")
     on_hub("nest/later", "nest/own", "nest/m3")

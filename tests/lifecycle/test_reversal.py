@@ -48,6 +48,7 @@ def merge(root: Path, out: Path, models: Sequence[str], *flags: str) -> Path:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_adding_equals_merging_all_at_once(root: Path, tmp_path: Path, variant: str) -> None:
     flags = (*VARIANTS[variant], "--state", "all")
@@ -64,6 +65,7 @@ def test_adding_equals_merging_all_at_once(root: Path, tmp_path: Path, variant: 
         assert "needs all models at once" in first.out and not tiny.states(grown)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_model_can_be_taken_out_again(root: Path, tmp_path: Path, variant: str) -> None:
     """From kept states and, without any, from the sources: the same bytes, those of the merge that never saw it."""
@@ -88,6 +90,7 @@ def test_every_model_can_be_taken_out_again(root: Path, tmp_path: Path, variant:
     assert tiny.files(bare) == tiny.files(tmp_path / "never-m2", states=False)
 
 
+@pytest.mark.slow
 def test_several_models_leave_at_once_and_come_back_last(root: Path, tmp_path: Path) -> None:
     out = merge(root, tmp_path / "out", FULL, "--method", "opcm", "--state", "2")
     tiny.done("unmerge", out, "--remove", "m1", "--remove", "m3")
@@ -100,6 +103,7 @@ def test_several_models_leave_at_once_and_come_back_last(root: Path, tmp_path: P
     assert tiny.done("verify", out, "--replay").code == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["opcm", "linear", "ties"])
 def test_weights_and_both_kinds_of_model(root: Path, tmp_path: Path, method: str) -> None:
     models, weights = ("m0", "a2", "m1", "a1"), ("0.5", "2", "1.25", "-0.25")
@@ -118,6 +122,7 @@ def test_weights_and_both_kinds_of_model(root: Path, tmp_path: Path, method: str
         assert tiny.files(tmp_path / f"without-{gone}") == tiny.files(weighted(tmp_path / f"never-{gone}", rest))
 
 
+@pytest.mark.slow
 def test_an_adapter_on_another_fine_tune_takes_both_changes(root: Path, tmp_path: Path) -> None:
     pair = f"m3+{root / 'a1'}"
     flags = ("--method", "opcm", "--state", "all")
@@ -128,6 +133,7 @@ def test_an_adapter_on_another_fine_tune_takes_both_changes(root: Path, tmp_path
     assert tiny.files(out) == tiny.files(merge(root, tmp_path / "last", ("m1",), *flags))
 
 
+@pytest.mark.slow
 def test_the_state_of_adapters_stays_factored_and_small(root: Path, tmp_path: Path) -> None:
     flags = ("--method", "opcm", "--state", "all")
     out = merge(root, tmp_path / "out", LORA, *flags)
@@ -154,6 +160,7 @@ def test_the_state_of_adapters_stays_factored_and_small(root: Path, tmp_path: Pa
     assert tiny.files(grown) == tiny.files(out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["linear", "gram", "iso_c", "mdm_oc_iso"])
 def test_an_exact_sum_of_adapters_is_their_factors(root: Path, tmp_path: Path, method: str) -> None:
     """Each as it came, one after the other: leaving and coming back takes no arithmetic at all."""
@@ -177,6 +184,7 @@ def test_an_exact_sum_of_adapters_is_their_factors(root: Path, tmp_path: Path, m
     assert tiny.files(grown) == tiny.files(out)
 
 
+@pytest.mark.slow
 def test_factors_become_dense_when_their_ranks_fill_the_matrix(root: Path, tmp_path: Path) -> None:
     """Ranks 9 and 8 of 16 x 16 matrices: factored after the first model, dense after the second."""
     for name, seed, rank in (("b0", 5, 9), ("b1", 6, 8)):
@@ -194,6 +202,7 @@ def test_factors_become_dense_when_their_ranks_fill_the_matrix(root: Path, tmp_p
     assert tiny.files(out) == tiny.files(never)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("state", "counts"), [("none", []), ("last", [4]), ("all", [1, 2, 3, 4]), ("2", [2, 4]), ("3", [3, 4])]
 )
@@ -211,6 +220,7 @@ def test_which_states_are_kept(root: Path, tmp_path: Path, state: str, counts: l
     assert tiny.files(out) == tiny.files(merge(root, tmp_path / "never", ("m0", "m1", "m3"), *flags))
 
 
+@pytest.mark.slow
 def test_states_that_hold_a_removed_model_are_gone(root: Path, tmp_path: Path) -> None:
     out = merge(root, tmp_path / "out", FULL, "--method", "opcm", "--state", "all")
     before = tiny.states(out)
@@ -227,6 +237,7 @@ def damage(path: Path) -> None:
     path.write_bytes(data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["corrupt", "missing"])
 @pytest.mark.parametrize("verb", ["add", "unmerge"])
 def test_a_bad_state_is_passed_over_with_a_warning(root: Path, tmp_path: Path, how: str, verb: str) -> None:
@@ -244,6 +255,7 @@ def test_a_bad_state_is_passed_over_with_a_warning(root: Path, tmp_path: Path, h
         assert tiny.files(out) == tiny.files(merge(root, tmp_path / "never", FULL[:2], *flags))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["corrupt", "missing"])
 def test_the_next_older_state_serves_when_the_nearest_is_bad(root: Path, tmp_path: Path, how: str) -> None:
     flags = ("--method", "opcm", "--state", "all")

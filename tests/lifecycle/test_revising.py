@@ -64,6 +64,7 @@ def test_replace_equals_a_merge_with_the_new_model(root: Path, tmp_path: Path, m
     assert tiny.done("verify", out, "--replay").code == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_reorder_equals_a_merge_in_that_order(root: Path, tmp_path: Path, method: str) -> None:
     flags = (*METHODS[method], "--state", "all")
@@ -152,6 +153,7 @@ def branch(repo_id: str) -> list[str]:
     return sorted(item.path for item in tree if item.path.startswith("merge_state/"))
 
 
+@pytest.mark.slow
 def test_restore_on_the_hub_copies_the_commit_and_its_states(hubbed: Path, tmp_path: Path) -> None:
     from huggingface_hub import HfApi
 
@@ -182,6 +184,7 @@ def test_restore_on_the_hub_copies_the_commit_and_its_states(hubbed: Path, tmp_p
     assert added.entry.products == whole.entry.products
 
 
+@pytest.mark.slow
 def test_restore_a_folder_from_the_repository_it_was_pushed_to(hubbed: Path, tmp_path: Path) -> None:
     out = merge(hubbed, tmp_path / "out", ("m0", "m1"), "--method", "opcm", "--state", "all")
     first = tiny.files(out)
@@ -201,6 +204,7 @@ def test_restore_a_folder_from_the_repository_it_was_pushed_to(hubbed: Path, tmp
     assert run.code == 1 and "of step 3 is not in its history" in run.err
 
 
+@pytest.mark.slow
 def test_restore_into_a_folder_and_another_repository(hubbed: Path, tmp_path: Path) -> None:
     first = on_hub("rev/two", ("m0",))
     hfmerge.add("rev/two", ["rev/m1"], push_to="rev/two")
@@ -216,6 +220,7 @@ def test_restore_into_a_folder_and_another_repository(hubbed: Path, tmp_path: Pa
     assert [entry.entry.action for entry in hfmerge.history("rev/copy")] == ["merge", "add", "restore"]
 
 
+@pytest.mark.slow
 def test_a_squashed_history_has_nothing_to_restore_but_what_a_tag_holds(hubbed: Path) -> None:
     from huggingface_hub import HfApi
 
@@ -232,6 +237,7 @@ def test_a_squashed_history_has_nothing_to_restore_but_what_a_tag_holds(hubbed: 
     assert hfmerge.verify("rev/squashed").ok
 
 
+@pytest.mark.slow
 def test_restore_as_a_pull_request(hubbed: Path) -> None:
     first = on_hub("rev/asked", ("m0",))
     hfmerge.add("rev/asked", ["rev/m1"], push_to="rev/asked")

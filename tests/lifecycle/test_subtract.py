@@ -84,6 +84,7 @@ def test_only_what_leaves_is_read_and_all_are_what_was_merged(root: Path, tmp_pa
     assert run.code == 1 and "m2@" in run.err and "are not those that were merged" in run.err
 
 
+@pytest.mark.slow
 def test_models_can_be_added_after_a_subtraction(root: Path, tmp_path: Path) -> None:
     flags = ("--base", root / "base", "--method", "opcm")
     out = tmp_path / "out"

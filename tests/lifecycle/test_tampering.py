@@ -82,6 +82,7 @@ def changed(data: bytes, places: range | None = None) -> Iterator[tuple[int, int
             yield at, value, data[:at] + bytes([value]) + data[at + 1 :]
 
 
+@pytest.mark.slow
 def test_every_byte_of_every_ledger_file(files: Files) -> None:
     names = [name for name in files if name.startswith("merge_history/")]
     digests = {name: sha256_bytes(data) for name, data in files.items()}
@@ -123,6 +124,7 @@ def test_every_byte_of_the_card_s_pointer_and_of_the_licences(files: Files) -> N
         assert not passes({**files, "LICENSE.md": data}, entries, digests), (at, value)
 
 
+@pytest.mark.slow
 def test_the_same_through_the_folder(out: Path, files: Files) -> None:
     """Every 251st byte of every file on disk, through all that `verify` does."""
     for name, data in files.items():
@@ -143,6 +145,7 @@ def test_a_deleted_file_is_missed(out: Path, files: Files) -> None:
     assert verify_merge(str(out)).ok
 
 
+@pytest.mark.slow
 def test_a_cut_or_lengthened_file_is_noticed(out: Path, files: Files) -> None:
     for name, data in files.items():
         if name == "README.md":  # people may write below the block
@@ -188,6 +191,7 @@ def test_without_any_kept_state_a_folder_is_as_downloaded(out: Path) -> None:
     assert verify_merge(str(out)).ok
 
 
+@pytest.mark.slow
 def test_swapped_files_are_noticed(out: Path, files: Files) -> None:
     def swap(one: str, other: str) -> None:
         first, second = (out / one).read_bytes(), (out / other).read_bytes()

@@ -86,6 +86,7 @@ def test_the_order_of_arrival_counts() -> None:
     assert float(first.norm()) < 0.8 * float(sum(tau.value for tau in taus).norm())  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 @quick
 @given(
     kinds=st.lists(st.sampled_from(["new", "zero", "twice", "sum", "same", "tiny"]), min_size=1, max_size=7),
@@ -151,6 +152,7 @@ def test_factors_stay_factors() -> None:
     assert combined([zero((20, 14))] * 2, [1.0, 1.0]).is_zero
 
 
+@pytest.mark.slow
 @quick
 @given(cuts=st.lists(st.integers(1, 9), min_size=1, max_size=12), models=st.integers(1, 4))
 def test_products_do_not_depend_on_the_order_of_pieces(cuts: list[int], models: int) -> None:
@@ -226,6 +228,7 @@ FULL = ("m0", "m1", "m2")
 WEIGHTS = (0.8, -0.5, 1.2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["none", 3.0])
 def test_scopes_on_whole_models(root: Path, tmp_path: Path, norm: Any) -> None:
     """Tile by tile (no norm) or not: every matrix by itself, or all of them as one vector."""
@@ -248,6 +251,7 @@ def test_scopes_on_whole_models(root: Path, tmp_path: Path, norm: Any) -> None:
     assert distance(tmp_path / "layer", tmp_path / "model") > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", [("a0", "a1", "a2"), ("m0", "a1", "m2"), ("a0", "m1", "a2")], ids=" ".join)
 @pytest.mark.parametrize("scope", ["layer", "model"])
 def test_adapters_and_mixtures(root: Path, tmp_path: Path, names: tuple[str, ...], scope: str) -> None:
@@ -270,6 +274,7 @@ def test_adapters_and_mixtures(root: Path, tmp_path: Path, names: tuple[str, ...
         torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scope", ["layer", "model"])
 @pytest.mark.parametrize("names", [FULL, ("m0", "a1", "m2")], ids=" ".join)
 def test_taking_a_model_out_gives_the_bytes_without_it(
@@ -283,6 +288,7 @@ def test_taking_a_model_out_gives_the_bytes_without_it(
     assert "needs all models at once" in entry(out)["action"]["how"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scope", ["layer", "model"])
 def test_subtracting_is_the_sum_without_that_model(root: Path, tmp_path: Path, scope: str) -> None:
     """`theta - a_k d_k`; the gap to never merged is measured, bounded, and none for the last model."""
@@ -327,6 +333,7 @@ def test_the_gap_of_the_first_of_two_is_the_cosine(root: Path, tmp_path: Path) -
     assert entry(out)["byproducts"]["scalars"]["gap"] == pytest.approx(abs(cosine), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_models_can_be_added_after_a_subtraction(root: Path, tmp_path: Path) -> None:
     """What comes later is made orthogonal to the subtracted model as well; a certificate is refused."""
     out = tmp_path / "out"

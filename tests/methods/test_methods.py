@@ -383,6 +383,7 @@ def test_elementwise_methods_may_be_visited_in_slices(method: MergeMethod) -> No
         assert torch.equal(apply(method, [Dense(tau) for tau in taus], weights, base, matrix=True), whole)
 
 
+@pytest.mark.slow
 @each_case
 @quick
 @given(m=st.integers(1, 7), n=st.integers(1, 7), seed=st.integers(0, 2**31), matrix=st.booleans())
@@ -627,6 +628,7 @@ def test_kth_magnitude_of_special_tensors() -> None:
     assert kth_magnitude(torch.tensor([3.0, -1.0]), 1.0) == 0.0
 
 
+@pytest.mark.slow
 @quick
 @given(
     size=st.integers(1, 400),

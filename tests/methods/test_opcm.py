@@ -248,6 +248,7 @@ def test_one_model_is_itself(vision: list[Path], tmp_path: Path) -> None:
             torch.testing.assert_close(out[name], model[name], rtol=0.0, atol=2e-7)
 
 
+@pytest.mark.slow
 def test_models_are_taken_in_the_order_given(vision: list[Path], tmp_path: Path) -> None:
     """There, the order is shuffled unless one asks otherwise."""
     base, *models = map(tiny.tensors, vision)
@@ -275,6 +276,7 @@ def test_sources_are_never_written(vision: list[Path], tmp_path: Path) -> None:
     assert torch.equal(total.value, kept[0]) and torch.equal(tau.value, kept[1])
 
 
+@pytest.mark.slow
 def test_half_precision_is_merged_in_float(vision: list[Path], tmp_path: Path) -> None:
     """There, bfloat16 stops in the decomposition."""
     half = [ViTModel.from_pretrained(folder, dtype=torch.bfloat16) for folder in vision]
@@ -288,6 +290,7 @@ def test_half_precision_is_merged_in_float(vision: list[Path], tmp_path: Path) -
         assert bool(((value.double() - expected[name]).abs() <= 2.0**-8 * expected[name].abs() + 1e-5).all()), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stored_twice", [False, True])
 def test_tied_tensors_count_once(tmp_path: Path, stored_twice: bool) -> None:
     """There, a tied pair is merged twice, so that the last model weighs half as much again, and counts twice."""

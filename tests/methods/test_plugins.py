@@ -119,6 +119,7 @@ def test_plug_ins_are_found_by_their_entry_points(installed: Path) -> None:
     assert all(f"{name}: " in listed for name in NAMES)
 
 
+@pytest.mark.slow
 def test_plug_ins_keep_the_contract_of_methods(installed: Path) -> None:
     """The suite as it is: it runs over the registry."""
     suite = ["-p", "no:cacheprovider", "tests/methods/test_methods.py", "-k", " or ".join(NAMES)]
@@ -128,6 +129,7 @@ def test_plug_ins_keep_the_contract_of_methods(installed: Path) -> None:
     assert int(done.stdout.split(" passed")[0].split()[-1]) >= 30 * len(NAMES), done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("world", "tile"), [(1, 16), (2, 16), (2, 1 << 18)])
 def test_tiles_and_processes_do_not_show_in_the_bytes(
     installed: Path, root: Path, tmp_path: Path, world: int, tile: int
@@ -194,6 +196,7 @@ def test_dare_draws_anew_for_each_model_and_parameter(installed: Path, root: Pat
             assert 0.3 < float((first == second).float().mean()) < 0.7
 
 
+@pytest.mark.slow
 def test_a_model_leaves_dare_as_if_it_had_never_been_there(installed: Path, root: Path, tmp_path: Path) -> None:
     """What is dropped of a model follows from the model, and not from its place or from its folder's name."""
     merged(root, tmp_path / "left", "dare_linear", models=("m1", "m2", "m3"))
@@ -271,6 +274,7 @@ def test_tsv_m_is_what_the_paper_says(installed: Path, root: Path, tmp_path: Pat
         torch.testing.assert_close(out[key].double() - origin.double(), expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_tsv_m_takes_matrices_apart_on_the_device(installed: Path, root: Path, tmp_path: Path) -> None:
     run, saw = beside(tmp_path, [[*command(root, tmp_path / "there", "tsv_m"), *ON]])
     assert run.code == 0, run.err

@@ -93,6 +93,7 @@ BEYOND_GRAM = ("falling by 1e5", "falling by 1e6", "falling by 1e12", "a cluster
 SHAPES = [(48, 20), (20, 48), (30, 30), (1, 20), (20, 1), (400, 12), (120, 90)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SPECTRA)
 @pytest.mark.parametrize(("m", "n"), SHAPES)
 def test_projection_is_that_of_the_full_decomposition(m: int, n: int, name: str) -> None:
@@ -277,6 +278,7 @@ def test_deviation_is_the_measured_difference() -> None:
     assert sketch.deviation({"S": factors[0]}, factors[1], 1.0, matrix=True) == 0.0
 
 
+@pytest.mark.slow
 def test_a_randomized_run_reports_its_deviation_and_replays_to_the_same_bytes(tmp_path: Path) -> None:
     base = tiny.build("BertModel", tiny.config("bert", hidden_size=SKETCHED + 8, intermediate_size=SKETCHED + 8))
     models = (base, tiny.fine_tune(base, 1), tiny.fine_tune(base, 2))

@@ -47,6 +47,7 @@ SAMPLES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sample", SAMPLES)
 @quick
 @given(
@@ -72,6 +73,7 @@ def test_no_sample_can_change_a_threshold(
     assert rounds <= 3
 
 
+@pytest.mark.slow
 def test_a_good_sample_needs_one_round_and_keeps_little() -> None:
     values = normal(1, 20 * PART)
     for density in (0.01, 0.2, 0.7):
@@ -129,6 +131,7 @@ def test_a_survey_makes_slices_equal_the_whole(method: JointMethod, rows: int) -
         torch.testing.assert_close(change, whole[part], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(5,), (3 * PART + 7,), (2, PART + 1)])
 def test_ties_in_one_piece_and_in_many(shape: tuple[int, ...]) -> None:
     """Blocks beyond what a visit keeps are asked for again, and their signs kept in bytes: the same sums."""
@@ -175,6 +178,7 @@ print(merge(6 << 20))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux")
 @pytest.mark.parametrize("name", [name for name, kind in registry().items() if issubclass(kind, JointMethod)])
 def test_joint_methods_hold_at_most_three_tensors(name: str) -> None:
@@ -196,6 +200,7 @@ def language(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [tiny.save(model, root / f"m{i}") for i, model in enumerate(models)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["none", "mean"])
 @pytest.mark.parametrize("name", ["ties", "slerp"])
 def test_large_tensors_come_out_as_if_held_whole(language: list[Path], tmp_path: Path, name: str, norm: str) -> None:

@@ -109,6 +109,7 @@ def recipe_file(root: Path, folder: Path, more: str) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_file_may_have_it_and_its_default_is_not_written(copy: Copy) -> None:
     given = read(copy, toy_count=5, toy_names=["bear"], toy_box="attic")
     assert isinstance(given["read"], dict) and isinstance(given["written"], str)
@@ -156,6 +157,7 @@ def settings(folder: Path, step: int) -> dict[str, object]:
     return {key: value for key, value in entry["settings"].items() if key.startswith("toy")}
 
 
+@pytest.mark.slow
 def test_its_flag_overrides_the_file_and_the_ledger_holds_what_is_declared_to_be_recorded(
     copy: Copy, merged: Path
 ) -> None:
@@ -165,12 +167,14 @@ def test_its_flag_overrides_the_file_and_the_ledger_holds_what_is_declared_to_be
     assert wrong.code == 1 and 'toy_count: must be a number, not the text "many"' in wrong.err
 
 
+@pytest.mark.slow
 def test_a_change_of_the_merge_goes_by_what_is_recorded(copy: Copy, merged: Path, tmp_path: Path) -> None:
     run = copy.cli("unmerge", merged, "--remove", "m1", "--output", tmp_path / "out")
     assert run.code == 0, run.err
     assert settings(tmp_path / "out", 2) == {"toy_count": 7}
 
 
+@pytest.mark.slow
 def test_a_key_at_its_default_is_not_recorded(copy: Copy, merged: Path, tmp_path: Path) -> None:
     run = copy.cli("merge", merged.parent / "recipe.yaml", "--toy-count", "3", "--output", tmp_path / "out")
     assert run.code == 0, run.err
@@ -178,6 +182,7 @@ def test_a_key_at_its_default_is_not_recorded(copy: Copy, merged: Path, tmp_path
     assert tiny.done("history", tmp_path / "out").out
 
 
+@pytest.mark.slow
 def test_a_ledger_with_an_unknown_key_or_a_faulty_value_is_refused(copy: Copy, merged: Path, tmp_path: Path) -> None:
     unknown = tiny.cli("history", merged)
     assert unknown.code == 1 and 'settings: has the unknown key "toy_count"' in unknown.err
@@ -190,6 +195,7 @@ def test_a_ledger_with_an_unknown_key_or_a_faulty_value_is_refused(copy: Copy, m
     assert faulty.code == 1 and "settings: toy_count: must be at least 1, not 0" in faulty.err
 
 
+@pytest.mark.slow
 def test_other_work_is_not_taken_over_from_a_killed_run(copy: Copy, root: Path, tmp_path: Path) -> None:
     changes = [{}, {"toy_count": 4}, {"toy_box": "attic"}]
     run = copy.python("-c", WORK, recipe_file(root, tmp_path, ""), json.dumps(changes))

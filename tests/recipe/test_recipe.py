@@ -474,6 +474,7 @@ NAMES = st.text(min_size=1, max_size=12).map(str.strip).filter(bool)
 FINITE = st.floats(-3.4e38, 3.4e38).filter(lambda x: abs(x) > 1e-200)
 
 
+@pytest.mark.slow
 @settings(max_examples=80, deadline=None, database=None)
 @given(
     base=NAMES | st.sampled_from(["no", "1e-3", "null", "1:30", "010", "<<", "=", "~", ".nan", "2024-01-01", "- a"]),
@@ -512,6 +513,7 @@ def test_round_trip_of_any_recipe(
 SCALARS = st.none() | st.booleans() | st.integers(-(10**30), 10**30) | FINITE | st.text()
 
 
+@pytest.mark.slow
 @settings(max_examples=120, deadline=None, database=None)
 @given(st.recursive(SCALARS, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=12))
 def test_written_yaml_reads_back_equal(data: Any) -> None:

@@ -143,6 +143,7 @@ def recipe_of(root: Path, method: Any, weights: list[Any], names: tuple[str, ...
 METHODS = [name for name, method in registry().items() if method.arity[1] is None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_merges_each_parameter_by_its_own_weights(root: Path, tmp_path: Path, name: str) -> None:
     """As cut out of merges with one number a model."""
@@ -163,6 +164,7 @@ def test_every_method_merges_each_parameter_by_its_own_weights(root: Path, tmp_p
     assert not left
 
 
+@pytest.mark.slow
 def test_slerp_takes_its_share_by_pattern(root: Path, tmp_path: Path) -> None:
     weights = [{"model.layers.0.*": 3.0, "*": 1.0}, 1.0]
     hfmerge.merge(recipe_of(root, "slerp", weights, ("m0", "m1")), output=tmp_path / "out")
@@ -175,6 +177,7 @@ def test_slerp_takes_its_share_by_pattern(root: Path, tmp_path: Path) -> None:
         assert all(torch.equal(found[k], plain[k]) for k in found if k.startswith("model.layers.0.") == inside)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["linear", "task_arithmetic", "gram", "opcm", "mdm_oc"])
 def test_models_come_and_go_as_if_they_never_had(root: Path, tmp_path: Path, name: str) -> None:
     """Exact subtraction, replay and merging again, with patterns on those who leave and those who stay."""

@@ -10,8 +10,8 @@ asks transformers itself about a finished folder. `cache` keeps what transformer
 """
 
 from hfmerge.checkpoint.layout.correspondence import Convert, Match, Origin, match
-from hfmerge.checkpoint.layout.layout import Layout, describe_layout
+from hfmerge.checkpoint.layout.layout import Layout, describe_layout, with_modules
 from hfmerge.checkpoint.layout.load_check import load_back
 
 
-__all__ = ["Convert", "Layout", "Match", "Origin", "describe_layout", "load_back", "match"]
+__all__ = ["Convert", "Layout", "Match", "Origin", "describe_layout", "load_back", "match", "with_modules"]

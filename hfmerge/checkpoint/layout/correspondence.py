@@ -80,11 +80,11 @@ def match(base: Layout, source: Layout) -> Match:
         if None in wanted:
             absent.update(group.keys)
             continue
-        found = [_filling(theirs, name) for name in wanted if name is not None]
-        if None in found:
-            lacking.extend(name for name, holder in zip(group.outputs, found, strict=True) if holder is None)
+        filled = [_filling(theirs, name) for name in wanted if name is not None]
+        if None in filled:
+            lacking.extend(name for name, holder in zip(group.outputs, filled, strict=True) if holder is None)
             continue
-        holders = [holder for holder in found if holder is not None]
+        holders = [holder for holder in filled if holder is not None]
         origins.update(_origins(group, holders, base, source, converters))
     if lacking:
         raise CorruptFileError(

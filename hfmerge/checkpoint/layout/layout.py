@@ -128,6 +128,30 @@ class Layout:
         return found[0] if len(found) == 1 else None
 
 
+def with_modules(layout: Layout, shapes: Mapping[str, Shape]) -> Layout:
+    """A layout with tensors of modules that stand outside the class: they count as heads, under their stored keys.
+
+    Args:
+        shapes: stored key -> shape. A 2-D `weight` is one matrix.
+    """
+    if not shapes:
+        return layout
+    memory = replace(
+        layout.memory,
+        parameters={**layout.memory.parameters, **shapes},
+        groups=(*layout.memory.groups, *(Group(key, (key,), ((key,),)) for key in shapes)),
+        heads=layout.memory.heads | {*shapes},
+    )
+    return replace(
+        layout,
+        shapes={**layout.shapes, **shapes},
+        canonical={**layout.canonical, **{key: key for key in shapes}},
+        heads=(*layout.heads, *shapes),
+        blocks={**layout.blocks, **{key: guessed_blocks(key, shape) for key, shape in shapes.items()}},
+        memory=memory,
+    )
+
+
 def describe_layout(
     config: Mapping[str, Any], shapes: Mapping[str, Shape], *, origin: str, trust_remote_code: bool = False
 ) -> Layout:
@@ -157,8 +181,8 @@ def describe_layout(
         fresh.append(_described(config, shapes, origin, trust_remote_code))
         return _plain(fresh[0])
 
-    found = cached_answer("layouts", [relevant(config), [[key, list(shape)] for key, shape in shapes.items()]], ask)
-    return fresh[0] if fresh else _layout(found, origin, partial(_skeleton, config, shapes, origin))
+    answer = cached_answer("layouts", [relevant(config), [[key, list(shape)] for key, shape in shapes.items()]], ask)
+    return fresh[0] if fresh else _layout(answer, origin, partial(_skeleton, config, shapes, origin))
 
 
 def _described(config: Mapping[str, Any], shapes: Mapping[str, Shape], origin: str, trust_remote_code: bool) -> Layout:

@@ -44,13 +44,13 @@ def load_back(folder: Path, *, trust_remote_code: bool = False) -> tuple[tuple[s
 def _load(folder: Path, config: dict[str, Any], trust_remote_code: bool) -> tuple[list[str], list[str]]:
     import torch
 
-    found = find_class(config, str(folder), trust_remote_code)
-    if found is None:
+    known_class = find_class(config, str(folder), trust_remote_code)
+    if known_class is None:
         raise UnsupportedError(
             f"{folder}: the model has its own code, and only that code can load the result; pass "
             f"{parameter('trust_remote_code', True)} if you trust its author"
         )
-    model_class, model_config = found
+    model_class, model_config = known_class
     shapes = _header_shapes(folder)
     stored = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
     with quiet():

@@ -38,7 +38,7 @@ def served_digests(snapshot: Snapshot, files: Sequence[str]) -> dict[str, str]:
             f"{parameter('download', True)}."
         )
     otherwise = f"without {parameter('download', True)} (the digests that the Hub lists are then believed)"
-    total, traffic, found = sum(snapshot.files[file].size for file in files), Traffic(), {}
+    total, traffic, digests = sum(snapshot.files[file].size for file in files), Traffic(), {}
     with (
         hub_errors(snapshot.label),
         progress_bar(total, "Downloading", "B", scaled=True) as bar,
@@ -47,8 +47,8 @@ def served_digests(snapshot: Snapshot, files: Sequence[str]) -> dict[str, str]:
             url, size = hf_hub_url(snapshot.name, file, revision=snapshot.commit), snapshot.files[file].size
             # without a digest, so that what the answer says of itself is not looked at
             ranged = RangedFile(f"{snapshot.label}: {file}", url, size, None, traffic, otherwise=otherwise)
-            found[file] = _hashed(ranged, bar.update)
-    return found
+            digests[file] = _hashed(ranged, bar.update)
+    return digests
 
 
 def _hashed(file: RangedFile, progress: Callable[[int], object]) -> str:

@@ -156,19 +156,17 @@ def inspect_models(
             changes.expect(own)
             return {one.key: one for one in _over(plan, own, work, options, bar=ranks.main)}
 
-    everyone: dict[str, Measured] = {}
-    for part in ranks.together(mine):
-        everyone |= part
-    found = [everyone[param.key] for param in touched]
+    everyone = {key: one for part in ranks.together(mine) for key, one in part.items()}
+    measured = [everyone[param.key] for param in touched]
     return Inspection(
         base=public_name(plan.base),
         models=tuple(public_name(delta.source) for delta in plan.deltas),
         names=tuple(delta.source.slug for delta in plan.deltas),
         alpha=alpha,
         variant=variant,
-        whole=_part("model", found),
-        layers=tuple(_part(name, parts) for name, parts in by_layer(found).items()),
-        spectra=tuple(spectrum for one in found for spectrum in one.spectra),
+        whole=_part("model", measured),
+        layers=tuple(_part(name, parts) for name, parts in by_layer(measured).items()),
+        spectra=tuple(spectrum for one in measured for spectrum in one.spectra),
         seconds=time.monotonic() - start,
         warnings=plan.warnings,
     )

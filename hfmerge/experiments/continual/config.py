@@ -57,12 +57,14 @@ def sweep(recipe: Recipe, label: str, sweeps: Sequence[str]) -> list[Variant]:
         axes.append([(path, value.strip()) for value in values.split(",") if value.strip()])
     variants = []
     for chosen in itertools.product(*axes):
-        given = dict(chosen)
+        settings = dict(chosen)
         options = [f"{path.removeprefix('method.options.')}={value}" for path, value in chosen if "options" in path]
-        made = apply_overrides(recipe, method=given.get("method.name"), options=options, norm=given.get("method.norm"))
+        made = apply_overrides(
+            recipe, method=settings.get("method.name"), options=options, norm=settings.get("method.norm")
+        )
         name = ", ".join(f"{path.rpartition('.')[2]}={value}" for path, value in chosen)
         names = [part for part in (label, name) if part]
-        variants.append(Variant(" ".join(names) if label else name, made, given))
+        variants.append(Variant(" ".join(names) if label else name, made, settings))
     return variants
 
 
@@ -98,7 +100,7 @@ def pair(suite: Suite, names: Sequence[str], refs: Sequence[str], owners: Mappin
     """
     problems: list[Problem] = []
     known = {key: i for i, both in enumerate(zip(names, refs, strict=True)) for key in both}
-    found: dict[int, list[str]] = {i: [] for i in range(len(names))}
+    tasks_of: dict[int, list[str]] = {i: [] for i in range(len(names))}
     plain_names = [_plain(name.rpartition("--")[2]) for name in names]
     short = [_plain(name) for name in short_names(names)]
     for task in suite.tasks:
@@ -108,17 +110,17 @@ def pair(suite: Suite, names: Sequence[str], refs: Sequence[str], owners: Mappin
             if plain not in known:
                 problems.append(Problem(f"task {task.name}", f"{show(owner)} is none of the models"))
                 continue
-            found[known[plain]].append(task.name)
+            tasks_of[known[plain]].append(task.name)
             continue
         wanted = _plain(task.name)
         hits = [i for i, name in enumerate(short) if name == wanted]
         hits = hits or [i for i, name in enumerate(plain_names) if wanted in name]
         if len(hits) == 1:
-            found[hits[0]].append(task.name)
+            tasks_of[hits[0]].append(task.name)
     for task_name in owners:
         if task_name not in [task.name for task in suite.tasks]:
             problems.append(Problem(f"task {task_name}", f"is not in {suite.name}"))
-    for i, tasks in found.items():
+    for i, tasks in tasks_of.items():
         if len(tasks) != 1 and not problems:
             what = f"has the tasks {', '.join(tasks)}" if tasks else "has no task"
             todo = parameter("tasks", {"TASK": refs[i]})
@@ -130,7 +132,7 @@ def pair(suite: Suite, names: Sequence[str], refs: Sequence[str], owners: Mappin
             )
     if problems:
         raise RecipeError(problems, "continual")
-    return [found[i][0] for i in range(len(names))]
+    return [tasks_of[i][0] for i in range(len(names))]
 
 
 def _plain(name: str) -> str:

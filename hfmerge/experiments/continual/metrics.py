@@ -19,7 +19,7 @@ Row = Mapping[int, float]
 def accuracy(scores: Sequence[Row], step: int) -> float:
     """ACC: `1/(t+1) sum_{i<=t} R[t][i]`, the mean over the tasks seen so far.
 
-    Model: GEM, arXiv 1706.08840, section 2, there for the last step.
+    Source: GEM, arXiv 1706.08840, section 2, there for the last step.
     """
     return _mean([scores[step][i] for i in range(step + 1)])
 
@@ -27,7 +27,7 @@ def accuracy(scores: Sequence[Row], step: int) -> float:
 def backward_transfer(scores: Sequence[Row], *, over_all: bool = False) -> float | None:
     """BWT: `1/(T-1) sum_{i<T-1} (R[T-1][i] - R[i][i])`; None for one task.
 
-    Model: GEM, arXiv 1706.08840, section 2; used for merging by MINGLE, arXiv 2505.11883.
+    Source: GEM, arXiv 1706.08840, section 2; used for merging by MINGLE, arXiv 2505.11883.
 
     Args:
         over_all: divide by T instead, as over all tasks of which the last contributes zero (arXiv 2604.22464).
@@ -41,7 +41,7 @@ def backward_transfer(scores: Sequence[Row], *, over_all: bool = False) -> float
 def forward_transfer(scores: Sequence[Row], base: Row) -> float | None:
     """FWT of GEM: `1/(T-1) sum_{i>=1} (R[i-1][i] - b[i])`, the gain on a task before its model arrives.
 
-    Model: GEM, arXiv 1706.08840, section 2, with the base's encoder under the task's head for the untrained model.
+    Source: GEM, arXiv 1706.08840, section 2, with the base's encoder under the task's head for the untrained model.
     None for one task.
     """
     count = len(scores)
@@ -56,7 +56,7 @@ def learning_gap(scores: Sequence[Row], alone: Row) -> float:
 def forgetting(scores: Sequence[Row]) -> float | None:
     """`1/(T-1) sum_{i<T-1} (max_{i<=t<T-1} R[t][i] - R[T-1][i])`; None for one task. Negative: old tasks gained.
 
-    Model: Chaudhry et al., "Riemannian Walk", arXiv 1801.10112; t begins at the task's arrival.
+    Source: Chaudhry et al., "Riemannian Walk", arXiv 1801.10112; t begins at the task's arrival.
     """
     last = len(scores) - 1
     if last == 0:
@@ -67,7 +67,7 @@ def forgetting(scores: Sequence[Row]) -> float | None:
 def normalised_accuracy(scores: Sequence[Row], alone: Row) -> float | None:
     """`1/T sum_i R[T-1][i] / s[i]`; None where a model alone scores nothing.
 
-    Model: KnOTS, arXiv 2410.19735.
+    Source: KnOTS, arXiv 2410.19735.
     """
     last = scores[-1]
     if any(alone[i] <= 0.0 for i in range(len(scores))):

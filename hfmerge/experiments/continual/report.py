@@ -174,15 +174,15 @@ def _removals(models: Sequence[Mapping[str, Any]], variants: Sequence[Mapping[st
     for one in variants:
         several = sum(bool(order["removals"]) for order in one["orders"]) > 1
         for k, order in enumerate(one["orders"], 1):
-            for found in order["removals"]:
-                names.append(f"{one['label']}: {found['removed']}" + (f", order {k}" if several else ""))
+            for removal in order["removals"]:
+                names.append(f"{one['label']}: {removal['removed']}" + (f", order {k}" if several else ""))
                 cells.append(
                     [
-                        "yes" if found["identical"] else "no",
-                        *(f"{found[name]:.3g}" for name in ("distance", "retained_gap", "residual")),
-                        *(f"{found[name]:.3f}" for name in ("retained", "removed_score")),
-                        f"{base.get(found['removed'], float('nan')):.3f}",
-                        f"{found['seconds']:.1f}",
+                        "yes" if removal["identical"] else "no",
+                        *(f"{removal[name]:.3g}" for name in ("distance", "retained_gap", "residual")),
+                        *(f"{removal[name]:.3f}" for name in ("retained", "removed_score")),
+                        f"{base.get(removal['removed'], float('nan')):.3f}",
+                        f"{removal['seconds']:.1f}",
                     ]
                 )
     columns = [

@@ -246,11 +246,11 @@ class _Run:
                 second = first if identical else self._evaluate(str(never), order)
                 norm = float(other.entry.scalars.merged_norm)
                 apart = 0.0 if identical else relative(distance(out, never), norm)
-            found = metrics.fidelity(
+            fidelity = metrics.fidelity(
                 name, removed, values(first), values(second),
                 identical=identical, distance=apart, seconds=result.seconds["total"],
             )  # fmt: skip
-            return {**asdict(found), "how": result.entry.how}
+            return {**asdict(fidelity), "how": result.entry.how}
 
         key = ["removal", self._merge_of(variant.recipe, order), list(self.tasks), removed]
         key += [self.experiment.mode] if self.experiment.mode != "exact" else []

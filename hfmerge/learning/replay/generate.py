@@ -180,8 +180,8 @@ class _Maker:
 
         def seen(pixels: Tensor) -> Tensor:
             def work(batch: Sequence[int]) -> list[Any]:
-                given = pixels[list(batch)].to(self._subject.device, self._model.dtype)
-                return list(self._model(pixel_values=given).logits.float().cpu())
+                inputs = pixels[list(batch)].to(self._subject.device, self._model.dtype)
+                return list(self._model(pixel_values=inputs).logits.float().cpu())
 
             return torch.stack(self._runner.run([1] * len(pixels), work))
 

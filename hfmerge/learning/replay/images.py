@@ -114,7 +114,7 @@ def convinced(
     device = model.device
     model.requires_grad_(False)
     low, high = pixels.low.to(device), pixels.high.to(device)
-    found = []
+    batches = []
     batch_size = schedule.batch_size
     for at in range(0, len(start), batch_size):
         # in shares of the range from black to white
@@ -134,8 +134,8 @@ def convinced(
             with torch.no_grad():
                 values.clamp_(0, 1)
             schedule.tick(len(values))
-        found.append((low + (high - low) * values.detach()).cpu())
-    return torch.cat(found)
+        batches.append((low + (high - low) * values.detach()).cpu())
+    return torch.cat(batches)
 
 
 def normalisations(model: PreTrainedModel) -> list[nn.Module]:

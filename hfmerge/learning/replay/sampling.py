@@ -62,8 +62,8 @@ def continued(
             alike = [i for i, prompt in enumerate(prompts) if len(prompt) == size]
             for at in range(0, len(alike), runner.batch_size):
                 batch = alike[at : at + runner.batch_size]
-                given = torch.tensor([prompts[i] for i in batch], device=runner.device)
-                written = model.generate(given, attention_mask=torch.ones_like(given), generation_config=settings)
+                inputs = torch.tensor([prompts[i] for i in batch], device=runner.device)
+                written = model.generate(inputs, attention_mask=torch.ones_like(inputs), generation_config=settings)
                 for i, row in zip(batch, written.tolist(), strict=True):
                     end = next((k + 1 for k in range(size, len(row)) if row[k] in ends), len(row))
                     found[i] = np.array(row[:end], dtype=np.int32)
@@ -95,11 +95,11 @@ def filled(
     """
     import torch
 
-    found = [row.copy() for row in rows]
+    result = [row.copy() for row in rows]
     drawable = (vocabulary.weights > 0).to(runner.device)
     for step in range(steps):
-        places = [gaps(row, vocabulary, 1.0 if step == 0 else GAPS, generator) for row in found]
-        hidden = [hide(row, at, vocabulary) for row, at in zip(found, places, strict=True)]
+        places = [gaps(row, vocabulary, 1.0 if step == 0 else GAPS, generator) for row in result]
+        hidden = [hide(row, at, vocabulary) for row, at in zip(result, places, strict=True)]
 
         def work(batch: Sequence[int], hidden: list[Any] = hidden, places: list[Any] = places) -> list[Any]:
             tokens, mask = padded([hidden[i] for i in batch], vocabulary.pad, runner.device)
@@ -111,10 +111,10 @@ def filled(
                 drawn.append(torch.multinomial(chances, 1, generator=generator)[:, 0].numpy())
             return drawn
 
-        drawn_anew = runner.run([len(row) for row in found], work, budget=budget)
-        for row, at, tokens in zip(found, places, drawn_anew, strict=True):
+        drawn_anew = runner.run([len(row) for row in result], work, budget=budget)
+        for row, at, tokens in zip(result, places, drawn_anew, strict=True):
             row[at] = tokens
-    return found
+    return result
 
 
 def gaps(row: Any, vocabulary: Vocabulary, share: float, generator: Generator) -> list[int]:

@@ -70,25 +70,25 @@ def search(
     import torch
 
     model.requires_grad_(False)
-    found, wanted = list(rows), shared_out(log_chances(known))
+    current, wanted = list(rows), shared_out(log_chances(known))
     goal = math.log(confidence) if confidence > 0 else float("-inf")
 
     def look(some: list[Any], classes: Tensor) -> tuple[list[float], list[Tensor]]:
         return _look(model, some, classes, vocabulary.pad, log_chances, schedule)
 
-    reached, slopes = look(found, wanted) if schedule.steps else ([], [])
+    reached, slopes = look(current, wanted) if schedule.steps else ([], [])
     generator = schedule.generator
     for _ in range(schedule.steps):
-        left = [i for i in range(len(found)) if reached[i] < goal]
+        left = [i for i in range(len(current)) if reached[i] < goal]
         if not left:
             break
-        moved = [_moved(found[i], slopes[i], model, vocabulary, generator) for i in left]
+        moved = [_moved(current[i], slopes[i], model, vocabulary, generator) for i in left]
         scores, sides = look(moved, wanted[left])
         chances = torch.rand(len(left), generator=generator, dtype=torch.float64).log().tolist()
         for i, row, score, slope, chance in zip(left, moved, scores, sides, chances, strict=True):
             if chance < SHARPNESS * (score - reached[i]):
-                found[i], reached[i], slopes[i] = row, score, slope
-    return found
+                current[i], reached[i], slopes[i] = row, score, slope
+    return current
 
 
 def shared_out(known: Tensor) -> Tensor:

@@ -59,14 +59,14 @@ def divergence(scores: str, targets: Mapping[str, Tensor], logits: Tensor) -> Te
 
     if scores == "tokens":
         return _token_divergence(targets, logits)
-    kept, found = targets["logits"], logits.float()
+    kept, predicted = targets["logits"], logits.float()
     if scores == "classes":
         wanted = kept.log_softmax(-1)
-        return (wanted.exp() * (wanted - found.log_softmax(-1))).sum(-1)
+        return (wanted.exp() * (wanted - predicted.log_softmax(-1))).sum(-1)
     if scores == "labels":
-        sides = [torch.sigmoid(s * kept) * (logsigmoid(s * kept) - logsigmoid(s * found)) for s in (1, -1)]
+        sides = [torch.sigmoid(s * kept) * (logsigmoid(s * kept) - logsigmoid(s * predicted)) for s in (1, -1)]
         return (sides[0] + sides[1]).sum(-1)
-    return (kept - found).square().sum(-1) / 2
+    return (kept - predicted).square().sum(-1) / 2
 
 
 def _token_divergence(targets: Mapping[str, Tensor], logits: Tensor) -> Tensor:
