@@ -13,6 +13,7 @@ HfMergeError                  the CLI prints it as one line and exits with 1
 |- NonFiniteError             NaN or Inf where numbers are needed
 |- GridOverflowError          a sum too large to be exact
 |- LedgerError                a merge history that is broken, missing or from another merge
+|  |- NoLedgerError           there is no merge history: never a merge, or its history was deleted
 |  `- VerificationError       the ledger does not describe the files beside it
 |- CertificateError           a certificate or a key that cannot be used, or a removal that did not take place
 |- OutputError                the result cannot be written: folder in use, disk full
@@ -107,6 +108,10 @@ class GridOverflowError(HfMergeError):
 
 class LedgerError(HfMergeError):
     """A merge history that is missing, broken, or belongs to another merge."""
+
+
+class NoLedgerError(LedgerError):
+    """There is no merge history at all: no merge of hfmerge, or one whose history was deleted."""
 
 
 class VerificationError(LedgerError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from hfmerge.validation.quoting import tell
+from hfmerge.validation.quoting import say, tell
 
 
 SHELLS = ("bash", "zsh", "tcsh")
@@ -23,5 +23,5 @@ class PrintCompletion(argparse.Action):
         except ImportError:
             tell("hfmerge: completion needs shtab; install it with `pip install shtab`.")
             parser.exit(1)
-        print(shtab.complete(parser, values))
+        say(*shtab.complete(parser, values).split("\n"))
         parser.exit(0)

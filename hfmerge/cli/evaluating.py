@@ -118,7 +118,7 @@ def _pairs(items: Sequence[str]) -> dict[str, str]:
 
 
 def _suites(args: argparse.Namespace) -> int:
-    from hfmerge.evaluation.suite import load_suite, ready_suites
+    from hfmerge.evaluation.suite import extras, load_suite, ready_suites
 
     if args.output and not args.pin:
         raise HfMergeError("--output: is for a pinned suite; say which: --pin NAME.")
@@ -128,7 +128,7 @@ def _suites(args: argparse.Namespace) -> int:
     if args.json:
         print_json(
             {
-                name: {"description": s.description, "tasks": [t.to_dict() for t in s.tasks]}
+                name: {"description": s.description, "needs": extras(s), "tasks": [t.to_dict() for t in s.tasks]}
                 for name, s in suites.items()
             }
         )
@@ -136,6 +136,9 @@ def _suites(args: argparse.Namespace) -> int:
     for name, suite in suites.items():
         say(f"{name}: {suite.description}")
         say(f"    {', '.join(task.name for task in suite.tasks)}")
+        remote = {task.dataset for task in suite.tasks if task.dataset and not task.dataset.startswith((".", "/"))}
+        loads = f", and {len(remote)} data set{'s' if len(remote) > 1 else ''} from the Hub" if remote else ""
+        say(f"    needs `pip install 'hfmerge[{','.join(extras(suite))}]'`{loads}")
     return 0
 
 

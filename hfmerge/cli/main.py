@@ -25,6 +25,7 @@ from hfmerge.cli.hub_settings import WITHOUT_HUB, hub_flags, hub_settings
 from hfmerge.cli.parsing import EXAMPLES, Parser, parse
 from hfmerge.cli.shared import first_process, print_json
 from hfmerge.errors import HfMergeError, LostProcessError
+from hfmerge.hub.progress_bar import only_on_a_terminal
 from hfmerge.validation.quoting import say, tell
 from hfmerge.validation.wording import spelled
 from hfmerge.version import __version__
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     args = parse(parser, arguments)
     try:
-        with spelled(Flags(parser)), hub_settings(args):
+        with spelled(Flags(parser)), hub_settings(args), only_on_a_terminal():
             code: int = args.run(args)
         return code
     except HfMergeError as error:

@@ -16,12 +16,12 @@ from hfmerge.cli.shared import (
     push_flags,
     run_flags,
     run_options_from_flags,
-    size,
     weighted,
 )
 from hfmerge.recipe.keys import keys_of
 from hfmerge.recipe.recipe import Recipe, load_recipe
 from hfmerge.validation.quoting import say, tell
+from hfmerge.validation.wording import size
 
 
 if TYPE_CHECKING:

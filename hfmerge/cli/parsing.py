@@ -88,6 +88,11 @@ def parse(parser: Parser, words: Sequence[str]) -> argparse.Namespace:
         parser.error(f"there is no command {name}{suggestion(name, commands)}")
     command = commands[name]
     rest = _learning(words[1:]) if "--learn" in command._option_string_actions else list(words[1:])
+    given = rest[: rest.index("--")] if "--" in rest else rest
+    for word in given:
+        # before argparse misses what is required, since it may stand behind a wrong flag
+        if word.startswith("--") and word.partition("=")[0] not in command._option_string_actions:
+            command.error(_hint(command, word, rest))
     args, unknown = command.parse_known_intermixed_args(rest)
     if unknown:
         command.error(_hint(command, unknown[0], rest))

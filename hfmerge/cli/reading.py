@@ -228,5 +228,6 @@ def _verify(args: argparse.Namespace) -> int:
             say(f"checked commit {report.commit}")
         broken = "NOT what its ledger says" if args.certificate is None else "NOT verified"
         said = {"ok": "verified", "approximate": "verified only within the tolerance of other arithmetic"}
-        say(f"{report.merged}: {said.get(report.verdict, broken)}")
+        never = "not a merge made by hfmerge, or its ledger was deleted; there is nothing to verify it against"
+        say(f"{report.merged}: {said.get(report.verdict, broken) if report.has_ledger else never}")
     return CODES[report.verdict]

@@ -17,6 +17,7 @@ from hfmerge.recipe.keys import RecipeKey, keys_of
 from hfmerge.recipe.recipe import Recipe
 from hfmerge.validation.quoting import say, tell
 from hfmerge.validation.strict_yaml import parse_scalar
+from hfmerge.validation.wording import size
 
 
 if TYPE_CHECKING:
@@ -343,10 +344,6 @@ def _result_data(result: Any) -> dict[str, Any]:
         "warnings": list(result.warnings),
         "pushed": None if pushed is None else {**vars(pushed), "notes": list(pushed.notes)},
     }
-
-
-def size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def print_json(value: Any) -> None:

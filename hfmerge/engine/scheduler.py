@@ -28,6 +28,7 @@ from hfmerge.engine.run_files import RunFiles
 from hfmerge.engine.storage import disk_of_files
 from hfmerge.engine.tasks import Norms, Visit
 from hfmerge.engine.threads import AHEAD, core_count, overlapped, resident_memory
+from hfmerge.hub.progress_bar import progress_bar
 from hfmerge.methods.base import Measure
 from hfmerge.validation.wording import parameter
 
@@ -271,15 +272,11 @@ class Passes:
     def _on_pool(
         self, visited: Sequence[_Group], work: Callable[[_Group], list[Visited]], title: str
     ) -> list[list[Visited]]:
-        from huggingface_hub.utils import tqdm
-
         if not visited:
             return []
         needs = [self._held(group) for group in visited]
         total = sum(chunk.nbytes for group in visited for chunk in group)
-        bar = tqdm(
-            total=total, desc=title, unit="B", unit_scale=True, name="hfmerge", disable=not self.ranks.main or None
-        )
+        bar = progress_bar(total, title, "B", scaled=True, shown=self.ranks.main)
         # an accelerator waits for what is read
         threads = core_count() + (ahead(self.plan) if self.device.place == CPU else AHEAD)
         visits = overlapped(work, visited, needs, threads=threads, memory=self._budget(max(needs)))

@@ -20,6 +20,7 @@ from hfmerge.evaluation.models import Subject, open_subject
 from hfmerge.evaluation.results import Matrix, Score, TaskInfo
 from hfmerge.evaluation.suite import Suite, Task, load_suite
 from hfmerge.evaluation.tasks import Tasks
+from hfmerge.hub.progress_bar import progress_bar
 from hfmerge.validation.wording import parameter
 
 
@@ -245,9 +246,7 @@ class Evaluator:
         if not self._progress or not total:
             yield
             return
-        from huggingface_hub.utils import tqdm
-
-        with tqdm(total=total, unit="row", name="hfmerge.evaluate") as self._bar:
+        with progress_bar(total, "Evaluating", "row") as self._bar:
             yield
         self._bar = None
 

@@ -12,7 +12,7 @@ from hfmerge.evaluation.results import Matrix, ModelInfo, Score, TaskInfo, markd
 from hfmerge.evaluation.suite import KINDS
 from hfmerge.hub.client import hub_api, hub_errors, patiently
 from hfmerge.hub.commits import Commit, NewCommit, commit_once, download, listed
-from hfmerge.ledger.card import FILE, card_pointer
+from hfmerge.ledger.card import FILE, card_pointer, present_site
 from hfmerge.ledger.card_sections import RESULTS_PREFIX, TOOL, with_scores
 from hfmerge.validation.folders import file_in
 from hfmerge.validation.quoting import Markdown, code, link, markdown
@@ -196,7 +196,7 @@ def _data(task: TaskInfo) -> Markdown:
     name = markdown(task.dataset)
     if task.commit is None:
         return Markdown(f"{name} ({code(task.digest[:12])})") if task.digest else name
-    return Markdown(f"{link(task.dataset, 'datasets', task.dataset)} {code(task.commit[:12])}")
+    return Markdown(f"{link(task.dataset, 'datasets', task.dataset, site=present_site())} {code(task.commit[:12])}")
 
 
 def _head(task: TaskInfo) -> Markdown:

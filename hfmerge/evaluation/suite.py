@@ -167,6 +167,12 @@ def ready_suites() -> dict[str, Path]:
     return {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
 
 
+def extras(suite: Suite) -> list[str]:
+    """The extras of hfmerge that a suite needs, as pyproject names them."""
+    found = {task.kind if task.kind in ("lm-eval", "mteb") else "evaluate" for task in suite.tasks}
+    return sorted(found)
+
+
 def load_suite(suite: str | Path) -> Suite:
     """Read a suite from a YAML file, or a ready one by its name.
 

@@ -18,6 +18,7 @@ from hfmerge.errors import HfMergeError
 from hfmerge.evaluation.models import Subject, kind_of, open_subject
 from hfmerge.evaluation.suite import load_suite
 from hfmerge.hashing import canonical_json, sha256_bytes, sha256_file
+from hfmerge.hub.progress_bar import progress_bar
 from hfmerge.learning.fisher import FISHER_ROWS, fisher, load_fisher, save_fisher
 from hfmerge.learning.labelled import labelled_rows, task_of
 from hfmerge.learning.optimise import Anchor, Optimum, memory_for, optimise
@@ -267,11 +268,7 @@ def _optimised(
     anchor: Anchor | None,
     progress: Progress,
 ) -> Optimum:
-    from huggingface_hub.utils import tqdm
-
-    with tqdm(
-        total=learning.steps, desc="Learning", unit="step", name="hfmerge.learn", disable=not ranks.main or None
-    ) as bar:
+    with progress_bar(learning.steps, "Learning", "step", shown=ranks.main) as bar:
         course = partial(optimise, space, merge, start, learning, ranks, anchor=anchor, progress=progress)
         return ranks.each(lambda: course(tick=bar.update))
 
@@ -327,10 +324,8 @@ def _information(
 
 
 def _fisher(merge: Sequence[Student], merged: Mapping[str, Tensor], learning: Learning) -> dict[str, Tensor]:
-    from huggingface_hub.utils import tqdm
-
     total = sum(min(FISHER_ROWS, len(one.rows[0][0].learned)) for one in merge)
-    with tqdm(total=total, desc="Fisher information", unit="row", name="hfmerge.learn") as bar:
+    with progress_bar(total, "Fisher information", "row") as bar:
         with memory_for(learning):
             return fisher(merge, merged, seed=learning.seed, tick=bar.update)
 

@@ -17,7 +17,7 @@ from hfmerge.methods import registry
 from hfmerge.recipe.keys import jsonable, keys_of
 from hfmerge.recipe.recipe import Recipe
 from hfmerge.recipe.weights import PatternWeights, Weight, shown, written
-from hfmerge.validation.quoting import Markdown, code, fenced, link, markdown, python_text, shell_word
+from hfmerge.validation.quoting import SITE, Markdown, code, fenced, link, markdown, python_text, shell_word
 from hfmerge.validation.strict_yaml import dump_yaml, parse_front
 from hfmerge.validation.values import hub_id
 
@@ -32,6 +32,7 @@ _KEYS = (
     *("license", "license_name", "license_link", "tags", "hfmerge"),
 )
 """Front-matter keys that hfmerge writes; all others are the user's."""
+_LOOPBACK = re.compile(r"http://(?:127\.0\.0\.1|localhost)(?::[0-9]{1,5})?")
 _FRONT = re.compile(r"\A---\r?\n(.*?)^---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)
 
 
@@ -59,8 +60,12 @@ def metadata(entries: Sequence[Entry], facts: Mapping[str, Any]) -> dict[str, An
         data["pipeline_tag"] = facts["pipeline_tag"]
     data |= licence([last.base, *last.models])
     data["tags"] = ["merge", "hfmerge", last.method.name]
-    pointer = {"ledger": last.file, "sha256": last.digest, "steps": last.step}
-    data["hfmerge"] = pointer | ({"repo": facts["repo_id"]} if facts.get("repo_id") else {})
+    pointer: dict[str, Any] = {"ledger": last.file, "sha256": last.digest, "steps": last.step}
+    if facts.get("repo_id"):
+        pointer["repo"] = facts["repo_id"]
+    if facts.get("site", SITE) != SITE:
+        pointer["site"] = facts.get("site", SITE)
+    data["hfmerge"] = pointer
     return data
 
 
@@ -89,13 +94,10 @@ def licence_note(materials: Sequence[Material]) -> str | None:
 
 def restrictive(materials: Sequence[Material]) -> list[str]:
     """Warnings on licences: missing ones and those that forbid commercial use."""
-    notes = []
-    for m in materials:
-        if m.license is None:
-            notes.append(f"{m.label} states no licence.")
-        elif re.search(r"(^|[-_])nc([-_]|$)", m.license):
-            notes.append(f"{m.label} is under {m.license}: no commercial use of the merge.")
-    return notes
+    silent = list(dict.fromkeys(m.label for m in materials if m.license is None))
+    notes = [f"{', '.join(silent)} state{'s' if len(silent) == 1 else ''} no licence."] if silent else []
+    closed = [m for m in materials if m.license is not None and re.search(r"(^|[-_])nc([-_]|$)", m.license)]
+    return [*notes, *(f"{m.label} is under {m.license}: no commercial use of the merge." for m in closed)]
 
 
 @cache
@@ -124,16 +126,19 @@ def block(entries: Sequence[Entry], facts: Mapping[str, Any]) -> str:
     text = _template().render(
         title=me.rpartition("/")[2] if facts.get("repo_id") else "Merged model",
         me=me,
+        published=bool(facts.get("repo_id")),
+        causal=architecture.endswith("ForCausalLM"),
+        chats="chat_template.jinja" in last.products,
         library=facts["library_name"],
         architecture=Markdown(architecture if architecture.isidentifier() else "AutoModel"),
         method=last.method,
         norm=last.method.norm,
-        base_link=_link(last.base),
+        base_link=_link(last.base, facts.get("site", SITE)),
         base_pin=_pin(last.base),
         merged_norm=f"{last.scalars.merged_norm:.4g}",
         models=[
             {
-                "link": _link(m),
+                "link": _link(m, facts.get("site", SITE)),
                 "pin": _pin(m),
                 "kind": ("LoRA adapter" if m.kind == "adapter" else "full model")
                 + (", approximately subtracted" if m.subtracted else "")
@@ -221,10 +226,10 @@ def _recipe_ref(material: Material) -> str:
     return f"{material.beneath}+{own}" if material.beneath else own
 
 
-def _link(material: Material) -> Markdown:
+def _link(material: Material, site: str) -> Markdown:
     if material.commit is None:
         return markdown(f"{material.name} (folder)")
-    shown = link(material.name, material.name)
+    shown = link(material.name, material.name, site=site)
     return Markdown(f"{shown} on {markdown(material.beneath.partition('@')[0])}") if material.beneath else shown
 
 
@@ -301,9 +306,25 @@ def combine_cards(existing: str | None, rendered: str) -> str:
     return f"---\n{dump_yaml(merged)}---\n{body}"
 
 
-def card_facts(entry: Entry, repo_id: str | None) -> dict[str, Any]:
-    """Facts for the card beside the ledger's materials: the recorded task, and the repository of the card."""
-    return {"library_name": None, "architecture": None, **entry.settings["card"], "repo_id": repo_id}
+def card_facts(entry: Entry, repo_id: str | None, site: str = SITE) -> dict[str, Any]:
+    """Facts for the card beside the ledger's materials: the recorded task, the card's repository, the links' Hub."""
+    return {"library_name": None, "architecture": None, **entry.settings["card"], "repo_id": repo_id, "site": site}
+
+
+def present_site() -> str:
+    """The Hub that this process talks to (HF_ENDPOINT)."""
+    from huggingface_hub import constants
+
+    return str(constants.ENDPOINT).rstrip("/")
+
+
+def _known_site(value: object) -> str:
+    """The Hub that a card's links may lead to: the present one, or a Hub on this machine; else the public one.
+
+    The card of a stranger could name any site; then it is not what its ledger gives.
+    """
+    known = isinstance(value, str) and (value == present_site() or _LOOPBACK.fullmatch(value) is not None)
+    return str(value) if known else SITE
 
 
 def card_pointer(text: str) -> dict[str, Any]:
@@ -324,7 +345,8 @@ def card_pointer(text: str) -> dict[str, Any]:
 def card_differs(text: str, entries: Sequence[Entry]) -> str | None:
     """None if the card agrees with the ledger; else the difference in words."""
     front, found, _ = parse_card(text)
-    facts = card_facts(entries[-1], card_pointer(text).get("repo"))
+    pointer = card_pointer(text)
+    facts = card_facts(entries[-1], pointer.get("repo"), _known_site(pointer.get("site")))
     expected = metadata(entries, facts)
     if found is None:
         return f"{FILE} has no hfmerge block"

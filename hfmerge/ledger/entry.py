@@ -17,7 +17,7 @@ from typing import Any
 
 from hfmerge.engine.options import Consent
 from hfmerge.engine.plan import KeptState, checked_digest, state_file
-from hfmerge.errors import LedgerError
+from hfmerge.errors import LedgerError, NoLedgerError
 from hfmerge.hashing import canonical_json, sha256_bytes
 from hfmerge.ledger.schema import SCHEMA, check_entry
 from hfmerge.recipe.keys import keys_of
@@ -413,7 +413,7 @@ def check_chain(files: Mapping[str, bytes], where: str) -> tuple[Entry, ...]:
     """
     names = ledger_files(files)
     if not names:
-        raise LedgerError(f"{where}: no {LEDGER_FOLDER}/ there; not a merge made by hfmerge.")
+        raise NoLedgerError(f"{where}: no {LEDGER_FOLDER}/ there; not a merge made by hfmerge.")
     check_size(names, where)
     entries: list[Entry] = []
     parent: str | None = None

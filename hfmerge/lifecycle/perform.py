@@ -56,7 +56,7 @@ from hfmerge.lifecycle.record import (
 from hfmerge.lifecycle.repeat import already_added, already_replaced, finish, in_place
 from hfmerge.lifecycle.restore import restore_step
 from hfmerge.lifecycle.session import MergeResult, Session, push_written, session
-from hfmerge.validation.wording import parameter
+from hfmerge.validation.wording import parameter, size
 
 
 if TYPE_CHECKING:
@@ -235,7 +235,7 @@ def _carry_out(job: Job, merged: Merged | None, here: Session, started: float) -
     return MergeResult(
         target,
         made.entry,
-        (*change.plan.warnings, *made.notes, *unchecked, *licences),
+        tuple(dict.fromkeys((*change.plan.warnings, *made.notes, *unchecked, *licences))),
         pushed,
         {"merging": made.seconds, "total": time.monotonic() - started},
         here.ranks.world,
@@ -248,9 +248,8 @@ def _announce(change: Change, merged: Merged | None, device: Device, here: Sessi
     """Tell the user what a removal reads, and warn if the kept state was computed with other arithmetic."""
     if change.action in ("unmerge", "subtract"):
         need = change.plan.estimate
-        here.tell(
-            f"{change.action}: {change.how}; reads {need.read / 1e9:.2f} GB, downloads {need.download / 1e9:.2f} GB"
-        )
+        loads = f", downloads {size(need.download)}" if need.download else ""
+        here.tell(f"{change.action}: {change.how}; reads {size(need.read)}{loads}")
     if merged is not None and (apart := other_arithmetic(change.plan, merged, environment(device))):
         here.tell(
             f"the kept state was made with {'; '.join(apart)}: the last bits of the result will depend on both. "

@@ -36,7 +36,7 @@ from hfmerge.hub.state_branch import (
     push_states,
     withdraw_states,
 )
-from hfmerge.ledger.card import FILE, card_facts, combine_cards, render_card
+from hfmerge.ledger.card import FILE, card_facts, combine_cards, present_site, render_card
 from hfmerge.ledger.card_sections import RESULTS_PREFIX, carried_scores, part, with_part
 from hfmerge.ledger.entry import LEDGER_FOLDER, Entry
 from hfmerge.ledger.log import commit_of
@@ -159,7 +159,7 @@ def push_folder(
     opened = open_push(folder, to, [name for name in (*files, *uploads) if name != FILE])
     entries, history, remote, head = opened.entries, opened.history, opened.target.files, opened.target.head
     existing = card_there(repo_id, opened.target)
-    card = combine_cards(existing, render_card(entries, card_facts(entries[-1], repo_id)))
+    card = combine_cards(existing, render_card(entries, card_facts(entries[-1], repo_id, present_site())))
     # pictures and scores come from the folder, never from the repository
     mine = files[FILE].read_text(encoding="utf-8") if FILE in files else ""
     card = carried_scores(mine, with_part(card, FIGURES, part(mine, FIGURES)))

@@ -23,7 +23,16 @@ from hfmerge.errors import HfMergeError, LedgerError, OutputError
 from hfmerge.evaluation.plots.embedding import FIGURES, drawn, embed_learning
 from hfmerge.hub.download import fetch, pin
 from hfmerge.hub.reference import ModelRef
-from hfmerge.ledger.card import FILE, card_facts, card_pointer, combine_cards, licence_note, parse_card, render_card
+from hfmerge.ledger.card import (
+    FILE,
+    card_facts,
+    card_pointer,
+    combine_cards,
+    licence_note,
+    parse_card,
+    present_site,
+    render_card,
+)
 from hfmerge.ledger.card_sections import RESULTS_PREFIX, with_part, without_scores
 from hfmerge.ledger.entry import Entry, Material, MethodUsed, RunScalars, same_prefix, settings_of
 from hfmerge.ledger.repository import Merged, ledger_in, parts_of, state_path
@@ -90,7 +99,7 @@ def write_record(folder: Path, entry: Entry, opened: Merged | None, existing: st
         path.write_bytes(data)
     entries = (*(opened.entries if opened else ()), entry)
     repo_id = card_pointer(existing).get("repo") if existing is not None else None
-    card = render_card(entries, card_facts(entry, repo_id))
+    card = render_card(entries, card_facts(entry, repo_id, present_site()))
     # pictures and scores are about the models that were merged before
     former = None if existing is None else without_scores(with_part(existing, FIGURES, None))
     (folder / FILE).write_text(combine_cards(former, card), encoding="utf-8")
@@ -252,9 +261,12 @@ def _said(value: Any) -> str | None:
 def _card_settings(base: Model) -> dict[str, Any]:
     front = _front_matter(base)
     library = "sentence-transformers" if "modules.json" in base.snapshot.files else "transformers"
+    architectures = base.config.get("architectures") or [""]
+    task = "text-generation" if str(architectures[0]).endswith("ForCausalLM") else None
     return {
-        "library_name": _said(front.get("library_name")) or library, "pipeline_tag": _said(front.get("pipeline_tag")),
-    }  # fmt: skip
+        "library_name": _said(front.get("library_name")) or library,
+        "pipeline_tag": _said(front.get("pipeline_tag")) or task,
+    }
 
 
 def _carry_states_over(
@@ -301,7 +313,9 @@ def adopt_card(folder: Path, repo_id: str) -> None:
     """After a push the folder's card names its repository too."""
     entries, _ = ledger_in(pin(ModelRef(str(folder), None, None, folder)))
     path = folder / FILE
-    text = combine_cards(path.read_text(encoding="utf-8"), render_card(entries, card_facts(entries[-1], repo_id)))
+    text = combine_cards(
+        path.read_text(encoding="utf-8"), render_card(entries, card_facts(entries[-1], repo_id, present_site()))
+    )
     path.write_text(text, encoding="utf-8")
 
 

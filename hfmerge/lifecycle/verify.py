@@ -19,7 +19,7 @@ from hfmerge.checkpoint.side_files import is_asset, is_code, is_side_file
 from hfmerge.checkpoint.streaming.served import served_digests
 from hfmerge.engine.options import NO_CONSENT, Consent
 from hfmerge.engine.workspace import leftovers, recover
-from hfmerge.errors import LedgerError, NotFoundError
+from hfmerge.errors import LedgerError, NoLedgerError, NotFoundError
 from hfmerge.hashing import sha256_file
 from hfmerge.hub.download import cached, fetch, pin
 from hfmerge.hub.reference import ModelRef, Snapshot
@@ -78,12 +78,15 @@ class Report:
         checks: the checks in the order they were made.
         commit: 40 hex digits of the commit that was checked; None for a folder, and if no ledger could be read.
         notes: further remarks for the user.
+        has_ledger: there is a ledger, whole or broken. Without one the folder or repository never was a merge, or its
+            ledger was deleted.
     """
 
     merged: str
     checks: tuple[Check, ...]
     commit: str | None = None
     notes: tuple[str, ...] = ()
+    has_ledger: bool = True
 
     @property
     def ok(self) -> bool:
@@ -160,7 +163,8 @@ def verify_merge(
     try:
         merged = open_merged(ref, sources, consent)
     except LedgerError as error:
-        return Report(ref, (Check("ledger", False, str(error)),))
+        there = not isinstance(error, NoLedgerError)
+        return Report(ref, (Check("ledger", False, str(error)),), has_ledger=there)
     report = check_merged(merged, further, accept_rewritten=accept_rewritten)
     witness, did = _witnessed(merged, log, accept_rewritten) if log is not None else (None, "verified")
     checks = [*report.checks, *(() if witness is None else (witness,))]

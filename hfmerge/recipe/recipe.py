@@ -106,7 +106,7 @@ class Recipe:
         default=None,
         metadata=Declared(
             help="dtype of the output: float32, bfloat16, float16, float64",
-            choices=values.DTYPES, aliases=values.DTYPE_ALIASES, recorded="always", result=True,
+            choices=values.DTYPES, kind=values.dtype, recorded="always", result=True,
         ),
     )  # fmt: skip
     include: tuple[str, ...] = field(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ from hfmerge.errors import HfMergeError
 from hfmerge.recipe.keys import keys_of, read_keys
 from hfmerge.recipe.weights import PatternWeights, Weight, values_of
 from hfmerge.validation.limits import PATTERN, PATTERNS
-from hfmerge.validation.values import Section, factor, items, line, show, suggestion, text
+from hfmerge.validation.values import Section, factor, items, line, one_of, show, suggestion, text
 
 
 if TYPE_CHECKING:
@@ -25,9 +26,20 @@ DTYPE_ALIASES = {
     **dict.fromkeys(("f32", "fp32", "float", "single", "full", "torch.float32"), "float32"),
     **dict.fromkeys(("f64", "fp64", "double", "torch.float64"), "float64"),
 }
+_EIGHT_BITS = re.compile(r"(torch\.)?(float8|fp8|f8|u?int[48]|[nf]f?p?4|nf4|mxfp)")
 VOCABULARIES = ("base", "union")
 STATES = ("none", "last", "all")
 NORMS = ("none", "mean")
+
+
+def dtype(value: object) -> str:
+    """A dtype that a merge can be written in. Raises ValueError."""
+    if isinstance(value, str) and _EIGHT_BITS.match(value.strip().lower()):
+        raise ValueError(
+            f"{show(value)} has too few bits for a merge without scales of its own: most changes would be "
+            'rounded away. Write "bfloat16", and quantise the result with the program that will run it'
+        )
+    return str(one_of(DTYPES, DTYPE_ALIASES)(value))
 
 
 def norm(value: object) -> str | float:

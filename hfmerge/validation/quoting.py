@@ -73,13 +73,18 @@ def fenced(text: str, language: str) -> Markdown:
     return Markdown("\n".join([f"{fence}{language}", *lines, fence]).replace(_COMMENT, "<\\!--"))
 
 
-def link(text: object, *path: str) -> Markdown:
-    """A link to a page of the Hub.
+SITE = "https://huggingface.co"
+"""The public Hub."""
+
+
+def link(text: object, *path: str, site: str = SITE) -> Markdown:
+    """A link to a page of a Hub.
 
     Args:
-        path: parts of the address behind `https://huggingface.co/`, each with its own slashes.
+        path: parts of the address behind the site's, each with its own slashes.
+        site: address of the Hub.
     """
-    return Markdown(f"[{markdown(text)}](https://huggingface.co/{'/'.join(quote(part) for part in path)})")
+    return Markdown(f"[{markdown(text)}]({site}/{'/'.join(quote(part) for part in path)})")
 
 
 def python_text(text: object) -> Markdown:

@@ -58,6 +58,13 @@ def call(verb: str, *operands: object, **named: object) -> str:
     return _spellings[-1].call(verb, operands, named)
 
 
+def size(count: int) -> str:
+    """Bytes in the unit that people read: `12 kB`, `3.4 MB`, `1.25 GB`."""
+    if count >= 1e9:
+        return f"{count / 1e9:.2f} GB"
+    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.0f} kB"
+
+
 @contextlib.contextmanager
 def spelled(spelling: Spelling) -> Iterator[None]:
     """Have this process, in all its threads, write messages in another spelling."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -76,7 +77,7 @@ def test_learn_takes_no_model(words: tuple[str, ...], items: list[str], learn: l
         (("merge", "a", "--patience", "5"), "--patience is a key of learn; write --learn patience=5"),
         (("merge", "a", "--generator", "x"), "write --learn replay.generator=x"),
         (("merge", "a", "--weigth", "5"), 'has no flag --weigth; did you mean "--weight"?'),
-        (("certify", "m", "--removed", "a", "--remove", "a"), 'did you mean "--remove"?'),
+        (("certify", "m", "--removed", "a"), 'did you mean "--remove"?'),
         (("evaluate", "m", "--suite", "s", "--push", "org/m"), 'did you mean "--push-to"?'),
         (("merge", "--bas", "a"), 'did you mean "--base"?'),
         (("history", "m", "n"), "too many operands: n"),
@@ -87,6 +88,30 @@ def test_a_word_that_is_not_known_gets_a_hint(
     words: tuple[str, ...], says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert says in usage(capsys, *words)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("merge", "a", "--base", "b", "--method", "opcm", "--alpha", "0.4"),
+        ("merge", "a", "--patience", "5"),
+        ("plan", "a", "--generator", "unigram"),
+        ("merge", "a", "--weigth", "5"),
+        ("certify", "m", "--removed", "a"),
+        ("unmereg", "m", "--remove", "a"),
+    ],
+)
+def test_a_hint_that_is_followed_leads_on(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    """What the hint says to write is put in the place of what was wrong, and then parses."""
+    said = usage(capsys, *words)
+    if written := re.search(r"write (--\S+ [^;\s]+)", said):
+        right = [*words[:-2], *written[1].split()]
+    else:
+        meant = re.search(r'did you mean "([^"]+)"', said)
+        wrong = re.search(r"(?:no flag|no command) ([^;\s]+)", said)
+        assert meant and wrong, said
+        right = [meant[1] if word == wrong[1] else word for word in words]
+    assert right != list(words) and parsed(*right).run
 
 
 def test_a_weight_stands_behind_its_model(tmp_path: Path) -> None:
@@ -157,13 +182,12 @@ def test_token_and_cache_count_for_one_command(monkeypatch: pytest.MonkeyPatch, 
         seen.append((get_token(), constants.HF_HUB_CACHE, args.merged))
         return 0
 
-    monkeypatch.setattr(reading, "_history", look)
-    build_parser.cache_clear()
-    try:
+    with monkeypatch.context() as patched:
+        patched.setattr(reading, "_history", look)
+        build_parser.cache_clear()
         given = ("--token", "hf_other", "--cache-dir", str(tmp_path), "--revision", "v2")
         assert main(["history", "org/m", *given]) == 0 and main(["history", "org/m"]) == 0
-    finally:
-        build_parser.cache_clear()
+    build_parser.cache_clear()
     assert seen == [("hf_other", str(tmp_path), "org/m@v2"), ("hf_mine", before, "org/m")]
     assert os.environ["HF_TOKEN"] == "hf_mine"
     assert "names its revision already" in tiny.cli("history", "org/m@v1", "--revision", "v2").err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -13,8 +14,9 @@ import yaml
 import hfmerge
 from hfmerge.errors import LedgerError
 from hfmerge.hashing import sha256_bytes, sha256_file
-from hfmerge.ledger.card import BEGIN, END
+from hfmerge.ledger.card import BEGIN, END, card_differs, card_facts, present_site, render_card
 from hfmerge.ledger.entry import check_chain
+from hfmerge.ledger.repository import open_merged
 from tests.fixtures import tiny
 
 
@@ -165,7 +167,45 @@ def test_a_missing_entry_is_named(out: Path) -> None:
     (out / "merge_history" / "0001.json").unlink()
     assert any("0001.json is missing; the chain is broken" in line for line in culprits(out))
     (out / "merge_history" / "0002.json").unlink()
-    assert any("not a merge made by hfmerge" in line for line in culprits(out))
+    run = tiny.cli("verify", out)
+    assert run.code == 1 and run.out.endswith("there is nothing to verify it against\n"), run.out
+
+
+def test_what_never_was_a_merge_is_said_to_be_none(root: Path) -> None:
+    run = tiny.cli("verify", root / "base")
+    assert run.code == 1 and "NOT what its ledger says" not in run.out
+    assert "not a merge made by hfmerge, or its ledger was deleted" in run.out.splitlines()[-1]
+
+
+def test_the_links_of_a_card_lead_to_the_hub_that_was_asked(root: Path, out: Path) -> None:
+    """And a card whose links lead to the site of a stranger is not what its ledger gives."""
+    last = open_merged(str(out)).last
+    base = dataclasses.replace(last.base, commit="0" * 40, name="org/base")
+    entry = dataclasses.replace(last, base=base)
+    facts = card_facts(entry, "org/m", present_site())
+    text = render_card([entry], facts)
+    assert f"]({present_site()}/org/base)" in text and "huggingface.co" not in text
+    assert card_differs(text, [entry]) is None
+    moved = text.replace(present_site(), "http://127.0.0.1:1")
+    assert card_differs(moved, [entry]) is None
+    assert card_differs(text.replace(present_site(), "https://evil.example"), [entry]) is not None
+    assert "](https://huggingface.co/org/base)" in render_card([entry], card_facts(entry, "org/m"))
+
+
+def test_the_card_of_a_language_model_shows_its_use(tmp_path: Path) -> None:
+    base = tiny.build("LlamaForCausalLM", tiny.config("llama"))
+    tiny.save(base, tmp_path / "base")
+    tiny.save(tiny.fine_tune(base, 1), tmp_path / "m0")
+    out = tmp_path / "out"
+    tiny.done("merge", tmp_path / "m0", "--base", tmp_path / "base", "--method", "linear", "--output", out)
+    entry = open_merged(str(out)).last
+    assert entry.settings["card"]["pipeline_tag"] == "text-generation"
+    inside = render_card([entry], card_facts(entry, None))
+    assert 'AutoTokenizer.from_pretrained("path/to/this/folder")' in inside and "model.generate(" in inside
+    assert "apply_chat_template" not in inside and "--push-to" not in inside
+    chats = dataclasses.replace(entry, products={**entry.products, "chat_template.jinja": "0" * 64})
+    published = render_card([chats], card_facts(chats, "org/m"))
+    assert "tokenizer.apply_chat_template(messages" in published and "--push-to org/m\n" in published
 
 
 def test_without_its_last_entry_a_merge_is_not_what_the_ledger_says(out: Path) -> None:
@@ -268,7 +308,7 @@ def test_a_source_with_an_unreadable_card_has_no_licence(root: Path, tmp_path: P
     run = tiny.done(
         "merge", tmp_path / "m0", "--base", root / "base", "--method", "linear", "--output", tmp_path / "out"
     )
-    assert "states no licence" in run.err
+    assert "m0@" in run.err and " no licence." in run.err
 
 
 @pytest.mark.slow

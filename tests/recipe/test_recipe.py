@@ -361,6 +361,8 @@ def test_faulty_options(options: dict[str, Any], path: str, text: str) -> None:
     [
         ("base", None, "has no value; give one"),
         ("base", ["a"], "must be text, not a list"),
+        ("dtype", "float8_e4m3fn", "has too few bits for a merge without scales of its own"),
+        ("dtype", "torch.int8", 'Write "bfloat16", and quantise the result'),
         ("dtype", "FP16", 'did you mean "float16"?'),
         ("dtype", "torch.bfloat16", 'did you mean "bfloat16"?'),
         ("dtype", "double", 'did you mean "float64"?'),

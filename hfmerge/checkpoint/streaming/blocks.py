@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
 
+from hfmerge.hub.progress_bar import progress_bar
+
 
 _T = TypeVar("_T")
 SMALL, LARGE = 1 << 20, 8 << 20
@@ -81,9 +83,7 @@ class BlockStore:
 
     def show(self, total: int) -> None:
         """Begin a progress bar over so many bytes."""
-        from huggingface_hub.utils import tqdm
-
-        self._bar = tqdm(total=total, desc="Streaming", unit="B", unit_scale=True, name="hfmerge", disable=None)
+        self._bar = progress_bar(total, "Streaming", "B", scaled=True)
 
     def submit(self, work: Callable[[], _T]) -> Future[_T]:
         """Run on a thread of the pool. `lock` is held."""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from hfmerge.errors import OfflineError
 from hfmerge.hub.client import hub_errors
+from hfmerge.hub.progress_bar import progress_bar
 from hfmerge.hub.ranges import RangedFile, Traffic
 from hfmerge.hub.reference import Snapshot
 from hfmerge.validation.wording import parameter
@@ -30,7 +31,6 @@ def served_digests(snapshot: Snapshot, files: Sequence[str]) -> dict[str, str]:
         SourceError: the Hub cannot be reached, refuses, or sends fewer bytes than it lists.
     """
     from huggingface_hub import hf_hub_url
-    from huggingface_hub.utils import tqdm
 
     if snapshot.offline or snapshot.vanished:
         raise OfflineError(
@@ -41,7 +41,7 @@ def served_digests(snapshot: Snapshot, files: Sequence[str]) -> dict[str, str]:
     total, traffic, digests = sum(snapshot.files[file].size for file in files), Traffic(), {}
     with (
         hub_errors(snapshot.label),
-        tqdm(total=total, desc="Downloading", unit="B", unit_scale=True, name="hfmerge", disable=None) as bar,
+        progress_bar(total, "Downloading", "B", scaled=True) as bar,
     ):
         for file in files:
             url, size = hf_hub_url(snapshot.name, file, revision=snapshot.commit), snapshot.files[file].size

@@ -27,6 +27,7 @@ from hfmerge.engine.threads import AHEAD, core_count, overlapped, resident_memor
 from hfmerge.errors import Problem, RecipeError
 from hfmerge.evaluation.inspection.spectra import Detail, Spectrum
 from hfmerge.evaluation.inspection.statistics import HELD, Changes, Measured, measure
+from hfmerge.hub.progress_bar import progress_bar
 from hfmerge.methods.opcm import OPCM
 from hfmerge.recipe.recipe import MethodChoice, Recipe
 from hfmerge.validation.wording import parameter
@@ -187,8 +188,6 @@ def _over(
     plan: Plan, params: Sequence[Param], work: Callable[[Param], Measured], options: RunOptions, *, bar: bool
 ) -> Iterator[Measured]:
     """`work` over parameters on a pool of threads, in their order, below the bound on memory; `bar`: show progress."""
-    from huggingface_hub.utils import tqdm
-
     needs = [
         visit_bytes(param, param.slot.shape, OPCM()) + 4 * min(HELD, len(plan.deltas) * math.prod(param.slot.shape))
         for param in params
@@ -199,7 +198,7 @@ def _over(
         if budget < max(needs) and options.notify is not None:
             bound = parameter("max_memory")
             options.notify(f"{bound} cannot be kept: one parameter needs about {max(needs) / 1e9:.2f} GB.")
-    shown = tqdm(total=len(params), desc="Inspecting", unit=" tensors", name="hfmerge", disable=not bar)
+    shown = progress_bar(len(params), "Inspecting", " tensors", shown=bar)
     visits = overlapped(work, params, needs, threads=core_count() + AHEAD, memory=budget)
     with contextlib.closing(shown), contextlib.closing(visits):
         for result in visits:

@@ -21,6 +21,7 @@ from hfmerge.evaluation.processors import (
     load_tokenizer,
     longest,
 )
+from hfmerge.hub.progress_bar import progress_bar
 from hfmerge.learning.replay import images, sampling
 from hfmerge.learning.replay.dataset import Replay
 from hfmerge.learning.replay.search import Schedule, search, shared_out
@@ -66,7 +67,6 @@ def generate(
             processor. HfMergeError: the generator does not fit the model. NonFiniteError: its outputs are not finite.
     """
     import torch
-    from huggingface_hub.utils import tqdm
 
     settings = settings or ReplaySettings()
     settings.chosen(kind)
@@ -75,8 +75,8 @@ def generate(
     name = _generator(settings, kind, model, scores, subject.info.label)
     settings = dataclasses.replace(settings, generator=name)
     steps = settings.chosen(kind)[1]
-    with tqdm(total=settings.rows * (1 + steps), unit="row", name="hfmerge.replay", disable=not progress) as bar:
-        bar.set_description(f"Replay of {subject.info.label}")
+    title = f"Replay of {subject.info.label}"
+    with progress_bar(settings.rows * (1 + steps), title, "row", shown=progress) as bar:
         maker = _Maker(subject, spare, model, kind, scores, settings, steps, bar.update)
         inputs, targets, pad = maker.pixels() if kind == "image-classification" else maker.texts()
         bar.total = bar.n
