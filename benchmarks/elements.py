@@ -77,7 +77,7 @@ def steps() -> list[Callable[[], Any]]:
 
 def measure(runs: int, threads: int) -> list[float]:
     """Least seconds of a call of each step, on so many threads at once, an element of a model."""
-    from hfmerge.cli.main import reuse_freed_memory
+    from hfmerge.cli.program import reuse_freed_memory
     from hfmerge.engine.partition import TILE
 
     # as the command line does

@@ -20,7 +20,7 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
 
 import hfmerge
-from hfmerge.cli.main import build_parser, main
+from hfmerge.cli.program import build_parser, main
 from hfmerge.methods import registry
 from hfmerge.recipe.keys import keys_of
 from hfmerge.recipe.recipe import parse_recipe

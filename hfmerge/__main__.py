@@ -2,7 +2,7 @@
 
 import sys
 
-from hfmerge.cli.main import main
+from hfmerge.cli import main
 
 
 sys.exit(main())

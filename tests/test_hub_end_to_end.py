@@ -13,7 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file, save_file
 
 import hfmerge
-from hfmerge.cli.main import main
+from hfmerge.cli import main
 from hfmerge.hashing import sha256_file
 from hfmerge.hubserver.importer import import_folder
 from hfmerge.hubserver.serve import HubServer

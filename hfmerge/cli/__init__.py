@@ -1,1 +1,6 @@
-"""The commands, a family a file: each `register` adds its parsers, each handler calls one verb and prints."""
+"""The command line: `main` runs one command. `program` builds the parser; each family of commands has a file."""
+
+from hfmerge.cli.program import main
+
+
+__all__ = ["main"]

@@ -22,7 +22,7 @@ from dulwich.object_format import SHA1
 from dulwich.objects import Blob, Commit, Tree
 from dulwich.pack import write_pack_objects
 
-from hfmerge.cli.main import main
+from hfmerge.cli import main
 from tests.hubserver.browser import browser
 from tests.hubserver.harness import USERS, Answer, Hub, commit
 from tests.hubserver.hostile import MARKDOWN, TEXTS, Checker, filled

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 import lz4.frame
 import pytest
 
-from hfmerge.cli.main import main
+from hfmerge.cli import main
 from hfmerge.hubserver.database import Database
 from hfmerge.hubserver.serve import HubServer
 from hfmerge.hubserver.xorb import chunk_hash, hash_text, tree_hash

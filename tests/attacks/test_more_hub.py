@@ -36,7 +36,7 @@ PLOT = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
 resource.setrlimit(resource.RLIMIT_CPU, (60, 60))
-from hfmerge.cli.main import main
+from hfmerge.cli import main
 sys.exit(main(sys.argv[1:]))
 """
 """The command line with bounds on memory and time, so that an attack that succeeds ends with an error."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import hfmerge
-from hfmerge.cli.main import build_parser
+from hfmerge.cli.program import build_parser
 from hfmerge.hubserver import serve
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from hfmerge.cli.main import build_parser, main
 from hfmerge.cli.parsing import EXAMPLES, GROUPS, commands_of, parse
+from hfmerge.cli.program import build_parser, main
 from hfmerge.cli.shared import weighted
 from hfmerge.errors import HfMergeError
 from tests.fixtures import tiny
@@ -206,6 +206,6 @@ def test_completion_is_printed_or_says_what_it_needs(capsys: pytest.CaptureFixtu
 
 @pytest.mark.slow
 def test_help_loads_no_large_library() -> None:
-    code = "import sys; from hfmerge.cli.main import build_parser; build_parser().format_help(); print(*sys.modules)"
+    code = "import sys; from hfmerge.cli.program import build_parser as b; b().format_help(); print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "transformers", "huggingface_hub", "numpy", "rich"} & set(loaded)

@@ -8,7 +8,7 @@ import pytest
 
 import hfmerge
 from hfmerge.cli.flags import Flags
-from hfmerge.cli.main import build_parser
+from hfmerge.cli.program import build_parser
 from hfmerge.errors import HfMergeError, OutputError
 from hfmerge.validation.wording import call, parameter, spelled
 from tests.fixtures import tiny

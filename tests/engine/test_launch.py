@@ -232,7 +232,7 @@ def test_the_process_group_ends_before_the_interpreter_does(owner: str) -> None:
 
 DYING = """
 import os, signal, sys, time
-from hfmerge.cli.main import main
+from hfmerge.cli import main
 from hfmerge.engine.tasks import Visit
 merge = Visit.merge
 def slow(self, *args, **options):
@@ -262,7 +262,7 @@ LATE = """
 import sys
 from datetime import timedelta
 from hfmerge.engine import ranks
-from hfmerge.cli.main import main
+from hfmerge.cli import main
 ranks.ARRIVAL = timedelta(seconds=2)
 sys.exit(main(sys.argv[1:]))
 """

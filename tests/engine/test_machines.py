@@ -25,7 +25,7 @@ WORKER = """
 import json, os, sys
 from pathlib import Path
 from hfmerge.lifecycle import publish
-from hfmerge.cli.main import main
+from hfmerge.cli import main
 upload = publish.upload_weights
 def told(folder, names, repo_id, **options):
     held = sorted(path.name for path in Path(folder).glob("*.safetensors"))

@@ -96,7 +96,7 @@ def left_nothing(out: Path) -> bool:
 
 SLOW = """
 import sys, time
-from hfmerge.cli.main import main
+from hfmerge.cli import main
 from hfmerge.engine.journal import Journal
 note = Journal.note
 def slow(self, *given):
@@ -160,7 +160,7 @@ def test_killed_again_and_again(
 
 def die_at(point: str, arguments: list[str], log: str) -> None:
     """Run a command in this process and kill it at one point of the program."""
-    from hfmerge.cli.main import main
+    from hfmerge.cli import main
     from hfmerge.engine import executor, run_files, workspace
 
     def die(*_: object) -> None:

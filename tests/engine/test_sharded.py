@@ -27,7 +27,7 @@ FLAGS["slerp"] = ("--method", "slerp")
 WORKER = """
 import json, os, sys
 import torch
-from hfmerge.cli.main import main
+from hfmerge.cli import main
 from hfmerge.engine.ranks import current_ranks
 ranks = current_ranks()
 assert ranks.world == int(sys.argv[1]), ranks

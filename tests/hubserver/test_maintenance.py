@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from hfmerge.cli.main import main
+from hfmerge.cli import main
 from tests.hubserver.harness import Client, Hub, commit
 
 

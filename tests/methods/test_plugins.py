@@ -37,7 +37,7 @@ MODELS = ("m1", "m2", "a0")
 
 WORKER = """
 import json, sys
-from hfmerge.cli.main import main
+from hfmerge.cli import main
 from hfmerge.engine import partition
 partition.TILE = partition._CHUNK = int(sys.argv[1])
 for arguments in json.loads(sys.argv[2]):
