@@ -11,7 +11,7 @@ from hfmerge.checkpoint.model import Model
 from hfmerge.checkpoint.schema import read_snapshot_json
 from hfmerge.errors import HfMergeError, SourceError
 from hfmerge.hub.client import hub_api
-from hfmerge.hub.download import snapshot_of
+from hfmerge.hub.download import listed_snapshot
 from hfmerge.hub.reference import ModelRef, Snapshot, is_hub_id
 from hfmerge.validation.wording import parameter
 
@@ -129,7 +129,7 @@ def _look_up(name: str, revision: str | None) -> Snapshot | None:
     except (HfHubHTTPError, HFValidationError, ConnectionError, httpx2.TransportError):
         return None  # not there, not for this user, or no Hub: nothing can be compared
     try:
-        return snapshot_of(ModelRef(name, name, revision, None), info)
+        return listed_snapshot(ModelRef(name, name, revision, None), info)
     except HfMergeError:
         return None  # a listing that is refused compares with nothing
 

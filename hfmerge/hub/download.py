@@ -85,10 +85,10 @@ def _asked(ref: ModelRef, repo_id: str) -> Snapshot:
         # so that the cache knows the branch's commit when the Hub is out of reach; nothing depends on it now
         with contextlib.suppress(RevisionResolutionError):
             api.resolve_revision(repo_id, revision=revision)
-    return dataclasses.replace(snapshot_of(ref, info), name=repo_id)
+    return dataclasses.replace(listed_snapshot(ref, info), name=repo_id)
 
 
-def snapshot_of(ref: ModelRef, info: ModelInfo) -> Snapshot:
+def listed_snapshot(ref: ModelRef, info: ModelInfo) -> Snapshot:
     """What the Hub tells of a repository, under the name that it has there now.
 
     Raises:
