@@ -274,7 +274,8 @@ def _how(last: Entry, start: Start | None, plan: Plan, method: type[MergeMethod]
         return f"{names} approximately subtracted from {where}; a part of each stays in the weights"
     if start is None:
         why = "no kept state fits" if method.is_fold else f"{name} needs all models at once"
-        return f"merged again from all {total} pinned sources ({why})"
+        sources = "the one pinned source" if total == 1 else f"all {total} pinned sources"
+        return f"merged again from {sources} ({why})"
     count, held = start.prior.count, len(start.prior.held) or start.prior.count
     later, gone = total - count, [model.label for model in start.leaving]
     if gone:
