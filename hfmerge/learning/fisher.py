@@ -1,6 +1,6 @@
 """Diagonal Fisher information of a merged model on replay rows, for elastic weight consolidation.
 
-Model: "Overcoming catastrophic forgetting in neural networks", arXiv 1612.00796; carried over steps as in "Progress &
+Source: "Overcoming catastrophic forgetting in neural networks", arXiv 1612.00796; carried over steps as in "Progress &
 Compress", arXiv 1805.06370 (`F = gamma F_before + F_now`).
 """
 

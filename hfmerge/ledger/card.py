@@ -63,7 +63,7 @@ def metadata(entries: Sequence[Entry], facts: Mapping[str, Any]) -> dict[str, An
     pointer: dict[str, Any] = {"ledger": last.file, "sha256": last.digest, "steps": last.step}
     if facts.get("repo_id"):
         pointer["repo"] = facts["repo_id"]
-    if facts.get("site", SITE) != SITE:
+    if parents and facts.get("site", SITE) != SITE:  # links are those of the parents
         pointer["site"] = facts.get("site", SITE)
     data["hfmerge"] = pointer
     return data

@@ -5,7 +5,7 @@ merged change is `sum_t a_t d_t`. The vectors `d_t` are never formed: with the G
 they are `L^-1 tau`, so the sum is `sum_t c_t tau_t` with `L^T c = a`. Only T x T numbers are needed, which are sums
 over elements: of a tensor read tile by tile, of factors without multiplying them out, of a whole model.
 
-Model: the abstract of arXiv 2507.20997 and what others say of it. Its text was not available, so this is a method in
+Source: the abstract of arXiv 2507.20997 and what others say of it. Its text was not available, so this is a method in
 its style, and no reproduction is claimed.
 """
 

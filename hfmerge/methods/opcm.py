@@ -1,6 +1,6 @@
 """OPCM: each new task vector is projected off the singular directions of the sum so far, then added.
 
-Model: "Merging Models on the Fly Without Retraining", arXiv 2501.09522, section 4, in telescoped form: with
+Source: "Merging Models on the Fly Without Retraining", arXiv 2501.09522, section 4, in telescoped form: with
 `S_1 = tau_1`, `S_t = S_{t-1} + P_{t-1}(tau_t)` the published model is `theta_0 + S_t * mean ||tau|| / ||S_t||`, norms
 over all parameters, so that no scalar travels between steps and every parameter is visited once.
 """

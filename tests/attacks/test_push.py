@@ -182,7 +182,7 @@ def test_a_token_without_the_right_to_write(world: World, monkeypatch: pytest.Mo
 def test_scores_for_a_card_that_may_not_be_changed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """All models are scored before the push of the results is refused."""
     monkeypatch.setenv("HF_TOKEN", USERS["other"])
-    run = tiny.cli("evaluate", "push/a", "--suite", "no-such-suite", "--push", "push/a")
+    run = tiny.cli("evaluate", "push/a", "--suite", "no-such-suite", "--push-to", "push/a")
     refused(run, "push/a: other has no right to write there")
 
 

@@ -277,7 +277,7 @@ def test_a_hub_that_stays_out_of_order(world: World, tmp_path: Path) -> None:
         "model",
         ".safetensors: ",
         "asks to wait 4000 s",
-        "run again then, or without --stream",
+        "run again after that, or without --stream",
     ):
         assert part in run.err
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 import hfmerge
-from hfmerge.cli import main
+from hfmerge.cli import program
 from hfmerge.engine.options import parse_size
 from hfmerge.engine.threads import overlapped
 from hfmerge.errors import HfMergeError
@@ -146,10 +146,12 @@ def test_what_is_no_size(text: str) -> None:
 @pytest.mark.parametrize("own", [False, True])
 def test_who_has_set_up_the_memory_of_glibc_has_decided(monkeypatch: pytest.MonkeyPatch, own: bool) -> None:
     settings: list[tuple[int, int]] = []
-    monkeypatch.setattr(main.ctypes, "CDLL", lambda name: SimpleNamespace(mallopt=lambda *one: settings.append(one)))
+    monkeypatch.setattr(
+        program.ctypes, "CDLL", lambda name: SimpleNamespace(mallopt=lambda *one: settings.append(one))
+    )
     if own:
         monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "4194304")
     else:
         monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
-    main.reuse_freed_memory()
+    program.reuse_freed_memory()
     assert [which for which, _ in settings] == ([] if own else [-3, -1])

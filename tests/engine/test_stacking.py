@@ -49,7 +49,7 @@ def readers(model: Path, folder: Path, values: Sequence[Tensor]) -> list[DeltaRe
         own.mkdir()
         (own / "config.json").write_bytes((model / "config.json").read_bytes())
         save_file({NAME: value}, own / "model.safetensors", metadata={"format": "pt"})
-        found.append(DeltaReader(full_delta(describe(str(own)), {NAME: Origin((NAME,))}, {})))
+        found.append(DeltaReader(full_delta(describe(str(own)), {NAME: Origin((NAME,))}, {}, ())))
     return found
 
 

@@ -189,7 +189,7 @@ def test_results_go_into_the_card_of_people_and_leave_their_words(world: World, 
     suite = world.suite(tmp_path / "suite.yaml")
     for _ in range(2):
         pushed = tiny.done(
-            "evaluate", "tests/heat-one", "tests/heat-two", "--suite", suite, "--push", "tests/heat-one"
+            "evaluate", "tests/heat-one", "tests/heat-two", "--suite", suite, "--push-to", "tests/heat-one"
         )
     text = Path(world.api.hf_hub_download("tests/heat-one", "README.md")).read_text(encoding="utf-8")
     assert "pushed to" in pushed.out and text.count("## Results") == 1
@@ -213,7 +213,7 @@ def test_results_go_into_the_card_of_people_and_leave_their_words(world: World, 
 def test_a_pull_request_and_refusals_to_push(world: World, tmp_path: Path) -> None:
     suite = world.suite(tmp_path / "suite.yaml")
     run = tiny.done(
-        "evaluate", "tests/heat-two", "--suite", suite, "--push", "tests/heat-two", "--create-pr", "--json"
+        "evaluate", "tests/heat-two", "--suite", suite, "--push-to", "tests/heat-two", "--create-pr", "--json"
     )
     number = int(run.json["pushed"]["pull_request"].rpartition("/")[2])
     assert "## Results" in ModelCard.load(world.api.hf_hub_download(
@@ -248,7 +248,7 @@ def test_a_merge_keeps_results_until_its_weights_change(world: World, tmp_path: 
     published = ModelCard.load("tests/heat-merged").content
     assert part(published, "results") == part(card.read_text(), "results")
     assert parse_card(published)[0]["model-index"][0]["results"] and hfmerge.verify("tests/heat-merged").ok
-    tiny.done("evaluate", "tests/heat-merged", "--suite", suite, "--push", "tests/heat-merged")
+    tiny.done("evaluate", "tests/heat-merged", "--suite", suite, "--push-to", "tests/heat-merged")
     assert ".eval_results/hfmerge-heat-suite.yaml" in world.api.list_repo_files("tests/heat-merged")
     assert hfmerge.verify("tests/heat-merged").ok
     # other weights: scores of the former ones are gone, words of people are not

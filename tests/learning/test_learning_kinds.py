@@ -293,6 +293,6 @@ def test_models_without_a_head_and_experts_are_refused_in_one_line(tmp_path: Pat
     with pytest.raises(HeadError, match="one: CLIPVisionModel has no head.*saved with its head"):
         merged(build(bare, tmp_path / "bare"), "two", tmp_path / "out")
     experts = build(Kind("MixtralForCausalLM", "mixtral", spoken), tmp_path / "experts")
-    with pytest.raises(UnsupportedError, match="learn: MixtralForCausalLM holds .*experts.* `exclude`"):
+    with pytest.raises(UnsupportedError, match="learn: MixtralForCausalLM stores .*experts.* `exclude`"):
         merged(experts, "two", tmp_path / "out", {**LEARN, "steps": 1})
     assert not (tmp_path / "out").exists()

@@ -99,7 +99,7 @@ def test_a_model_that_was_made_anew_is_found_again_by_its_digests(ids: list[str]
     now = HfApi().model_info(m1).sha
     text = changes(merged, "add", merged, m3)
     way = f"hfmerge replace {merged} {m1} {m1}@{now}"
-    assert f"`{way}`, whose files are the same" in text
+    assert f"`{way}`, which has the same files" in text
     products = hfmerge.history(merged)[-1].entry.products
     tiny.done(*way.split()[1:], "--push-to", merged)
     assert hfmerge.history(merged)[-1].entry.products == products
@@ -117,7 +117,7 @@ def test_a_base_that_was_made_anew_under_the_same_name(ids: list[str], root: Pat
     assert "`hfmerge rebase" not in changes(merged, "add", merged, m3)
     api.upload_folder(repo_id=base, folder_path=root / "base")
     text = changes(merged, "add", merged, m3)
-    assert f"`hfmerge rebase {merged} --base {base}@{api.model_info(base).sha}`, whose files are the same" in text
+    assert f"`hfmerge rebase {merged} --base {base}@{api.model_info(base).sha}`, which has the same files" in text
 
 
 def test_a_model_that_was_gated(ids: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -185,7 +185,7 @@ def test_joint_methods_hold_at_most_three_tensors(name: str) -> None:
     """Beside their inputs, by the kernel's account of a process of its own, thresholds included."""
     done = subprocess.run([sys.executable, "-c", MEMORY, name], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert 0.9 < float(done.stdout) < 3.0
+    assert 0.8 < float(done.stdout) < 3.0
 
 
 # Whole models
