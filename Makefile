@@ -23,7 +23,7 @@ demo: install
 gdpr: install
 	$(BIN)/python recipes/gdpr.py $(if $(KEEP),--keep $(KEEP))
 
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test: install
 	$(PYTEST) --no-loadscope-reorder --durations 20
