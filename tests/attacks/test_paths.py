@@ -363,6 +363,7 @@ def test_a_snapshot_of_the_cache_is_a_folder_like_any_other(root: Path, tmp_path
     assert f"LICENSE is a link to {blob}" in refused("merge", folder, *flags)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["merge_history/0002.json", "notes.md"])
 def test_a_pipe_is_refused_and_not_waited_for(hub: HubServer, out: Path, name: str) -> None:
     """A file of the merge's folder is a pipe that nobody writes to, on which a command waits for ever."""

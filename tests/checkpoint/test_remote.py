@@ -111,6 +111,7 @@ def layers(count: int) -> dict[str, torch.Tensor]:
     }
 
 
+@pytest.mark.slow
 @quick
 @given(st.lists(st.integers(0, 3 * LARGE)), st.sampled_from([SMALL, 3 * SMALL, LARGE]))
 def test_blocks_cover_a_file_along_its_tensors(lengths: list[int], unit: int) -> None:

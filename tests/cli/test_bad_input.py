@@ -315,6 +315,7 @@ def test_a_matrix_with_nan_cannot_be_taken_apart(root: Path, tmp_path: Path, bad
     assert torch.equal(tiny.tensors(tmp_path / "out")[name], tiny.tensors(root / "base")[name])
 
 
+@pytest.mark.slow
 def test_a_result_that_does_not_fit_its_dtype(root: Path, tmp_path: Path, bad: Path) -> None:
     put(NORM, 1e6)(bad)
     message = merge_refused(root, tmp_path, root / "m0", bad)
@@ -757,6 +758,7 @@ def test_killed_at_the_very_moment_of_replacing(verb: str, root: Path, tmp_path:
     assert run.code == 0 if more else tiny.only_leftovers(run)
 
 
+@pytest.mark.slow
 def test_the_command_itself(tmp_path: Path) -> None:
     """`python -m hfmerge` in a process of its own: exit code and streams as in all tests above."""
     children = [

@@ -99,6 +99,7 @@ def published(hub: HubServer, root: Path, tmp_path: Path) -> Iterator[str]:
     pages.clear()
 
 
+@pytest.mark.slow
 def test_changes_of_a_repository(published: str, root: Path, tmp_path: Path) -> None:
     from huggingface_hub import HfApi
 

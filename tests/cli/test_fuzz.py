@@ -279,6 +279,7 @@ def test_manifests(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
         pass
 
 
+@pytest.mark.slow
 @EASY
 @given(data=st.data())
 def test_heads_and_bases(root: Path, copied: Copied, data: st.DataObject) -> None:

@@ -62,6 +62,7 @@ def test_pages_name_commands_that_exist(path: Path) -> None:
     assert not faults(re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.S))
 
 
+@pytest.mark.slow
 def test_messages_and_docstrings_name_commands_that_exist() -> None:
     wrong = {}
     for path in sorted(PACKAGE.rglob("*.py")):

@@ -72,6 +72,7 @@ def test_the_template_comes_with_the_tokenizer_unless_it_is_chosen(root: Path) -
     assert [template(root / name) for name in ("with", "without", "alone")] == [PLAIN, None, PLAIN]
 
 
+@pytest.mark.slow
 def test_a_choice_leaves_with_its_model(root: Path) -> None:
     """What is left has the bytes of a merge that never saw the model."""
     merge(root, "out", "tuned", "same", flags=("--tokenizer", "tuned", "--generation-config", "tuned"))

@@ -67,6 +67,7 @@ def test_a_module_is_merged_like_any_matrix(root: Path, tmp_path: Path, sharded:
     assert not sharded or not any("2_Dense" in key for key in json.loads(index.read_text())["weight_map"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["opcm", "task_arithmetic", "ties"])
 def test_a_removal_is_exact_in_modules_too(root: Path, tmp_path: Path, method: str) -> None:
     flags = ("--state", "all", "--keep-sources")

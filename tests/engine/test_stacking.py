@@ -197,6 +197,7 @@ def fails_after(real: Callable[..., int], path: str, count: int) -> Callable[...
     return preadv
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="names of open files are read from Linux")
 @pytest.mark.parametrize("method", ["linear", "opcm", "ties"])
 @pytest.mark.parametrize("name", ["base", "m1"])

@@ -121,6 +121,7 @@ ENDS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "settings"), ENDS)
 @pytest.mark.parametrize("saving", ["auto", False])
 def test_an_adapter_of_one_end_computes_what_it_computed(
@@ -189,6 +190,7 @@ def test_every_way_to_store_a_tied_base(bases: Mapping[str, Path], tmp_path: Pat
     assert same(answers(loaded(out)), by_peft(bases["qwen3"], adapter))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["task_arithmetic", "opcm", "linear", "ties"])
 def test_a_removal_ties_again(bases: Mapping[str, Path], tmp_path: Path, method: str) -> None:
     """What never was untied and what was untied and tied again have the same bytes; so have the ways to get there."""
@@ -236,6 +238,7 @@ def test_ledger_card_and_warning_name_the_model(bases: Mapping[str, Path], tmp_p
     assert COPY not in tiny.tensors(tmp_path / "left")
 
 
+@pytest.mark.slow
 def test_a_class_that_cannot_be_untied_is_refused_with_a_way_on(bases: Mapping[str, Path], tmp_path: Path) -> None:
     base = bases["t5"]
     for name, key in {"lm_head": "lm_head.weight", "shared": "shared.weight"}.items():

@@ -154,6 +154,7 @@ def test_a_merge_is_read_once_for_all_tasks(world: Path, monkeypatch: pytest.Mon
     assert one.bert.get_parameter(place).data_ptr() == two.bert.get_parameter(place).data_ptr()
 
 
+@pytest.mark.slow
 def test_chosen_tasks_and_heads_and_a_model_in_memory(world: Path) -> None:
     evaluator = Evaluator(load_suite(world / "suite.yaml"), FRESH)
     some = evaluator.score(world / "merged", tasks=["spam", "mood"], heads={"mood": str(world / "mood")})

@@ -146,6 +146,7 @@ def test_two_processes_find_the_same(full: tuple[Path, list[Path]], tmp_path: Pa
     assert {**json.loads(saved.read_text()), "seconds": 0} == {**alone, "seconds": 0}
 
 
+@pytest.mark.slow
 def test_a_merge_is_inspected_by_its_ledger(full: tuple[Path, list[Path]], tmp_path: Path) -> None:
     base, models = full
     asked = recipe(base, models, alpha=0.3)

@@ -81,6 +81,7 @@ def test_names_and_numbers_can_be_read(tmp_path: Path) -> None:
     assert "0.75" in matrix and "wiki" not in matrix  # perplexity has another scale
 
 
+@pytest.mark.slow
 def test_what_is_no_result_is_refused(tmp_path: Path) -> None:
     for data in ({}, {"schema": 1, "kind": "recipe"}, {**INSPECTION, "schema": 99}, {"schema": [1]}, [1]):
         with pytest.raises(HfMergeError, match="no result that can be drawn"):

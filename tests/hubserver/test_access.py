@@ -43,6 +43,7 @@ assert fails(HfHubHTTPError, HfApi(token="hf_wrong").whoami).response.status_cod
     assert hub.ask("GET", "/api/models/alice/hidden", user="bob").status == 404
 
 
+@pytest.mark.slow
 def test_gated(client: Client) -> None:
     client.run("""
 api.create_repo("alice/gated")

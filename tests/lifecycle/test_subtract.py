@@ -36,6 +36,7 @@ def distance(a: Path, b: Path) -> float:
     return math.sqrt(sum(float((first[name].double() - second[name].double()).square().sum()) for name in first))
 
 
+@pytest.mark.slow
 def test_it_reads_one_model_tells_its_gap_and_can_still_be_removed(root: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     flags = ("--remove", "m1", "--mode", "subtract", "--measure", "--output", out)
@@ -96,6 +97,7 @@ def test_models_can_be_added_after_a_subtraction(root: Path, tmp_path: Path) -> 
     assert tiny.done("verify", out, "--replay").code == 0
 
 
+@pytest.mark.slow
 def test_the_last_model_leaves_no_trace_in_direction(root: Path, tmp_path: Path) -> None:
     """Nothing was projected off it, so that only what its own projection took away is left of the gap."""
     gaps = {}

@@ -106,6 +106,7 @@ def test_every_byte_of_all_that_the_ledger_lists(files: Files) -> None:
             assert not passes(files, entries, {**digests, name: sha256_bytes(data)}), (name, at, value)
 
 
+@pytest.mark.slow
 def test_every_byte_of_the_card_s_pointer_and_of_the_licences(files: Files) -> None:
     card = files["README.md"]
     start, end = card.index(b"hfmerge:\n"), card.index(b"\n---\n") + 1

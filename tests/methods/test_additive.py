@@ -216,6 +216,7 @@ def test_the_plan_says_what_gram_takes(tmp_path: Path) -> None:
     assert "choice" not in run.out
 
 
+@pytest.mark.slow
 def test_the_step_of_the_sums_is_in_the_ledger(tmp_path: Path) -> None:
     from hfmerge import merge
     from hfmerge.recipe.recipe import parse_recipe

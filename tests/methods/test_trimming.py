@@ -107,6 +107,7 @@ def test_trim_keeps_what_reaches_the_limit(limit: float) -> None:
 # In pieces
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [ties(), ties(density=0.6, scale=0.5), slerp(t=0.3)], ids=repr)
 @pytest.mark.parametrize("rows", [1, 7, 40])
 def test_a_survey_makes_slices_equal_the_whole(method: JointMethod, rows: int) -> None:
