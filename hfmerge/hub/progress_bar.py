@@ -51,7 +51,7 @@ def only_on_a_terminal() -> Iterator[None]:
 def _class() -> Any:
     from huggingface_hub.utils import are_progress_bars_disabled, tqdm
 
-    class Bar(tqdm):  # type: ignore[misc,unused-ignore]
+    class Bar(tqdm):  # type: ignore[misc,unused-ignore]  # tqdm may come without types
         """A bar that says a line a minute where it is not drawn."""
 
         def __init__(self, *, lines: bool, **settings: Any) -> None:
