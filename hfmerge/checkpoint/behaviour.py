@@ -6,18 +6,17 @@ A merge has those of its base. Where a source has others, a user has to know it,
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hfmerge.checkpoint.schema import read_snapshot_json
-from hfmerge.checkpoint.side_files import is_fitting
+from hfmerge.checkpoint.side_files import copy_side_files, is_fitting, is_side_file
 from hfmerge.errors import CorruptFileError, OfflineError
 from hfmerge.hub.download import fetch
 from hfmerge.hub.reference import Snapshot
 from hfmerge.validation.limits import JSON_BYTES
-from hfmerge.validation.strict_json import read_limited
+from hfmerge.validation.strict_json import read_json_file, read_limited
 from hfmerge.validation.values import show
 
 
@@ -36,9 +35,9 @@ GENERAL = ("transformers_version", "_from_model_config")
 
 
 def files_of(choice: str, snapshot: Snapshot) -> list[str]:
-    """The files that one of `CHOICES` stands for."""
+    """The files that one of `CHOICES` stands for; code and pickles are none of them."""
     patterns = {"tokenizer": TOKENIZER, "chat_template": TEMPLATES, "generation_config": (GENERATION,)}[choice]
-    return [name for name in sorted(snapshot.files) if is_fitting(name, patterns)]
+    return [name for name in sorted(snapshot.files) if is_fitting(name, patterns) and is_side_file(name)]
 
 
 def unlike_base(base: Snapshot, other: Snapshot) -> tuple[str, ...]:
@@ -103,7 +102,7 @@ def _text(snapshot: Snapshot, name: str) -> str:
 
 
 def take(choice: str, snapshot: Snapshot, folder: Path) -> None:
-    """Put the files of a choice into a merge, in the place of those that are there.
+    """Put the files of a choice into a merge, in the place of those that are there; they name no code.
 
     Args:
         choice: one of `CHOICES`; the tokenizer first, since its settings may hold a template.
@@ -114,12 +113,10 @@ def take(choice: str, snapshot: Snapshot, folder: Path) -> None:
         name = path.relative_to(folder).as_posix()
         if is_fitting(name, {"tokenizer": TOKENIZER, "chat_template": TEMPLATES}.get(choice, (GENERATION,))):
             path.unlink()
-    for name in files_of(choice, snapshot):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(fetch(snapshot, name), folder / name)
+    copy_side_files(snapshot, files_of(choice, snapshot), folder, {}, remote_code=False)
     settings = folder / SETTINGS
     if choice == "chat_template" and settings.is_file():
-        held = json.loads(settings.read_text(encoding="utf-8"))
+        held = read_json_file(settings, JSON_BYTES, finite=False)
         held.pop("chat_template", None)
         own = _json(snapshot, SETTINGS).get("chat_template") if SETTINGS in snapshot.files else None
         if own and not files_of(choice, snapshot):

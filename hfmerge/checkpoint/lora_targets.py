@@ -39,7 +39,7 @@ class Targets:
         if self._named(self._config.get("exclude_modules"), module):
             return False
         saved = self._config.get("modules_to_save") or ()
-        if any(f".{name}." in f".{module}." for name in saved):
+        if any(f".{name}." in f".{module}." for name in ([saved] if isinstance(saved, str) else saved)):
             return False
         if not targets or targets == ALL_LINEAR:
             return True

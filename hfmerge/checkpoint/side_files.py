@@ -86,7 +86,7 @@ def copy_side_files(
     """Copy the files; `changes` replaces keys of config.json (None removes one).
 
     Args:
-        remote_code: whether code may be named in config.json, which may be that of any repository, of any commit.
+        remote_code: whether code may be named in configurations, which may be that of any repository, of any commit.
     """
     for name in names:
         target = folder / name
@@ -101,5 +101,12 @@ def copy_side_files(
                 if value is not None:
                     config[key] = value
             target.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        elif name.endswith("config.json") and not remote_code:
+            read = read_snapshot_json(base, name)
+            config = without_code(read)
+            if config == read:
+                shutil.copyfile(fetch(base, name), target)
+            else:
+                target.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         else:
             shutil.copyfile(fetch(base, name), target)

@@ -13,6 +13,7 @@ from hfmerge.errors import HfMergeError, SourceError
 from hfmerge.hub.client import hub_api
 from hfmerge.hub.download import listed_snapshot
 from hfmerge.hub.reference import ModelRef, Snapshot, is_hub_id
+from hfmerge.validation.values import folder_name, show
 from hfmerge.validation.wording import parameter
 
 
@@ -32,13 +33,30 @@ _SECONDS = 5.0
 
 
 def name_of_base(adapter: Mapping[str, Any]) -> str | None:
-    """The base that an adapter's configuration names: a Hub ID, or the last part of a folder's path; None if none."""
-    text = str(adapter.get("base_model_name_or_path") or "").strip()
-    if not text:
-        return None
+    """The base that an adapter's configuration names: a Hub ID, or the last part of a folder's path.
+
+    None if it names none, or what cannot be the name of a model.
+    """
+    text = _named(adapter)
     if is_hub_id(text) and not text.startswith((".", "~")):
         return text
-    return PureWindowsPath(text).name or None  # parts end at either kind of slash
+    try:
+        return folder_name(PureWindowsPath(text).name)  # parts end at either kind of slash
+    except ValueError:
+        return None
+
+
+def folder_of_base(adapter: Mapping[str, Any]) -> Path | None:
+    """The folder on this machine that an adapter's configuration names; None where the text is no path."""
+    text = _named(adapter)
+    try:
+        return Path(text).expanduser().resolve() if text else None
+    except (OSError, RuntimeError, ValueError):  # a user who does not exist, a character that no path has
+        return None
+
+
+def _named(adapter: Mapping[str, Any]) -> str:
+    return str(adapter.get("base_model_name_or_path") or "").strip()
 
 
 def compare_base(under: Model, source: Model, *, strict: bool) -> str | None:
@@ -58,20 +76,26 @@ def compare_base(under: Model, source: Model, *, strict: bool) -> str | None:
         SourceError: the named base is another, or cannot be told to be the same, and `strict` is set.
     """
     adapter = source.adapter or {}
-    named = name_of_base(adapter)
-    if named is None or _is_folder(str(adapter["base_model_name_or_path"]), under.snapshot.folder):
+    named, said = name_of_base(adapter), _named(adapter)
+    if not said or _is_folder(source, under):
         return None
-    why = _difference(named, str(adapter.get("revision") or "") or None, under)
+    why: str | None = "That cannot be the name of a model, so only shapes were compared."
+    if named is not None:
+        why = _difference(named, str(adapter.get("revision") or "") or None, under)
     if why is None:
         return None
-    text = f"{source.snapshot.label} names {named} as its base and is merged onto {under.name}. {why}"
+    text = f"{source.snapshot.label} names {named or show(said)} as its base and is merged onto {under.name}. {why}"
     if strict:
         raise SourceError(f"{text} Use that base, or leave out {parameter('strict_base', True)}.")
     return text
 
 
-def _is_folder(path: str, folder: Path | None) -> bool:
-    return folder is not None and Path(path).expanduser().absolute() == folder.absolute()
+def _is_folder(source: Model, under: Model) -> bool:
+    """Whether an adapter in a folder names the very folder it is merged onto; others' paths mean nothing here."""
+    folder = under.snapshot.folder
+    if folder is None or source.snapshot.commit is not None:
+        return False
+    return folder_of_base(source.adapter or {}) == folder.resolve()
 
 
 def _difference(named: str, revision: str | None, under: Model) -> str | None:
@@ -153,4 +177,4 @@ def _config_difference(found: Snapshot, config: Mapping[str, Any]) -> str:
     except HfMergeError:
         return ""  # what cannot be read is not compared
     both = [key for key in _COMPARED if key in theirs and key in config and theirs[key] != config[key]]
-    return ", ".join(f"{key} {theirs[key]!r} and {config[key]!r}" for key in both)
+    return ", ".join(f"{key} {show(theirs[key])} and {show(config[key])}" for key in both)
