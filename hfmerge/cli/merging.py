@@ -171,9 +171,11 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _methods(args: argparse.Namespace) -> int:
-    from hfmerge.methods import registry
+    from hfmerge.methods import faulty, registry
 
     methods = registry()
+    for name, why in faulty().items():
+        tell(f"hfmerge: {name}: {why}.")
     if args.json:
         data = {}
         for name, method in methods.items():

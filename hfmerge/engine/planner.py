@@ -31,7 +31,7 @@ from hfmerge.engine.model_match import Layouts, match_source, some
 from hfmerge.engine.plan import SAFETENSORS_DTYPES, BaseLayout, Estimate, Param, Plan, Prior, folder_of
 from hfmerge.engine.untying import TIE_FLAG, one_sided, untie
 from hfmerge.errors import HfMergeError, Problem, RecipeError, UnsupportedError
-from hfmerge.methods import MergeMethod, registry
+from hfmerge.methods import MergeMethod, faulty, registry
 from hfmerge.recipe.recipe import ModelEntry, Recipe
 from hfmerge.recipe.values import count_problem, option_names, sum_problem, weights_problem
 from hfmerge.recipe.weights import PatternWeights, read_weight, written
@@ -316,7 +316,11 @@ def _form(recipe: Recipe) -> list[Problem]:
     method = registry().get(recipe.method.name)
     if method is None:
         return [
-            Problem("method.name", f"{recipe.method.name} is not a method here; install the package that brings it")
+            Problem(
+                "method.name",
+                f"{recipe.method.name} is not a method here; "
+                + faulty().get(recipe.method.name, "install the package that brings it"),
+            )
         ]
     faults: list[Problem] = []
     for i, weight in enumerate(weights):

@@ -122,6 +122,7 @@ def block(entries: Sequence[Entry], facts: Mapping[str, Any]) -> str:
     me = facts.get("repo_id") or "path/to/this/folder"
     any_head = any(m.head for m in last.models)
     method = registry().get(last.method.name)
+    cited = method.citations if method else ()
     architecture = str(facts["architecture"])
     text = _template().render(
         title=me.rpartition("/")[2] if facts.get("repo_id") else "Merged model",
@@ -168,7 +169,7 @@ def block(entries: Sequence[Entry], facts: Mapping[str, Any]) -> str:
         usage=_usage(last),
         untied=", ".join(m.name for m in last.models if m.untied),
         recipe=fenced(dump_yaml(public_recipe(last)), "yaml"),
-        citations=fenced("\n".join(c.bibtex for c in method.citations) if method else "", "bibtex"),
+        citations=fenced("\n".join(c.bibtex for c in cited), "bibtex") if cited else "",
     )
     return f"{BEGIN}\n{text.rstrip()}\n{END}\n"
 

@@ -29,6 +29,7 @@ __all__ = [
     "Member",
     "MergeMethod",
     "Site",
+    "faulty",
     "method",
     "option",
     "registry",
@@ -43,13 +44,30 @@ BUILT_IN: tuple[type[MergeMethod], ...] = (
 
 def registry() -> dict[str, type[MergeMethod]]:
     """All methods by name: the built-in ones, then those of installed packages, which need new names."""
-    return {**_installed(), **{kind.name: kind for kind in BUILT_IN}}
+    return {**_installed()[0], **{kind.name: kind for kind in BUILT_IN}}
+
+
+def faulty() -> dict[str, str]:
+    """Names of methods of installed packages that cannot be used, and why, on one line."""
+    return dict(_installed()[1])
 
 
 @cache
-def _installed() -> dict[str, type[MergeMethod]]:
-    """Methods of installed packages; finding them reads the metadata of every installed package."""
+def _installed() -> tuple[dict[str, type[MergeMethod]], dict[str, str]]:
+    """Methods of installed packages, and faults; finding them reads the metadata of every installed package."""
     methods: dict[str, type[MergeMethod]] = {}
+    faults: dict[str, str] = {}
     for entry in entry_points(group="hfmerge.methods"):
-        methods.setdefault(entry.name, entry.load())
-    return methods
+        try:
+            kind = entry.load()
+        except Exception as error:  # a package of others may raise anything; only its own method is lost
+            fault = " ".join(f"{type(error).__name__}: {error}".split())
+        else:
+            named = isinstance(kind, type) and issubclass(kind, MergeMethod) and kind.name == entry.name
+            fault = "" if named else f"{entry.value} is no method called {entry.name}"
+        if fault:
+            package = entry.dist.name if entry.dist is not None else entry.value
+            faults.setdefault(entry.name, f"the package {package} brings it, and it cannot be used: {fault}")
+        else:
+            methods.setdefault(entry.name, kind)
+    return methods, faults

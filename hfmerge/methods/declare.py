@@ -226,7 +226,8 @@ class method:  # noqa: N801
 
     Args:
         name: as written in a recipe, and as the entry point in the group `hfmerge.methods`.
-        source: publications: keys of `citations.bib`, or "title, arXiv:NUMBER".
+        source: publications: keys of `citations.bib`, "title, arXiv:NUMBER" or "title, https://..."; None: the method
+            was not published, and the card cites nothing.
         needs: the piece of the input that the method needs at once, see `Needs`.
         laws: laws of the method, see `Law`; or a function from the method to its laws, if they depend on options.
         survey, measure: for a method made of a function, see `MergeMethod`; their first argument is the method.
@@ -241,14 +242,14 @@ class method:  # noqa: N801
         self,
         name: str,
         *,
-        source: str | Sequence[str],
+        source: str | Sequence[str] | None,
         needs: Needs = "tensor",
         laws: Laws = (),
         survey: Callable[[Any, int, int], Survey] | None = None,
         measure: Callable[[Any, int], Measure | None] | None = None,
         **more: Any,
     ):
-        citations = tuple(map(cited, [source] if isinstance(source, str) else source))
+        citations = tuple(map(cited, [source] if isinstance(source, str) else source or ()))
         if unknown := {*more} - {*FURTHER}:
             raise TypeError(f"{name}: no attribute {', '.join(sorted(unknown))}; one of {', '.join(FURTHER)}")
         self._attributes = {"name": name, "needs": needs, "citations": citations, **more}
@@ -290,7 +291,7 @@ class method:  # noqa: N801
             help = given.metadata.get("help") or other.name.replace("_", " ")
             made = field(default=given.default, metadata={**given.metadata, "help": help})
             fields.append((other.name, hints[other.name], made))
-        sources = "; ".join(f"{one.title}, {one.url}" for one in self._attributes["citations"])
+        sources = "; ".join(f"{one.title}, {one.url}" for one in self._attributes["citations"]) or "not published"
         text = f"{inspect.cleandoc(function.__doc__ or function.__name__)}\n\nSource: {sources}."
         space = {**self._attributes, "function": staticmethod(function), "__doc__": text}
         found = dataclasses.make_dataclass(function.__name__, fields, bases=(_Declared,), namespace=space, frozen=True)
@@ -299,13 +300,18 @@ class method:  # noqa: N801
 
 
 def cited(source: str) -> Citation:
-    """A publication by its key in `citations.bib`, or by "title, arXiv:NUMBER"."""
+    """A publication by its key in `citations.bib`, by "title, arXiv:NUMBER", or by "title, https://..."."""
     known = _library()
     if source in known:
         return known[source]
+    page = re.fullmatch(r"(.+),\s*(https://\S+)", source, re.DOTALL)
+    if page is not None:
+        return Citation(page[1], page[2], f"@misc{{page,\n  title = {{{page[1]}}},\n  url   = {{{page[2]}}}\n}}")
     found = re.fullmatch(r"(?:(.+),\s*)?arXiv[: ](\d{4}\.\d{4,5})", source, re.DOTALL)
     if found is None:
-        raise ValueError(f'{source!r} is no key of citations.bib; write "title, arXiv:NUMBER"')
+        raise ValueError(
+            f'{source!r} is no key of citations.bib; write "title, arXiv:NUMBER" or "title, https://...", or None'
+        )
     title, number = found[1] or f"arXiv:{found[2]}", found[2]
     bibtex = (
         f"@misc{{arxiv{number},\n  title  = {{{title}}},\n  eprint = {{{number}}},\n  archivePrefix = {{arXiv}}\n}}"

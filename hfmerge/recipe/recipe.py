@@ -346,7 +346,10 @@ def _method(top: Section, chosen: type[MergeMethod] | None, methods: Mapping[str
     if chosen is None:
         section.read("norm", values.norm, "none")
         if name:
-            remedy = suggestion(name, methods) or f"; one of {', '.join(methods)}"
+            from hfmerge.methods import faulty
+
+            why = faulty().get(name)
+            remedy = f"; {why}" if why else suggestion(name, methods) or f"; one of {', '.join(methods)}"
             top.report("method" if isinstance(value, str) else "method.name", f"{show(name)} is not a method{remedy}")
         return nothing
     section.refuse_unknown(("name", *values.option_names(chosen), "norm"), f"option of {name}")

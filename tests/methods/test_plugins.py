@@ -392,3 +392,46 @@ def test_citations_come_from_one_file_or_from_the_declaration() -> None:
     made = cited("A Title, with a comma, arXiv:2311.03099")
     assert (made.title, made.url) == ("A Title, with a comma", "https://arxiv.org/abs/2311.03099")
     assert "title  = {A Title, with a comma}" in made.bibtex
+
+
+FAULTY = {
+    "no_source": 'from hfmerge.methods import method\n@method("no_source", source="own work")\n'
+    "def no_source(block): ...\n",
+    "no_module": "import a_module_that_is_not_there\n",
+    "no_method": "def no_method(block):\n    return block\n",
+    "of_another_name": 'from hfmerge.methods import method\n@method("else", source=None)\n'
+    "def of_another_name(block): ...\n",
+}
+
+
+@pytest.fixture
+def beside_faulty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Plug-ins that cannot be used, and one without a publication that can."""
+    facts = tmp_path / "site" / "broken-1.0.dist-info"
+    facts.mkdir(parents=True)
+    own = 'from hfmerge.methods import method\n@method("own", source=None)\ndef own(block):\n    """The sum."""\n'
+    for name, code in {**FAULTY, "own": own + "    return sum(m.weight * m.tau for m in block.models)\n"}.items():
+        (facts.parent / f"{name}.py").write_text(code)
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
+    lines = [f"{name} = {name}:{name}" for name in (*FAULTY, "own")]
+    (facts / "entry_points.txt").write_text("\n".join(["[hfmerge.methods]", *lines]))
+    methods._installed.cache_clear()
+    monkeypatch.syspath_prepend(facts.parent)
+    yield
+    methods._installed.cache_clear()
+    for name in (*FAULTY, "own"):
+        sys.modules.pop(name, None)
+
+
+def test_a_faulty_plug_in_stops_only_who_asks_for_it(beside_faulty: None, root: Path, tmp_path: Path) -> None:
+    listed = tiny.done("methods")
+    assert "own: The sum." in listed.out and not any(f"\n{name}:" in listed.out for name in FAULTY)
+    told = [line for line in listed.err.splitlines() if "the package broken brings it" in line]
+    assert [line.split(": ")[1] for line in told] == list(FAULTY)
+    tiny.done(*command(root, tmp_path / "out", "linear"))
+    tiny.done(*command(root, tmp_path / "own", "own"))
+    assert "bibtex" not in (tmp_path / "own" / "README.md").read_text()
+    for name in FAULTY:
+        failed = tiny.cli(*command(root, tmp_path / name, name))
+        assert failed.code == 1 and "the package broken brings it, and it cannot be used" in failed.err
+        assert "Traceback" not in failed.err and len(failed.err.splitlines()) == 1
