@@ -186,7 +186,8 @@ def test_joint_methods_hold_at_most_three_tensors(name: str) -> None:
     """Beside their inputs, by the kernel's account of a process of its own, thresholds included."""
     done = subprocess.run([sys.executable, "-c", MEMORY, name], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert 0.8 < float(done.stdout) < 3.0
+    # the result is one tensor; a sixth of it may lie in memory that the smaller merge before has left resident
+    assert 1 - 1 / 6 - 0.03 < float(done.stdout) < 3.0
 
 
 # Whole models
