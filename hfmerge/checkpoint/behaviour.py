@@ -36,8 +36,12 @@ GENERAL = ("transformers_version", "_from_model_config")
 
 def files_of(choice: str, snapshot: Snapshot) -> list[str]:
     """The files that one of `CHOICES` stands for; code and pickles are none of them."""
+    return [name for name in sorted(snapshot.files) if _belongs(choice, name)]
+
+
+def _belongs(choice: str, name: str) -> bool:
     patterns = {"tokenizer": TOKENIZER, "chat_template": TEMPLATES, "generation_config": (GENERATION,)}[choice]
-    return [name for name in sorted(snapshot.files) if is_fitting(name, patterns) and is_side_file(name)]
+    return is_fitting(name, patterns) and is_side_file(name)
 
 
 def unlike_base(base: Snapshot, other: Snapshot) -> tuple[str, ...]:
@@ -110,8 +114,7 @@ def take(choice: str, snapshot: Snapshot, folder: Path) -> None:
         folder: the output, which has the base's files or none for this choice.
     """
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        name = path.relative_to(folder).as_posix()
-        if is_fitting(name, {"tokenizer": TOKENIZER, "chat_template": TEMPLATES}.get(choice, (GENERATION,))):
+        if _belongs(choice, path.relative_to(folder).as_posix()):
             path.unlink()
     copy_side_files(snapshot, files_of(choice, snapshot), folder, {}, remote_code=False)
     settings = folder / SETTINGS

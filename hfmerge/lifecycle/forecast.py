@@ -59,7 +59,9 @@ class Forecast:
 
 
 def forecast(job: Job, options: RunOptions = DEFAULT) -> Forecast:
-    """Check and plan a job as `perform` does, from headers alone. Nothing is written, downloaded or published.
+    """Check and plan a job as `perform` does, from headers alone. No weights are read, and nothing is published.
+
+    One thing may be written: if a run was killed while it replaced the folder of the merge, this is finished first.
 
     Raises:
         HfMergeError: whatever `perform` would raise before any work.
