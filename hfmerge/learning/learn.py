@@ -27,6 +27,7 @@ from hfmerge.learning.replay.dataset import Replay, load_replay, save_replay
 from hfmerge.learning.replay.generate import generate
 from hfmerge.learning.space import Space
 from hfmerge.learning.student import Student, check_tokens, references, source_reference, students
+from hfmerge.ledger.learned import LearnedWeights
 from hfmerge.ledger.repository import Merged, state_path
 from hfmerge.recipe.learning import HELD_BYTES, Learning
 from hfmerge.validation.wording import parameter
@@ -60,7 +61,7 @@ class Learned:
     groups: tuple[str, ...] = ()
     device: str = CPU
 
-    def keep(self, folder: Path) -> dict[str, Any]:
+    def keep(self, folder: Path) -> LearnedWeights:
         """Write replay rows and Fisher information into the output; what the ledger records of learning."""
         (folder / "merge_state").mkdir(exist_ok=True)
         rows = []
@@ -74,12 +75,9 @@ class Learned:
             save_fisher(self.fisher, place)
             kept = sha256_file(place)
             place.rename(folder / state_file(kept))
-        curve = [] if self.optimum is None else [list(point[:3]) + [list(point[3])] for point in self.optimum.curve]
+        curve = () if self.optimum is None else tuple((*look[:3], list(look[3])) for look in self.optimum.curve)
         steps = 0 if self.optimum is None else self.optimum.steps
-        return {
-            "how": self.how, "groups": list(self.groups), "steps": steps, "curve": curve, "replay": rows,
-            "fisher": kept, "device": self.device,
-        }  # fmt: skip
+        return LearnedWeights(self.how, self.groups, steps, curve, tuple(rows), kept, self.device)
 
 
 def learn(
@@ -167,12 +165,14 @@ def _warned(plan: Plan, warnings: Sequence[str]) -> Plan:
 
 def _question(opened: Merged | None, action: str, device: str) -> str:
     """What learning goes on from and where it computes, beyond what the run's journal is for."""
-    return sha256_bytes(canonical_json([action, None if opened is None else opened.last.learned, device]))
+    before = None if opened is None else opened.last.learned
+    return sha256_bytes(canonical_json([action, None if before is None else before.to_dict(), device]))
 
 
 def _device(opened: Merged | None) -> str:
     """What computed the weights of an existing merge, by its name."""
-    return str((opened.last.learned if opened is not None and opened.last.learned else {}).get("device", CPU))
+    learned = None if opened is None else opened.last.learned
+    return CPU if learned is None or learned.device is None else learned.device
 
 
 def _how(learning: Learning, optimum: Optimum, count: int, place: str) -> str:
@@ -294,7 +294,7 @@ def _anchor(
         if not ranks.main:
             return None
         merged = space.merged(before)
-        digest = (opened.last.learned or {}).get("fisher")
+        digest = None if opened.last.learned is None else opened.last.learned.fisher
         path = None if digest is None else state_path(opened.snapshot, KeptState(0, digest, 0), warnings)
         if path is not None:
             known = load_fisher(path)
@@ -333,7 +333,7 @@ def _fisher(merge: Sequence[Student], merged: Mapping[str, Tensor], learning: Le
 def _earlier(opened: Merged, warnings: list[str]) -> dict[str, Replay]:
     """Kept replay rows of a merge, by the model they were made from."""
     found = {}
-    for row in (opened.last.learned or {}).get("replay", ()):
+    for row in () if opened.last.learned is None else opened.last.learned.replay:
         path = None if row is None else state_path(opened.snapshot, KeptState(0, row["sha256"], 0), warnings)
         if path is not None:
             replay = load_replay(path)

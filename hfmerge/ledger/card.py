@@ -219,7 +219,7 @@ def _learned(entry: Entry) -> str:
         return ""
     learn = entry.settings["learn"]
     rows = "rows that each model made itself" if learn["loss"] == "distill" else f"labelled rows of {learn['suite']}"
-    return f"The weights were learned by gradient from {rows} ({entry.learned['how']})."
+    return f"The weights were learned by gradient from {rows} ({entry.learned.how})."
 
 
 def _recipe_ref(material: Material) -> str:

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from hfmerge.engine.options import Consent
-from hfmerge.engine.plan import KeptState, checked_digest, state_file
+from hfmerge.engine.plan import KeptState, checked_digest
 from hfmerge.errors import LedgerError, NoLedgerError
 from hfmerge.hashing import canonical_json, sha256_bytes
+from hfmerge.ledger.learned import LearnedWeights
 from hfmerge.ledger.schema import SCHEMA, check_entry
 from hfmerge.recipe.keys import keys_of
 from hfmerge.recipe.recipe import MethodChoice, ModelEntry, Recipe
@@ -185,9 +186,7 @@ class Entry:
         environment: versions, device and arithmetic the bytes depend on; its `fingerprint` (see `environment`) is None
             where arithmetic of several kinds took part, and missing from entries of older versions.
         restored: for "restore" the number of the step that was brought back; else None.
-        learned: None if weights were not learned. Else how they were found (`how`, `groups`, `steps`, `curve`,
-            `device`; no `device` means the CPU), for each model the generator of its `replay` rows and their SHA-256,
-            and the SHA-256 of carried `fisher` information.
+        learned: how the weights were found; None if they were not learned.
     """
 
     step: int
@@ -204,7 +203,7 @@ class Entry:
     products: Mapping[str, str]
     environment: Mapping[str, Any]
     restored: int | None = None
-    learned: Mapping[str, Any] | None = None
+    learned: LearnedWeights | None = None
 
     @property
     def file(self) -> str:
@@ -225,7 +224,8 @@ class Entry:
     def beside(self) -> dict[str, str]:
         """Path -> SHA-256 of the files beside the weights: carried states, copies of sources, replay rows."""
         copies = {archive_file(one.kept): one.kept for one in (self.base, *self.models) if one.kept is not None}
-        return {state.file: state.sha256 for state in self.states} | copies | learned_files(self.learned)
+        learned = {} if self.learned is None else self.learned.files
+        return {state.file: state.sha256 for state in self.states} | copies | learned
 
     def holding(self, paths: Collection[str]) -> Entry:
         """A copy of the entry that lists only the states and copies of sources that are there."""
@@ -235,8 +235,8 @@ class Entry:
 
         states = tuple(state for state in self.states if state.file in paths)
         learned = self.learned
-        if learned is not None and not all(path in paths for path in learned_files(learned)):
-            learned = {**learned, "replay": [None] * len(self.models), "fisher": None}
+        if learned is not None and not all(path in paths for path in learned.files):
+            learned = learned.without_files()
         return replace(
             self, states=states, base=held(self.base), models=tuple(map(held, self.models)), learned=learned
         )
@@ -267,7 +267,7 @@ class Entry:
                 "byproducts": {
                     "scalars": self.scalars.to_dict(),
                     "states": [{"count": s.count, "sha256": s.sha256, "nbytes": s.nbytes} for s in self.states],
-                    **({} if self.learned is None else {"learned": dict(self.learned)}),
+                    **({} if self.learned is None else {"learned": self.learned.to_dict()}),
                 },
                 "products": dict(self.products),
                 "environment": dict(self.environment),
@@ -288,6 +288,7 @@ class Entry:
             check_entry(raw)
         except ValueError as error:
             raise LedgerError(f"{where}: not a ledger entry: {error}.") from error
+        learned = raw["byproducts"].get("learned")
         entry = cls(
             step=raw["step"],
             parent=raw["parent"],
@@ -303,7 +304,7 @@ class Entry:
             products=raw["products"],
             environment=raw["environment"],
             restored=raw["action"].get("restored"),
-            learned=raw["byproducts"].get("learned"),
+            learned=None if learned is None else LearnedWeights.from_dict(learned),
         )
         if entry.to_bytes() != data:
             raise LedgerError(f"{where} is not in canonical form; it was edited by hand.")
@@ -359,14 +360,6 @@ def named(name: str, identities: Sequence[str]) -> list[int]:
     names = (wanted, Path(wanted).name)
     hits = [i for i, (own, _, _) in enumerate(parts) if own in names]
     return [i for i in hits if parts[i][2].removeprefix("sha256:").startswith(revision)]
-
-
-def learned_files(learned: Mapping[str, Any] | None) -> dict[str, str]:
-    """Path in the repository -> SHA-256 of the files that learning left."""
-    if learned is None:
-        return {}
-    digests = [*(row["sha256"] for row in learned["replay"] if row is not None), learned["fisher"]]
-    return {state_file(digest): digest for digest in digests if digest is not None}
 
 
 def archive_file(digest: str) -> str:

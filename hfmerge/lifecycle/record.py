@@ -35,6 +35,7 @@ from hfmerge.ledger.card import (
 )
 from hfmerge.ledger.card_sections import RESULTS_PREFIX, with_part, without_scores
 from hfmerge.ledger.entry import Entry, Material, MethodUsed, RunScalars, same_prefix, settings_of
+from hfmerge.ledger.learned import LearnedWeights
 from hfmerge.ledger.repository import Merged, ledger_in, parts_of, state_path
 from hfmerge.lifecycle.changes import Change
 from hfmerge.recipe.weights import Weight
@@ -54,7 +55,7 @@ def record_result(
     *,
     gap: Mapping[str, float] | None = None,
     copies: Sequence[str | None] = (),
-    learned: Mapping[str, Any] | None = None,
+    learned: LearnedWeights | None = None,
 ) -> tuple[Entry, tuple[str, ...]]:
     """Check that the result loads, and write ledger, card and licences beside it.
 

@@ -73,16 +73,16 @@ def test_weights_learned_there_are_those_of_the_cpu(
     assert saw["precisions"] == ["highest"] and saw["after"] == "high", "no TF32"
     assert False not in saw["orders"], "gradients are summed in one order"
     learned = record(there).learned
-    assert learned is not None and learned["device"] == "Pretended 1" and learned["how"].endswith("on Pretended 1")
+    assert learned is not None and learned.device == "Pretended 1" and learned.how.endswith("on Pretended 1")
     same = [tiny.tensors(folder) for folder in (there, tmp_path / "never")]
     assert all(value.equal(same[1][key]) for key, value in same[0].items()), "what left has left no trace"
     if case != "sampled texts":
         for call in life(models, recipe, here):
             tiny.done(*call)
         alone = record(here).learned
-        assert alone is not None and alone["device"] == "cpu"
-        assert [row["sha256"] for row in alone["replay"]] != [] and len(alone["curve"]) == len(learned["curve"])
-        for (_, _, one, _), (_, _, other, _) in zip(learned["curve"], alone["curve"], strict=True):
+        assert alone is not None and alone.device == "cpu"
+        assert [row["sha256"] for row in alone.replay] != [] and len(alone.curve) == len(learned.curve)
+        for (_, _, one, _), (_, _, other, _) in zip(learned.curve, alone.curve, strict=True):
             assert one == pytest.approx(other, rel=1e-3)
 
 

@@ -203,7 +203,7 @@ def test_what_is_new_in_the_merge_is_not_held(tmp_path: Path) -> None:
     after = hfmerge.add(tmp_path / "two", [third], output=tmp_path / "three").entry
     assert before.learned is not None and after.learned is not None
     held, now = (
-        load_fisher(folder / f"merge_state/{entry.learned['fisher']}.safetensors")
+        load_fisher(folder / f"merge_state/{entry.learned.fisher}.safetensors")
         for folder, entry in ((tmp_path / "two", before), (tmp_path / "three", after))
     )
     new = [key for key in now if key.startswith("encoder.layer.1.")]
@@ -240,7 +240,7 @@ def test_a_rebase_makes_rows_anew(adapters: list[str], tmp_path: Path) -> None:
     after = hfmerge.rebase(tmp_path / "first", "fisher/other", output=tmp_path / "moved").entry.learned
     never = hfmerge.merge(recipe("fisher/other"), output=tmp_path / "new").entry.learned
     assert before is not None and after is not None and never is not None
-    for old, moved, new in zip(before["replay"], after["replay"], never["replay"], strict=True):
+    for old, moved, new in zip(before.replay, after.replay, never.replay, strict=True):
         assert old["source"] == moved["source"] and old["sha256"] != moved["sha256"] == new["sha256"]
         load_replay(tmp_path / "moved" / f"merge_state/{moved['sha256']}.safetensors")
         assert not (tmp_path / "moved" / f"merge_state/{old['sha256']}.safetensors").exists()

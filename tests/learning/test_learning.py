@@ -175,11 +175,11 @@ def test_learning_brings_the_merge_nearer_to_its_models(models: dict[str, Path],
     result = merge(recipe(models, learn={**QUICK, "steps": 40}), output=tmp_path / "out")
     learned = result.entry.learned
     assert learned is not None
-    held = [point[2] for point in learned["curve"]]
+    held = [point[2] for point in learned.curve]
     assert min(held) < 0.9 * held[0]
     weights = [material.weight for material in result.entry.models]
     assert all(isinstance(weight, PatternWeights) for weight in weights)
-    assert learned["groups"] == list(dict.fromkeys(group_of(key, "layer") for key in tiny.tensors(tmp_path / "out")))
+    assert learned.groups == tuple(dict.fromkeys(group_of(key, "layer") for key in tiny.tensors(tmp_path / "out")))
     assert verify(tmp_path / "out", replay=True).ok
     assert merge(recipe(models, learn={**QUICK, "steps": 40}), output=tmp_path / "again").entry.models == (
         result.entry.models
@@ -203,7 +203,7 @@ def test_a_model_leaves_with_its_rows_and_the_others_learn_anew(
     rows = record(tmp_path / "abc").learned
     assert rows is not None
     sources = [
-        load_replay(tmp_path / "abc" / f"merge_state/{row['sha256']}.safetensors").source for row in rows["replay"]
+        load_replay(tmp_path / "abc" / f"merge_state/{row['sha256']}.safetensors").source for row in rows.replay
     ]
     assert [source.partition("@")[0] for source in sources] == ["a", "b", "c"]
     result = unmerge(tmp_path / "abc", "b", output=tmp_path / "ac")
@@ -213,11 +213,8 @@ def test_a_model_leaves_with_its_rows_and_the_others_learn_anew(
         == (tiny.files(tmp_path / "never", states=False)["model.safetensors"])
     )
     kept = {path.name for path in (tmp_path / "ac" / "merge_state").glob("*.safetensors")}
-    assert kept == {f"{rows['replay'][i]['sha256']}.safetensors" for i in (0, 2)}
-    assert result.entry.learned is not None and result.entry.learned["replay"] == [
-        rows["replay"][0],
-        rows["replay"][2],
-    ]
+    assert kept == {f"{rows.replay[i]['sha256']}.safetensors" for i in (0, 2)}
+    assert result.entry.learned is not None and result.entry.learned.replay == (rows.replay[0], rows.replay[2])
     assert verify(tmp_path / "ac", replay=True).ok
 
 
@@ -226,8 +223,8 @@ def test_weights_stay_where_they_shall_not_be_learned_again(models: dict[str, Pa
     before = merge(recipe(models, learn={**QUICK, "relearn": False}), output=tmp_path / "abc").entry
     after = unmerge(tmp_path / "abc", "a", output=tmp_path / "bc").entry
     assert [m.weight for m in after.models] == [m.weight for m in before.models[1:]]
-    assert after.learned is not None and "kept" in after.learned["how"]
-    assert before.learned is not None and after.learned["replay"] == before.learned["replay"][1:]
+    assert after.learned is not None and "kept" in after.learned.how
+    assert before.learned is not None and after.learned.replay == before.learned.replay[1:]
 
 
 @pytest.mark.slow
@@ -243,7 +240,7 @@ def test_a_new_model_goes_on_from_the_weights_of_the_others(
         for key in tiny.tensors(models["base"]):
             assert weight_at(new.weight, key) == pytest.approx(weight_at(old.weight, key), abs=1e-3)
     assert before.learned is not None and after.learned is not None
-    assert after.learned["replay"][:2] == before.learned["replay"] and "first 2 models" in after.learned["how"]
+    assert after.learned.replay[:2] == before.learned.replay and "first 2 models" in after.learned.how
     assert verify(tmp_path / "abc", replay=True).ok
 
 
@@ -255,7 +252,7 @@ def test_consolidation_holds_on_to_the_merge_before(models: dict[str, Path], tmp
         learn = {**QUICK, "ewc": ewc, "steps": 30}
         merge(recipe(models, "ab", learn=learn), output=folder / "ab")
         entry = add(folder / "ab", [str(models["c"])], output=folder / "abc").entry
-        assert entry.learned is not None and entry.learned["fisher"] is not None
+        assert entry.learned is not None and entry.learned.fisher is not None
         before, after = tiny.tensors(folder / "ab"), tiny.tensors(folder / "abc")
         drifts.append(sum(float((after[key] - before[key]).square().sum()) for key in before))
         assert verify(folder / "abc").ok
@@ -288,9 +285,9 @@ def test_a_few_labelled_rows(models: dict[str, Path], tmp_path: Path) -> None:
     suite = evaluating.suite(tmp_path / "suite.yaml", *tasks)
     learn = {**QUICK, "loss": "labels", "suite": str(suite), "rows": 6}
     entry = merge(recipe(models, learn=learn), output=tmp_path / "labels").entry
-    assert entry.learned is not None and entry.learned["replay"] == [None, None, None]
+    assert entry.learned is not None and entry.learned.replay == (None, None, None)
     mixed = merge(recipe(models, learn={**learn, "loss": "mixed"}), output=tmp_path / "mixed").entry
-    assert mixed.learned is not None and all(mixed.learned["replay"])
+    assert mixed.learned is not None and all(mixed.learned.replay)
     assert mixed.models != entry.models
 
 
@@ -327,7 +324,7 @@ def test_adapters_learn_with_their_own_heads(models: dict[str, Path], tmp_path: 
         places.append(str(wordpieces(folder)))
     data = {"base": str(models["base"]), "models": places, "method": {"name": "mdm_oc"}, "learn": QUICK}
     result = merge(parse_recipe(data, "test"), output=tmp_path / "out")
-    assert result.entry.learned is not None and all(result.entry.learned["replay"])
+    assert result.entry.learned is not None and all(result.entry.learned.replay)
     assert verify(tmp_path / "out", replay=True).ok
 
 
@@ -344,14 +341,14 @@ def test_two_processes_find_the_same_weights(models: dict[str, Path], tmp_path: 
         for key in tiny.tensors(models["base"]):
             assert weight_at(first.weight, key) == pytest.approx(weight_at(second.weight, key), abs=2e-4)
     assert one.learned is not None and two.learned is not None
-    assert one.learned["replay"] == two.learned["replay"] and one.learned["steps"] == two.learned["steps"]
+    assert one.learned.replay == two.learned.replay and one.learned.steps == two.learned.steps
 
 
 @pytest.mark.slow
 def test_what_was_learned_from_is_guarded(models: dict[str, Path], tmp_path: Path) -> None:
     entry = merge(recipe(models, "ab"), output=tmp_path / "out").entry
     assert entry.learned is not None
-    path = tmp_path / "out" / f"merge_state/{entry.learned['replay'][1]['sha256']}.safetensors"
+    path = tmp_path / "out" / f"merge_state/{entry.learned.replay[1]['sha256']}.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)

@@ -89,7 +89,7 @@ def test_labelled_rows_that_do_not_fit(
 
 def test_faultless_rows_are_taken(models: dict[str, Path], tmp_path: Path) -> None:
     entry = learned(models, tmp_path / "out", {"loss": "labels", "suite": suite(tmp_path, GOOD), "rows": 8}).entry
-    assert entry.learned["steps"] == 2
+    assert entry.learned.steps == 2
 
 
 def test_models_of_other_tokens(models: dict[str, Path], tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_nothing_to_learn(kept: dict[str, Any], models: dict[str, Path], tmp_pat
 
 def test_whole_numbers_and_what_is_left_out_have_no_weights(models: dict[str, Path], tmp_path: Path) -> None:
     entry = learned(models, tmp_path / "out", include=["embeddings.*", "encoder.layer.1.*"]).entry
-    assert entry.learned["groups"] == ["embeddings", "encoder.layer.1"]
+    assert entry.learned.groups == ("embeddings", "encoder.layer.1")
     before, after = tiny.tensors(models["base"]), tiny.tensors(tmp_path / "out")
     assert torch.equal(before["embeddings.position_ids"], after["embeddings.position_ids"])
     same = [key for key in before if torch.equal(before[key], after[key])]

@@ -58,7 +58,7 @@ def test_a_killed_run_goes_on_where_it_stood(models: dict[str, Path], tmp_path: 
     assert known and re.search(rf"; {made} were made by a run that was interrupted", done.out)
     merge(recipe(models, learn=LONG), output=tmp_path / "whole")
     mine, whole = record(tmp_path / "killed"), record(tmp_path / "whole")
-    assert mine.learned == whole.learned and mine.learned is not None and mine.learned["steps"] == LONG["steps"]
+    assert mine.learned == whole.learned and mine.learned is not None and mine.learned.steps == LONG["steps"]
     names = [name for name in contents(tmp_path / "whole") if name.endswith(".safetensors") or "merge_state" in name]
     assert len(names) >= 4
     for name in names:
@@ -111,7 +111,7 @@ def test_a_loss_that_is_not_a_number_ends_with_the_best_weights(models: dict[str
     assert len(said) == 1 and "No further steps" in said[0] and "smaller rate" in said[0]
     assert re.search(r"\(a, rows \[\d+", said[0]), "which batch"
     learned = record(tmp_path / "out").learned
-    assert learned is not None and "stopped early" in learned["how"] and learned["steps"] >= 1
+    assert learned is not None and "stopped early" in learned.how and learned.steps >= 1
     assert all(weight == 0.5 for entry in result.entry.models for weight in [_only(entry.weight)])
 
 

@@ -142,7 +142,7 @@ def test_the_weight_that_is_best_is_found(models: dict[str, Path], tmp_path: Pat
     """Both models are the base with the same change, so that the merge is both where it has that change once."""
     entry = merged(models, "twin", tmp_path / "learned")
     assert entry.models[0].weight == pytest.approx(1.0, abs=0.05)
-    held = [point[2] for point in entry.learned["curve"]]
+    held = [point[2] for point in entry.learned.curve]
     assert min(held) < 0.1 * held[0] and held[0] > 1e-3
     merged(models, "twin", tmp_path / "even", None)
     for name in ("one", "twin"):
@@ -153,7 +153,7 @@ def test_the_weight_that_is_best_is_found(models: dict[str, Path], tmp_path: Pat
 @pytest.mark.parametrize("models", ["images", "causal", "gpt2", "masked"], indirect=True)
 def test_the_merge_comes_nearer_to_models_that_differ(models: dict[str, Path], tmp_path: Path) -> None:
     entry = merged(models, "two", tmp_path / "learned")
-    held = [point[2] for point in entry.learned["curve"]]
+    held = [point[2] for point in entry.learned.curve]
     assert min(held) < 0.95 * held[0]
     merged(models, "two", tmp_path / "even", None)
     both = [(models[name], fresh(models[name])) for name in ("one", "two")]
@@ -169,7 +169,7 @@ def test_models_of_several_kinds_share_what_they_have(tmp_path: Path) -> None:
     classifier = tiny.with_head("LlamaForSequenceClassification", base.base_model, 1, LABELS["one"])
     models["one"] = spoken(tiny.save(classifier, tmp_path / "one"))
     entry = merged(models, "two", tmp_path / "out", {**LEARN, "groups": "layer", "steps": 12})
-    held = [point[2] for point in entry.learned["curve"]]
+    held = [point[2] for point in entry.learned.curve]
     assert min(held) < held[0]
     first, second = (model.weight for model in entry.models)
     assert isinstance(first, PatternWeights) and isinstance(second, PatternWeights)
@@ -271,7 +271,7 @@ def test_labelled_pairs_say_which_text_a_token_is_of(pairs: dict[str, Path]) -> 
 def test_a_few_labelled_pairs_bring_the_merge_nearer(pairs: dict[str, Path], tmp_path: Path) -> None:
     learn = {**LEARN, "loss": "labels", "suite": str(pairs["suite"]), "rows": 32, "batch": 32}
     entry = merged(pairs, "two", tmp_path / "learned", learn)
-    losses = [point[1] for point in entry.learned["curve"][1:]]
+    losses = [point[1] for point in entry.learned.curve[1:]]
     assert min(losses) < 0.95 * losses[0]
     merged(pairs, "two", tmp_path / "even", None)
     both = [(pairs[name], answered(pairs[name], 40, 50)) for name in ("one", "two")]
@@ -282,7 +282,7 @@ def test_a_few_labelled_pairs_bring_the_merge_nearer(pairs: dict[str, Path], tmp
 def test_replay_of_a_model_of_pairs_is_single_texts(pairs: dict[str, Path], tmp_path: Path) -> None:
     learn = {**LEARN, "loss": "mixed", "suite": str(pairs["suite"]), "rows": 8, "steps": 4}
     entry = merged(pairs, "twin", tmp_path / "out", learn)
-    assert all(entry.learned["replay"])
+    assert all(entry.learned.replay)
     rows = fresh(pairs["one"])
     ids = rows.inputs["input_ids"]
     assert "token_type_ids" not in rows.inputs and ((ids == TOKENS.index("[SEP]")).sum(1) == 1).all()

@@ -32,7 +32,7 @@ names = ("clinc_domain", "sms_spam", "mr")
 models = tuple(ModelEntry(f"quickstart/minilm-{name}") for name in names)
 never = merge(dataclasses.replace(asked, models=models, output="never", push_to=None))
 same = left.entry.products == never.entry.products
-learned = [result.entry.learned for result in (added, left)]
+learned = [result.entry.learned.to_dict() for result in (added, left)]
 said = {"same": same, "ok": verify(published, replay=True).ok, "learned": learned}
 print(json.dumps(said | {"actions": [added.entry.action, left.entry.action]}))
 """

@@ -63,13 +63,12 @@ def embed(folder: Path, results: Sequence[Mapping[str, Any]]) -> list[Path]:
 
 def embed_learning(folder: Path, entry: Entry) -> str | None:
     """Draw how the weights of a merge were learned into its folder and card; why not, where it is not possible."""
-    if entry.learned is None or not entry.learned["curve"]:
+    if entry.learned is None or not entry.learned.curve:
         return None
     if importlib.util.find_spec("matplotlib") is None:
         return "no picture of learning in the card: pip install hfmerge[plots]"
-    embed(
-        folder, [{"kind": "learning", "schema": 1, "models": [m.name for m in entry.models], "learned": entry.learned}]
-    )
+    models = [model.name for model in entry.models]
+    embed(folder, [{"kind": "learning", "schema": 1, "models": models, "learned": entry.learned.to_dict()}])
     return None
 
 
