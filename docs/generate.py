@@ -113,7 +113,7 @@ def _kind(method: Any) -> str:
 
 
 LEAVES = {
-    "fold, exact sum": "subtraction",
+    "fold, exact sum": "exact subtraction",
     "fold, depends on the order": "replay from a kept state",
     "joint": "merging again",
 }
