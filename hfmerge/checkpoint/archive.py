@@ -224,7 +224,7 @@ def read_manifest(path: Path) -> Manifest:
         _KIND(data)
         MEMBERS.check(len(data["files"]))
     except (*_BROKEN, OSError) as error:  # an offset that is none makes the system refuse to go there
-        raise CorruptFileError(f"{path}: no kept copy of a source ({type(error).__name__}: {error}).") from error
+        raise CorruptFileError(f"{path}: not a kept copy of a source ({type(error).__name__}: {error}).") from error
     files = {name: (item["size"], item["sha256"]) for name, item in data["files"].items()}
     return Manifest(data["base"], files, data["against"])
 
@@ -243,7 +243,7 @@ def _check_directory(path: Path) -> None:
         file.seek(max(0, path.stat().st_size - 98))
         tail = file.read().rjust(98, b"\0")
     if tail[-22:-18] != b"PK\5\6" or tail[-2:] != b"\0\0":
-        raise ValueError("it is no whole zip file")
+        raise ValueError("it is not a whole zip file")
     size = int.from_bytes(tail[-10:-6], "little")
     if tail[-42:-38] == b"PK\6\7":  # of more than 4 GB
         size = int.from_bytes(tail[-58:-50], "little")
@@ -296,7 +296,7 @@ def unpack(path: Path, manifest: Manifest, targets: Mapping[str, Path], base: Ca
                 growing.unlink(missing_ok=True)
             if found.hexdigest() != digest:
                 raise CorruptFileError(
-                    f"{path}: {name} comes out with other bytes than went in; the base is not {manifest.base}."
+                    f"{path}: {name} unpacks to other bytes than were packed; the base is not {manifest.base}."
                 )
 
 

@@ -62,7 +62,7 @@ def header_length(head: bytes, size: int, where: str) -> int:
         raise CorruptFileError(f"{where} is a Git-LFS pointer, not weights; run `git lfs pull` or download it again.")
     length = int.from_bytes(head[:8], "little")
     if len(head) < 8 or length > min(size, HEADER_BYTES.most):
-        raise CorruptFileError(f"{where} is no safetensors file or is truncated ({size} bytes); get it again.")
+        raise CorruptFileError(f"{where} is not a safetensors file, or is truncated ({size} bytes); get it again.")
     return 8 + length
 
 
@@ -121,7 +121,7 @@ def _entry(file: str, info: Any) -> tuple[tuple[int, int], TensorEntry]:
         raise ValueError("has an entry that does not describe a tensor")
     DIMENSIONS.check(len(shape))
     if not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, *offsets)):
-        raise ValueError("has a size that is no whole number from 0 on")
+        raise ValueError("has a size that is not a whole number from 0 on")
     return (offsets[0], offsets[1]), TensorEntry(file, dtype, tuple(shape), offsets[1] - offsets[0])
 
 

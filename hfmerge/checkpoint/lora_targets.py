@@ -63,7 +63,7 @@ class Targets:
         patterns = self._config.get("layers_pattern") or [r"[^.]*"]
         for pattern in [patterns] if isinstance(patterns, str) else patterns:
             if pattern != r"[^.]*" and not _NAME.fullmatch(pattern):
-                raise ValueError(f"layers_pattern {pattern!r} is no plain name")
+                raise ValueError(f"layers_pattern {pattern!r} is not a plain name")
             lead = r".*?\." if pattern == r"[^.]*" else r"(?:^|.*?\.)"
             found = re.match(rf"{lead}{pattern}\.(?P<index>\d+)\.", module)
             if found is not None:

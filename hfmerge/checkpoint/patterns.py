@@ -53,7 +53,7 @@ class _Machine:
         try:
             tree = _parser.parse(expression)
         except (re.error, OverflowError, RecursionError) as error:
-            raise ValueError(f"is no regular expression: {error}") from error
+            raise ValueError(f"is not a regular expression: {error}") from error
         if tree.state.flags & ~re.UNICODE:
             raise ValueError("sets flags, which no known adapter does")
         self._start = self._sequence(tree, 0)
@@ -171,7 +171,7 @@ class Patterns:
         """Whether a pattern means a module, as PEFT says: the whole path, or its end.
 
         Raises:
-            ValueError: the pattern is no regular expression, cannot be matched here, or is beyond a limit.
+            ValueError: the pattern is not a regular expression, cannot be matched here, or is beyond a limit.
         """
         return self._fits(rf"(.*\.)?({pattern})$", pattern, module)
 

@@ -192,7 +192,7 @@ def weighted(words: Sequence[str], weights: Sequence[str] | None) -> tuple[list[
         elif _is_number(word):
             asked = " ".join(f"--weight {one}" for one in [*(weights or ()), word])
             raise HfMergeError(
-                f"{word}: is no model; write a weight behind its model, MODEL={word}, or repeat the flag: {asked}."
+                f"{word}: is not a model; write a weight behind its model, MODEL={word}, or repeat the flag: {asked}."
             )
         else:
             mark = "=" if "=" in word else ":"

@@ -109,7 +109,7 @@ def _step(value: Any) -> tuple[Key, Finished]:
     regions = []
     for region in wrote if isinstance(wrote, list) else [None]:
         if not isinstance(region, list) or [type(part) for part in region] != [str, str, int]:
-            raise ValueError("has a region that is none")
+            raise ValueError("has a region with wrong bounds")
         regions.append(Region(*region))
     return (stage, key, None if rows is None else (rows[0], rows[1])), Finished(found, tuple(regions))
 

@@ -151,7 +151,7 @@ def _match_full(
         merged = len(matched.origins)
         warnings.append(
             f"{label} ({other.architecture}) has no {some(matched.absent)}: it changes {merged} of "
-            f"{merged + len(matched.absent)} parameters, the others keep the base's value as far as it is concerned."
+            f"{merged + len(matched.absent)} parameters and leaves the others as they are in the base."
         )
     if strange := [key for key in other.unexpected if key in heads]:
         heads = [key for key in heads if key not in strange]

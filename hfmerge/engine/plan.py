@@ -295,7 +295,7 @@ def checked_digest(digest: object) -> str:
     """A SHA-256 that names a file beside a merge. Raises LedgerError."""
     if not is_digest(digest):
         raise LedgerError(
-            f"{digest!r} is no SHA-256, by which files beside a merge are called; the ledger is made up."
+            f"{digest!r} is not a SHA-256, which names a file beside a merge; the ledger is damaged or forged."
         )
     return str(digest)
 

@@ -86,7 +86,7 @@ def _check_consistent(plan: Plan) -> None:
     """What a run writes stays in its folder, and what refers to models refers to those there. Raises ValueError."""
     for name in (*(param.file for param in plan.params), *plan.side_files):
         if not is_path(name):
-            raise ValueError(f"{show(name)} is no path of a file in a folder")
+            raise ValueError(f"{show(name)} is not the path of a file in a folder")
     count, gone = len(plan.deltas), len(plan.leaving)
     if len(plan.recipe.models) != count or len(plan.leaving_weights) != gone or plan.start > count:
         raise ValueError("the models and their weights are not equally many")
@@ -96,10 +96,10 @@ def _check_consistent(plan: Plan) -> None:
     if not all(0 <= model < count for model in plan.untied):
         raise ValueError(f"{show(list(plan.untied))} are not all models that untie the base")
     if any(name not in CHOICES or not -1 <= model < count for name, model in plan.chosen.items()):
-        raise ValueError(f"{show(dict(plan.chosen))} are no choices of models")
+        raise ValueError(f"{show(dict(plan.chosen))} are not choices of models")
     for source in plan.sources:
         if strange := [key for key in source.renamed if key not in source.tensors]:
-            raise ValueError(f"{show(strange[0])} is no tensor of {show(source.name)}")
+            raise ValueError(f"{show(strange[0])} is not a tensor of {show(source.name)}")
     for param in plan.params:
         if param.mode == "merge" and (len(param.ranks), len(param.leaving)) != (count, gone):
             raise ValueError(f"{show(param.key)} has {len(param.ranks)} and {len(param.leaving)} ranks")

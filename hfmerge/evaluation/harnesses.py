@@ -106,7 +106,7 @@ def _check_modules(snapshot: Snapshot) -> None:
         if not kind.startswith("sentence_transformers."):
             raise SourceError(f"{snapshot.label}: modules.json names {show(kind)}, code of its own, which is not run.")
         if path and not is_path(path):
-            raise SourceError(f"{snapshot.label}: modules.json names {show(path)}, which is no folder in it.")
+            raise SourceError(f"{snapshot.label}: modules.json names {show(path)}, which is not a folder in it.")
         file = f"{path}/config.json" if path else "config.json"
         named = read_snapshot_json(snapshot, file).get("activation_function") if file in snapshot.files else None
         if named is not None and not str(named).startswith("torch.nn."):

@@ -141,5 +141,5 @@ def _answer(value: Any, options: Sequence[str], names: Sequence[str], where: str
                 return list(known).index(value)
         value = int(value) if value.isdigit() else value
     if not isinstance(value, int) or not 0 <= value < len(options):
-        raise HfMergeError(f"{where}: the answer {value!r} is none of its {len(options)} choices.")
+        raise HfMergeError(f"{where}: the answer {value!r} is not one of its {len(options)} choices.")
     return value

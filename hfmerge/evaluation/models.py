@@ -195,7 +195,7 @@ class Subject:
         title = str((self.config.get("architectures") or [None])[0])
         if title not in _titles(kind):
             task = "continues a text" if kind == "causal" else "fills gaps in a text"
-            raise HeadError(f"{self.info.label}: {title} is no language model that {task}.")
+            raise HeadError(f"{self.info.label}: {title} is not a language model that {task}.")
         return self._build(self.config, self.weights, "", None)
 
     def two_towers(self, text: Subject | None) -> PreTrainedModel:

@@ -235,7 +235,7 @@ def load_results(path: Path) -> Matrix:
     try:
         return Matrix.from_dict(read_json_file(path))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise HfMergeError(f"{path}: no results of hfmerge ({type(error).__name__}: {error}).") from error
+        raise HfMergeError(f"{path}: not a results file of hfmerge ({type(error).__name__}: {error}).") from error
 
 
 def cell(score: Score | None, *, intervals: bool) -> Markdown:

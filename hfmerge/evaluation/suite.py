@@ -192,7 +192,7 @@ def load_suite(suite: str | Path) -> Suite:
     if isinstance(data, Mapping) and isinstance(data.get("extends"), str):
         other = folder / data["extends"]
         if other.resolve() == path.resolve() or not other.is_file():
-            what = "is this suite itself" if other.is_file() else "is no file beside this suite"
+            what = "is this suite itself" if other.is_file() else "is not a file beside this suite"
             raise RecipeError([*problems, Problem("extends", f"{show(data['extends'])} {what}")], str(suite))
         known = load_suite(other).tasks
     return parse_suite(data, str(suite), folder=folder, problems=problems, known=known)

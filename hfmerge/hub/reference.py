@@ -85,7 +85,9 @@ def checked_path(name: str, where: str) -> str:
         CorruptFileError: the path leads out of the repository.
     """
     if not is_path(name):
-        raise CorruptFileError(f"{where}: names the file {name!r}, which is no path in a repository; do not use it.")
+        raise CorruptFileError(
+            f"{where}: names the file {name!r}, which is not a path in a repository; do not use it."
+        )
     return name
 
 

@@ -22,7 +22,7 @@ def main_import(argv: list[str]) -> int:
     )
     parser.add_argument("source", type=Path, metavar="FOLDER_OR_CACHE")
     parser.add_argument("--as", dest="name", metavar="ID", help="org/name, or datasets/org/name, of the repository")
-    parser.add_argument("--owner", metavar="USER", help="whose a repository in a new organisation is")
+    parser.add_argument("--owner", metavar="USER", help="user who owns a repository that has to be made")
     parser.add_argument("--private", action="store_true", help="a repository that has to be made is private")
 
     def work(arguments: argparse.Namespace) -> int:

@@ -52,7 +52,7 @@ def main_token(argv: list[str]) -> int:
     listed.add_argument("user", metavar="USER", nargs="?")
     revoke = _action(actions, "revoke", "make a token worthless")
     revoke.add_argument("id", metavar="ID", help="as `list` prints it")
-    rotate = _action(actions, "rotate", "make all tokens of a user worthless, and one new one")
+    rotate = _action(actions, "rotate", "revoke all tokens of a user, and make a new one")
     rotate.add_argument("user", metavar="USER")
 
     def work(accounts: Accounts, arguments: argparse.Namespace) -> None:

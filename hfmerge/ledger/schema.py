@@ -60,7 +60,7 @@ def weight(value: object) -> object:
     PATTERNS.check(len(value))
     for pair in value:
         if not isinstance(pair, list) or len(pair) != 2:
-            raise ValueError(f"{show(pair)} is no pair of pattern and number")
+            raise ValueError(f"{show(pair)} is not a pair of pattern and number")
         pattern(pair[0])
         factor(pair[1])
     if not value or value[-1][0] != "*":

@@ -221,7 +221,7 @@ def _intact(place: Path, wanted: Mapping[str, str], mark: str) -> bool:
 def _place(kept: str, identity: str, mark: str) -> Path:
     """The folder to unpack a model into; digest and name come from a ledger that anybody may have written."""
     if not is_identity(identity):
-        raise LedgerError(f"{identity!r}: is no name of a model.")
+        raise LedgerError(f"{identity!r}: is not the name of a model.")
     # the ledger's identity of a folder contains the folder's name
     name = identity.rpartition("@sha256:")[0] or identity.rpartition("@")[0].replace("/", "--")
     return _kept_folder(kept) / ("beneath" if mark else "own") / name
@@ -229,7 +229,7 @@ def _place(kept: str, identity: str, mark: str) -> Path:
 
 def _kept_folder(kept: str) -> Path:
     if not is_digest(kept):
-        raise LedgerError(f"{kept!r}: is no digest of a kept copy.")
+        raise LedgerError(f"{kept!r}: is not the digest of a kept copy.")
     return home("kept", kept)
 
 

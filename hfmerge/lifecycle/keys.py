@@ -130,7 +130,7 @@ def _fields(line: str, path: str | Path) -> tuple[str, Sequence[str], str, str]:
     words = re.findall(r'(?:"[^"]*"|[^\s"])+', line)
     at = next((i for i, word in enumerate(words[1:3], 1) if re.fullmatch(r"(sk-)?(ssh|ecdsa)-[\w@.-]+", word)), None)
     if at is None or len(words) <= at + 1:
-        raise CertificateError(f"{path}: {line[:40]!r} is no line of allowed signers (`NAME [options] KIND KEY`).")
+        raise CertificateError(f"{path}: {line[:40]!r} is not a line of allowed signers (`NAME [options] KIND KEY`).")
     options = re.findall(r'(?:"[^"]*"|[^,"])+', words[1]) if at == 2 else []
     return words[0].strip('"'), options, words[at], words[at + 1]
 

@@ -275,7 +275,7 @@ def _foreign(name: str) -> str | None:
     Whatever else there is, some loader may read.
     """
     if name.startswith(f"{LEDGER_FOLDER}/"):
-        return "is no entry of the ledger"
+        return "is not an entry of the ledger"
     if is_asset(name) or re.fullmatch(rf"{re.escape(RESULTS_PREFIX)}[^/]+\.yaml", name):
         return None
     if name.startswith("merge_state/"):

@@ -270,7 +270,7 @@ def _checked(file: Path, data: bytes) -> Log:
         try:
             LOG_LINE.check(len(torn))
         except ValueError as error:
-            raise LedgerError(f"{file}: what stands behind record {len(records)} {error}; it is no record.") from error
+            raise LedgerError(f"{file}: what follows record {len(records)} {error}; it is not a record.") from error
         try:
             records.append(_next(file, torn, len(records) + 1, head))
             head, missing_end = sha256_bytes(torn), True
@@ -294,7 +294,7 @@ def _next(file: Path, line: bytes, number: int, previous: str | None) -> Record:
     try:
         record = Record.from_line(line)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise LedgerError(f"{file}: line {number} is no record of the log ({error}); it was changed.") from error
+        raise LedgerError(f"{file}: line {number} is not a record of the log ({error}); it was changed.") from error
     if (record.number, record.previous) != (number, previous):
         raise LedgerError(
             f"{file}: record {number} does not follow record {number - 1}; one of the two was changed, or records "

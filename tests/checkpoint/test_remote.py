@@ -406,10 +406,10 @@ def test_a_header_that_is_longer_than_the_first_request() -> None:
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (b"", "no safetensors file or is truncated"),
-        (b"\x10\0\0", "no safetensors file"),
+        (b"", "not a safetensors file, or is truncated"),
+        (b"\x10\0\0", "not a safetensors file"),
         (b"version https://git-lfs.github.com/spec/v1\n", "Git-LFS pointer"),
-        (b"<html>" * 100, "no safetensors file"),
+        (b"<html>" * 100, "not a safetensors file"),
         (save({"a": torch.zeros(4)}) + b"\0", "overlong"),
     ],
 )

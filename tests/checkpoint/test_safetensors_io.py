@@ -443,7 +443,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64
         pytest.param(b"", "truncated", id="empty"),
         pytest.param(GOOD + b"\0", "overlong", id="one byte more"),
         pytest.param(POINTER, "Git-LFS pointer.*git lfs pull", id="pointer"),
-        pytest.param(b"<!doctype html><html>Not found</html>" * 20, "no safetensors file", id="web page"),
+        pytest.param(b"<!doctype html><html>Not found</html>" * 20, "not a safetensors file", id="web page"),
         pytest.param(GOOD[:8] + b"[" + GOOD[9:], "broken safetensors header", id="not JSON"),
         pytest.param(GOOD.replace(b'"F32"', b'"F3x"', 1), "F3x", id="unknown dtype"),
         pytest.param(

@@ -160,7 +160,9 @@ def model(title: str, kind: str, **changes: Any) -> Callable[[Path], object]:
 
 
 FAULTS = {
-    "empty": Fault(cut(4), [f"/{'bad'}: {WEIGHTS} is no safetensors file or is truncated (4 bytes)", "get it again"]),
+    "empty": Fault(
+        cut(4), [f"/{'bad'}: {WEIGHTS} is not a safetensors file, or is truncated (4 bytes)", "get it again"]
+    ),
     "truncated in the header": Fault(cut(300), [f"{WEIGHTS}", "is truncated", "get it again"]),
     "truncated in the data": Fault(cut(-1), [f"{WEIGHTS} is truncated or overlong"]),
     "overlong": Fault(cut(0), [f"{WEIGHTS} is truncated or overlong"]),

@@ -493,7 +493,7 @@ def test_allowed_signers_of_openssh(tmp_path: Path, options: str, counts: bool) 
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        (f"me {public_line(KEY).split()[1]}", "no line of allowed signers"),
+        (f"me {public_line(KEY).split()[1]}", "not a line of allowed signers"),
         (f"me verify-required {public_line(KEY)}", "is not known"),
         (f'me valid-before="soon" {public_line(KEY)}', "is not a time"),
         ("me ssh-rsa AAAA", "allows no ed25519 key now"),

@@ -45,4 +45,4 @@ def _drawing(data: Any) -> Drawing:
         if found is not None:
             return found
     known = ", ".join(f"{name} (schema {schema})" for name, schema in DRAWN)
-    raise HfMergeError(f"this is no result that can be drawn; those are {known}.")
+    raise HfMergeError(f"this is not a result that can be drawn; these are {known}.")

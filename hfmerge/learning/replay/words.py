@@ -93,7 +93,7 @@ def read_vocabulary(tokenizer: Any, rows: int, label: str) -> Vocabulary:
         i for i, token in enumerate(tokens) if token and i not in special and not NO_TEXT.fullmatch(token)
     ]  # fmt: skip
     if not usable:
-        raise SourceError(f"{label}: no token of its tokenizer's stands for text.")
+        raise SourceError(f"{label}: no token of its tokenizer is text.")
     weights = torch.zeros(rows, dtype=torch.float64)
     shares = _scores(tokenizer, usable)
     if shares is None:
