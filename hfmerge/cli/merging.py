@@ -102,6 +102,7 @@ def _merge(args: argparse.Namespace) -> int:
 
 def _plan(args: argparse.Namespace) -> int:
     from hfmerge import api
+    from hfmerge.engine.estimate import more_states
     from hfmerge.lifecycle.early import all_faults
     from hfmerge.recipe.weights import shown
 
@@ -132,6 +133,8 @@ def _plan(args: argparse.Namespace) -> int:
     )
     rows = (("download", need.download), ("read", need.read), ("output", need.output), ("state", need.state))
     say("bytes    " + ", ".join(f"{name} {size(value)}" for name, value in rows))
+    if (advice := more_states(planned)) is not None:
+        say(f"states   {advice}")
     if planned.recipe.keep_sources:
         say(f"sources  copies are kept beside the state and published with it: at most {size(need.sources)}")
     if planned.recipe.stream:

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from hfmerge.engine.estimate import more_states
 from hfmerge.engine.options import DEFAULT, RunOptions
 from hfmerge.engine.plan import Estimate
 from hfmerge.errors import VerificationError
@@ -16,7 +17,7 @@ from hfmerge.ledger.repository import Merged, open_merged
 from hfmerge.lifecycle.early import check_early, check_place, opened_for, planned_early, target_of
 from hfmerge.lifecycle.job import Job
 from hfmerge.lifecycle.nested import inner_jobs
-from hfmerge.lifecycle.perform import DONE, inner_removal, pinned_job, planned
+from hfmerge.lifecycle.perform import DONE, inner_removal, pinned_job, planned, state_advice
 from hfmerge.lifecycle.push_target import Destination, admit, check_readers, destination, with_snapshots
 from hfmerge.lifecycle.record import readable_card
 from hfmerge.lifecycle.repeat import already_restored, in_place
@@ -39,6 +40,7 @@ class Forecast:
         push_to: repository that the result goes to; None: it is not published.
         inner: the inner merges that are made again first.
         warnings: warnings for the user.
+        advice: what would make such changes cheaper; None: nothing.
     """
 
     action: str
@@ -50,6 +52,7 @@ class Forecast:
     push_to: str | None = None
     inner: tuple[Forecast, ...] = ()
     warnings: tuple[str, ...] = ()
+    advice: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -102,7 +105,17 @@ def forecast(job: Job, options: RunOptions = DEFAULT) -> Forecast:
         change = planned_early(job, merged, here, make, publishing=False)
         plan = change.plan
         models = tuple(delta.source.snapshot.label for delta in plan.deltas)
-        return Forecast(change.action, change.how, plan.estimate, models, plan.start, **places, warnings=plan.warnings)
+        advice = more_states(plan) if merged is None else state_advice(change)
+        return Forecast(
+            change.action,
+            change.how,
+            plan.estimate,
+            models,
+            plan.start,
+            **places,
+            warnings=plan.warnings,
+            advice=advice,
+        )
 
 
 def admit_push(folder: Path, to: Destination, *, check: bool = True) -> tuple[Merged, str | None]:

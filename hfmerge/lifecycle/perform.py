@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from hfmerge.checkpoint.digests import Digester
 from hfmerge.engine.device import Device, device_for
 from hfmerge.engine.environment import environment
+from hfmerge.engine.estimate import more_states
 from hfmerge.engine.executor import Outcome, run
 from hfmerge.engine.fingerprint import work_of
 from hfmerge.engine.options import DEFAULT, RunOptions
@@ -32,6 +33,7 @@ from hfmerge.lifecycle.admission import own_destination
 from hfmerge.lifecycle.archive_write import keep_sources
 from hfmerge.lifecycle.changes import (
     Change,
+    Wishes,
     first_merge,
     plan_add,
     plan_rebase,
@@ -64,14 +66,14 @@ if TYPE_CHECKING:
     from hfmerge.learning.learn import Learned
 
 PLANS: Mapping[str, Callable[[Job, Merged], Change]] = {
-    "add": lambda job, merged: plan_add(merged, job.models, stream=job.stream),
+    "add": lambda job, merged: plan_add(merged, job.models, wishes=wishes(job)),
     "unmerge": lambda job, merged: _plan_unmerge(job, merged),
-    "subtract": lambda job, merged: plan_subtract(merged, job.names, measure=job.measure, stream=job.stream),
+    "subtract": lambda job, merged: plan_subtract(merged, job.names, measure=job.measure, wishes=wishes(job)),
     "replace": lambda job, merged: plan_replace(
-        merged, job.names[0], job.models[0].model, weight=job.weight, stream=job.stream
+        merged, job.names[0], job.models[0].model, weight=job.weight, wishes=wishes(job)
     ),
-    "reorder": lambda job, merged: plan_reorder(merged, job.names, stream=job.stream),
-    "rebase": lambda job, merged: plan_rebase(merged, str(job.base), stream=job.stream),
+    "reorder": lambda job, merged: plan_reorder(merged, job.names, wishes=wishes(job)),
+    "rebase": lambda job, merged: plan_rebase(merged, str(job.base), wishes=wishes(job)),
 }
 """Action -> the plan of a job that changes a merge."""
 DONE: Mapping[str, Callable[[Job, Merged], bool]] = {
@@ -176,13 +178,17 @@ def planned(job: Job, merged: Merged | None, here: Session) -> Change:
     return first_merge(make_plan(job.recipe, origin=job.origin, on_source=early))
 
 
+def wishes(job: Job) -> Wishes:
+    return Wishes(job.stream, job.state)
+
+
 def _plan_unmerge(job: Job, merged: Merged) -> Change:
     removal = find_removal(merged.last, job.names)
     if not job.parts:
-        return plan_unmerge(merged, job.names, stream=job.stream)
+        return plan_unmerge(merged, job.names, wishes=wishes(job))
     gone = sorted({*removal.removed, *(i for i, ref in job.parts.items() if ref is None)})
     parts = {i: ref for i, ref in job.parts.items() if ref is not None}
-    return plan_without(merged, gone, parts, removal.subjects, stream=job.stream)
+    return plan_without(merged, gone, parts, removal.subjects, wishes=wishes(job))
 
 
 def _carry_out(job: Job, merged: Merged | None, here: Session, started: float) -> MergeResult:
@@ -233,11 +239,20 @@ def _announce(change: Change, merged: Merged | None, device: Device, here: Sessi
         need = change.plan.estimate
         loads = f", downloads {size(need.download)}" if need.download else ""
         here.tell(f"{change.action}: {change.how}; reads {size(need.read)}{loads}")
+    if (advice := state_advice(change)) is not None:
+        here.tell(advice)
     if merged is not None and (apart := other_arithmetic(change.plan, merged, environment(device))):
         here.tell(
             f"the kept state was made with {'; '.join(apart)}: the last bits of the result will depend on both. "
             "For bytes that depend on one alone, compute where the state was made, or merge all models again."
         )
+
+
+def state_advice(change: Change) -> str | None:
+    """What would have made a change cheap that starts from the base, where a kept state could have."""
+    if change.plan.start or change.action not in ("add", "unmerge", "replace"):
+        return None
+    return more_states(change.plan)
 
 
 @contextlib.contextmanager
