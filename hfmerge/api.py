@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Any, Literal
 from hfmerge.engine.options import DEFAULT, Consent, RunOptions
 from hfmerge.engine.plan import Plan
 from hfmerge.engine.planner import make_plan
-from hfmerge.engine.ranks import Ranks, processes
+from hfmerge.engine.ranks import processes
 from hfmerge.engine.workspace import recover
 from hfmerge.errors import LedgerError, OutputError
 from hfmerge.ledger.diff import Difference, compare
 from hfmerge.ledger.entry import Entry, recipe_of
 from hfmerge.ledger.log import Step, steps_of
 from hfmerge.ledger.repository import Merged, open_merged
-from hfmerge.lifecycle.admission import admit_change
 from hfmerge.lifecycle.certify import Certificate, given_certificate, make_certificate
+from hfmerge.lifecycle.early import all_faults, check_early
 from hfmerge.lifecycle.forecast import Forecast, admit_push, forecast, forecast_push
-from hfmerge.lifecycle.job import ChangeOptions, change_job, run_options
+from hfmerge.lifecycle.job import ChangeOptions, run_options
 from hfmerge.lifecycle.jobs import (
     JOBS,
     add_job,
@@ -79,7 +79,8 @@ def plan(
     Raises:
         RecipeError: every problem of the recipe and its models at once.
     """
-    given, origin = given_recipe(recipe, base=base, models=models, method=method, **keys)
+    with all_faults(DEFAULT, planning=True):
+        given, origin = given_recipe(recipe, base=base, models=models, method=method, **keys)
     return make_plan(given, origin=origin)
 
 
@@ -323,9 +324,12 @@ def unmerge_checked(
     if options.get("create_pr") and options.get("output") is None:
         raise OutputError("a pull request cannot be scored; name an output folder as well.")
     run = run_options(options)
-    job = change_job("unmerge", merged, **options)
+    job, _ = unmerge_job(merged, names, mode=mode, measure=measure, **options)
     opened = open_merged(str(merged), job.sources, run.consent)
-    admit_change(opened, job.to, Ranks(), run, without=names if mode == "exact" else ())()
+    with session(run) as here:
+        faults, check_readers = check_early(job, opened, here)
+        faults.tell()
+        check_readers()
     change = partial(unmerge, merged, names, mode=mode, measure=measure, **options)
     return check_removal(opened, names, suite, change, settings, run)
 

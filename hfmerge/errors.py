@@ -1,7 +1,7 @@
 """Every error hfmerge raises on purpose, as one tree.
 
 HfMergeError                  the CLI prints it as one line and exits with 1
-|- RecipeError                what was asked is wrong; carries *all* problems of a recipe at once
+|- RecipeError                what was asked is wrong; carries *all* problems of a job at once
 |- SourceError                a model cannot be named, found, reached or read
 |  |- NotFoundError           no such repository, revision, file or folder (or no right to see it)
 |  |- AccessError             private, gated, or a wrong token
@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 class HfMergeError(Exception):
@@ -45,11 +46,16 @@ class Problem:
 
 
 class RecipeError(HfMergeError):
-    """All faults of a recipe (or of its sources, seen from their headers), found before any download."""
+    """All faults of a job: of its recipe, its sources (seen from their headers) and its place, before any download.
 
-    def __init__(self, problems: Sequence[Problem], origin: str = "recipe"):
+    Attributes:
+        draft: the recipe as far as it could be read, for checks that are made all the same; None: it cannot be read.
+    """
+
+    def __init__(self, problems: Sequence[Problem], origin: str = "recipe", draft: Any = None):
         self.problems = tuple(problems)
         self.origin = origin
+        self.draft = draft
         super().__init__("\n".join(self.lines))
 
     def __reduce__(self) -> tuple[type[RecipeError], tuple[tuple[Problem, ...], str]]:

@@ -18,6 +18,7 @@ from hfmerge.cli.shared import (
     run_options_from_flags,
     weighted,
 )
+from hfmerge.engine.options import DEFAULT
 from hfmerge.recipe.keys import keys_of
 from hfmerge.recipe.recipe import Recipe, load_recipe
 from hfmerge.validation.quoting import say, tell
@@ -91,14 +92,23 @@ def _asked(args: argparse.Namespace) -> Recipe:
 
 
 def _merge(args: argparse.Namespace) -> int:
-    return carry_out(args, "merge", _asked(args), **push_arguments(args), options=run_options_from_flags(args))
+    from hfmerge.lifecycle.early import all_faults
+
+    options, publishing = run_options_from_flags(args), push_arguments(args)
+    with all_faults(options, **publishing):
+        recipe = _asked(args)
+    return carry_out(args, "merge", recipe, **publishing, options=options)
 
 
 def _plan(args: argparse.Namespace) -> int:
     from hfmerge import api
+    from hfmerge.engine.estimate import more_states
+    from hfmerge.lifecycle.early import all_faults
     from hfmerge.recipe.weights import shown
 
-    planned = api.plan(_asked(args))
+    with all_faults(DEFAULT, planning=True):
+        recipe = _asked(args)
+    planned = api.plan(recipe)
     for warning in planned.warnings:
         tell(f"warning: {warning}")
     if args.json:
@@ -123,6 +133,8 @@ def _plan(args: argparse.Namespace) -> int:
     )
     rows = (("download", need.download), ("read", need.read), ("output", need.output), ("state", need.state))
     say("bytes    " + ", ".join(f"{name} {size(value)}" for name, value in rows))
+    if (advice := more_states(planned)) is not None:
+        say(f"states   {advice}")
     if planned.recipe.keep_sources:
         say(f"sources  copies are kept beside the state and published with it: at most {size(need.sources)}")
     if planned.recipe.stream:

@@ -70,6 +70,11 @@ def change_flags(sub: argparse.ArgumentParser, *, reads: bool = True) -> None:
     run_flags(sub)
     if reads:
         key_flags(sub, named_keys("stream"), default=False)
+        sub.add_argument(
+            "--state",
+            metavar="none|last|all|K",
+            help="which carried states are kept from now on (default: as before)",
+        )
     consent_flags(sub)
     source_flag(sub)
 
@@ -119,9 +124,13 @@ def change_arguments(args: argparse.Namespace) -> dict[str, Any]:
         "push_to": args.push_to,
         **push_arguments(args),
         "sources": given_sources(args),
-        **({"stream": args.stream} if "stream" in args else {}),
+        **({"stream": args.stream, "state": _scalar(args.state)} if "stream" in args else {}),
         "options": run_options_from_flags(args),
     }
+
+
+def _scalar(given: str | None) -> Any:
+    return None if given is None else parse_scalar(given)
 
 
 def key_flags(sub: argparse._ActionsContainer, keys: Iterable[RecipeKey], default: bool | None = None) -> None:
@@ -260,6 +269,8 @@ def _foreseen(found: Forecast) -> Iterator[str]:
     if (need := found.need) is not None:
         held = f"a kept state holds the first {found.starts}" if found.starts else "no kept state fits; from the base"
         yield f"state    {held}"
+        if found.advice is not None:
+            yield f"         {found.advice}"
         yield f"bytes    read {size(need.read)}, download {size(need.download)}, output {size(need.output)}"
         yield f"needs    disk {size(need.disk)}, memory about {size(need.memory)}, time about {need.seconds:.0f} s"
     places = [place for place in (found.folder, found.push_to) if place is not None]

@@ -10,6 +10,7 @@ from hfmerge.engine.partition import ahead, chunks, held
 from hfmerge.engine.plan import Estimate, Plan, needs_two_passes
 from hfmerge.engine.threads import AHEAD, core_count
 from hfmerge.hub.download import cached
+from hfmerge.validation.wording import parameter, size
 
 
 IMPORT_BYTES = 450_000_000
@@ -62,6 +63,19 @@ def with_estimate(plan: Plan) -> Plan:
         sum(wanted.values()), stream, read, output, state, disk + sources, memory, seconds + sources / 60e6, sources
     )
     return dataclasses.replace(plan, estimate=estimate)
+
+
+def more_states(plan: Plan) -> str | None:
+    """What it costs to keep a state after each model, and what for; None if the plan does, or if it is of no use."""
+    method, recipe, count = plan.method, plan.recipe, len(plan.deltas)
+    whole = recipe.learn is not None or recipe.vocabulary == "union"
+    if not method.is_fold or method.additive or whole or recipe.state in ("all", 1) or count < 2:
+        return None
+    cost = sum(slot.nbytes for kept in range(1, count + 1) for slot in plan.state_slots(kept).values())
+    return (
+        f"{parameter('state', 'all')} keeps a state after each of the {count} models, {size(cost)} in all: to take a "
+        "model out then reads only the models after it."
+    )
 
 
 def _copies(plan: Plan) -> int:

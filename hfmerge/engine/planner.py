@@ -64,6 +64,7 @@ def make_plan(
     on_source: Callable[[Model], object] | None = None,
     code_was_run: bool = False,
     copies: Mapping[str, Path] | None = None,
+    faults: Sequence[Problem] = (),
 ) -> Plan:
     """Work out a merge from headers.
 
@@ -76,27 +77,26 @@ def make_plan(
         code_was_run: the ledger of a merge that is planned again says that code of its models was run. A model with
             code of its own that `recipe` does not trust is then a problem: without this code the merge differs.
         copies: see `pin`.
+        faults: problems of the recipe. With any, no plan is made, and only the sources that it names are checked.
 
     Returns:
         The plan. Its recipe holds only the consents that the sources needed. The ledger records these.
 
     Raises:
-        RecipeError: all problems of all models at once. SourceError: the base itself cannot be read.
+        RecipeError: all problems of base and models at once.
     """
     warnings: list[str] = list(recipe.notes)
     streaming = Streaming() if recipe.stream else None
-    places, base, sources, problems = _described(recipe, leaving, streaming, copies)
-    if code_was_run and not recipe.trust_remote_code:
-        problems += _code_problems(("base", *places), (base, *sources), base)
-    if base is None or base.kind != "full":
-        raise RecipeError(problems, origin)
+    places, base, sources, problems = _described(recipe, leaving, streaming, copies, faults, code_was_run)
+    layouts = Layouts(recipe.trust_remote_code)
+    _check_duplicates(sources[: len(recipe.models)], problems)
     if on_source is not None and not problems:
         for source in filter(None, (base, *sources)):
             on_source(source)
-    layouts = Layouts(recipe.trust_remote_code)
-    layout = _base_layout(base, layouts, problems, origin)
-    _check_duplicates(sources[: len(recipe.models)], problems)
-    base, layout, matched = _with_ends(recipe, base, layout, layouts, sources)
+    known = _base_layout(layouts, base, problems)
+    if known is None:
+        raise RecipeError([*problems, *_layout_problems(layouts, places, sources)], origin)
+    base, layout, matched = _with_ends(recipe, *known, layouts, sources)
     problems += [Problem(places[i], text) for i, text in matched.problems]
     warnings += matched.warnings
     if not problems:
@@ -115,9 +115,9 @@ def make_plan(
     needed = _as_needed(recipe, base, whole, chosen)
     differing = tuple(unlike_base(base.snapshot, delta.source.snapshot) for delta in whole)
     warnings += _unlike([delta.source for delta in whole], differing, chosen)
-    known = BaseLayout(layout.architecture, layout.tied, layout.missing, layout.unexpected)
+    of_base = BaseLayout(layout.architecture, layout.tied, layout.missing, layout.unexpected)
     plan = Plan(
-        needed, method, base, known, tuple(whole), params, tuple(matched.heads), vocabulary,
+        needed, method, base, of_base, tuple(whole), params, tuple(matched.heads), vocabulary,
         _side_files(recipe, base, params), keep, prior, Estimate(0, 0, 0, 0, 0, 0, 0, 0.0), tuple(warnings),
         tuple(gone), tuple(entry.weight for entry in leaving), matched.untied, chosen, differing,
     )  # fmt: skip
@@ -128,15 +128,24 @@ def make_plan(
 
 
 def _described(
-    recipe: Recipe, leaving: Sequence[ModelEntry], streaming: Streaming | None, copies: Mapping[str, Path] | None
+    recipe: Recipe,
+    leaving: Sequence[ModelEntry],
+    streaming: Streaming | None,
+    copies: Mapping[str, Path] | None,
+    faults: Sequence[Problem],
+    code_was_run: bool,
 ) -> tuple[list[str], Model | None, list[Model | None], list[Problem]]:
-    """Keys of the models in errors; the base; all models, and then those that leave; and what is wrong with them."""
-    problems = _form(recipe)
+    """Keys of the models in errors; the base; all models, and then those that leave; and what is wrong with them.
+
+    Args:
+        streaming, copies, faults, code_was_run: as of `make_plan`.
+    """
+    problems = list(faults) or _form(recipe)
     base: Model | None = None
     shared: dict[str, Any] = {"allow_pickle": recipe.allow_pickle, "streaming": streaming, "copies": copies}
     try:
-        base = describe(recipe.base, **shared)
-        if base.kind != "full":
+        base = describe(recipe.base, **shared) if recipe.base else None
+        if base is not None and base.kind != "full":
             problems.append(
                 Problem("base", f"{base.snapshot.label} is an adapter; name the full model it was trained on.")
             )
@@ -147,27 +156,39 @@ def _described(
     sources: list[Model | None] = []
     for place, entry in zip(places, (*recipe.models, *leaving), strict=True):
         try:
-            sources.append(describe(entry.model, base=base, beside=files, **shared))
+            named = entry.model  # not where the recipe's own fault is that it names none
+            sources.append(describe(named, base=base, beside=files, **shared) if named else None)
         except HfMergeError as error:
             problems.append(Problem(place, str(error)))
             sources.append(None)
+    if code_was_run and not recipe.trust_remote_code:
+        problems += _code_problems(("base", *places), (base, *sources), base)
     return places, base, sources, problems
 
 
-def _base_layout(base: Model, layouts: Layouts, problems: list[Problem], origin: str) -> Layout:
-    """What the base's stored tensors mean.
-
-    Raises:
-        RecipeError: nobody knows, and what else is wrong.
-    """
+def _base_layout(layouts: Layouts, base: Model | None, problems: list[Problem]) -> tuple[Model, Layout] | None:
+    """A full base and what its stored tensors mean; None and a problem if nobody knows."""
+    if base is None or base.kind != "full":
+        return None
     try:
         layout = layouts.of(base)
     except HfMergeError as error:
-        raise RecipeError([*problems, Problem("base", str(error))], origin) from error
+        problems.append(Problem("base", str(error)))
+        return None
     if layout.missing:
         text = f"{base.snapshot.label} lacks {some(layout.missing)} of its own class {layout.architecture}."
         problems.append(Problem("base", text))
-    return layout
+    return base, layout
+
+
+def _layout_problems(layouts: Layouts, places: Sequence[str], sources: Sequence[Model | None]) -> Iterator[Problem]:
+    """Models whose layout nobody knows, such as those with code of their own. It needs no base to say so."""
+    for place, source in zip(places, sources, strict=True):
+        try:
+            if source is not None and source.kind == "full":
+                layouts.of(source)
+        except HfMergeError as error:
+            yield Problem(place, str(error))
 
 
 @dataclass

@@ -101,13 +101,17 @@ def check_output(output: Path, *, replace: bool) -> None:
         replace: what is in the folder may be replaced.
 
     Raises:
-        OutputError: a file, or a folder with something in it.
+        OutputError: a file, a folder with something in it, or a folder that this user cannot make.
     """
     output = output.absolute()
     if output.exists() and not output.is_dir():
         raise OutputError(f"{output}: is a file; choose a folder for {parameter('output')}.")
     if not replace and output.exists() and any(output.iterdir()):
         raise OutputError(f"{output}: the folder is not empty; empty it, or choose another {parameter('output')}.")
+    above = next(folder for folder in output.parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        why = "no right to write" if above.is_dir() else "not a folder"
+        raise OutputError(f"{output}: cannot write there: {above}: {why}; choose another {parameter('output')}.")
 
 
 def _not_resumable(output: Path, left: Mapping[str, str] | None, work: Mapping[str, str]) -> str:

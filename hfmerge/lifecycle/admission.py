@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from hfmerge.engine.options import RunOptions
-from hfmerge.engine.ranks import Ranks
 from hfmerge.errors import HfMergeError
 from hfmerge.hub.download import pin
 from hfmerge.hub.privacy import snapshot_of
@@ -25,8 +24,11 @@ SNAPSHOT = "folder in a cache"
 """Role of a repository that is read from a folder of the Hub's cache. The ledger names it as a folder."""
 
 
-def admit_job(job: Job, merged: Merged | None, here: Session) -> Callable[[], None]:
+def admit_job(job: Job, merged: Merged | None, here: Session, *, create: bool = True) -> Callable[[], None]:
     """Whether the result of a job may go where it is to be published (see `push_target.admit`).
+
+    Args:
+        create: as of `push_target.admit`.
 
     Returns:
         As of `admit_change`.
@@ -37,14 +39,14 @@ def admit_job(job: Job, merged: Merged | None, here: Session) -> Callable[[], No
     if merged is None:
         assert job.recipe is not None
         if job.to is not None:
-            here.on_main(partial(_admit_merge, job.recipe, job.to, here.options))
+            here.on_main(partial(_admit_merge, job.recipe, job.to, here.options, create))
         return lambda: None
     new = [model.model for model in job.models] + [ref for ref in job.parts.values() if ref is not None]
     leaving = job.names if job.action in ("unmerge", "replace") else ()
-    return admit_change(merged, job.to, here.ranks, here.options, new=new, without=leaving, base=job.base)
+    return admit_change(merged, job.to, here, new=new, without=leaving, base=job.base, create=create)
 
 
-def _admit_merge(recipe: Recipe, to: Destination, options: RunOptions) -> None:
+def _admit_merge(recipe: Recipe, to: Destination, options: RunOptions, create: bool) -> None:
     inputs = [*_parts(recipe.base, "base"), *(part for m in recipe.models for part in _parts(m.model, "model"))]
 
     def again(entry: Entry) -> bool:
@@ -55,7 +57,7 @@ def _admit_merge(recipe: Recipe, to: Destination, options: RunOptions) -> None:
         alike = alike and (recipe.learn is not None or weights == [model.weight for model in recipe.models])
         return alike and {p.name for p in contained_models(entry)} == {p.name for p in inputs if p.role != SNAPSHOT}
 
-    level, note = admit(to, inputs, history={}, again=again)
+    level, note = admit(to, inputs, history={}, again=again, create=create)
     check_readers(to, level, inputs)
     _tell(options, note)
 
@@ -63,13 +65,13 @@ def _admit_merge(recipe: Recipe, to: Destination, options: RunOptions) -> None:
 def admit_change(
     opened: Merged,
     to: Destination | None,
-    ranks: Ranks,
-    options: RunOptions,
+    here: Session,
     *,
     new: Sequence[str] = (),
     without: Sequence[str] = (),
     base: str | None = None,
     entry: Entry | None = None,
+    create: bool = True,
 ) -> Callable[[], None]:
     """Whether the result of a change may go where it is to be published (see `push_target.admit`).
 
@@ -78,6 +80,7 @@ def admit_change(
         without: names of models that leave.
         base: reference of a new base.
         entry: ledger entry that lists all other models of the result; None: the last entry.
+        create: as of `push_target.admit`.
 
     Returns:
         A check to be called after planning: whether everybody who may read the target may also read the inputs.
@@ -95,12 +98,12 @@ def admit_change(
         inputs = [part for part in contained_models(left) if base is None or part.role != "base"]
         inputs = with_snapshots(inputs, opened.refs)
         inputs += [part for ref in new for part in _parts(ref, "model")] + (_parts(base, "base") if base else [])
-        level, note = admit(to, inputs, history=opened.history)
-        _tell(options, note)
+        level, note = admit(to, inputs, history=opened.history, create=create)
+        _tell(here.options, note)
         return level, inputs
 
-    level, inputs = ranks.on_main(begin)
-    return lambda: ranks.on_main(partial(check_readers, to, level, inputs))
+    level, inputs = here.on_main(begin)
+    return lambda: here.on_main(partial(check_readers, to, level, inputs))
 
 
 def own_destination(opened: Merged, to: Destination) -> Destination:

@@ -30,6 +30,17 @@ from hfmerge.validation.wording import parameter
 
 
 @dataclass(frozen=True)
+class Wishes:
+    """What a user may ask for beside a change: `stream` and `state` of a `Recipe`; a `state` of None: as before."""
+
+    stream: bool = False
+    state: str | int | None = None
+
+
+AS_BEFORE = Wishes()
+
+
+@dataclass(frozen=True)
 class Change:
     """A planned change: the plan for the executor, and the facts for the ledger entry.
 
@@ -55,11 +66,11 @@ def first_merge(plan: Plan) -> Change:
     return Change("merge", names, f"merged {len(names)} models in order of arrival", (), plan)
 
 
-def plan_add(merged: Merged, models: Sequence[ModelEntry], *, stream: bool = False) -> Change:
+def plan_add(merged: Merged, models: Sequence[ModelEntry], *, wishes: Wishes = AS_BEFORE) -> Change:
     """Plan to merge further models after those a merge holds.
 
     Args:
-        stream: see `Recipe.stream`.
+        wishes: what the user asks for beside the change.
 
     Raises:
         LedgerError: no model named. RecipeError: faults of the new models.
@@ -67,16 +78,16 @@ def plan_add(merged: Merged, models: Sequence[ModelEntry], *, stream: bool = Fal
     if not models:
         raise LedgerError("add: name at least one model.")
     last = merged.last
-    plan, how = plan_models(merged, [*last.models, *models], stream=stream)
+    plan, how = plan_models(merged, [*last.models, *models], wishes=wishes)
     names = tuple(delta.source.name for delta in plan.deltas[len(last.models) :])
     return Change("add", names, how, last.models, plan)
 
 
-def plan_unmerge(merged: Merged, names: Sequence[str], *, stream: bool = False) -> Change:
+def plan_unmerge(merged: Merged, names: Sequence[str], *, wishes: Wishes = AS_BEFORE) -> Change:
     """Plan the merge of all models but `names`.
 
     Args:
-        stream: see `Recipe.stream`.
+        wishes: what the user asks for beside the change.
 
     Raises:
         LedgerError: a name is not in the merge, or nothing would be left.
@@ -90,11 +101,13 @@ def plan_unmerge(merged: Merged, names: Sequence[str], *, stream: bool = False) 
         raise LedgerError(
             f"{merged.snapshot.label}: holds no other model; the base {last.base.label} is what is left."
         )
-    plan, how = plan_models(merged, kept, stream=stream)
+    plan, how = plan_models(merged, kept, wishes=wishes)
     return Change("unmerge", tuple(last.models[i].name for i in sorted(set(gone))), how, tuple(kept), plan)
 
 
-def plan_subtract(merged: Merged, names: Sequence[str], *, measure: bool = False, stream: bool = False) -> Change:
+def plan_subtract(
+    merged: Merged, names: Sequence[str], *, measure: bool = False, wishes: Wishes = AS_BEFORE
+) -> Change:
     """Plan to subtract models approximately, for a method in which later models depend on earlier ones. No removal.
 
     The models stay in the ledger. They also stay in the carried state of a fold, and later changes stay orthogonal to
@@ -102,7 +115,7 @@ def plan_subtract(merged: Merged, names: Sequence[str], *, measure: bool = False
 
     Args:
         measure: also merge again without them, to measure the gap.
-        stream: see `Recipe.stream`.
+        wishes: what the user asks for beside the change.
 
     Raises:
         LedgerError: a name is not in the merge, was subtracted before, nothing would be left, or the method removes
@@ -124,10 +137,10 @@ def plan_subtract(merged: Merged, names: Sequence[str], *, measure: bool = False
         raise LedgerError(
             f"{merged.snapshot.label}: holds no other model; the base {last.base.label} is what is left."
         )
-    plan, how = plan_models(merged, wanted, stream=stream)
+    plan, how = plan_models(merged, wanted, wishes=wishes)
     exact = None
     if measure:
-        exact, _ = plan_models(merged, [model for model in wanted if not model.subtracted], stream=stream)
+        exact, _ = plan_models(merged, [model for model in wanted if not model.subtracted], wishes=wishes)
     subjects = tuple(last.models[i].name for i in sorted(set(subtracted)))
     return Change("subtract", subjects, how, tuple(wanted), plan, exact)
 
@@ -165,14 +178,14 @@ def plan_replay(merged: Merged, *, never: bool = False) -> Plan:
 
 
 def plan_models(
-    merged: Merged, wanted: Sequence[Material | ModelEntry], *, base: str | None = None, stream: bool = False
+    merged: Merged, wanted: Sequence[Material | ModelEntry], *, base: str | None = None, wishes: Wishes = AS_BEFORE
 ) -> tuple[Plan, str]:
     """Plan the merge of a list of models; the result is that of a first merge of this list.
 
     Args:
         wanted: all models of the result in order, each with its weight: models of the merge, and new models.
         base: reference of another base; None: the merge's.
-        stream: see `Recipe.stream`.
+        wishes: what the user asks for beside the change.
 
     Returns:
         The plan, and one line that says which sources it reads and why.
@@ -186,7 +199,7 @@ def plan_models(
     method = registry().get(last.method.name, MergeMethod)
     for start in starts(merged, method, common, len(wanted), warnings):
         try:
-            plan = _plan_from(merged, start, wanted, base, stream)
+            plan = _plan_from(merged, start, wanted, base, wishes)
         except HfMergeError as error:
             if not start.leaving:
                 raise
@@ -203,14 +216,14 @@ def plan_models(
             continue
         break
     else:
-        start, plan = None, _plan_from(merged, None, wanted, base, stream)
+        start, plan = None, _plan_from(merged, None, wanted, base, wishes)
     warnings += _unchanged(last, plan, wanted, base, start)
     plan = replace(plan, warnings=(*warnings, *plan.warnings))
     return plan, _how(last, start, plan, method)
 
 
 def _plan_from(
-    merged: Merged, start: Start | None, wanted: Sequence[Material | ModelEntry], base: str | None, stream: bool
+    merged: Merged, start: Start | None, wanted: Sequence[Material | ModelEntry], base: str | None, wishes: Wishes
 ) -> Plan:
     """The plan that continues from one kept state, or starts without one."""
     last = merged.last
@@ -225,9 +238,10 @@ def _plan_from(
         # a model that has left takes its tokenizer, template and generation config with it
         there = {"base", *(model.name for model in kept)}
         gone: dict[str, Any] = {key: None for key in CHOICES if getattr(recipe, key) not in (None, *there)}
-        recipe = replace(recipe, **gone)
+        state = recipe.state if wishes.state is None else wishes.state
+        recipe = replace(recipe, **gone, state=state, stream=wishes.stream)
         return make_plan(
-            replace(recipe, models=models, stream=stream, trust_remote_code=trust),
+            replace(recipe, models=models, trust_remote_code=trust),
             prior=start.prior if start else None,
             leaving=[_entry(model, refs) for model in leaving],
             origin=merged.snapshot.label,
@@ -287,14 +301,16 @@ def _how(last: Entry, start: Start | None, plan: Plan, method: type[MergeMethod]
     return f"continued from the kept state after model {held}; {later} of {total} models read"
 
 
-def plan_replace(merged: Merged, old: str, new: str, *, weight: Weight | None = None, stream: bool = False) -> Change:
+def plan_replace(
+    merged: Merged, old: str, new: str, *, weight: Weight | None = None, wishes: Wishes = AS_BEFORE
+) -> Change:
     """Plan to replace a model of the merge by another model or another revision of it.
 
     Args:
         old: name of a model of the merge.
         new: reference.
         weight: of the new one; None: the old one's.
-        stream: see `Recipe.stream`.
+        wishes: what the user asks for beside the change.
 
     Raises:
         LedgerError: `old` is not in the merge, or `new` is the same model.
@@ -306,7 +322,7 @@ def plan_replace(merged: Merged, old: str, new: str, *, weight: Weight | None = 
     entry = ModelEntry(new, replaced.weight if weight is None else weight)
     wanted: list[Material | ModelEntry] = [*last.models]
     wanted[place] = entry
-    plan, how = plan_models(merged, wanted, stream=stream)
+    plan, how = plan_models(merged, wanted, wishes=wishes)
     came = plan.deltas[place].source
     if entry.weight == replaced.weight and _same(came, replaced):
         raise LedgerError(
@@ -319,12 +335,12 @@ def plan_replace(merged: Merged, old: str, new: str, *, weight: Weight | None = 
     return Change("replace", (replaced.name, came.name), said, leading(wanted), plan)
 
 
-def plan_reorder(merged: Merged, names: Sequence[str], *, stream: bool = False) -> Change:
+def plan_reorder(merged: Merged, names: Sequence[str], *, wishes: Wishes = AS_BEFORE) -> Change:
     """Plan the merge of the same models in another order.
 
     Args:
         names: of all models, in the new order.
-        stream: see `Recipe.stream`.
+        wishes: what the user asks for beside the change.
 
     Raises:
         LedgerError: a name is not in the merge, is given twice, is missing, or the order is the present one.
@@ -338,22 +354,22 @@ def plan_reorder(merged: Merged, names: Sequence[str], *, stream: bool = False) 
     if order == sorted(order):
         raise LedgerError(f"{merged.snapshot.label}: its models are in this order already.")
     wanted = [models[i] for i in order]
-    plan, how = plan_models(merged, wanted, stream=stream)
+    plan, how = plan_models(merged, wanted, wishes=wishes)
     return Change("reorder", tuple(model.name for model in wanted), how, tuple(wanted), plan)
 
 
-def plan_rebase(merged: Merged, base: str, *, stream: bool = False) -> Change:
+def plan_rebase(merged: Merged, base: str, *, wishes: Wishes = AS_BEFORE) -> Change:
     """Plan the merge of the same models on another base, or another revision of it; every change is taken anew.
 
     Args:
         base: reference of a full model.
-        stream: see `Recipe.stream`.
+        wishes: what the user asks for beside the change.
 
     Raises:
         LedgerError: it is the present base. RecipeError: a model does not fit the new base.
     """
     last = merged.last
-    plan, how = plan_models(merged, last.models, base=base, stream=stream)
+    plan, how = plan_models(merged, last.models, base=base, wishes=wishes)
     if _same(plan.base, last.base):
         raise LedgerError(f"{merged.snapshot.label}: {last.base.label} is its base already.")
     return Change(
@@ -362,7 +378,12 @@ def plan_rebase(merged: Merged, base: str, *, stream: bool = False) -> Change:
 
 
 def plan_without(
-    merged: Merged, removed: Sequence[int], parts: Mapping[int, str], subjects: Sequence[str], *, stream: bool = False
+    merged: Merged,
+    removed: Sequence[int],
+    parts: Mapping[int, str],
+    subjects: Sequence[str],
+    *,
+    wishes: Wishes = AS_BEFORE,
 ) -> Change:
     """Plan to remove models, and to replace inner merges by merges without some of their models.
 
@@ -370,7 +391,7 @@ def plan_without(
         removed: indices of models that leave as a whole.
         parts: index of an inner merge -> reference of the same merge without some of its models.
         subjects: names of all removed models, those of inner merges included.
-        stream: see `Recipe.stream`.
+        wishes: what the user asks for beside the change.
 
     Raises:
         LedgerError: nothing would be left.
@@ -380,7 +401,7 @@ def plan_without(
     if not stay:
         raise LedgerError(f"{merged.snapshot.label}: holds no other model; {merged.last.base.label} is what is left.")
     wanted = [ModelEntry(parts[i], models[i].weight) if i in parts else models[i] for i in stay]
-    plan, how = plan_models(merged, wanted, stream=stream)
+    plan, how = plan_models(merged, wanted, wishes=wishes)
     notes = [f"{models[i].label} taken out" for i in removed]
     for at, i in enumerate(stay):
         if i in parts:

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from hfmerge.engine.estimate import more_states
 from hfmerge.engine.options import DEFAULT, RunOptions
 from hfmerge.engine.plan import Estimate
-from hfmerge.engine.workspace import check_output
 from hfmerge.errors import VerificationError
 from hfmerge.ledger.removal import contained_models
 from hfmerge.ledger.repository import Merged, open_merged
-from hfmerge.lifecycle.admission import admit_job
+from hfmerge.lifecycle.early import check_early, check_place, opened_for, planned_early, target_of
 from hfmerge.lifecycle.job import Job
-from hfmerge.lifecycle.nested import find_removal, inner_jobs
-from hfmerge.lifecycle.perform import DONE, check_place, lies_at, pinned_job, planned, target_of
+from hfmerge.lifecycle.nested import inner_jobs
+from hfmerge.lifecycle.perform import DONE, inner_removal, pinned_job, planned, state_advice
 from hfmerge.lifecycle.push_target import Destination, admit, check_readers, destination, with_snapshots
 from hfmerge.lifecycle.record import readable_card
 from hfmerge.lifecycle.repeat import already_restored, in_place
 from hfmerge.lifecycle.restore import check_code, find_earlier
-from hfmerge.lifecycle.session import Session, session
+from hfmerge.lifecycle.session import session
 from hfmerge.lifecycle.verify import verify_merge
 
 
@@ -41,6 +40,7 @@ class Forecast:
         push_to: repository that the result goes to; None: it is not published.
         inner: the inner merges that are made again first.
         warnings: warnings for the user.
+        advice: what would make such changes cheaper; None: nothing.
     """
 
     action: str
@@ -52,6 +52,7 @@ class Forecast:
     push_to: str | None = None
     inner: tuple[Forecast, ...] = ()
     warnings: tuple[str, ...] = ()
+    advice: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -71,14 +72,13 @@ def forecast(job: Job, options: RunOptions = DEFAULT) -> Forecast:
         if job.recipe is not None:
             job = dataclasses.replace(job, recipe=here.pinned_recipe(job.recipe))
         else:
-            merged = here.open(str(job.merged), job.sources)
+            merged = opened_for(job, here)
             job = pinned_job(job, here)
         target = target_of(job, merged)
         places: dict[str, Any] = {
             "folder": None if target is None else str(target),
             "push_to": None if job.to is None else job.to.repo_id,
         }
-        check_place(job, merged, options)
         if merged is not None and in_place(merged, job.output, job.to):
             done = {**DONE, "restore": lambda job, opened: already_restored(opened, int(job.step or 0))}.get(
                 job.action
@@ -88,20 +88,34 @@ def forecast(job: Job, options: RunOptions = DEFAULT) -> Forecast:
                     job.action, f"done already by step {merged.last.step}", None, _labels(merged), **places
                 )
         if merged is not None and job.step is not None:
+            here.on_main(partial(check_place, job, merged, options))
             earlier = find_earlier(merged, job.step, readable_card(merged))
             check_code(earlier, options)
             how = earlier.entry.how.replace("brought back", "is brought back").replace("was computed", "is computed")
             models = tuple(model.label for model in earlier.entry.models)
             return Forecast(job.action, how, None, models, **places, warnings=earlier.notes)
-        check_readers = admit_job(job, merged, here)
-        if merged is not None and job.action == "unmerge":
-            removal = find_removal(merged.last, job.names)
-            if removal.within:
-                jobs = inner_jobs(job, merged, removal, finishing=False).values()
-                inner = tuple(forecast(one, options) for one in jobs if isinstance(one, Job))
-                how = f"after the inner merge{'s' if len(jobs) > 1 else ''}, the outer one is made again"
-                return Forecast(job.action, how, None, (), 0, **places, inner=inner)
-        return _planned(job, merged, here, places, check_readers)
+        removal = inner_removal(job, merged) if merged is not None else None
+        if merged is not None and removal is not None:
+            check_early(job, merged, here, publishing=False)[0].tell()
+            jobs = inner_jobs(job, merged, removal, finishing=False).values()
+            inner = tuple(forecast(one, options) for one in jobs if isinstance(one, Job))
+            how = f"after the inner merge{'s' if len(jobs) > 1 else ''}, the outer one is made again"
+            return Forecast(job.action, how, None, (), 0, **places, inner=inner)
+        make = partial(planned, job, merged, here)
+        change = planned_early(job, merged, here, make, publishing=False)
+        plan = change.plan
+        models = tuple(delta.source.snapshot.label for delta in plan.deltas)
+        advice = more_states(plan) if merged is None else state_advice(change)
+        return Forecast(
+            change.action,
+            change.how,
+            plan.estimate,
+            models,
+            plan.start,
+            **places,
+            warnings=plan.warnings,
+            advice=advice,
+        )
 
 
 def admit_push(folder: Path, to: Destination, *, check: bool = True) -> tuple[Merged, str | None]:
@@ -139,16 +153,3 @@ def forecast_push(folder: str | Path, repo_id: str, *, check: bool = True, **all
 
 def _labels(merged: Merged) -> tuple[str, ...]:
     return tuple(model.label for model in merged.last.models)
-
-
-def _planned(
-    job: Job, merged: Merged | None, here: Session, places: Mapping[str, Any], check_readers: Callable[[], None]
-) -> Forecast:
-    target = target_of(job, merged)
-    if target is not None:
-        here.on_main(partial(check_output, target, replace=merged is not None and lies_at(merged, target)))
-    change = here.each(partial(planned, job, merged, here))
-    check_readers()
-    plan = change.plan
-    models = tuple(delta.source.snapshot.label for delta in plan.deltas)
-    return Forecast(change.action, change.how, plan.estimate, models, plan.start, **places, warnings=plan.warnings)

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypedDict
 
 from hfmerge.engine.options import DEFAULT, RunOptions
+from hfmerge.errors import Problem, RecipeError
 from hfmerge.lifecycle.push_target import Destination, destination
+from hfmerge.recipe import values
 from hfmerge.recipe.recipe import ModelEntry, Recipe
 from hfmerge.recipe.weights import Weight
 
@@ -42,7 +44,8 @@ class Job:
         output: folder of the result. None: the folder of the merge is replaced, or the result is only on the Hub.
         to: repository to which the result is published; None: it is not published.
         sources: name of a model that was merged from a folder -> present path of this folder.
-            stream: see `Recipe.stream`.
+        stream: see `Recipe.stream`.
+        state: which carried states are kept from this change on (see `Recipe.state`); None: as before.
     """
 
     action: Action
@@ -63,6 +66,7 @@ class Job:
     to: Destination | None = None
     sources: Mapping[str, str] = field(default_factory=dict)
     stream: bool = False
+    state: str | int | None = None
 
 
 class ChangeOptions(TypedDict, total=False):
@@ -79,6 +83,8 @@ class ChangeOptions(TypedDict, total=False):
             has (see `hub.privacy`). Otherwise a new repository is private if an input is private.
         sources: name of a model that was merged from a folder -> present path of this folder.
         stream: read weights from the Hub as they are needed, and do not keep them.
+        state: which carried states are kept from now on: "none", "last", "all", or after every k-th model; None: as
+            before.
         options: how the run uses the machine.
     """
 
@@ -90,6 +96,7 @@ class ChangeOptions(TypedDict, total=False):
     publish_private: Sequence[str]
     sources: Mapping[str, str] | None
     stream: bool
+    state: str | int | None
     options: RunOptions
 
 
@@ -102,7 +109,7 @@ def change_job(action: Action, merged: str | Path, **given: Unpack[ChangeOptions
     """The job of a verb that changes a merge; `dataclasses.replace` adds what it changes.
 
     Raises:
-        TypeError: an unknown option.
+        TypeError: an unknown option. RecipeError: no such setting of states.
     """
     if unknown := given.keys() - ChangeOptions.__annotations__.keys():
         raise TypeError(f"{action}() has no option {sorted(unknown)[0]!r}")
@@ -123,4 +130,12 @@ def change_job(action: Action, merged: str | Path, **given: Unpack[ChangeOptions
         ),
         sources=given.get("sources") or {},
         stream=given.get("stream", False),
+        state=_state(given.get("state"), action),
     )
+
+
+def _state(given: str | int | None, origin: str) -> str | int | None:
+    try:
+        return None if given is None else values.state(given)
+    except ValueError as error:
+        raise RecipeError([Problem("state", str(error))], origin) from error

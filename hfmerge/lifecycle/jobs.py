@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from hfmerge.engine.options import DEFAULT, RunOptions
 from hfmerge.errors import LedgerError
+from hfmerge.lifecycle.early import all_faults
 from hfmerge.lifecycle.job import ChangeOptions, Job, change_job, run_options
 from hfmerge.lifecycle.push_target import destination
 from hfmerge.lifecycle.session import AnyRecipe, given_recipe
@@ -27,7 +28,8 @@ PUBLISHING = ("create_pr", "commit_message", "overwrite", "publish_private")
 def merge_job(recipe: AnyRecipe | None = None, *, options: RunOptions = DEFAULT, **more: Any) -> JobAndOptions:
     """Of `api.merge`."""
     allowed = {name: more.pop(name) for name in PUBLISHING if name in more}
-    given, origin = given_recipe(recipe, options.consent, **more)
+    with all_faults(options, **allowed):
+        given, origin = given_recipe(recipe, options.consent, **more)
     to = destination(given.push_to, private=given.private, **allowed)
     return Job("merge", recipe=given, origin=origin, output=given.output, to=to), options
 

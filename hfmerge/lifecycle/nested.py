@@ -147,6 +147,7 @@ def _inner_job(job: Job, merged: Merged, i: int, identities: Sequence[str], *, f
         overwrite=job.overwrite,
         publish_private=job.publish_private,
         stream=job.stream,
+        state=job.state,
     )
 
 

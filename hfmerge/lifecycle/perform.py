@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from hfmerge.checkpoint.digests import Digester
 from hfmerge.engine.device import Device, device_for
 from hfmerge.engine.environment import environment
+from hfmerge.engine.estimate import more_states
 from hfmerge.engine.executor import Outcome, run
 from hfmerge.engine.fingerprint import work_of
 from hfmerge.engine.options import DEFAULT, RunOptions
@@ -23,15 +24,16 @@ from hfmerge.engine.plan import Plan
 from hfmerge.engine.planner import make_plan
 from hfmerge.engine.storage import for_machines, stand_ins
 from hfmerge.engine.workspace import Workspace, full_disk, workspace
-from hfmerge.errors import HfMergeError, LedgerError, OutputError, PushError
+from hfmerge.errors import HfMergeError, LedgerError, OutputError
 from hfmerge.ledger.card import restrictive
 from hfmerge.ledger.entry import Entry
 from hfmerge.ledger.repository import Merged, note_places
 from hfmerge.ledger.seen import follow
-from hfmerge.lifecycle.admission import admit_job, own_destination
+from hfmerge.lifecycle.admission import own_destination
 from hfmerge.lifecycle.archive_write import keep_sources
 from hfmerge.lifecycle.changes import (
     Change,
+    Wishes,
     first_merge,
     plan_add,
     plan_rebase,
@@ -41,6 +43,7 @@ from hfmerge.lifecycle.changes import (
     plan_unmerge,
     plan_without,
 )
+from hfmerge.lifecycle.early import check_early, lies_at, opened_for, planned_early, target_of
 from hfmerge.lifecycle.gap import gap_of
 from hfmerge.lifecycle.job import Job
 from hfmerge.lifecycle.nested import Removal, find_removal, inner_jobs, removed_already
@@ -56,21 +59,21 @@ from hfmerge.lifecycle.record import (
 from hfmerge.lifecycle.repeat import already_added, already_replaced, finish, in_place
 from hfmerge.lifecycle.restore import restore_step
 from hfmerge.lifecycle.session import MergeResult, Session, push_written, session
-from hfmerge.validation.wording import parameter, size
+from hfmerge.validation.wording import size
 
 
 if TYPE_CHECKING:
     from hfmerge.learning.learn import Learned
 
 PLANS: Mapping[str, Callable[[Job, Merged], Change]] = {
-    "add": lambda job, merged: plan_add(merged, job.models, stream=job.stream),
+    "add": lambda job, merged: plan_add(merged, job.models, wishes=wishes(job)),
     "unmerge": lambda job, merged: _plan_unmerge(job, merged),
-    "subtract": lambda job, merged: plan_subtract(merged, job.names, measure=job.measure, stream=job.stream),
+    "subtract": lambda job, merged: plan_subtract(merged, job.names, measure=job.measure, wishes=wishes(job)),
     "replace": lambda job, merged: plan_replace(
-        merged, job.names[0], job.models[0].model, weight=job.weight, stream=job.stream
+        merged, job.names[0], job.models[0].model, weight=job.weight, wishes=wishes(job)
     ),
-    "reorder": lambda job, merged: plan_reorder(merged, job.names, stream=job.stream),
-    "rebase": lambda job, merged: plan_rebase(merged, str(job.base), stream=job.stream),
+    "reorder": lambda job, merged: plan_reorder(merged, job.names, wishes=wishes(job)),
+    "rebase": lambda job, merged: plan_rebase(merged, str(job.base), wishes=wishes(job)),
 }
 """Action -> the plan of a job that changes a merge."""
 DONE: Mapping[str, Callable[[Job, Merged], bool]] = {
@@ -106,26 +109,36 @@ def perform(job: Job, options: RunOptions = DEFAULT) -> MergeResult:
             return here.on_main(partial(restore_step, job, options))
     started = time.monotonic()
     if job.recipe is not None:
-        check_place(job, None, options)
         with session(options) as here, Digester() as digester:
             snapshot = dataclasses.replace(job, recipe=here.pinned_recipe(job.recipe))
             return _carry_out(snapshot, None, dataclasses.replace(here, digester=digester), started)
     with session(options) as here:
-        merged = here.open(str(job.merged), job.sources)
+        merged = opened_for(job, here)
         job = pinned_job(job, here)
         done = DONE.get(job.action)
         if done is not None and in_place(merged, job.output, job.to) and here.on_main(partial(done, job, merged)):
             return finish(merged, job.to, here.ranks)
-        removal = find_removal(merged.last, job.names) if job.action == "unmerge" else None
-        if removal is None or not removal.within:
-            check_place(job, merged, options)
+        removal = inner_removal(job, merged)
+        if removal is None:
             return _carry_out(job, merged, here, started)
-        admit_job(job, merged, here)()
+        faults, check_readers = check_early(job, merged, here)
+        faults.tell()
+        check_readers()
     # an inner merge is made anew by a job of its own, which opens a session of its own
     job = dataclasses.replace(job, parts=_inner_made(job, merged, removal, options))
     with session(options) as here:
-        check_place(job, merged, options)
         return _carry_out(job, merged, here, started)
+
+
+def inner_removal(job: Job, merged: Merged) -> Removal | None:
+    """What a job takes out, if inner merges have to be made again for it; else None."""
+    if job.action != "unmerge":
+        return None
+    try:
+        removal = find_removal(merged.last, job.names)
+    except LedgerError:
+        return None  # planning meets the same fault and reports it together with all others
+    return removal if removal.within else None
 
 
 def pinned_job(job: Job, here: Session) -> Job:
@@ -165,39 +178,17 @@ def planned(job: Job, merged: Merged | None, here: Session) -> Change:
     return first_merge(make_plan(job.recipe, origin=job.origin, on_source=early))
 
 
+def wishes(job: Job) -> Wishes:
+    return Wishes(job.stream, job.state)
+
+
 def _plan_unmerge(job: Job, merged: Merged) -> Change:
-    if not job.parts:
-        return plan_unmerge(merged, job.names, stream=job.stream)
     removal = find_removal(merged.last, job.names)
+    if not job.parts:
+        return plan_unmerge(merged, job.names, wishes=wishes(job))
     gone = sorted({*removal.removed, *(i for i, ref in job.parts.items() if ref is None)})
     parts = {i: ref for i, ref in job.parts.items() if ref is not None}
-    return plan_without(merged, gone, parts, removal.subjects, stream=job.stream)
-
-
-def target_of(job: Job, merged: Merged | None) -> Path | None:
-    """Folder of the result; None if the result is only published."""
-    if job.output is not None:
-        return Path(job.output)
-    return merged.snapshot.folder if merged is not None else None
-
-
-def lies_at(merged: Merged, folder: Path) -> bool:
-    return folder.resolve() == merged.snapshot.folder
-
-
-def check_place(job: Job, merged: Merged | None, options: RunOptions) -> None:
-    target = target_of(job, merged)
-    if target is None and job.to is None:
-        if merged is None:
-            raise OutputError(f"{job.origin}: says neither `output` nor `push_to`; name a folder or a repository.")
-        name = merged.snapshot.name
-        where = f"{parameter('push_to', name)}, or {parameter('output', 'FOLDER')}"
-        raise PushError(f"{name}: lies on the Hub; say where the result goes: {where}.")
-    if target is None and options.resume:
-        raise OutputError(
-            "cannot resume: a run that only publishes leaves no unfinished work here; "
-            "name an output folder, or start anew."
-        )
+    return plan_without(merged, gone, parts, removal.subjects, wishes=wishes(job))
 
 
 def _carry_out(job: Job, merged: Merged | None, here: Session, started: float) -> MergeResult:
@@ -207,10 +198,8 @@ def _carry_out(job: Job, merged: Merged | None, here: Session, started: float) -
     replaced_one = merged if merged is not None and target is not None and lies_at(merged, target) else None
     if replaced_one is not None:
         here.on_main(partial(refuse_unknown_files, replaced_one))
-    check_readers = admit_job(job, merged, here)
+    change = planned_early(job, merged, here, partial(planned, job, merged, here))
     here = dataclasses.replace(here, ranks=with_disks(here.ranks, target, options.storage))
-    change = here.each(partial(planned, job, merged, here))
-    check_readers()
     device = here.each(lambda: device_for(options.device, spectral=change.plan.method.needs == "matrix"))
     change = dataclasses.replace(change, plan=for_machines(change.plan, here.ranks, device))
     _announce(change, merged, device, here)
@@ -250,11 +239,20 @@ def _announce(change: Change, merged: Merged | None, device: Device, here: Sessi
         need = change.plan.estimate
         loads = f", downloads {size(need.download)}" if need.download else ""
         here.tell(f"{change.action}: {change.how}; reads {size(need.read)}{loads}")
+    if (advice := state_advice(change)) is not None:
+        here.tell(advice)
     if merged is not None and (apart := other_arithmetic(change.plan, merged, environment(device))):
         here.tell(
             f"the kept state was made with {'; '.join(apart)}: the last bits of the result will depend on both. "
             "For bytes that depend on one alone, compute where the state was made, or merge all models again."
         )
+
+
+def state_advice(change: Change) -> str | None:
+    """What would have made a change cheap that starts from the base, where a kept state could have."""
+    if change.plan.start or change.action not in ("add", "unmerge", "replace"):
+        return None
+    return more_states(change.plan)
 
 
 @contextlib.contextmanager

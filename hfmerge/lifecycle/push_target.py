@@ -129,6 +129,7 @@ def admit(
     *,
     history: Mapping[str, bytes],
     again: Callable[[Entry], bool] | None = None,
+    create: bool = True,
 ) -> tuple[int | None, str | None]:
     """Check before any work: may the token write to the target, and which files would the push replace?
 
@@ -136,6 +137,7 @@ def admit(
         inputs: the materials of the result.
         history: path -> bytes of the ledger that the result continues.
         again: tells for a ledger entry whether the result would be the same merge, so that a merge may be repeated.
+        create: create a repository that does not exist, where the token does not tell whether it may.
 
     Returns:
         The level of privacy of the repository, None if it does not exist yet; and what the push will replace, if that
@@ -152,7 +154,7 @@ def admit(
         if target is not None and to.parent_commit not in (None, target.head):
             raise moved(to.repo_id, str(to.parent_commit))
         if target is None:
-            _require_namespace(to, me, inputs)
+            _require_namespace(to, me, inputs, create=create)
             return None, None
         card_there(to.repo_id, target)
         said = (check_replacement(to, target, inputs, history, again=again)[1], check_branch(to)[1])
@@ -231,6 +233,7 @@ def _user(to: Destination) -> Mapping[str, Any]:
     if _role(me) == "read" and not to.create_pr:
         raise PushError(
             f"{to.repo_id}: the token of {me['name']} may only read; a push needs one that may write there: {TOKEN}."
+            + ("" if _is_own(to, me) or "/" not in to.repo_id else f" And {_foreign(to, me)}")
         )
     try:
         validate_repo_id(to.repo_id)
@@ -249,20 +252,31 @@ def _role(me: Mapping[str, Any]) -> str | None:
     return token.get("role")
 
 
-def _require_namespace(to: Destination, me: Mapping[str, Any], inputs: Collection[ContainedModel]) -> None:
+def _require_namespace(
+    to: Destination, me: Mapping[str, Any], inputs: Collection[ContainedModel], *, create: bool
+) -> None:
     """Whether the user may create a repository there; where their token does not say, it is created at once."""
-    namespace, _, name = to.repo_id.partition("/")
-    roles = {str(org.get("name")).lower(): org.get("roleInOrg") for org in me.get("orgs") or ()}
-    own = namespace.lower() == me["name"].lower() or roles.get(namespace.lower()) in MAY_WRITE
-    if own and _role(me) == "write":
+    own = _is_own(to, me)
+    if own and (_role(me) == "write" or not create):
         return
+    if not create:
+        raise PushError(f"{to.repo_id}: {_foreign(to, me)}")
     try:
         make_target(to, restricted(part.identity for part in inputs))
     except (AccessError, NotFoundError) as error:
-        raise PushError(
-            f"{to.repo_id}: {me['name']} has no right to write under {namespace}; check the name, or push to "
-            f"{me['name']}/{name}."
-        ) from error
+        raise PushError(f"{to.repo_id}: {_foreign(to, me)}") from error
+
+
+def _is_own(to: Destination, me: Mapping[str, Any]) -> bool:
+    """Whether the target lies under the user's name, or under an organisation in which they may write."""
+    namespace = to.repo_id.partition("/")[0].lower()
+    roles = {str(org.get("name")).lower(): org.get("roleInOrg") for org in me.get("orgs") or ()}
+    return namespace == str(me["name"]).lower() or roles.get(namespace) in MAY_WRITE
+
+
+def _foreign(to: Destination, me: Mapping[str, Any]) -> str:
+    namespace, _, name = to.repo_id.partition("/")
+    return f"{me['name']} has no right to write under {namespace}; check the name, or push to {me['name']}/{name}."
 
 
 def with_snapshots(inputs: Iterable[ContainedModel], places: Mapping[str, str]) -> list[ContainedModel]:

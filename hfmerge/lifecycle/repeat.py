@@ -12,7 +12,6 @@ from pathlib import Path
 
 from hfmerge.checkpoint.describe import describe
 from hfmerge.checkpoint.digests import digests, folder_digest, with_beside
-from hfmerge.engine.options import DEFAULT
 from hfmerge.engine.ranks import Ranks
 from hfmerge.engine.run_files import STATE_FOLDER
 from hfmerge.engine.workspace import clear
@@ -24,7 +23,7 @@ from hfmerge.ledger.repository import Merged
 from hfmerge.lifecycle.admission import admit_change
 from hfmerge.lifecycle.publish import finish_push
 from hfmerge.lifecycle.push_target import Destination, require_writer
-from hfmerge.lifecycle.session import MergeResult, push_written
+from hfmerge.lifecycle.session import MergeResult, Session, push_written
 from hfmerge.recipe.recipe import ModelEntry
 from hfmerge.recipe.weights import Weight
 
@@ -107,7 +106,7 @@ def _finish(opened: Merged, to: Destination | None, ranks: Ranks) -> MergeResult
         require_writer(opened.snapshot.name)
         pushed = finish_push(opened.snapshot, last, to)
     else:
-        admit_change(opened, to, Ranks(), DEFAULT)()
+        admit_change(opened, to, Session(Ranks()))()
         clear(folder)
         _drop_strays(folder, last.beside)
         pushed = push_written(folder, to) if to is not None else None

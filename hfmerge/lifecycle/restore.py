@@ -34,7 +34,7 @@ from hfmerge.lifecycle.publish import Pushed, push_folder
 from hfmerge.lifecycle.push_target import Destination
 from hfmerge.lifecycle.record import keep_foreign_files, readable_card, refuse_unknown_files, write_record
 from hfmerge.lifecycle.repeat import already_restored, finish, in_place
-from hfmerge.lifecycle.session import MergeResult, push_written
+from hfmerge.lifecycle.session import MergeResult, Session, push_written
 from hfmerge.user_files import private_file, private_folder
 from hfmerge.validation.wording import parameter
 
@@ -77,7 +77,7 @@ def restore_step(job: Job, options: RunOptions) -> MergeResult:
     if in_place(opened, output, to) and already_restored(opened, step):
         return finish(opened, to, Ranks())
     if 1 <= step <= len(opened.entries):
-        admit_change(opened, to, Ranks(), options, entry=opened.entries[step - 1])()
+        admit_change(opened, to, Session(Ranks(), options), entry=opened.entries[step - 1])()
     existing = readable_card(opened)
     replacing = folder is not None and target is not None and target.resolve() == folder
     if replacing:

@@ -296,7 +296,7 @@ def check_recipe(
         methods = registry()
     recipe = _recipe(Section(data, "", problems), methods)
     if problems:
-        raise RecipeError(problems, origin)
+        raise RecipeError(problems, origin, recipe)
     return dataclasses.replace(recipe, notes=tuple(notes))
 
 

@@ -61,6 +61,31 @@ def test_it_says_whether_a_state_fits(root: Path) -> None:
     assert "\nstate    no kept state fits; from the base\n" in first
 
 
+def test_the_advice_on_states_makes_the_next_removal_cheap(root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    given = ("--base", root / "base", "--method", "opcm")
+    models = [root / f"m{i}" for i in range(4)]
+    asked = tiny.done("plan", *models, *given).out
+    assert "\nstates   --state all keeps a state after each of the 4 models, " in asked
+    tiny.done("merge", *models, *given, "--output", out)
+    seen = unchanged(root, "unmerge", out, "--remove", "m0").out
+    assert "no kept state fits" in seen and "--state all keeps a state after each of the 3 models" in seen
+    run = tiny.done("unmerge", out, "--remove", "m0", "--state", "all")
+    assert "--state all" not in run.err  # it is followed
+    assert len(tiny.states(out)) == 3
+    run = tiny.done("unmerge", out, "--remove", "m2")
+    assert "continued from the kept state after model 1; 1 of 2 models read" in run.err
+    assert "--state" not in run.err
+    tiny.done("verify", out, "--replay")
+    fresh = tmp_path / "fresh"
+    tiny.done("merge", root / "m1", root / "m3", *given, "--output", fresh)
+    assert tiny.files(out, states=False) == tiny.files(fresh, states=False)
+    assert (
+        'state: must be none, last, all or a positive whole number, not "many"'
+        in tiny.cli("unmerge", out, "--remove", "m1", "--state", "many").err
+    )
+
+
 def test_the_change_then_reads_what_was_foreseen(root: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     foreseen = hfmerge.dry_run("unmerge", root / "merged", remove="m1", output=out)
