@@ -27,7 +27,7 @@ from hfmerge.checkpoint.vocabulary import MergedVocabulary, align
 from hfmerge.checkpoint.writer import SINGLE, Slot, shard_names
 from hfmerge.engine.adapter_chain import below_adapters
 from hfmerge.engine.estimate import with_estimate
-from hfmerge.engine.model_match import Layouts, match_source, some
+from hfmerge.engine.model_match import Layouts, incomplete_base, match_source, some
 from hfmerge.engine.plan import SAFETENSORS_DTYPES, BaseLayout, Estimate, Param, Plan, Prior, folder_of
 from hfmerge.engine.untying import TIE_FLAG, one_sided, untie
 from hfmerge.errors import HfMergeError, Problem, RecipeError, UnsupportedError
@@ -94,7 +94,7 @@ def make_plan(
         for source in filter(None, (base, *sources)):
             on_source(source)
     layouts = Layouts(recipe.trust_remote_code)
-    layout = _base_layout(base, layouts, problems, origin)
+    layout = _base_layout(base, sources, layouts, problems, warnings, origin)
     _check_duplicates(sources[: len(recipe.models)], problems)
     base, layout, matched = _with_ends(recipe, base, layout, layouts, sources)
     problems += [Problem(places[i], text) for i, text in matched.problems]
@@ -154,7 +154,14 @@ def _described(
     return places, base, sources, problems
 
 
-def _base_layout(base: Model, layouts: Layouts, problems: list[Problem], origin: str) -> Layout:
+def _base_layout(
+    base: Model,
+    sources: Sequence[Model | None],
+    layouts: Layouts,
+    problems: list[Problem],
+    warnings: list[str],
+    origin: str,
+) -> Layout:
     """What the base's stored tensors mean.
 
     Raises:
@@ -164,9 +171,12 @@ def _base_layout(base: Model, layouts: Layouts, problems: list[Problem], origin:
         layout = layouts.of(base)
     except HfMergeError as error:
         raise RecipeError([*problems, Problem("base", str(error))], origin) from error
-    if layout.missing:
-        text = f"{base.snapshot.label} lacks {some(layout.missing)} of its own class {layout.architecture}."
-        problems.append(Problem("base", text))
+    try:
+        fault, remark = incomplete_base(base, layout, layouts, sources)
+    except HfMergeError:  # of a model, which is reported where it is matched
+        return layout
+    problems += [Problem("base", fault)] if fault else []
+    warnings += [remark] if remark else []
     return layout
 
 
@@ -387,7 +397,7 @@ def _params(
         inside = is_merged(recipe, key)
         if key in layout.tied:
             params.append(Param(key, file, slot, "tied", owner=layout.tied[key]))
-        elif entry.dtype not in FLOATS or not inside:
+        elif entry.dtype not in FLOATS or not inside or 0 in entry.shape:  # nothing can be merged of no elements
             params.append(Param(key, file, slot, "copy", vocab_axis=axis))
         else:
             ranks = tuple(delta.rank(key) for delta in deltas)
