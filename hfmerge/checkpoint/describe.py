@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from hfmerge.checkpoint import other_forms
 from hfmerge.checkpoint.headers import FLOATS, OTHERS, TensorEntry, pickle_entries, read_header
 from hfmerge.checkpoint.model import Model
 from hfmerge.checkpoint.schema import read_snapshot_json
@@ -90,17 +91,14 @@ def _describe_pinned(ref: str, snapshot: Snapshot, allow_pickle: bool, streaming
         tensors, pickled, streams = _headers(snapshot, "adapter_model", allow_pickle, streaming)
         return Model(ref, snapshot, "adapter", config, adapter, tensors, pickled, streams=streams)
     if "config.json" not in names:
+        known = other_forms.of_files(names, "model")
         raise UnsupportedError(
-            f"{snapshot.label}: neither config.json nor adapter_config.json; not a model that transformers or peft "
-            "can load."
+            f"{snapshot.label}: neither config.json nor adapter_config.json; "
+            f"{known or 'not a model that transformers or peft can load'}."
         )
     config = read_snapshot_json(snapshot, "config.json")
-    quantised = config.get("quantization_config")
-    if quantised:
-        how = quantised.get("quant_method", "an unnamed method") if isinstance(quantised, dict) else quantised
-        raise UnsupportedError(
-            f"{snapshot.label}: quantised with {how}; merge the original weights, or dequantise and save them first."
-        )
+    if config.get("quantization_config"):
+        raise UnsupportedError(f"{snapshot.label}: {other_forms.of_quantisation(config['quantization_config'])}.")
     stem = (
         "model" if any(n in names for n in ("model.safetensors", "model.safetensors.index.json")) else "pytorch_model"
     )
@@ -188,11 +186,13 @@ def _headers(
         for key, entry in tensors.items():
             if entry.dtype not in FLOATS and entry.dtype not in OTHERS:
                 raise UnsupportedError(f"{snapshot.label}: {key} is {entry.dtype}: quantised weights are not merged.")
+        if known := other_forms.of_names(tensors):
+            raise UnsupportedError(f"{snapshot.label}: {known}.")
         return tensors, pickled, tuple(streams)
     _check_online(snapshot, f"{stem}.safetensors")
-    held = [
-        name for name in snapshot.files if name.endswith((".gguf", ".h5", ".msgpack", ".onnx", ".safetensors", ".bin"))
-    ]
+    if known := other_forms.of_files(snapshot.files, stem.removeprefix("pytorch_")):
+        raise UnsupportedError(f"{snapshot.label}: {known}.")
+    held = [name for name in snapshot.files if name.endswith((".safetensors", ".bin"))]
     what = f"only {', '.join(held[:3])}" if held else "no weights"
     wanted = stem.removeprefix("pytorch_")
     raise UnsupportedError(f"{snapshot.label}: {what}; a {wanted}.safetensors or its index is needed.")

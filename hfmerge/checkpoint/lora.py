@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from hfmerge.checkpoint.lora_targets import Targets
 from hfmerge.checkpoint.model import Model
+from hfmerge.checkpoint.other_forms import of_shape
 from hfmerge.checkpoint.patterns import Patterns
 from hfmerge.errors import CorruptFileError, ShapeError, UnsupportedError
 from hfmerge.task_vector import LowRank
@@ -281,6 +282,8 @@ class _Mapping:
         label, config, base = self.label, self.config, self.base
         down, up = self.source.tensors[down_key].shape, self.source.tensors[up_key].shape
         wanted = base.shapes[target]
+        if torn := of_shape(down, (1, 1)) or of_shape(up, (1, 1)):
+            raise UnsupportedError(f"{label}: {down_key} is {down}: {torn}.")
         if len(down) != 2 or len(up) != 2 or len(wanted) != 2:
             raise UnsupportedError(
                 f"{label}: {down_key} {down} changes a {len(wanted)}-D tensor; only matrices are merged."

@@ -79,6 +79,35 @@ def match_source(
     return delta, head, size
 
 
+def incomplete_base(
+    base: Model, layout: Layout, layouts: Layouts, sources: Sequence[Model | None]
+) -> tuple[str | None, str | None]:
+    """Why a base that lacks parameters of its class cannot be merged, or else what a user has to know of it.
+
+    A base may lack what no model has either: a part of its class, such as a pooler, that it was saved without, or
+    what a full model lacks as well. The merge then lacks it too.
+    """
+    if not layout.missing:
+        return None, None
+    said = f"{base.snapshot.label} lacks {some(layout.missing)} of its own class {layout.architecture}"
+    lacking = layout.lacking()
+    stored = {name.partition(".")[0] for name in layout.memory.filling}
+    apart = all(name.partition(".")[0] not in stored for name in lacking)
+    agreed = False
+    for source in sources:
+        full = source if source is None or source.kind == "full" else source.beneath
+        if full is None:
+            continue
+        other = layouts.of(full)
+        ends = tuple(f".{name}" for name in lacking)
+        if held := [name for name in other.memory.filling if name in lacking or name.endswith(ends)]:
+            return f"{said}, and {full.snapshot.label} has {some(held)}; give the base that it was tuned from.", None
+        agreed |= lacking <= other.lacking()
+    if not apart and not agreed:
+        return f"{said}; get it again.", None
+    return None, f"{said}; no model has it either, and so the merge lacks it too."
+
+
 def _own_head(mapped: AdapterMap, source: Model, base: Model, layout: Layout) -> AdapterMap:
     """The adapter's copy of the base's head is its own head unless a config.json beside it names the same labels."""
     if source.config.get("id2label") and _labels(source.config) == _labels(base.config):
@@ -97,13 +126,13 @@ def _match_full(
 ) -> tuple[Delta, tuple[str, ...], int | None]:
     """A full checkpoint in the base's layout: its delta, its head's stored keys, and differing embedding rows."""
     label = source.snapshot.label
-    theirs = source.config.get("model_type")
-    if theirs != layout.model_type and not str(theirs).startswith(f"{layout.model_type}_"):
-        ours = str(layout.model_type)
-        if not ours.startswith(f"{theirs}_"):
-            raise UnsupportedError(f"{label} is a {theirs} model, the base {base.snapshot.label} a {ours} one.")
     other = layouts.of(source)
-    if other.missing:
+    if not _related(source.config, other, base.config, layout):
+        raise UnsupportedError(
+            f"{label} is a {other.model_type} model, the base {base.snapshot.label} a {layout.model_type} one, and "
+            "neither is a part of the other; merge it with models of its own type."
+        )
+    if other.missing and not other.lacking() <= layout.lacking():
         raise CorruptFileError(f"{label} lacks {some(other.missing)} of its own class {other.architecture}.")
     matched = match(layout, other)
     labels_differ = _labels(base.config) != _labels(source.config)
@@ -162,6 +191,29 @@ def _match_full(
         tuple(key for key in heads if key not in apart),
         size,
     )
+
+
+def _related(theirs: Mapping[str, Any], other: Layout, ours: Mapping[str, Any], layout: Layout) -> bool:
+    """Whether two models are of one type, or one is a part of the other, as a language model is of one that sees."""
+    its, mine = other.model_type, layout.model_type
+    if its == mine or its.startswith(f"{mine}_") or mine.startswith(f"{its}_"):
+        return True
+    return its in _named_parts(ours) or mine in _named_parts(theirs) or its in _parts(layout) or mine in _parts(other)
+
+
+def _named_parts(config: Mapping[str, Any]) -> set[str]:
+    """Types of the models inside a model, as its config.json names them."""
+    return {str(value.get("model_type")) for value in config.values() if isinstance(value, Mapping)}
+
+
+def _parts(layout: Layout) -> set[str]:
+    """Types of the models inside a model, as its class has them: config.json leaves out what is the default."""
+    skeleton = layout.memory.skeleton
+    if skeleton is None:
+        return set()
+    config = skeleton.model.config
+    parts = [getattr(config, name, None) for name in config.sub_configs]
+    return {str(part.model_type) for part in parts if part is not None}
 
 
 def _origin_shape(where: Origin, other: Layout, base: Layout, key: str) -> tuple[int, ...]:

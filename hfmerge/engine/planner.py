@@ -27,7 +27,7 @@ from hfmerge.checkpoint.vocabulary import MergedVocabulary, align
 from hfmerge.checkpoint.writer import SINGLE, Slot, shard_names
 from hfmerge.engine.adapter_chain import below_adapters
 from hfmerge.engine.estimate import with_estimate
-from hfmerge.engine.model_match import Layouts, match_source, some
+from hfmerge.engine.model_match import Layouts, incomplete_base, match_source, some
 from hfmerge.engine.plan import SAFETENSORS_DTYPES, BaseLayout, Estimate, Param, Plan, Prior, folder_of
 from hfmerge.engine.untying import TIE_FLAG, one_sided, untie
 from hfmerge.errors import HfMergeError, Problem, RecipeError, UnsupportedError
@@ -93,7 +93,7 @@ def make_plan(
     if on_source is not None and not problems:
         for source in filter(None, (base, *sources)):
             on_source(source)
-    known = _base_layout(layouts, base, problems)
+    known = _base_layout(layouts, base, sources, problems, warnings)
     if known is None:
         raise RecipeError([*problems, *_layout_problems(layouts, places, sources)], origin)
     base, layout, matched = _with_ends(recipe, *known, layouts, sources)
@@ -166,7 +166,13 @@ def _described(
     return places, base, sources, problems
 
 
-def _base_layout(layouts: Layouts, base: Model | None, problems: list[Problem]) -> tuple[Model, Layout] | None:
+def _base_layout(
+    layouts: Layouts,
+    base: Model | None,
+    sources: Sequence[Model | None],
+    problems: list[Problem],
+    warnings: list[str],
+) -> tuple[Model, Layout] | None:
     """A full base and what its stored tensors mean; None and a problem if nobody knows."""
     if base is None or base.kind != "full":
         return None
@@ -175,9 +181,12 @@ def _base_layout(layouts: Layouts, base: Model | None, problems: list[Problem]) 
     except HfMergeError as error:
         problems.append(Problem("base", str(error)))
         return None
-    if layout.missing:
-        text = f"{base.snapshot.label} lacks {some(layout.missing)} of its own class {layout.architecture}."
-        problems.append(Problem("base", text))
+    try:
+        fault, remark = incomplete_base(base, layout, layouts, sources)
+    except HfMergeError:  # of a model, which is reported where it is matched
+        return base, layout
+    problems += [Problem("base", fault)] if fault else []
+    warnings += [remark] if remark else []
     return base, layout
 
 
@@ -408,7 +417,7 @@ def _params(
         inside = is_merged(recipe, key)
         if key in layout.tied:
             params.append(Param(key, file, slot, "tied", owner=layout.tied[key]))
-        elif entry.dtype not in FLOATS or not inside:
+        elif entry.dtype not in FLOATS or not inside or 0 in entry.shape:  # nothing can be merged of no elements
             params.append(Param(key, file, slot, "copy", vocab_axis=axis))
         else:
             ranks = tuple(delta.rank(key) for delta in deltas)

@@ -26,6 +26,12 @@ if TYPE_CHECKING:
     from hfmerge.methods import MergeMethod
 
 
+MIXTURE = (
+    "this is a recipe of mergekit-moe, which makes one mixture of experts out of models; make that with mergekit-moe, "
+    "or list under `models` what is to be merged into `base`"
+)
+
+
 @dataclass(frozen=True)
 class ModelEntry:
     """One model to merge.
@@ -282,6 +288,9 @@ def check_recipe(
     notes: list[str] = []
     if not isinstance(data, Mapping):
         problems.append(Problem("recipe", "is empty" if data is None else f"must be a mapping, not {show(data)}"))
+        raise RecipeError(problems, origin)
+    if "experts" in data or "gate_mode" in data:
+        problems.append(Problem("experts", MIXTURE))
         raise RecipeError(problems, origin)
     if "merge_method" in data:
         from hfmerge.recipe.mergekit.convert import convert

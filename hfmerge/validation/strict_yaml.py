@@ -108,6 +108,9 @@ def parse_yaml(text: str, origin: str) -> tuple[Any, list[Problem]]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "file"
+        if isinstance(error, yaml.composer.ComposerError) and "another document" in (error.problem or ""):
+            text = "a second document begins here; put each into a file of its own, and give one of them"
+            raise RecipeError([Problem(where, text)], origin) from error
         what = ", ".join(part for part in (error.problem, error.context) if part)
         raise RecipeError([Problem(where, f"not valid YAML: {what}")], origin) from error
     except yaml.reader.ReaderError as error:

@@ -534,7 +534,7 @@ def test_config_decides_the_class(tmp_path: Path) -> None:
 def test_quantised_weights_are_refused(section: str | None, tmp_path: Path) -> None:
     config = {"architectures": ["BertModel"], "model_type": "bert"}
     quantised = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
-    with pytest.raises(UnsupportedError, match=r"some/model: the weights are quantised \(gptq\)"):
+    with pytest.raises(UnsupportedError, match="some/model: quantised with gptq in 4 bits, which"):
         describe_layout({**config, **({section: quantised} if section else quantised)}, {}, origin="some/model")
     assert (
         describe_layout({**config, "quantization_config": None}, {}, origin="some/model").architecture == "BertModel"

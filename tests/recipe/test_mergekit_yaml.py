@@ -481,3 +481,9 @@ def test_no_convertible_method_is_missing_from_the_registry() -> None:
     assert set(SHARED) <= set(registry())
     assert not set(OTHER_METHODS) & set(SHARED)
     assert "merge_method" in KEYS
+
+
+def test_a_recipe_of_a_mixture_of_experts_is_named() -> None:
+    said = "this is a recipe of mergekit-moe"
+    with pytest.raises(RecipeError, match=said):
+        parse_recipe({"base_model": "a/b", "gate_mode": "random", "experts": [{"source_model": "a/c"}]}, "moe.yaml")

@@ -396,7 +396,7 @@ def test_faulty_keys(key: str, value: Any, text: str) -> None:
     [
         ("base: [a\nmodels: b]:\n", "line 2, column 7", "not valid YAML"),
         ("base: a\n\tmodels: b\n", "line 2, column 1", "found a tab character"),
-        ("base: a\n---\nbase: b\n", "line 2, column 1", "expected a single document"),
+        ("base: a\n---\nbase: b\n", "line 2, column 1", "a second document begins here"),
         ("base: !!python/object:os.system {}\n", "line 1, column 7", "could not determine a constructor"),
         ("base: !!int x\n", "line 1, column 7", "is not of the type its tag says"),
         ("base: !!bool x\n", "line 1, column 7", "is not of the type its tag says"),

@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from hfmerge.checkpoint.layout.skeleton import Shape, Skeleton, one_line
+from hfmerge.checkpoint.other_forms import of_shape
 from hfmerge.errors import CorruptFileError, ShapeError
 
 
@@ -205,17 +206,20 @@ def complete(group: Group, skeleton: Skeleton, shapes: Mapping[str, Shape], orig
     if not all(group.inputs) or (group.per_expert and len({len(keys) for keys in group.inputs}) > 1):
         return False
     stored = {key: torch.empty(shapes[key], device="meta") for key in group.keys}
+    torn = of_shape(shapes[group.keys[0]], expected[0])
     try:
         found = [tuple(value.shape) for value in group.forward(stored, skeleton.model)]
     except (RuntimeError, ValueError, IndexError) as error:
-        raise ShapeError(f"{origin}: {group.keys[0]} does not fit {group.name}: {one_line(error)}") from error
+        why = torn or one_line(error)
+        raise ShapeError(f"{origin}: {group.keys[0]} does not fit {group.name}: {why}") from error
     if found == expected:
         return True
     if group.per_expert and found[0][0] < expected[0][0] and found[0][1:] == expected[0][1:]:
         return False
+    why = torn or "does it belong to these weights?"
     raise ShapeError(
         f"{origin}: {group.keys[0]} gives {group.name} the shape {found[0]}, config.json describes {expected[0]}; "
-        "does it belong to these weights?"
+        f"{why}"
     )
 
 

@@ -86,6 +86,11 @@ class Layout:
     blocks: dict[str, tuple[Segment, ...]]
     memory: MemoryLayout = field(repr=False, compare=False)
 
+    def lacking(self) -> frozenset[str]:
+        """The `missing` ones in canonical names."""
+        skeleton = self.memory.skeleton if self.missing else None
+        return frozenset() if skeleton is None else frozenset(_canonical(name, skeleton) for name in self.missing)
+
     def parameter_of_module(self, path: str) -> str | None:
         """Stored key of the weight of a module, None if the checkpoint stores no tensor for that weight alone.
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hfmerge.checkpoint.other_forms import of_quantisation
 from hfmerge.checkpoint.side_files import without_code
 from hfmerge.errors import UnsupportedError
 from hfmerge.validation.limits import ELEMENTS, PARTS
@@ -225,10 +226,7 @@ def _refuse_quantised(config: Mapping[str, Any], origin: str) -> None:
     for section in (config, *(value for value in config.values() if isinstance(value, Mapping))):
         quantised = section.get("quantization_config") or section.get("compression_config")
         if quantised:
-            method = quantised.get("quant_method") if isinstance(quantised, Mapping) else None
-            raise UnsupportedError(
-                f"{origin}: the weights are quantised ({method or 'method not named'}); use the original checkpoint"
-            )
+            raise UnsupportedError(f"{origin}: {of_quantisation(quantised)}.")
 
 
 def _native_class(
@@ -281,7 +279,23 @@ def _config_for(config_class: type[PreTrainedConfig], config: Mapping[str, Any])
         section = next((value for value in towers if value.get("model_type") == config_class.model_type), config)
     # Which attention kernel a user last ran says nothing about the weights and may not be installed here.
     kernels = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
-    return config_class.from_dict({key: value for key, value in section.items() if key not in kernels})
+    return config_class.from_dict({key: _numbers(value) for key, value in section.items() if key not in kernels})
+
+
+_FLOATS = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
+
+
+def _numbers(value: Any) -> Any:
+    """A value of config.json with the numbers that transformers writes as `{"__float__": "Infinity"}`.
+
+    transformers reads them so in `from_pretrained` alone, and not in `from_dict`.
+    """
+    if isinstance(value, Mapping):
+        said = value.get("__float__")
+        if len(value) == 1 and isinstance(said, str) and said in _FLOATS:
+            return _FLOATS[said]
+        return {key: _numbers(item) for key, item in value.items()}
+    return [_numbers(item) for item in value] if isinstance(value, list) else value
 
 
 def one_line(error: BaseException) -> str:
