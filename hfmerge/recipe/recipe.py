@@ -17,6 +17,7 @@ from hfmerge.errors import Problem, RecipeError
 from hfmerge.recipe import values
 from hfmerge.recipe.keys import Declared, jsonable, keys_of, read_key, read_keys
 from hfmerge.recipe.learning import Learning, read_learning, restored_learning
+from hfmerge.recipe.united import both_united
 from hfmerge.recipe.weights import Weight, read_weight, written
 from hfmerge.validation.strict_yaml import dump_yaml, read_yaml
 from hfmerge.validation.values import Section, show, suggestion, text
@@ -77,7 +78,8 @@ class Recipe:
         dtype: dtype of the output: float32, float16, bfloat16 or float64; None: the base's.
         include, exclude: fnmatch patterns on names of output parameters; empty `include` means all. What is left
             out keeps the base's value.
-        vocabulary: "base", "union", or None: vocabularies that differ are an error.
+        vocabulary: "base", "union", or None: vocabularies that differ are an error. "union" needs the united
+            tokenizer too, so this and `tokenizer: union` are the same: either gives the other.
         tokenizer, chat_template, generation_config: "base", or a model of `models`, by its reference or name, whose
             files the merge gets; None: the base's. Without `chat_template` the template comes with the tokenizer.
         state: which carried states are kept: "none", "last", "all", or after every k-th model.
@@ -133,7 +135,8 @@ class Recipe:
     tokenizer: str | None = field(
         default=None,
         metadata=Declared(
-            help="the model whose tokenizer the merge gets, or base (default)", metavar="base|MODEL",
+            help="the model whose tokenizer the merge gets, base (default), or union: as vocabulary says",
+            metavar="base|union|MODEL",
             recorded="set", result=True,
         ),
     )  # fmt: skip
@@ -329,6 +332,7 @@ def _recipe(top: Section, methods: Mapping[str, type[MergeMethod]]) -> Recipe:
     rest = read_keys(top, [key for name, key in keys.items() if name not in apart])
     if rest["private"] is not None and top.data.get("push_to") is None:
         top.report("private", "has no effect without push_to; add push_to or remove it")
+    both_united(rest, top)
     return Recipe(**apart, **rest)
 
 
