@@ -32,6 +32,7 @@ from hfmerge.engine.plan import SAFETENSORS_DTYPES, BaseLayout, Estimate, Param,
 from hfmerge.engine.untying import TIE_FLAG, one_sided, untie
 from hfmerge.errors import HfMergeError, Problem, RecipeError, UnsupportedError
 from hfmerge.methods import MergeMethod, faulty, registry
+from hfmerge.recipe.chat_template import SUFFIX, ChatTemplate
 from hfmerge.recipe.recipe import ModelEntry, Recipe
 from hfmerge.recipe.united import UNION
 from hfmerge.recipe.values import count_problem, option_names, sum_problem, weights_problem
@@ -424,12 +425,14 @@ def _chosen(
     problems = []
     for choice in CHOICES:
         wanted = getattr(recipe, choice)
-        if wanted is None or (choice, wanted) == ("tokenizer", UNION):
+        if wanted is None or isinstance(wanted, ChatTemplate) or (choice, wanted) == ("tokenizer", UNION):
             continue
         at = named_model(wanted, recipe.models, [delta.source for delta in deltas])
         if at is None:
             names = ", ".join(delta.source.name for delta in deltas)
-            problems.append(Problem(choice, f"{show(wanted)} is neither base nor a model of the merge: {names}"))
+            text = f"{show(wanted)} is neither base nor a model of the merge: {names}"
+            file = f"; the name of a file ends in {SUFFIX}" if choice == "chat_template" else ""
+            problems.append(Problem(choice, text + file))
         elif at >= 0 and not (
             files_of(choice, deltas[at].source.snapshot)
             or (choice == "chat_template" and template(deltas[at].source.snapshot) is not None)

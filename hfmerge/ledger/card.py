@@ -217,6 +217,8 @@ def _usage(entry: Entry) -> str:
 
 def _maker(chosen: Any) -> str:
     """Whose tokenizer, chat template or generation config a merge has, from the settings of its entry."""
+    if isinstance(chosen, Mapping):
+        return "the recipe"
     return "base and models together" if chosen == UNION else str(chosen)
 
 

@@ -225,7 +225,8 @@ def _plan_from(
         models = tuple(_entry(model, refs) if isinstance(model, Material) else model for model in wanted)
         # a model that has left takes its tokenizer, template and generation config with it
         there = {"base", UNION, *(model.name for model in kept)}
-        gone: dict[str, Any] = {key: None for key in CHOICES if getattr(recipe, key) not in (None, *there)}
+        named = {key: value for key in CHOICES if isinstance(value := getattr(recipe, key), str)}
+        gone: dict[str, Any] = {key: None for key, value in named.items() if value not in there}
         recipe = replace(recipe, **gone)
         return make_plan(
             replace(recipe, models=models, stream=stream, trust_remote_code=trust),
