@@ -113,15 +113,35 @@ def take(choice: str, snapshot: Snapshot, folder: Path) -> None:
         snapshot: of the model that is chosen.
         folder: the output, which has the base's files or none for this choice.
     """
+    _remove(choice, folder)
+    copy_side_files(snapshot, files_of(choice, snapshot), folder, {}, remote_code=False)
+    if choice == "chat_template":
+        own = _json(snapshot, SETTINGS).get("chat_template") if SETTINGS in snapshot.files else None
+        _set_template(folder, None if files_of(choice, snapshot) else own)
+
+
+def put_template(text: str, folder: Path) -> None:
+    """Put a chat template into a merge, in the place of those that are there."""
+    _remove("chat_template", folder)
+    (folder / TEMPLATES[0]).write_bytes(text.encode("utf-8"))
+    _set_template(folder, None)
+
+
+def _remove(choice: str, folder: Path) -> None:
+    """Remove the files of a choice from a merge, and folders that are empty then."""
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         if _belongs(choice, path.relative_to(folder).as_posix()):
             path.unlink()
-    copy_side_files(snapshot, files_of(choice, snapshot), folder, {}, remote_code=False)
+            if path.parent != folder and not any(path.parent.iterdir()):
+                path.parent.rmdir()
+
+
+def _set_template(folder: Path, value: Any) -> None:
+    """The template in the settings of a merge's tokenizer; None or an empty one: none."""
     settings = folder / SETTINGS
-    if choice == "chat_template" and settings.is_file():
+    if settings.is_file():
         held = read_json_file(settings, JSON_BYTES, finite=False)
         held.pop("chat_template", None)
-        own = _json(snapshot, SETTINGS).get("chat_template") if SETTINGS in snapshot.files else None
-        if own and not files_of(choice, snapshot):
-            held["chat_template"] = own
+        if value:
+            held["chat_template"] = value
         settings.write_text(json.dumps(held, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

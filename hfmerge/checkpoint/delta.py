@@ -15,7 +15,7 @@ from hfmerge.checkpoint.lora import AdapterMap, LoraOrigin
 from hfmerge.checkpoint.model import Model
 from hfmerge.checkpoint.reader import Reader, Rows
 from hfmerge.checkpoint.streaming.session import Streaming
-from hfmerge.checkpoint.vocabulary import MergedVocabulary, aligned_change, extended_factors
+from hfmerge.checkpoint.vocabulary import MergedVocabulary, aligned_change, extended_base, extended_factors
 from hfmerge.errors import ShapeError
 from hfmerge.task_vector import Dense, TaskVector
 
@@ -139,6 +139,13 @@ class DeltaReader:
             return self._assembled(self.under, key, self.delta.beneath[key], rows)
         return None
 
+    def own_rows(self, key: str) -> Tensor | None:
+        """The model's own float32 value for a stored tensor whose rows are matched by token, factors added."""
+        value = self.new_value(key)
+        if value is not None and key in self.delta.lora:
+            value = value + self.delta.lora[key].read(self.reader).to_dense()
+        return value
+
     def _assembled(self, reader: Reader, key: str, origin: Origin, rows: Rows | None) -> Tensor:
         if not origin.converted:
             return reader.value(origin.keys[0], rows)
@@ -159,6 +166,9 @@ class DeltaReader:
             aligned: (vocabulary, index of this model, axis) for a tensor with one row per token.
             rows: only these rows, of a tensor that `sliceable` allows it for; `base` gives the same rows.
         """
+        if aligned is not None and aligned[0].rows[aligned[1]] is not None:
+            own = self.own_rows(key)
+            return None if own is None else Dense(aligned_change(aligned[0], aligned[1], base(), own, aligned[2]))
         result: TaskVector | None = None
         value = self.new_value(key, rows)
         if value is not None:
@@ -179,6 +189,17 @@ class DeltaReader:
                 factors = extended_factors(aligned[0], factors, aligned[2])
             result = factors if result is None else result + factors
         return result
+
+
+def longer_base(
+    vocabulary: MergedVocabulary, base: Tensor, models: Sequence[DeltaReader], key: str, axis: int
+) -> Tensor:
+    """The base's tensor in the output's rows; see `extended_base`."""
+    if not vocabulary.added:
+        return base
+    matched = zip(models, vocabulary.rows, strict=True)
+    values = [model.own_rows(key) if rows is not None else None for model, rows in matched]
+    return extended_base(vocabulary, base, values, axis)
 
 
 def full_delta(source: Model, origins: dict[str, Origin], tied: dict[str, str], apart: tuple[str, ...]) -> Delta:

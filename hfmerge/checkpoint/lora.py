@@ -89,6 +89,7 @@ class AdapterMap:
         apart: parameters, in the adapter's names, that the base ties and the adapter changes at this end alone. They
             are in no other field: the base has to be untied before their change has a place.
         notes: what of the adapter is left out, and why; one sentence each.
+        rows: of its copies of parameters with one row per token, where they are not as many as the base's.
     """
 
     lora: dict[str, LoraOrigin] = field(default_factory=dict)
@@ -97,6 +98,7 @@ class AdapterMap:
     tied: dict[str, str] = field(default_factory=dict)
     apart: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    rows: int | None = None
 
 
 def check_plain(source: Model) -> None:
@@ -154,6 +156,7 @@ class _Mapping:
         self.targets = Targets(self.config, self.patterns)
         self.skipped: list[str] = []
         self.unread: str | None = None
+        self.rows: dict[str, int] = {}
 
     def map(self) -> AdapterMap:
         """Sort all tensors."""
@@ -199,7 +202,45 @@ class _Mapping:
                     self.tied.setdefault(self.shared[end], key)
         if not self.lora and not replaced and not self.apart:
             raise UnsupportedError(f"{self.label}: changes no parameter of the base {self.base.architecture}.")
-        return AdapterMap(self.lora, replaced, self.heads, self.tied, tuple(self.apart), tuple(self.notes))
+        return AdapterMap(
+            self.lora,
+            replaced,
+            self.heads,
+            self.tied,
+            tuple(self.apart),
+            tuple(self.notes),
+            self._other_rows(replaced),
+        )
+
+    def _other_rows(self, replaced: Mapping[str, str]) -> int | None:
+        """How many tokens the adapter's copies have rows for, where the base has other ones."""
+        axes = self.base.vocab_axis
+        grown = [key for key, rows in self.rows.items() if rows != self.base.shapes[key][axes[key]]]
+        if not grown:
+            return None
+        if len({*self.rows.values()}) > 1:
+            both = " and ".join(f"{rows} of {key}" for key, rows in sorted(self.rows.items()))
+            raise ShapeError(f"{self.label}: holds rows of differing numbers of tokens: {both}; save it again.")
+        for key in grown:
+            if key not in replaced and key in self.lora:
+                raise ShapeError(
+                    f"{self.label}: its factors change {self.rows[key]} rows of {key}, of which the base has "
+                    f"{self.base.shapes[key][axes[key]]}, and it holds no copy of the others; save it with "
+                    "`save_embedding_layers=True`."
+                )
+        return self.rows[grown[0]]
+
+    def _fits(self, target: str, shape: tuple[int, ...]) -> bool:
+        """Whether a tensor has the shape of the base's, but for how many tokens it has rows for."""
+        wanted, axis = self.base.shapes[target], self.base.vocab_axis.get(target)
+        if axis is None or len(shape) != len(wanted):
+            return shape == wanted
+        if self.rows.setdefault(target, shape[axis]) != shape[axis]:
+            raise ShapeError(
+                f"{self.label}: its copy of {target} and its factors have {self.rows[target]} and {shape[axis]} rows; "
+                "save it again."
+            )
+        return (*shape[:axis], *shape[axis + 1 :]) == (*wanted[:axis], *wanted[axis + 1 :])
 
     def _is_tied(self, target: str) -> bool:
         return self.base.canonical[target] in self.base.memory.ties.values()
@@ -219,10 +260,10 @@ class _Mapping:
         if target is None or (own_head and shape != base.shapes[target]):
             self.heads[key] = path
             return
-        if shape != base.shapes[target]:
+        if not self._fits(target, shape):
             raise ShapeError(
                 f"{self.label}: its copy of {target} is {shape}, the base has {base.shapes[target]}; it was trained "
-                "on another base, or on one with more tokens."
+                "on another base."
             )
         # PEFT trains a copy of what `modules_to_save` names; any other copy it loads into the base's own tensor
         trained = self._saves(path) and not self._keeps_ties()
@@ -303,7 +344,7 @@ class _Mapping:
         scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
         full = (up[0], down[1])
         swapped = down_key.endswith(".lora_embedding_A") or any(block.transposed for block in base.blocks[target])
-        if wanted != (full[::-1] if swapped else full):
+        if not self._fits(target, full[::-1] if swapped else full):
             raise ShapeError(
                 f"{label}: {module}: the adapter changes {full}, the base has {wanted}; it was trained on another "
                 "base."

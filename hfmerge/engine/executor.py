@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hfmerge.checkpoint.behaviour import CHOICES, take
+from hfmerge.checkpoint.behaviour import CHOICES, put_template, take
 from hfmerge.checkpoint.digests import Digester, folder_digest
 from hfmerge.checkpoint.heads import write_head
 from hfmerge.checkpoint.model import Model, weight_files
@@ -38,6 +38,7 @@ from hfmerge.engine.untying import TEXT_SECTION, TIE_FLAG
 from hfmerge.errors import CorruptFileError, UnsupportedError
 from hfmerge.hashing import sha256_file
 from hfmerge.hub.download import fetch
+from hfmerge.recipe.chat_template import ChatTemplate
 
 
 @dataclass(frozen=True)
@@ -273,6 +274,8 @@ def finish_folder(
         }
     code = plan.recipe.trust_remote_code
     copy_side_files(plan.base.snapshot, list(plan.side_files), folder, changes, remote_code=code)
+    if plan.vocabulary is not None and plan.vocabulary.added:
+        write_tokenizer(plan.vocabulary, plan.base.snapshot, folder)
     chosen = {choice: plan.chosen.get(choice, -1) for choice in CHOICES}
     if "chat_template" not in plan.chosen:
         chosen["chat_template"] = chosen["tokenizer"]
@@ -280,8 +283,8 @@ def finish_folder(
         # the base's files are there already, but a template that came with another model's tokenizer has to go
         if at >= 0 or (choice == "chat_template" and chosen["tokenizer"] >= 0):
             take(choice, (plan.base if at < 0 else plan.deltas[at].source).snapshot, folder)
-    if plan.vocabulary is not None and plan.vocabulary.added:
-        write_tokenizer(plan.vocabulary, plan.base.snapshot, folder)
+    if isinstance(plan.recipe.chat_template, ChatTemplate):
+        put_template(plan.recipe.chat_template.text, folder)
     if len({param.file for param in own}) > 1:
         total = sum(param.slot.nbytes for param in own)
         write_index(folder, {param.key: param.file for param in own}, total)

@@ -14,7 +14,7 @@ from hfmerge.engine.device import Device
 from hfmerge.engine.environment import environment
 from hfmerge.engine.plan import Plan
 from hfmerge.hashing import canonical_json, sha256_bytes
-from hfmerge.recipe.keys import keys_of
+from hfmerge.recipe.keys import jsonable, keys_of
 from hfmerge.recipe.recipe import Recipe
 from hfmerge.recipe.weights import stored
 
@@ -39,7 +39,7 @@ def work_of(plan: Plan, device: Device | None = None) -> dict[str, str]:
         "method": [method.name, method.version, repr(method), plan.norm],
         # learned weights follow from all these values and from the `learn` section
         "learning": None if recipe.learn is None else recipe.learn.to_dict(),
-        "settings": [getattr(recipe, key.name) for key in keys_of(Recipe) if key.declared.get("result")],
+        "settings": [jsonable(getattr(recipe, key.name)) for key in keys_of(Recipe) if key.declared.get("result")],
         "side files": plan.side_files,
         # streamed bytes are checked at the end of the run that reads them
         "streaming": recipe.stream,

@@ -13,10 +13,11 @@ from hfmerge.checkpoint.layout import Layout, Origin, describe_layout, match, wi
 from hfmerge.checkpoint.layout.cache import relevant
 from hfmerge.checkpoint.lora import NO_ENDS, PEFT_PREFIX, AdapterMap, Ends, map_adapter
 from hfmerge.checkpoint.model import Model
-from hfmerge.checkpoint.vocabulary import in_padding, same_tokens
+from hfmerge.checkpoint.vocabulary import has_tokenizer, in_padding, same_tokens
 from hfmerge.engine.named_base import compare_base
 from hfmerge.errors import CorruptFileError, ShapeError, UnsupportedError
 from hfmerge.recipe.recipe import Recipe
+from hfmerge.recipe.united import UNION
 
 
 class Layouts:
@@ -73,7 +74,11 @@ def match_source(
                     "an adapter; merge the adapter into it with peft (merge_and_unload) and give the full model."
                 )
         head = adapter_head(source, base.config, mapped.heads) if mapped.heads else None
-        return adapter_delta(source, mapped, under), head, None
+        return (
+            adapter_delta(source, mapped, under),
+            head,
+            _adapter_rows(recipe, base, layout, source, mapped, warnings),
+        )
     delta, head_keys, size = _match_full(recipe, base, layouts, layout, source, warnings)
     head = full_head(source, head_keys) if head_keys else None
     return delta, head, size
@@ -159,23 +164,20 @@ def _match_full(
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         raise ShapeError(f"{label}: {wrong[0]}{more}; not a fine-tune of {base.snapshot.label}.")
     if layout.vocab_axis and size is None and same_tokens(base.snapshot, source.snapshot) is False:
-        size = min(layout.shapes[key][axis] for key, axis in layout.vocab_axis.items())
+        size = _base_rows(layout)
         fresh = in_padding(base.snapshot, source.snapshot, size)
         if fresh and recipe.tokenizer in (source.ref, source.name):
             size = None  # row by row: the model's tokenizer comes with its rows
         elif fresh and recipe.vocabulary is None:
             raise ShapeError(
                 f"{label}: its tokenizer has {some(fresh)} in rows of the embedding that the base has no tokens for; "
-                f"set `tokenizer: {source.name}` to have them in the merge, or `vocabulary: base` to leave them out."
+                f"set `tokenizer: union` or `tokenizer: {source.name}` to have them in the merge, or "
+                "`vocabulary: base` to leave them out."
             )
-        elif fresh:
+        elif fresh and recipe.vocabulary == "base":
             warnings.append(f"{label}: {some(fresh)} are tokens that the base does not have; the merge lacks them.")
     if size is not None and recipe.vocabulary is None:
-        rows = min(layout.shapes[key][axis] for key, axis in layout.vocab_axis.items())
-        what = f"{size} rows, the base {rows}" if size != rows else "as many tokens as the base's, but other ones"
-        raise ShapeError(
-            f"{label}: its vocabulary has {what}; set `vocabulary: base` (the base's tokens) or `vocabulary: union`."
-        )
+        raise ShapeError(_other_vocabulary(layout, source, size))
     if matched.absent:
         merged = len(matched.origins)
         warnings.append(
@@ -214,6 +216,50 @@ def _parts(layout: Layout) -> set[str]:
     config = skeleton.model.config
     parts = [getattr(config, name, None) for name in config.sub_configs]
     return {str(part.model_type) for part in parts if part is not None}
+
+
+def _adapter_rows(
+    recipe: Recipe, base: Model, layout: Layout, source: Model, mapped: AdapterMap, warnings: list[str]
+) -> int | None:
+    """Rows of an adapter's embedding where its vocabulary differs from the base's; None where it does not."""
+    changed = {key for key in (*mapped.replaced, *mapped.lora) if key in layout.vocab_axis}
+    if mapped.rows is not None:
+        if recipe.vocabulary is None:
+            raise ShapeError(_other_vocabulary(layout, source, mapped.rows))
+        without = [key for key in layout.vocab_axis if key not in changed and key not in layout.tied]
+        if without and recipe.vocabulary == UNION:
+            warnings.append(
+                f"{source.snapshot.label}: holds no rows of {some(without)} for tokens that the base does not have; "
+                "the merge has zeros there."
+            )
+        return mapped.rows
+    chosen = recipe.tokenizer in (source.ref, source.name)
+    if not changed or chosen or same_tokens(base.snapshot, source.snapshot) is not False:
+        return None
+    rows = _base_rows(layout)
+    fresh = in_padding(base.snapshot, source.snapshot, rows)
+    if fresh and recipe.tokenizer == UNION and changed <= {*mapped.replaced}:
+        return rows
+    if fresh:
+        warnings.append(
+            f"{source.snapshot.label}: {some(fresh)} are tokens that the base does not have; the merge has rows for "
+            f"them, and its tokenizer lacks them. Set `tokenizer: {source.name}` to have them."
+        )
+    return None
+
+
+def _base_rows(layout: Layout) -> int:
+    return min(layout.shapes[key][axis] for key, axis in layout.vocab_axis.items())
+
+
+def _other_vocabulary(layout: Layout, source: Model, size: int) -> str:
+    """What is wrong with a model of another vocabulary where the recipe does not say how it is aligned."""
+    rows, label = _base_rows(layout), source.snapshot.label
+    what = f"{size} rows, the base {rows}" if size != rows else "as many tokens as the base's, but other ones"
+    text = f"{label}: its vocabulary has {what}; set `vocabulary: base` (the base's tokens) or `vocabulary: union`"
+    if not has_tokenizer(source.snapshot):
+        text += ", and put the files of the tokenizer that it was trained with beside it"
+    return f"{text}."
 
 
 def _origin_shape(where: Origin, other: Layout, base: Layout, key: str) -> tuple[int, ...]:

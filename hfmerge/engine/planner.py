@@ -32,7 +32,9 @@ from hfmerge.engine.plan import SAFETENSORS_DTYPES, BaseLayout, Estimate, Param,
 from hfmerge.engine.untying import TIE_FLAG, one_sided, untie
 from hfmerge.errors import HfMergeError, Problem, RecipeError, UnsupportedError
 from hfmerge.methods import MergeMethod, faulty, registry
+from hfmerge.recipe.chat_template import SUFFIX, ChatTemplate
 from hfmerge.recipe.recipe import ModelEntry, Recipe
+from hfmerge.recipe.united import UNION
 from hfmerge.recipe.values import count_problem, option_names, sum_problem, weights_problem
 from hfmerge.recipe.weights import PatternWeights, read_weight, written
 from hfmerge.task_vector import WHOLE
@@ -114,7 +116,7 @@ def make_plan(
     chosen = _chosen(recipe, whole, vocabulary, origin)
     needed = _as_needed(recipe, base, whole, chosen)
     differing = tuple(unlike_base(base.snapshot, delta.source.snapshot) for delta in whole)
-    warnings += _unlike([delta.source for delta in whole], differing, chosen)
+    warnings += _unlike([delta.source for delta in whole], differing, chosen, vocabulary)
     of_base = BaseLayout(layout.architecture, layout.tied, layout.missing, layout.unexpected)
     plan = Plan(
         needed, method, base, of_base, tuple(whole), params, tuple(matched.heads), vocabulary,
@@ -303,7 +305,8 @@ def _vocabulary(
         return None
     rows = {layout.shapes[key][axis] for key, axis in layout.vocab_axis.items()}
     try:
-        return align(recipe.vocabulary, base, min(rows), [delta.source for delta in models], sizes)
+        marked = recipe.tokenizer == UNION  # ledgers of older merges do not say so
+        return align(recipe.vocabulary, base, min(rows), [delta.source for delta in models], sizes, marked=marked)
     except HfMergeError as error:
         raise RecipeError([Problem("vocabulary", str(error))], origin) from error
 
@@ -452,12 +455,14 @@ def _chosen(
     problems = []
     for choice in CHOICES:
         wanted = getattr(recipe, choice)
-        if wanted is None:
+        if wanted is None or isinstance(wanted, ChatTemplate) or (choice, wanted) == ("tokenizer", UNION):
             continue
         at = named_model(wanted, recipe.models, [delta.source for delta in deltas])
         if at is None:
             names = ", ".join(delta.source.name for delta in deltas)
-            problems.append(Problem(choice, f"{show(wanted)} is neither base nor a model of the merge: {names}"))
+            text = f"{show(wanted)} is neither base nor a model of the merge: {names}"
+            file = f"; the name of a file ends in {SUFFIX}" if choice == "chat_template" else ""
+            problems.append(Problem(choice, text + file))
         elif at >= 0 and not (
             files_of(choice, deltas[at].source.snapshot)
             or (choice == "chat_template" and template(deltas[at].source.snapshot) is not None)
@@ -481,11 +486,18 @@ def named_model(wanted: str, entries: Sequence[ModelEntry], sources: Sequence[Mo
     return hits[0] if len(hits) == 1 else None
 
 
-def _unlike(models: Sequence[Model], differing: Sequence[tuple[str, ...]], chosen: Mapping[str, int]) -> Iterator[str]:
+def _unlike(
+    models: Sequence[Model],
+    differing: Sequence[tuple[str, ...]],
+    chosen: Mapping[str, int],
+    vocabulary: MergedVocabulary | None,
+) -> Iterator[str]:
     """One line for each model that is used otherwise than the base, and whose files the merge does not get."""
+    united = vocabulary is not None and vocabulary.added
+    choices = [choice for choice in CHOICES if not united or choice != "tokenizer"]
     for i, (model, words) in enumerate(zip(models, differing, strict=True)):
         if words and i not in chosen.values():
-            keys = " or ".join(f"`{choice}: {model.name}`" for choice in CHOICES)
+            keys = " or ".join(f"`{choice}: {model.name}`" for choice in choices)
             yield (
                 f"{model.snapshot.label} is used otherwise than the base: {', '.join(words)}. The merge has what the "
                 f"base has; choose its own with {keys}."

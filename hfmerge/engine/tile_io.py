@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from hfmerge.checkpoint.vocabulary import extended_base
+from hfmerge.checkpoint.delta import longer_base
 from hfmerge.checkpoint.writer import TORCH_NAMES, SafetensorsWriter
 from hfmerge.engine.device import CPU
 from hfmerge.engine.journal import checksum
@@ -44,9 +44,8 @@ class ChunkData:
             param = self.chunk.param
             value = self.files.base.value(param.key, self.chunk.rows)
             vocabulary = self.plan.vocabulary
-            if vocabulary is not None and vocabulary.added and param.vocab_axis is not None:
-                rows = [model.new_value(param.key) for model in self.files.models]
-                value = extended_base(vocabulary, value, rows, param.vocab_axis)
+            if vocabulary is not None and param.vocab_axis is not None:
+                value = longer_base(vocabulary, value, self.files.models, param.key, param.vocab_axis)
             self._base = value
         return self._base
 

@@ -16,6 +16,7 @@ from hfmerge.ledger.entry import Entry, Material
 from hfmerge.methods import registry
 from hfmerge.recipe.keys import jsonable, keys_of
 from hfmerge.recipe.recipe import Recipe
+from hfmerge.recipe.united import UNION
 from hfmerge.recipe.weights import PatternWeights, Weight, shown, written
 from hfmerge.validation.quoting import SITE, Markdown, code, fenced, link, markdown, python_text, shell_word
 from hfmerge.validation.strict_yaml import dump_yaml, parse_front
@@ -203,7 +204,8 @@ def public_recipe(entry: Entry) -> dict[str, Any]:
 
 def _usage(entry: Entry) -> str:
     """One line on models that are used otherwise than the base, and whose files the merge has; "" without any."""
-    taken = [f"{key.replace('_', ' ')} of {entry.settings[key]}" for key in CHOICES if entry.settings.get(key)]
+    named = {key: value for key in CHOICES if (value := entry.settings.get(key)) is not None}
+    taken = [f"{key.replace('_', ' ')} of {_maker(value)}" for key, value in named.items()]
     others = [f"{m.name} has another {', '.join(m.differing)}" for m in entry.models if m.differing]
     if not taken and not others:
         return ""
@@ -211,6 +213,13 @@ def _usage(entry: Entry) -> str:
     return f"{held} the base's tokenizer, chat template and generation config. {'; '.join(others)}".rstrip() + (
         "." if others else ""
     )
+
+
+def _maker(chosen: Any) -> str:
+    """Whose tokenizer, chat template or generation config a merge has, from the settings of its entry."""
+    if isinstance(chosen, Mapping):
+        return "the recipe"
+    return "base and models together" if chosen == UNION else str(chosen)
 
 
 def _learned(entry: Entry) -> str:

@@ -25,6 +25,7 @@ from hfmerge.lifecycle.missing_sources import check_unchanged
 from hfmerge.lifecycle.start_state import Start, starts
 from hfmerge.methods import MergeMethod, registry
 from hfmerge.recipe.recipe import ModelEntry
+from hfmerge.recipe.united import UNION
 from hfmerge.recipe.weights import Weight, shown
 from hfmerge.validation.wording import parameter
 
@@ -236,8 +237,9 @@ def _plan_from(
         recipe = recipe_of(replace(last, models=()), refs, merged.consent, base=base)
         models = tuple(_entry(model, refs) if isinstance(model, Material) else model for model in wanted)
         # a model that has left takes its tokenizer, template and generation config with it
-        there = {"base", *(model.name for model in kept)}
-        gone: dict[str, Any] = {key: None for key in CHOICES if getattr(recipe, key) not in (None, *there)}
+        there = {"base", UNION, *(model.name for model in kept)}
+        named = {key: value for key in CHOICES if isinstance(value := getattr(recipe, key), str)}
+        gone: dict[str, Any] = {key: None for key, value in named.items() if value not in there}
         state = recipe.state if wishes.state is None else wishes.state
         recipe = replace(recipe, **gone, state=state, stream=wishes.stream)
         return make_plan(

@@ -26,6 +26,7 @@ from hfmerge.lifecycle.push_target import Destination
 from hfmerge.lifecycle.record import adopt_card
 from hfmerge.recipe.keys import jsonable
 from hfmerge.recipe.recipe import ModelEntry, Recipe, load_recipe, parse_recipe, recipe_data
+from hfmerge.recipe.united import without_united
 
 
 _T = TypeVar("_T")
@@ -159,6 +160,8 @@ def given_recipe(recipe: AnyRecipe | None, consent: Consent = NO_CONSENT, **keys
     if isinstance(data, Recipe):
         data, notes = recipe_data(data), data.notes
     if isinstance(data, Mapping):
+        data = dict(data)
+        without_united(data, given)
         data = {name: _plain(value) for name, value in {**data, **given}.items()}
     checked = parse_recipe(data, origin)
     loaded = dataclasses.replace(

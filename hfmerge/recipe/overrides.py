@@ -9,6 +9,7 @@ from typing import Any
 from hfmerge.errors import Problem
 from hfmerge.recipe.keys import keys_of
 from hfmerge.recipe.recipe import Recipe, check_recipe
+from hfmerge.recipe.united import without_united
 from hfmerge.validation.strict_yaml import parse_scalar
 from hfmerge.validation.values import show
 
@@ -45,6 +46,7 @@ def apply_overrides(
     overrides = {name: value for name, value in values.items() if value is not None}
     problems: list[Problem] = []
     data = recipe.to_dict() if recipe else {}
+    without_united(data, overrides)
     data |= {name: keys[name].from_flag(value) if name in keys else value for name, value in overrides.items()}
     if models is not None:
         data["models"] = [{"model": model} for model in models]

@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from hfmerge.errors import Problem, RecipeError
 from hfmerge.recipe import values
+from hfmerge.recipe.chat_template import ChatTemplate, chat_template, with_template
 from hfmerge.recipe.keys import Declared, jsonable, keys_of, read_key, read_keys
 from hfmerge.recipe.learning import Learning, read_learning, restored_learning
+from hfmerge.recipe.united import both_united
 from hfmerge.recipe.weights import Weight, read_weight, written
 from hfmerge.validation.strict_yaml import dump_yaml, read_yaml
 from hfmerge.validation.values import Section, show, suggestion, text
@@ -83,9 +85,11 @@ class Recipe:
         dtype: dtype of the output: float32, float16, bfloat16 or float64; None: the base's.
         include, exclude: fnmatch patterns on names of output parameters; empty `include` means all. What is left
             out keeps the base's value.
-        vocabulary: "base", "union", or None: vocabularies that differ are an error.
+        vocabulary: "base", "union", or None: vocabularies that differ are an error. "union" needs the united
+            tokenizer too, so this and `tokenizer: union` are the same: either gives the other.
         tokenizer, chat_template, generation_config: "base", or a model of `models`, by its reference or name, whose
             files the merge gets; None: the base's. Without `chat_template` the template comes with the tokenizer.
+            `chat_template` may also be a file `*.jinja` in the folder of the recipe. Its text is then recorded.
         state: which carried states are kept: "none", "last", "all", or after every k-th model.
         output: folder.
         push_to: repository id on the Hub.
@@ -139,15 +143,16 @@ class Recipe:
     tokenizer: str | None = field(
         default=None,
         metadata=Declared(
-            help="the model whose tokenizer the merge gets, or base (default)", metavar="base|MODEL",
+            help="the model whose tokenizer the merge gets, base (default), or union: as vocabulary says",
+            metavar="base|union|MODEL",
             recorded="set", result=True,
         ),
     )  # fmt: skip
-    chat_template: str | None = field(
+    chat_template: str | ChatTemplate | None = field(
         default=None,
         metadata=Declared(
-            help="the model whose chat template the merge gets, or base (default: that of the tokenizer)",
-            metavar="base|MODEL", recorded="set", result=True,
+            help="the model whose chat template the merge gets, base, or a file *.jinja (default: the tokenizer's)",
+            metavar="base|MODEL|FILE", kind=chat_template, recorded="set", result=True,
         ),
     )  # fmt: skip
     generation_config: str | None = field(
@@ -227,7 +232,7 @@ def load_recipe(path: str | Path) -> Recipe:
             column.
     """
     data, problems = read_yaml(path)
-    return check_recipe(data, str(path), problems, None)
+    return check_recipe(data, str(path), problems, None, Path(path).parent)
 
 
 def parse_recipe(
@@ -282,9 +287,17 @@ def read_models(given: Any, origin: str) -> tuple[ModelEntry, ...]:
 
 
 def check_recipe(
-    data: Any, origin: str, problems: list[Problem], methods: Mapping[str, type[MergeMethod]] | None
+    data: Any,
+    origin: str,
+    problems: list[Problem],
+    methods: Mapping[str, type[MergeMethod]] | None,
+    folder: Path | None = None,
 ) -> Recipe:
-    """`parse_recipe` after a reader that may have found problems of its own, which are raised with the others."""
+    """`parse_recipe` after a reader that may have found problems of its own, which are raised with the others.
+
+    Args:
+        folder: of the recipe's file, if it is one.
+    """
     notes: list[str] = []
     if not isinstance(data, Mapping):
         problems.append(Problem("recipe", "is empty" if data is None else f"must be a mapping, not {show(data)}"))
@@ -303,13 +316,13 @@ def check_recipe(
         from hfmerge.methods import registry
 
         methods = registry()
-    recipe = _recipe(Section(data, "", problems), methods)
+    recipe = _recipe(Section(data, "", problems), methods, folder)
     if problems:
         raise RecipeError(problems, origin, recipe)
     return dataclasses.replace(recipe, notes=tuple(notes))
 
 
-def _recipe(top: Section, methods: Mapping[str, type[MergeMethod]]) -> Recipe:
+def _recipe(top: Section, methods: Mapping[str, type[MergeMethod]], folder: Path | None) -> Recipe:
     """Read all keys; what is returned is of use only if no problem was added."""
     named = top.data.get("method")
     name = named.get("name") if isinstance(named, Mapping) else named
@@ -338,6 +351,8 @@ def _recipe(top: Section, methods: Mapping[str, type[MergeMethod]]) -> Recipe:
     rest = read_keys(top, [key for name, key in keys.items() if name not in apart])
     if rest["private"] is not None and top.data.get("push_to") is None:
         top.report("private", "has no effect without push_to; add push_to or remove it")
+    both_united(rest, top)
+    with_template(rest, top, folder)
     return Recipe(**apart, **rest)
 
 

@@ -65,6 +65,7 @@ MEMBERS = Limit("files", 10_000, "a model has some dozens")
 DIRECTORY_BYTES = Limit("bytes of directory", 4 * MB, "10,000 files with long names take 2 MB")
 UNPACKED = Limit("MB beyond 16 times its merge, once unpacked", 2_000, "a source is about as large as its merge")
 
+TEMPLATE_BYTES = Limit("bytes of chat template", 512_000, "the longest known templates have some 20 kB")
 TOKENIZER_BYTES = Limit("bytes of tokenizer", 500 * MB, "the largest known tokenizers have 40 MB")
 LAYERS = Limit("layers, experts or heads of one kind", 10_000, "the deepest published models have about 1,000")
 LABELS = Limit("labels", 1_000_000, "known classifiers have at most some 100,000")

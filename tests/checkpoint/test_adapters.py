@@ -479,7 +479,7 @@ def broken(folder: Path, change: Callable[[dict[str, Tensor]], None], **settings
         ),
         (
             lambda held: held.update({"base_model.model.bert.embeddings.word_embeddings.weight": torch.zeros(50, 16)}),
-            r"is \(50, 16\), the base has \(48, 16\); it was trained on another base, or on one with more tokens",
+            r"its vocabulary has 50 rows, the base 48; set `vocabulary: base`.*and put the files of the tokenizer",
         ),
     ],
     ids=[

@@ -252,15 +252,23 @@ def _as_embedding(held: dict[str, Tensor]) -> None:
     held[f"{PATH}_A"], held[f"{PATH}_B"] = rows_of.T.contiguous(), columns_of.T.contiguous()
 
 
-def test_rows_without_tokens_cannot_be_followed_by_new_tokens(tmp_path: Path) -> None:
-    """An embedding padded to a round number of rows: said before anything is merged."""
-    base = tiny.build("LlamaForCausalLM", tiny.config("llama", vocab_size=16))
-    tiny.tokenizer(tiny.save(base, tmp_path / "base"), BASE)
-    tiny.tokenizer(tiny.save(tiny.fine_tune(base, 1), tmp_path / "longer"), LONGER)
+def test_new_tokens_that_do_not_follow_are_refused(tmp_path: Path) -> None:
+    """A tokenizer with more tokens than the embedding has rows: said before anything is merged."""
+    base = tiny.build("LlamaForCausalLM", tiny.config("llama", vocab_size=len(BASE)))
+    tiny.tokenizer(tiny.save(base, tmp_path / "base"), [*BASE, "no", "rows"])
+    tiny.tokenizer(tiny.save(resized(base, LONGER, 1), tmp_path / "longer"), LONGER)
     run = tiny.cli(
         "plan", tmp_path / "longer", "--base", tmp_path / "base", "--method", "linear", "--vocabulary", "union"
     )
-    assert run.code == 1 and "16 rows for 9 tokens" in run.err and "vocabulary: base" in run.err
+    assert run.code == 1 and "9 rows for 11 tokens" in run.err and "rows from 11 to 12" in run.err
+    assert "vocabulary: base" in run.err
+    merged(tmp_path, tmp_path / "out", "longer", vocabulary="base")
+
+
+def test_rows_without_tokens_keep_the_value_of_the_base(tmp_path: Path) -> None:
+    base = tiny.build("LlamaForCausalLM", tiny.config("llama", vocab_size=16))
+    tiny.tokenizer(tiny.save(base, tmp_path / "base"), BASE)
+    tiny.tokenizer(tiny.save(tiny.fine_tune(base, 1), tmp_path / "longer"), LONGER)
     out = merged(tmp_path, tmp_path / "out", "longer", vocabulary="base")
     got, source = tiny.tensors(out), tiny.tensors(tmp_path / "longer")
     name = "model.embed_tokens.weight"

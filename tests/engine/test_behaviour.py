@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoTokenizer
 
+from hfmerge.engine.plan_json import plan_from_json, plan_to_json
+from hfmerge.engine.planner import make_plan
+from hfmerge.errors import RecipeError
+from hfmerge.recipe.chat_template import ChatTemplate
+from hfmerge.recipe.overrides import apply_overrides
+from hfmerge.recipe.recipe import load_recipe, parse_recipe
 from tests.fixtures import tiny
 
 
@@ -108,3 +116,83 @@ def test_tokens_in_padding_rows_come_with_their_tokenizer(root: Path) -> None:
     assert torch.allclose(ours, (theirs + other) / 2, atol=1e-6)
     left = tiny.done(*arguments, "--output", root / "less", "--vocabulary", "base")
     assert "<|start|>, <|end|> are tokens that the base does not have" in left.err
+
+
+OWN = "{% for m in messages %}<{{ m.role }}>\n{{ m.content }}{% endfor %}\n"
+
+
+@pytest.mark.slow
+def test_a_template_of_the_recipe_is_recorded_and_needs_no_file_again(root: Path) -> None:
+    """In the place of all templates of the base; the ledger holds text and digest, and the card the recipe."""
+    (root / "base" / "chat_template.json").write_text(json.dumps({"chat_template": PLAIN}))
+    (root / "base" / "additional_chat_templates").mkdir()
+    (root / "base" / "additional_chat_templates" / "rag.jinja").write_text(PLAIN)
+    (root / "recipes").mkdir()
+    (root / "recipes" / "own.jinja").write_bytes(OWN.encode())
+    written = {"base": str(root / "base"), "models": [str(root / "tuned"), str(root / "same")], "method": "linear"}
+    file = root / "recipes" / "recipe.yaml"
+    file.write_text(json.dumps({**written, "tokenizer": "tuned", "chat_template": "own.jinja"}))
+    tiny.done("merge", file, "--output", root / "out")
+    assert template(root / "out") == OWN and (root / "out" / "chat_template.jinja").read_bytes() == OWN.encode()
+    assert "chat_template" not in json.loads((root / "out" / "tokenizer_config.json").read_text())
+    assert not (root / "out" / "chat_template.json").exists()
+    assert not (root / "out" / "additional_chat_templates").exists()
+    held = json.loads((root / "out" / "merge_history" / "0001.json").read_text())["settings"]["chat_template"]
+    assert held == {"text": OWN, "sha256": hashlib.sha256(OWN.encode()).hexdigest()}
+    (root / "recipes" / "own.jinja").unlink()
+    tiny.done("verify", root / "out", "--replay")
+    card = (root / "out" / "README.md").read_text()
+    assert "The merge has the tokenizer of tuned, the chat template of the recipe; else" in card
+    assert held["sha256"] in card
+    tiny.done("unmerge", root / "out", "--remove", "tuned", "--output", root / "left")
+    assert template(root / "left") == OWN
+    tiny.done("verify", root / "left", "--replay")
+
+
+def test_a_template_may_be_a_flag_or_a_text(root: Path) -> None:
+    (root / "own.jinja").write_text(OWN)
+    given = {"base": str(root / "base"), "models": [str(root / "same")], "method": "linear"}
+    by_flag = apply_overrides(parse_recipe(given, "test"), chat_template=str(root / "own.jinja"))
+    by_text = parse_recipe({**given, "chat_template": {"text": OWN}}, "test")
+    assert by_flag == by_text == parse_recipe(by_text.to_dict(), "test")
+    assert by_text.chat_template == ChatTemplate(OWN)
+    with pytest.raises(RecipeError, match="must be text that UTF-8 can hold"):
+        parse_recipe({**given, "chat_template": {"text": "\ud800"}}, "test")
+    (root / "again.yaml").write_text(by_text.to_yaml())
+    assert load_recipe(root / "again.yaml") == by_text
+    assert plan_from_json(plan_to_json(make_plan(by_text)).encode()).recipe.chat_template == ChatTemplate(OWN)
+
+
+@pytest.mark.parametrize(
+    "value, words",
+    [
+        ("none.jinja", '"none.jinja" cannot be used: No such file or directory'),
+        ("../own.jinja", "it is not in the folder of the recipe; put it there, or give `chat_template`"),
+        ("/etc/own.jinja", "it is not in the folder of the recipe"),
+        ("link.jinja", "which is outside of this folder"),
+        ("folder.jinja", "it is no file"),
+        ("pipe.jinja", "is a pipe, and no file"),
+        ("broken.jinja", "line 2 is no Jinja: "),
+        ("empty.jinja", "must be the text of a template"),
+        ("bytes.jinja", "cannot be used: 'utf-8' codec can't decode"),
+        ("long.jinja", "bytes of chat template"),
+        ({"text": OWN, "sha256": "0" * 64}, "is not the text that sha256 is the digest of"),
+        ({"file": "x"}, "lacks the key text"),
+    ],
+)
+def test_a_template_that_cannot_be_used_is_refused(value: object, words: str, tmp_path: Path) -> None:
+    """With the recipe, before anything is downloaded."""
+    (tmp_path / "own.jinja").write_text(OWN)
+    folder = tmp_path / "recipes"
+    (folder / "folder.jinja").mkdir(parents=True)
+    (folder / "link.jinja").symlink_to(tmp_path / "own.jinja")
+    os.mkfifo(folder / "pipe.jinja")
+    (folder / "broken.jinja").write_text("\n{% for %}")
+    (folder / "empty.jinja").write_text(" ")
+    (folder / "bytes.jinja").write_bytes(b"\xff\xfe")
+    (folder / "long.jinja").write_bytes(b"x" * 600_000)
+    file = folder / "recipe.yaml"
+    file.write_text(json.dumps({"base": "org/b", "models": ["org/a"], "method": "linear", "chat_template": value}))
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(file)
+    assert len(caught.value.problems) == 1 and words in str(caught.value)

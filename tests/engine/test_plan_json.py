@@ -180,7 +180,7 @@ def test_the_cases_are_what_they_are_called(root: Path) -> None:
     assert plans["tied weights"].base_layout.tied == {"lm_head.weight": "model.embed_tokens.weight"}
     assert plans["tied weights"].deltas[0].tied and any(param.owner for param in plans["tied weights"].params)
     vocabulary = plans["vocabularies united"].vocabulary
-    assert vocabulary is not None and vocabulary.added == ("new", "newer")
+    assert vocabulary is not None and [token.text for token in vocabulary.added] == ["new", "newer"]
     assert plans["adapter on another model"].deltas[1].source.beneath is not None
     assert len(plans["method opcm"].heads) == 2 and plans["learned"].recipe.learn is not None
     for case in ("experts in another layout", "experts stacked in the base"):
@@ -266,8 +266,8 @@ def at(data: Any, *path: Any) -> Any:
 
 
 FAULTS: dict[str, tuple[Callable[[Any], object], str]] = {
-    "another format": (lambda d: d.update(format="x"), 'is "x" 2, not hfmerge plan 2'),
-    "another version": (lambda d: d.update(version=1), "not hfmerge plan 2"),
+    "another format": (lambda d: d.update(format="x"), 'is "x" 3, not hfmerge plan 3'),
+    "another version": (lambda d: d.update(version=1), "not hfmerge plan 3"),
     "more beside the plan": (lambda d: d.update(more=1), "unknown key"),
     "no plan": (lambda d: d.pop("plan"), "lacks the key plan"),
     "a list": (lambda d: d.update(plan=[]), "must be a mapping, not a list"),

@@ -246,6 +246,7 @@ def test_a_file_is_recognised_and_its_notes_travel(tmp_path: Path) -> None:
         method=MethodChoice("ties", {"density": 0.5, "scale": 1.0, "scope": "tensor"}, "none"),
         dtype="bfloat16",
         vocabulary="union",
+        tokenizer="union",
     )
     assert [note.split(":")[0] for note in recipe.notes] == ["base_model", "ties", "ties"]
     changed = apply_overrides(recipe, output="merged")

@@ -103,6 +103,7 @@ def test_every_key_of_a_file_arrives(tmp_path: Path) -> None:
         include=("encoder.*",),
         exclude=("*.position_ids",),
         vocabulary="union",
+        tokenizer="union",
         state=3,
         output="./merged",
         push_to="org/merged",

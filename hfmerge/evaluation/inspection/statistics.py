@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
+from hfmerge.checkpoint.delta import longer_base
 from hfmerge.checkpoint.reader import Reader, Rows
 from hfmerge.checkpoint.streaming.session import Streaming
-from hfmerge.checkpoint.vocabulary import extended_base
 from hfmerge.engine.plan import Param, Plan
 from hfmerge.engine.plan_readers import open_deltas
 from hfmerge.evaluation.inspection.spectra import Detail, Spectrum, take_apart
@@ -91,9 +91,8 @@ class Changes:
         def base() -> Tensor:
             if not held:
                 value = self.base.value(param.key, rows)
-                if vocabulary is not None and vocabulary.added and param.vocab_axis is not None:
-                    own = [model.new_value(param.key) for model in self.models]
-                    value = extended_base(vocabulary, value, own, param.vocab_axis)
+                if vocabulary is not None and param.vocab_axis is not None:
+                    value = longer_base(vocabulary, value, self.models, param.key, param.vocab_axis)
                 held.append(value)
             return held[0]
 
