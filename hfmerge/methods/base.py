@@ -74,6 +74,7 @@ class MergeMethod:
         element_bytes: for methods that need matrices: measured peak memory of a visit, in bytes per matrix element.
         square_bytes: the same per element of a square matrix of side `square_side`.
         of_weights: the method combines the models' weights themselves, so the base may be one of the models.
+        absolute: a size in units of the weights counts: twice the base and the models do not give twice the change.
         is_fold: the method is a `FoldMethod`.
         additive: the state is a sum with one term per model, so a model leaves exactly (see `AdditiveFold`).
         subtractable: `unmerge --mode subtract` is possible: the term of one model can be subtracted alone.
@@ -92,6 +93,7 @@ class MergeMethod:
     element_bytes: ClassVar[int] = 60
     square_bytes: ClassVar[int] = 60
     of_weights: ClassVar[bool] = False
+    absolute: ClassVar[bool] = False
     is_fold: ClassVar[bool] = False
     additive: ClassVar[bool] = False
     subtractable: ClassVar[bool] = False
