@@ -14,7 +14,7 @@ from hfmerge.methods.declare import Block, Member, method, option, tensors
 from hfmerge.methods.della import della, della_linear
 from hfmerge.methods.ema import Ema
 from hfmerge.methods.exact_sum import AdditiveFold
-from hfmerge.methods.gram import Gram
+from hfmerge.methods.gram import FlatGram, Gram
 from hfmerge.methods.iso_cts import iso_cts
 from hfmerge.methods.isotropic import IsoC, MdmOcIso
 from hfmerge.methods.linear import Linear, TaskArithmetic
@@ -51,7 +51,7 @@ __all__ = [
 ]
 
 BUILT_IN: tuple[type[MergeMethod], ...] = (
-    *(OPCM, Linear, TaskArithmetic, Gram, IsoC),
+    *(OPCM, Linear, TaskArithmetic, Gram, FlatGram, IsoC),
     *(MdmOc, MdmOcIso, MdmOcSubspace, ties, slerp),
     *(dare_linear, dare_ties, della, della_linear, breadcrumbs, breadcrumbs_ties, sce, magmax, consensus_ta),
     *(model_stock, nuslerp, multislerp, karcher, nearswap, arcee_fusion, Ema, tsv_m, iso_cts, NullFilter),

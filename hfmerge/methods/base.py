@@ -81,6 +81,7 @@ class MergeMethod:
         learnable: the weights can be learned: the merged change is `sum_s (M a)_s d_s`, see `parts` and `mixing`.
         in_parts: the `d_s` are not the changes themselves; they are computed from all changes.
         leaps_at_zero: a model of weight 0 counts as absent, so the merge is not continuous at weight 0.
+        fits_from_state: of a fold: its state holds what `norm: fit` needs, see `FoldMethod.fit`.
         citations: publications for the card.
     """
 
@@ -100,6 +101,7 @@ class MergeMethod:
     learnable: ClassVar[bool] = False
     in_parts: ClassVar[bool] = False
     leaps_at_zero: ClassVar[bool] = False
+    fits_from_state: ClassVar[bool] = False
     version: ClassVar[int] = 1
     citations: ClassVar[tuple[Citation, ...]] = ()
 
@@ -291,6 +293,16 @@ class FoldMethod(MergeMethod, ABC):
         """Distance of an approximate `step` from the exact step with the same arguments, relative to `weight * tau`.
 
         None if the step is exact. It costs more than an exact step, so it is measured on a sample of blocks.
+        """
+        return None
+
+    def fit(self, carry: Carry, change: TaskVector, weights: Sequence[float]) -> tuple[float, float] | None:
+        """A matrix's part of the scale of `norm: fit`, see `methods.fit`; None: the state does not hold it.
+
+        Args:
+            carry: the state of a matrix after the last model.
+            change: what `emit` made of it.
+            weights: of all models in it, in order.
         """
         return None
 

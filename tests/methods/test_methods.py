@@ -25,6 +25,7 @@ from hfmerge.methods.base import Law, Needs
 from hfmerge.methods.slerp import PARALLEL
 from hfmerge.methods.trimming import BITS, histogram_threshold, kept, kth_magnitude, magnitude_histogram
 from hfmerge.recipe.recipe import parse_recipe
+from hfmerge.recipe.values import NORMS
 from hfmerge.task_vector import Dense, LowRank, TaskVector, from_tensors, zero
 from hfmerge.validation.values import typed
 from tests.fixtures import reference, tiny
@@ -133,7 +134,7 @@ def test_describes_itself(method: type[MergeMethod]) -> None:
         assert entry.startswith("@") and entry.count("{") == entry.count("}") and citation.title in entry
     least, most = method.arity
     assert least >= 1 and (most is None or most >= least)
-    assert method.default_norm in ("none", "mean")
+    assert method.default_norm in NORMS
 
 
 @each_method
