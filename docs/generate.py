@@ -85,7 +85,7 @@ def facts(method: Any) -> Iterator[str]:
     for key in keys_of(method):
         meaning = key.declared.get("help", "")
         yield f"| `{key.name}` | {values_of_key(key)} | {default_of_key(key)} | {meaning} |"
-    yield f"| `norm` | none, mean or a number | `{method.default_norm}` | norm of the merged change |"
+    yield f"| `norm` | none, mean, fit, fit-matrix or a number | `{method.default_norm}` | norm of the merged change |"
     low, high = method.arity
     count = f"exactly {low}" if low == high else f"{low} or more" if high is None else f"{low} to {high}"
     yield from ("", "## Properties", "", f"* Kind: {_kind(method)}.", f"* Number of models: {count}.")

@@ -68,7 +68,9 @@ def _recipe_flags(sub: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--weight", action="append", metavar="W", help="weight of a model, one per model of a recipe, in order"
     )
-    group.add_argument("--norm", metavar="none|mean|NUMBER", help="norm of the merged change")
+    group.add_argument(
+        "--norm", metavar="none|mean|fit|NUMBER", help="norm of the merged change (fit-matrix: fit for each matrix)"
+    )
     key_flags(group, [key for key in keys_of(Recipe) if not key.required])
 
 

@@ -122,5 +122,6 @@ def _streamed(plan: Plan) -> int:
         times = first + needs_two_passes(plan) + (measured and dense) if param.touched else param.mode != "tied"
         total += times * base.streamed_bytes([param.key])
         if param.touched:
-            total += (1 + measured) * sum(delta.stored_bytes(param.key, streamed=True) for delta in plan.read)
+            again = measured + (plan.fits(param) and not plan.method.fits_from_state)
+            total += (1 + again) * sum(delta.stored_bytes(param.key, streamed=True) for delta in plan.read)
     return total

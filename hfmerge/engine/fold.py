@@ -24,6 +24,7 @@ from hfmerge.engine.tile_io import ChunkData, part_of
 from hfmerge.errors import GridOverflowError
 from hfmerge.methods import Carry, FoldMethod
 from hfmerge.methods.exact_sum import staying
+from hfmerge.methods.fit import FitProducts
 from hfmerge.recipe.weights import weight_at
 from hfmerge.task_vector import Dense, LowRank, Segment, TaskVector, cut, zero
 
@@ -42,11 +43,14 @@ class Folded:
         squares: squared norms of the pieces of each new model's change.
         changes: the merged change of every block.
         deviation: see `FoldMethod.deviation`; None where it was not measured.
+        fits: parts of every block in the scale of a fitted norm, see `FoldMethod.fit`; None: the state does not hold
+            them.
     """
 
     squares: list[tuple[float, ...]]
     changes: list[TaskVector]
     deviation: float | None = None
+    fits: list[FitProducts] | None = None
 
 
 class Folding:
@@ -88,13 +92,14 @@ class Folding:
 
     def _fold(self) -> Folded:
         squares, carries, deviation = self._one_by_one()
-        return Folded(squares, self._read_out(carries), deviation)
+        changes, fits = self._read_out(carries)
+        return Folded(squares, changes, deviation, fits)
 
     def _reread(self) -> list[TaskVector]:
         count, param = len(self.files.models), self.chunk.param
         kept = self.files.scratch or self.files.states[count]
         read = partial(carried, kept.slots, kept.read)
-        return self._read_out([self._carry_in(read, block, param.ranks) for block in param.blocks])
+        return self._read_out([self._carry_in(read, block, param.ranks) for block in param.blocks])[0]
 
     def _one_by_one(self) -> tuple[list[tuple[float, ...]], list[Carry], float | None]:
         method = self.method
@@ -131,7 +136,7 @@ class Folding:
         method = self.method
         param, files, count = self.chunk.param, self.files, len(self.files.models)
         plain = method.plain_sum
-        if plain is None or files.prior is not None or self.plan.subtracted:
+        if plain is None or files.prior is not None or self.plan.subtracted or self.plan.fits(param):
             return None
         if any(kept != count for kept in files.states) or len(param.blocks) != 1 or not param.blocks[0].is_whole:
             return None
@@ -199,23 +204,28 @@ class Folding:
             for name, form in forms.items()
         }
 
-    def _read_out(self, carries: Sequence[Carry]) -> list[TaskVector]:
-        """The merged change of every block; models that the recipe subtracts are approximately removed from it."""
+    def _read_out(self, carries: Sequence[Carry]) -> tuple[list[TaskVector], list[FitProducts] | None]:
+        """The merged change of every block, and its part in the scale of a fitted norm if the state holds it.
+
+        Models that the recipe subtracts are approximately removed from it.
+        """
         import torch
 
         param, weights = self.chunk.param, self.plan.weights_of(self.chunk.param)
         counted = [weight for i, weight in enumerate(weights) if i not in self.plan.subtracted]
         taus = [(weights[i], self.data.task_vector(i)) for i in self.plan.subtracted]
-        changes = []
+        changes, fits = [], list[FitProducts]()
         for block, carry in zip(param.blocks, carries, strict=True):
             for weight, tau in taus:
                 if tau is not None:
                     carry = self.method.unstep(carry, self._there(cut(tau, block)), weight, matrix=block.matrix)
             change = self.method.emit(carry, counted, matrix=block.matrix)
+            fit = self.method.fit(carry, change, counted) if self.plan.fits(param) else None
+            fits += [] if fit is None else [fit]
             # an output of 16 bits needs no more than float32, and float64 would take twice the time
             change = change.to(torch.float32) if SIZES[param.slot.dtype] < 4 else change
             changes.append(change if self._place == CPU else change.to(CPU))
-        return changes
+        return changes, fits if len(fits) == len(changes) else None
 
     def _store(self, writer: SafetensorsWriter, carries: Sequence[Carry | None], count: int) -> None:
         param = self.chunk.param

@@ -94,6 +94,9 @@ def _cut(plan: Plan, param: Param) -> list[Chunk]:
     size = math.prod(shape)
     if len(shape) < 2 or size <= TILE:
         return []
+    if plan.fits(param):
+        # the scale needs products of whole matrices
+        return []
     surveyed = method.survey(1, 1) is not None and _is_one(param)
     # a spectral method sums tensors that are no matrices
     summed = method.is_fold and _is_one(param) and not param.blocks[0].matrix

@@ -17,6 +17,7 @@ from hfmerge.hashing import is_digest
 from hfmerge.methods import FoldMethod, MergeMethod
 from hfmerge.recipe.learning import HELD_BYTES
 from hfmerge.recipe.recipe import Recipe
+from hfmerge.recipe.values import FITS
 from hfmerge.recipe.weights import Weight, weight_at
 from hfmerge.task_vector import Segment
 
@@ -188,8 +189,12 @@ class Plan:
 
     @property
     def norm(self) -> str | float:
-        """The norm to which the merged task vector is rescaled: "none", "mean" or a number."""
+        """The norm to which the merged task vector is rescaled; see `MethodChoice.norm`."""
         return self.recipe.method.norm
+
+    def fits(self, param: Param) -> bool:
+        """Whether `norm` fits the scale of a parameter: of one that is made of matrices."""
+        return self.norm in FITS and all(block.matrix for block in param.blocks)
 
     @property
     def choices(self) -> list[str]:
@@ -274,7 +279,7 @@ def folder_of(file: str) -> str:
 
 def needs_two_passes(plan: Plan) -> bool:
     """True when a number over all parameters is needed before anything can be written."""
-    return plan.norm != "none"
+    return plan.norm not in ("none", "fit-matrix")
 
 
 @dataclass(frozen=True)

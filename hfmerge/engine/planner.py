@@ -35,7 +35,7 @@ from hfmerge.methods import MergeMethod, faulty, registry
 from hfmerge.recipe.chat_template import SUFFIX, ChatTemplate
 from hfmerge.recipe.recipe import ModelEntry, Recipe
 from hfmerge.recipe.united import UNION
-from hfmerge.recipe.values import count_problem, option_names, sum_problem, weights_problem
+from hfmerge.recipe.values import FITS, count_problem, option_names, sum_problem, weights_problem
 from hfmerge.recipe.weights import PatternWeights, read_weight, written
 from hfmerge.task_vector import WHOLE
 from hfmerge.validation.values import Section, show
@@ -407,7 +407,7 @@ def _params(
     files |= {
         entry.file: f"{folder_of(entry.file)}{SINGLE}" for key, entry in base.tensors.items() if base.is_of_module(key)
     }
-    elementwise = build_method(recipe).needs == "elements"
+    elementwise = build_method(recipe).needs == "elements" and recipe.method.norm not in FITS
     params = []
     for key, entry in base.tensors.items():
         dtype, shape = entry.dtype, entry.shape
@@ -425,7 +425,7 @@ def _params(
         else:
             ranks = tuple(delta.rank(key) for delta in deltas)
             leaving_ranks = tuple(delta.rank(key) for delta in leaving)
-            # a method of single elements ignores the matrices inside a tensor
+            # a method of single elements ignores the matrices inside a tensor, unless `norm` fits their scale
             blocks = (WHOLE,) if elementwise else layout.blocks[key]
             params.append(Param(key, file, slot, "merge", None, blocks, ranks, axis, leaving_ranks))
     known = [*base.tensors, *(name for delta in deltas for name in delta.apart)]

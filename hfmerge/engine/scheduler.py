@@ -30,6 +30,8 @@ from hfmerge.engine.tasks import Norms, Visit
 from hfmerge.engine.threads import AHEAD, core_count, overlapped, resident_memory
 from hfmerge.hub.progress_bar import progress_bar
 from hfmerge.methods.base import Measure
+from hfmerge.methods.fit import fit_scale
+from hfmerge.recipe.values import FITS
 from hfmerge.validation.wording import parameter
 
 
@@ -103,9 +105,29 @@ def _changes(plan: Plan, visited: Sequence[tuple[Chunk, Norms | None]], scale: f
         merged, *models = (math.sqrt(math.fsum(column)) for column in zip(*parts, strict=True))
         weights = plan.weights_of(params[key])[plan.start :]
         sizes = [merged, *(abs(weight) * norm for weight, norm in zip(weights, models, strict=True))]
+        own = scale if plan.norm not in FITS or plan.fits(params[key]) else 1.0
         if all(map(math.isfinite, sizes)):
-            changes[key] = abs(scale) * max(sizes) / math.sqrt(max(1, math.prod(params[key].slot.shape)))
+            changes[key] = abs(own) * max(sizes) / math.sqrt(max(1, math.prod(params[key].slot.shape)))
     return changes
+
+
+def _scale(
+    plan: Plan, visited: Sequence[tuple[Chunk, Norms | None]], squared_norms: Sequence[float]
+) -> tuple[float, float]:
+    """The factor that `norm` asks for, and the norm of the merged change with it."""
+    found = [(chunk.param, norms) for chunk, norms in visited if norms is not None]
+    if plan.norm == "fit":
+        scale = fit_scale(chain(*(norms.fits for _, norms in found)))
+        scaled = math.fsum(chain(*(norms.read_out for param, norms in found if plan.fits(param))))
+        others = math.fsum(chain(*(norms.read_out for param, norms in found if not plan.fits(param))))
+        return scale, math.sqrt(scale**2 * scaled + others)
+    read_out = math.sqrt(math.fsum(chain(*(norms.read_out for _, norms in found))))
+    if not needs_two_passes(plan):
+        return 1.0, read_out
+    counted = [math.sqrt(s) for i, s in enumerate(squared_norms) if i not in plan.subtracted]
+    target = math.fsum(counted) / len(counted) if plan.norm == "mean" else float(plan.norm)
+    scale = target / read_out if read_out > 0.0 else 0.0
+    return scale, read_out * scale
 
 
 class Passes:
@@ -142,21 +164,16 @@ class Passes:
         new = range(len(plan.deltas) - self.files.start)
         squares = tuple(math.fsum(chain(*(n.models[i] for n in norms))) for i in new)
         squared_norms = (*(plan.prior.squared_norms if plan.prior else ()), *squares)
-        read_out = math.sqrt(math.fsum(chain(*(n.read_out for n in norms))))
         deviations = [n.deviation for n in norms if n.deviation is not None]
-        scale = 1.0
+        scale, merged_norm = _scale(plan, visited, squared_norms)
         if two:
-            counted = [math.sqrt(s) for i, s in enumerate(squared_norms) if i not in plan.subtracted]
-            mean = math.fsum(counted) / len(counted)
-            target = mean if plan.norm == "mean" else float(plan.norm)
-            scale = target / read_out if read_out > 0.0 else 0.0
             self._over(writing, _or_copy(lambda visit: visit.rescale(scale)))
         self._over(copying, Visit.copy)
         self.files.complete()
         states = self.ranks.on_main(self.files.named_states)
         return {
             "squared_norms": squared_norms,
-            "merged_norm": read_out * scale,
+            "merged_norm": merged_norm,
             "scale": scale,
             "changes": _changes(plan, visited, scale),
             "states": states,

@@ -16,6 +16,8 @@ from hfmerge.engine.run_files import RunFiles
 from hfmerge.engine.tile_io import ChunkData
 from hfmerge.methods import JointMethod
 from hfmerge.methods.base import SAMPLED, Measure
+from hfmerge.methods.fit import FitProducts, fit_products, fit_scale
+from hfmerge.recipe.values import FITS
 from hfmerge.task_vector import WHOLE, Dense, Segment, TaskVector
 
 
@@ -35,18 +37,26 @@ class Norms:
         read_out: those of the merged task vector before any scaling.
         deviation: of an approximating method's last step, see `FoldMethod.deviation`; None where it was not measured.
         dependent: models whose change was left out, see `JointMethod.dependent`.
+        fits: parts of every matrix in the scale of a fitted norm, see `methods.fit`; empty where none is fitted.
     """
 
     models: tuple[tuple[float, ...], ...]
     read_out: tuple[float, ...]
     deviation: float | None = None
     dependent: tuple[int, ...] = ()
+    fits: tuple[FitProducts, ...] = ()
 
     @classmethod
     def of(cls, noted: Sequence[Any]) -> Norms:
         """From what a journal noted of it."""
-        models, read_out, deviation, dependent = noted
-        return cls(tuple(map(tuple, models)), tuple(read_out), deviation, tuple(dependent))
+        models, read_out, deviation, dependent, fits = noted
+        return cls(
+            tuple(map(tuple, models)),
+            tuple(read_out),
+            deviation,
+            tuple(dependent),
+            tuple((top, bottom) for top, bottom in fits),
+        )
 
 
 class Visit:
@@ -91,6 +101,8 @@ class Visit:
     def rescale(self, scale: float) -> None:
         """The second pass: read what the first one kept, and write `base + scale * change`."""
         fold, param = self.plan.method.fold, self.chunk.param
+        if self.plan.norm in FITS and not self.plan.fits(param):
+            scale = 1.0
         if fold is not None:
             changes = Folding(self.data, fold, self.device).reread()
         else:
@@ -117,14 +129,19 @@ class Visit:
         fold, joint = self.plan.method.fold, self.plan.method.joint
         deviation: float | None = None
         dependent: tuple[int, ...] = ()
+        fits: Sequence[FitProducts] | None = None
         if fold is not None:
             folded = Folding(self.data, fold, self.device).fold()
-            squares, changes, deviation = folded.squares, folded.changes, folded.deviation
+            squares, changes, deviation, fits = folded.squares, folded.changes, folded.deviation, folded.fits
         else:
             assert joint is not None
             squares, changes, dependent = self._combine(joint, known)
+        if self.plan.fits(self.chunk.param):
+            fits = self._fitted(changes) if fits is None else fits
+            if self.plan.norm == "fit-matrix":
+                changes = [change.scaled(fit_scale([part])) for change, part in zip(changes, fits, strict=True)]
         read_out = tuple(chain(*map(self.data.norms_of, changes)))
-        norms = Norms(tuple(squares), read_out, deviation, dependent)
+        norms = Norms(tuple(squares), read_out, deviation, dependent, tuple(fits or ()))
         if write:
             self.data.write(changes, 1.0)
         elif self.files.scratch is not None and joint is not None:
@@ -133,6 +150,18 @@ class Visit:
                 block.put(whole, change.to_dense())
             self.data.put(self.files.scratch, self.chunk.param.key, whole)
         return norms
+
+    def _fitted(self, changes: Sequence[TaskVector]) -> list[FitProducts]:
+        """Parts of every matrix in the scale of a fitted norm, from the changes of all models."""
+        weights = [
+            0.0 if i in self.plan.subtracted else weight
+            for i, weight in enumerate(self.plan.weights_of(self.chunk.param))
+        ]
+        if self.plan.method.normalises_weights:
+            mean = math.fsum(weights) / len(weights)
+            weights = [weight / mean for weight in weights]
+        pairs = zip(self.chunk.param.blocks, changes, strict=True)
+        return [fit_products(change, self.data.taus(block), weights) for block, change in pairs]
 
     def _surveyed(self, method: JointMethod, visits: Sequence[Visit]) -> list[float] | None:
         """What a method that is given its rows tile by tile, the last visit's first, has to know about all of them."""

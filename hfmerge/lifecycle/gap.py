@@ -8,6 +8,7 @@ from pathlib import Path
 
 from hfmerge.engine.executor import Outcome, run
 from hfmerge.engine.plan import Plan
+from hfmerge.recipe.values import FITS
 from hfmerge.recipe.weights import values_of
 
 
@@ -20,14 +21,14 @@ def gap_of(plan: Plan, outcome: Outcome, folder: Path, exact: Plan | None) -> di
         exact: plan of the merge that never saw the models, to measure the gap as well.
 
     Returns:
-        Scalars of the ledger: `gap_bound` if the method has a bound, `gap` if it was measured.
+        Scalars of the ledger: `gap_bound` if the method has one and `norm` is not fitted; `gap` if it was measured.
     """
     found = {}
     models = zip(plan.recipe.models, outcome.squared_norms, strict=True)
     # for weights by pattern, the greatest weight counts
     norms = [max(map(abs, values_of(entry.weight))) * math.sqrt(squared) for entry, squared in models]
     bound = plan.method.gap_bound(norms, plan.subtracted)
-    if outcome.merged_norm and bound is not None:
+    if outcome.merged_norm and bound is not None and plan.norm not in FITS:
         found["gap_bound"] = bound * outcome.scale / outcome.merged_norm
     if exact is not None:
         found["gap"] = _measured(exact, folder)

@@ -9,6 +9,7 @@ from hfmerge.engine.plan import KeptState, Prior
 from hfmerge.ledger.entry import Entry, Material, same_model
 from hfmerge.ledger.repository import Merged, state_path
 from hfmerge.methods import MergeMethod
+from hfmerge.recipe.values import FITS
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,9 @@ def starts(
         return
     if last.settings["vocabulary"] == "union" or "learn" in last.settings:
         # the rows of the output, or all weights, depend on all models, so no earlier state fits
+        return
+    if last.method.norm in FITS and not method.fits_from_state:
+        # the scale is found from the changes of all models
         return
     candidates: list[tuple[int, int, Entry, KeptState, int, list[int | None]]] = []
     for entry, state in _kept(merged):

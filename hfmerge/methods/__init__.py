@@ -5,17 +5,31 @@ from __future__ import annotations
 from functools import cache
 from importlib.metadata import entry_points
 
+from hfmerge.methods.arcee_fusion import arcee_fusion
 from hfmerge.methods.base import Carry, Citation, FoldMethod, Form, JointMethod, MergeMethod, Site
+from hfmerge.methods.breadcrumbs import breadcrumbs, breadcrumbs_ties
+from hfmerge.methods.consensus_ta import consensus_ta
+from hfmerge.methods.dare import dare_linear, dare_ties
 from hfmerge.methods.declare import Block, Member, method, option, tensors
+from hfmerge.methods.della import della, della_linear
+from hfmerge.methods.ema import Ema
 from hfmerge.methods.exact_sum import AdditiveFold
-from hfmerge.methods.gram import Gram
+from hfmerge.methods.gram import FlatGram, Gram
+from hfmerge.methods.iso_cts import iso_cts
 from hfmerge.methods.isotropic import IsoC, MdmOcIso
 from hfmerge.methods.linear import Linear, TaskArithmetic
+from hfmerge.methods.magmax import magmax
 from hfmerge.methods.mdm_oc import MdmOc
 from hfmerge.methods.mdm_oc_subspace import MdmOcSubspace
+from hfmerge.methods.model_stock import model_stock
+from hfmerge.methods.nearswap import nearswap
+from hfmerge.methods.null_filter import NullFilter
 from hfmerge.methods.opcm import OPCM
+from hfmerge.methods.sce import sce
 from hfmerge.methods.slerp import slerp
+from hfmerge.methods.spheres import karcher, multislerp, nuslerp
 from hfmerge.methods.ties import ties
+from hfmerge.methods.tsv_m import tsv_m
 
 
 __all__ = [
@@ -37,8 +51,10 @@ __all__ = [
 ]
 
 BUILT_IN: tuple[type[MergeMethod], ...] = (
-    *(OPCM, Linear, TaskArithmetic, Gram, IsoC),
+    *(OPCM, Linear, TaskArithmetic, Gram, FlatGram, IsoC),
     *(MdmOc, MdmOcIso, MdmOcSubspace, ties, slerp),
+    *(dare_linear, dare_ties, della, della_linear, breadcrumbs, breadcrumbs_ties, sce, magmax, consensus_ta),
+    *(model_stock, nuslerp, multislerp, karcher, nearswap, arcee_fusion, Ema, tsv_m, iso_cts, NullFilter),
 )
 
 

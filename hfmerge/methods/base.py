@@ -74,12 +74,14 @@ class MergeMethod:
         element_bytes: for methods that need matrices: measured peak memory of a visit, in bytes per matrix element.
         square_bytes: the same per element of a square matrix of side `square_side`.
         of_weights: the method combines the models' weights themselves, so the base may be one of the models.
+        absolute: a size in units of the weights counts: twice the base and the models do not give twice the change.
         is_fold: the method is a `FoldMethod`.
         additive: the state is a sum with one term per model, so a model leaves exactly (see `AdditiveFold`).
         subtractable: `unmerge --mode subtract` is possible: the term of one model can be subtracted alone.
         learnable: the weights can be learned: the merged change is `sum_s (M a)_s d_s`, see `parts` and `mixing`.
         in_parts: the `d_s` are not the changes themselves; they are computed from all changes.
         leaps_at_zero: a model of weight 0 counts as absent, so the merge is not continuous at weight 0.
+        fits_from_state: of a fold: its state holds what `norm: fit` needs, see `FoldMethod.fit`.
         citations: publications for the card.
     """
 
@@ -92,12 +94,14 @@ class MergeMethod:
     element_bytes: ClassVar[int] = 60
     square_bytes: ClassVar[int] = 60
     of_weights: ClassVar[bool] = False
+    absolute: ClassVar[bool] = False
     is_fold: ClassVar[bool] = False
     additive: ClassVar[bool] = False
     subtractable: ClassVar[bool] = False
     learnable: ClassVar[bool] = False
     in_parts: ClassVar[bool] = False
     leaps_at_zero: ClassVar[bool] = False
+    fits_from_state: ClassVar[bool] = False
     version: ClassVar[int] = 1
     citations: ClassVar[tuple[Citation, ...]] = ()
 
@@ -289,6 +293,16 @@ class FoldMethod(MergeMethod, ABC):
         """Distance of an approximate `step` from the exact step with the same arguments, relative to `weight * tau`.
 
         None if the step is exact. It costs more than an exact step, so it is measured on a sample of blocks.
+        """
+        return None
+
+    def fit(self, carry: Carry, change: TaskVector, weights: Sequence[float]) -> tuple[float, float] | None:
+        """A matrix's part of the scale of `norm: fit`, see `methods.fit`; None: the state does not hold it.
+
+        Args:
+            carry: the state of a matrix after the last model.
+            change: what `emit` made of it.
+            weights: of all models in it, in order.
         """
         return None
 

@@ -1,7 +1,7 @@
 """Methods by declaration: the decorator `method` makes a merging method from a function over a `Block` or a class.
 
-    @method("dare_linear", source="Language Models are Super Mario, arXiv:2311.03099", needs="elements")
-    def dare_linear(block: Block, *, density: float = option(0.5, 0.0, 1.0), seed: int = 0) -> Tensor:
+    @method("my_dare", source="Language Models are Super Mario, arXiv:2311.03099", needs="elements")
+    def my_dare(block: Block, *, density: float = option(0.5, 0.0, 1.0), seed: int = 0) -> Tensor:
         return sum(m.weight * m.tau * block.bernoulli(density, seed, m) / density for m in block.models)
 
 The keyword parameters of the function are the method's options. It returns the merged task vector of the block, before
@@ -16,7 +16,7 @@ import dataclasses
 import inspect
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 M = TypeVar("M", bound=MergeMethod)
 Laws = Sequence[Law] | Callable[[Any], Sequence[Law]]
 
-FURTHER = ("arity", "normalises_weights", "default_norm", "of_weights", "version")
+FURTHER = ("arity", "normalises_weights", "default_norm", "of_weights", "absolute", "version")
 """Class attributes of methods that a declaration may name."""
 DRAW = 1 << 18
 """Elements that random numbers are drawn for at a time."""
@@ -195,6 +195,15 @@ class _Declared(JointMethod):
         return change
 
 
+def summed(parts: Iterable[Tensor]) -> Tensor:
+    """The sum of tensors that are made one at a time, in the memory of the first; at least one."""
+    total = None
+    for part in parts:
+        total = part if total is None else total.add_(part)
+    assert total is not None
+    return total
+
+
 def option(default: Any, low: float | None = None, high: float | None = None, help: str = "") -> Any:
     """Declare the default of an option, its bounds and its help.
 
@@ -232,7 +241,7 @@ class method:  # noqa: N801
         laws: laws of the method, see `Law`; or a function from the method to its laws, if they depend on options.
         survey, measure: for a method made of a function, see `MergeMethod`; their first argument is the method.
             `Block.found` is their result. For a block that is given whole, `survey` is not called and `found` is None.
-        more: `arity`, `normalises_weights`, `default_norm`, `of_weights`, `version`, as in `MergeMethod`.
+        more: `arity`, `normalises_weights`, `default_norm`, `of_weights`, `absolute`, `version`, as in `MergeMethod`.
 
     Raises:
         TypeError: a fault of the declaration. ValueError: an unknown source.
@@ -245,7 +254,7 @@ class method:  # noqa: N801
         source: str | Sequence[str] | None,
         needs: Needs = "tensor",
         laws: Laws = (),
-        survey: Callable[[Any, int, int], Survey] | None = None,
+        survey: Callable[[Any, int, int], Survey | None] | None = None,
         measure: Callable[[Any, int], Measure | None] | None = None,
         **more: Any,
     ):

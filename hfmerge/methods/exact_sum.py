@@ -132,15 +132,19 @@ class AdditiveFold(FoldMethod):
 
     def emit(self, carry: Carry, weights: Sequence[float], *, matrix: bool) -> TaskVector:
         """Multiply out what is kept as factors, add it to the sums, and read them out."""
-        low = _factors(carry)
-        sums = {name: value for name, value in carry.items() if name not in low}
         if all(value.is_zero for value in carry.values()):
             return carry["T1"]
+        fitted, sums = self.totals(carry, matrix=matrix)
+        return Dense(fitted.read_out(sums, weights, matrix=matrix))
+
+    def totals(self, carry: Carry, *, matrix: bool) -> tuple[AdditiveFold, dict[str, Tensor]]:
+        """The method with its options filled in, and the sums of a state that is not zero, as for `read_out`."""
+        low = _factors(carry)
+        sums = {name: value for name, value in carry.items() if name not in low}
         fitted = self.fitted(low=not sums)
         for factors in low.values():
             sums = fitted._summed(sums, factors, 1.0, matrix=matrix)
-        values = {name: value.to_dense().double() for name, value in sums.items()}
-        return Dense(fitted.read_out(values, weights, matrix=matrix))
+        return fitted, {name: value.to_dense().double() for name, value in sums.items()}
 
     def carry_form(self, shape: tuple[int, ...], ranks: Sequence[int | None], *, matrix: bool) -> dict[str, Form]:
         dtype = {"float64": "F64", "float32": "F32"}[self.sums]

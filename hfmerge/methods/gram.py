@@ -10,14 +10,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from hfmerge.methods.base import Carry
 from hfmerge.methods.batched_linalg import apart
 from hfmerge.methods.declare import method
 from hfmerge.methods.exact_sum import AdditiveFold
+from hfmerge.methods.spectral import directions
 from hfmerge.task_vector import Dense, LowRank, TaskVector
 
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from typing_extensions import Self
 
 Side = Literal["auto", "right", "left"]
 
@@ -55,6 +58,7 @@ class Gram(AdditiveFold):
     in_parts: ClassVar[bool] = True
     leaps_at_zero: ClassVar[bool] = True
     square_bytes: ClassVar[int] = 30
+    fits_from_state: ClassVar[bool] = True
 
     beta: float | None = field(
         default=None,
@@ -64,7 +68,16 @@ class Gram(AdditiveFold):
         default="auto", metadata={"help": "which Gram matrix; auto: right, where only adapters change a matrix left"}
     )
 
-    def fitted(self, *, low: bool) -> Gram:
+    def fit(self, carry: Carry, change: TaskVector, weights: Sequence[float]) -> tuple[float, float]:
+        """`tr(D^T A)` and `tr(D G D^T)`: with them the scale minimises this method's objective, its prior included."""
+        if change.is_zero:
+            return 0.0, 0.0
+        fitted, sums = self.totals(carry, matrix=True)
+        assert isinstance(fitted, Gram)
+        dense, total = fitted._turned(change.to_dense().double()), fitted._turned(sums["A"])
+        return float((dense * total).sum()), float(((dense @ fitted._with_prior(sums, weights)) * dense).sum())
+
+    def fitted(self, *, low: bool) -> Self:
         beta = self.beta if self.beta is not None else LOW_BETA if low else FULL_BETA
         side: Side = self.side if self.side != "auto" else "left" if low else "right"
         return replace(self, beta=beta, side=side)
@@ -142,9 +155,14 @@ class Gram(AdditiveFold):
 
         if not matrix:
             return sums["S"] / len(weights)
+        factor = apart(torch.linalg.cholesky, self._with_prior(sums, weights))
+        return self._turned(torch.cholesky_solve(self._turned(sums["A"]).T, factor).T)
+
+    def _with_prior(self, sums: Mapping[str, Tensor], weights: Sequence[float]) -> Tensor:
+        """`G` with the prior's part of all models."""
         gram = sums["G"].clone()
         gram.diagonal().add_(len(weights) * self._prior(len(gram)))
-        return self._turned(torch.cholesky_solve(self._turned(sums["A"]).T, apart(torch.linalg.cholesky, gram)).T)
+        return gram
 
     def _turned(self, value: Tensor) -> Tensor:
         return value.T.contiguous() if self.side == "left" else value
@@ -152,6 +170,46 @@ class Gram(AdditiveFold):
     def _prior(self, size: int) -> float:
         assert self.beta is not None
         return self.beta / size
+
+
+@method(
+    "flat_gram",
+    source=("cheng2025whoever", "marczak2025no"),
+    needs="matrix",
+    laws=("order_free",),
+    default_norm="fit",
+    absolute=True,
+)
+@dataclass(frozen=True)
+class FlatGram(Gram):
+    """The matrix of `gram` with its singular values raised to a power, at the scale that fits all models.
+
+    `U diag(s^power) V^T` of `A G^-1 = U diag(s) V^T` (see `Gram`), over the numerical rank. A power below 1 makes the
+    directions of a matrix, and the matrices among themselves, more equal in strength: 1 is `gram`, 0 keeps directions
+    alone, as `iso_c` does with the plain sum. The power changes the unit of the change, so the result depends on the
+    scale that `norm` gives it: the default, `fit`, is the one scale for all matrices that minimises gram's objective.
+    What is no matrix is averaged, and keeps its scale.
+
+    Source: arXiv 2503.08099 for the objective, arXiv 2502.04959 for equal singular values; the power between them and
+    the fitted scale are ours.
+
+    It keeps gram's sums, and so gram's exactness: a model leaves by subtraction.
+    """
+
+    learnable: ClassVar[bool] = False
+    in_parts: ClassVar[bool] = False
+
+    power: float = field(
+        default=0.5, metadata={"minimum": 0.0, "maximum": 1.0, "help": "of the singular values; 1 is `gram`"}
+    )
+
+    def read_out(self, sums: Mapping[str, Tensor], weights: Sequence[float], *, matrix: bool) -> Tensor:
+        """See the class."""
+        solved = super().read_out(sums, weights, matrix=matrix)
+        if not matrix or self.power == 1.0:
+            return solved
+        right, singular = directions(solved)
+        return ((solved @ right) * singular ** (self.power - 1.0)) @ right.T
 
 
 def _near(tau: TaskVector, left: bool) -> tuple[Tensor, Tensor | None]:

@@ -54,7 +54,7 @@ def slerp(
         found = angle.settle()
     if t is None:
         t = block.weights[1] / (block.weights[0] + block.weights[1])
-    near, far = _shares(t, *found)
+    near, far = arc_shares(t, *found)
     merged = torch.empty_like(first, memory_format=torch.contiguous_format)
     for into, origin, one, other in zip(
         flat_pieces(merged), flat_pieces(block.base()), flat_pieces(first), flat_pieces(second), strict=True
@@ -83,8 +83,8 @@ class Angle(Survey):
         return [math.fsum(column) for column in zip(*self._sums, strict=True)]
 
 
-def _shares(t: float, first: float, second: float, inner: float) -> tuple[float, float]:
-    """Factors of the two models; squared norms and the inner product as `Angle` finds them."""
+def arc_shares(t: float, first: float, second: float, inner: float) -> tuple[float, float]:
+    """Factors of the two ends of an arc at its share t; from their squared norms and inner product."""
     if min(first, second) > 0.0:
         cosine = inner / (math.sqrt(first) * math.sqrt(second))
         if abs(cosine) < PARALLEL:

@@ -139,7 +139,7 @@ def cleared_by_svd(total: Tensor, tau: Tensor, shape: tuple[int, int], alpha: fl
     Raises:
         HfMergeError: LAPACK does not converge, which finite numbers have not been seen to do.
     """
-    u, s, vt = _svd(total)
+    u, s, vt = thin_svd(total)
     r, rank = split(s, shape, alpha)
     if rank == 0:
         return tau.clone()
@@ -252,13 +252,13 @@ def _right(matrix: Tensor) -> tuple[Tensor, Tensor]:
         squares, vectors = apart(torch.linalg.eigh, matrix.T @ matrix)
         singular, v = squares.flip(0).clamp_min(0.0).sqrt(), vectors.flip(1)
     except lapack_error():
-        _, singular, vt = _svd(matrix)
+        _, singular, vt = thin_svd(matrix)
         v = vt.T
     rank = split(singular, (matrix.shape[0], matrix.shape[1]), 1.0)[1]
     return v[:, :rank].contiguous(), singular[:rank]
 
 
-def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def thin_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Thin `U, s, V^T`; a second try has the matrix's triangular factor, so another sequence of roundings."""
     import torch
 

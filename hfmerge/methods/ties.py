@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Literal
 
 from hfmerge.methods.declare import Block, Member, method, option
+from hfmerge.methods.election import elected, times
 from hfmerge.methods.trimming import Histograms, KthMagnitudes, flat_pieces, kth_magnitude, trim
 
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-_HELD = 1 << 20
-"""Elements of trimmed task vectors that one visit keeps, all models together."""
 
 
 @method(
@@ -41,57 +38,12 @@ def ties(
     sum of their weights' magnitudes. Departures: the paper trims each model over all parameters (`scope: model`, here
     with a histogram threshold, relative error 2^-12); `scope: tensor`, the default and other tools' habit, trims each
     matrix or vector by itself and needs one pass. Elements whose weighted values sum to exactly zero stay at the base.
-
-    Two sweeps over the models (elect, then average), so that little more than two tensors are held. What is computed
-    on the way lies in pieces that a cache holds (see `trimming.PART`). The task vectors of a small block are kept from
-    the first sweep to the second, those of a large one are asked for again.
     """
-    import torch
-
-    models, found = block.models, block.found
-    limits = [found[m.index] if found is not None else kth_magnitude(m.tau, density) for m in models]
-    shape = block.shape
-    size = math.prod(shape)
-    held: dict[int, list[Tensor]] = {}
+    found = block.found
+    limits = [found[m.index] if found is not None else kth_magnitude(m.tau, density) for m in block.models]
 
     def trimmed(model: Member) -> Iterable[Tensor]:
-        if model.index in held:
-            return held[model.index]
-        pieces = (_weighted(trim(part, limits[model.index]), model.weight) for part in flat_pieces(model.tau))
-        if (len(held) + 1) * size > _HELD:
-            return pieces
-        held[model.index] = list(pieces)
-        return held[model.index]
+        limit, weight = limits[model.index], model.weight
+        return (times(trim(part, limit), weight) for part in flat_pieces(model.tau))
 
-    sums = torch.cat(list(trimmed(models[0])))
-    for model in models[1:]:
-        for votes, value in zip(flat_pieces(sums), trimmed(model), strict=True):
-            votes += value
-    # Inf against -Inf elects nothing; a large block's signs take a byte each
-    elected = sums.sign().nan_to_num_(0.0) if size * len(models) <= _HELD else _signs(sums)
-    sums.zero_()
-    shares = torch.zeros_like(sums)
-    for model in models:
-        for sign, total, share, value in zip(
-            flat_pieces(elected), flat_pieces(sums), flat_pieces(shares), trimmed(model), strict=True
-        ):
-            agreeing = value.mul_(sign.float()).clamp_min_(0.0)
-            total += agreeing
-            share.add_(agreeing.sign_(), alpha=abs(model.weight))
-    for sign, total, share in zip(flat_pieces(elected), flat_pieces(sums), flat_pieces(shares), strict=True):
-        total.mul_(sign.float()).div_(share.clamp_min_(torch.finfo(torch.float32).tiny)).mul_(scale)
-    return sums.view(shape)
-
-
-def _signs(values: Tensor) -> Tensor:
-    """-1, 0 or 1 of each element as int8; 0 for NaN."""
-    import torch
-
-    signs = torch.empty_like(values, dtype=torch.int8)
-    for into, part in zip(flat_pieces(signs), flat_pieces(values), strict=True):
-        into.copy_(part.sign().nan_to_num_(0.0))
-    return signs
-
-
-def _weighted(value: Tensor, weight: float) -> Tensor:
-    return value if weight == 1.0 else value.mul_(weight)
+    return elected(block, trimmed, scale)

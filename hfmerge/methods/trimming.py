@@ -137,14 +137,14 @@ class KthMagnitude:
 
 
 class KthMagnitudes(Survey):
-    """The k-th magnitude of each of several models' task vectors."""
+    """The k-th magnitudes of each of several models' task vectors, for one density or several; model by model."""
 
     samples = True
 
-    def __init__(self, models: int, count: int, density: float):
-        self._count, self._density = count, density
+    def __init__(self, models: int, count: int, *densities: float):
+        self._count, self._densities = count, densities
         self._spread: list[list[Tensor]] = [[] for _ in range(models)]
-        self._searches: list[KthMagnitude] = []
+        self._searches: list[list[KthMagnitude]] = []
 
     def sample(self, taus: Iterable[Tensor]) -> None:
         for spread, tau in zip(self._spread, taus, strict=True):
@@ -152,17 +152,21 @@ class KthMagnitudes(Survey):
 
     def add(self, taus: Iterable[Tensor], base: Callable[[], Tensor]) -> None:
         if not self._searches:
-            self._searches = [KthMagnitude(spread, self._count, self._density) for spread in self._spread]
-        for search, tau in zip(self._searches, taus, strict=True):
-            if search.value is None:
-                search.add(tau)
+            self._searches = [
+                [KthMagnitude(spread, self._count, density) for density in self._densities] for spread in self._spread
+            ]
+        for searches, tau in zip(self._searches, taus, strict=True):
+            for search in searches:
+                if search.value is None:
+                    search.add(tau)
 
     def settle(self) -> list[float] | None:
-        for search in self._searches:
+        searches = [search for own in self._searches for search in own]
+        for search in searches:
             if search.value is None:
                 search.settle()
-        values = [search.value for search in self._searches if search.value is not None]
-        return values if len(values) == len(self._searches) else None
+        values = [search.value for search in searches if search.value is not None]
+        return values if len(values) == len(searches) else None
 
 
 class Histograms(Measure):

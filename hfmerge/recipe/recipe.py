@@ -62,7 +62,8 @@ class MethodChoice:
         name: in the registry of methods.
         options: by name; an option that is unset by default is absent.
         norm: norm of the merged task vector: "none" (the method's own scale), "mean" (the mean of the task vectors'
-            norms), or a number.
+            norms), a number, "fit" (matrices at the one scale that fits all models best, see `methods.fit`), or
+            "fit-matrix" (a scale for each matrix).
     """
 
     name: str

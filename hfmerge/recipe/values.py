@@ -29,7 +29,9 @@ DTYPE_ALIASES = {
 _EIGHT_BITS = re.compile(r"(torch\.)?(float8|fp8|f8|u?int[48]|[nf]f?p?4|nf4|mxfp)")
 VOCABULARIES = ("base", "union")
 STATES = ("none", "last", "all")
-NORMS = ("none", "mean")
+FITS = ("fit", "fit-matrix")
+"""Norms that `methods.fit` finds: one scale for all matrices, or one for each."""
+NORMS = ("none", "mean", *FITS)
 
 
 def dtype(value: object) -> str:
@@ -43,15 +45,15 @@ def dtype(value: object) -> str:
 
 
 def norm(value: object) -> str | float:
-    """`none`, `mean` or a positive number. Raises ValueError."""
+    """`none`, `mean`, `fit`, `fit-matrix` or a positive number. Raises ValueError."""
     if isinstance(value, str) and value in NORMS:
         return value
     near = suggestion(value, NORMS) if isinstance(value, str) else ""
     if near:
-        raise ValueError(f"must be none, mean or a positive number, not {show(value)}{near}")
+        raise ValueError(f"must be none, mean, fit, fit-matrix or a positive number, not {show(value)}{near}")
     result = factor(value)
     if result <= 0.0:
-        raise ValueError(f"must be none, mean or a positive number, not {show(value)}")
+        raise ValueError(f"must be none, mean, fit, fit-matrix or a positive number, not {show(value)}")
     return result
 
 

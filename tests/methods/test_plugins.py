@@ -157,7 +157,7 @@ def test_small_tiles_are_really_cut(root: Path, installed: Path, monkeypatch: py
     from hfmerge.recipe.overrides import apply_overrides
 
     models = [str(root / name) for name in ("m1", "m2")]
-    plan = make_plan(apply_overrides(None, models=models, base=str(root / "base"), method="dare_linear"))
+    plan = make_plan(apply_overrides(None, models=models, base=str(root / "base"), method="trial_dare"))
     assert all(chunk.rows is None for chunk in partition.chunks(plan, plan.params))
     monkeypatch.setattr(partition, "TILE", 16)
     monkeypatch.setattr(partition, "_CHUNK", 16)
@@ -172,7 +172,7 @@ def changes(root: Path, name: str) -> dict[str, Tensor]:
 def test_dare_keeps_each_change_or_drops_it(installed: Path, root: Path, tmp_path: Path) -> None:
     base, own = tiny.tensors(root / "base"), changes(root, "m1")
     quarter = ("--option", "density=0.25")
-    one = merged(root, tmp_path / "one", "dare_linear", *quarter, models=("m1",))
+    one = merged(root, tmp_path / "one", "trial_dare", *quarter, models=("m1",))
     kept = total = 0
     for key, tau in own.items():
         share = ((one[key] - base[key]).double() / tau)[tau.abs() > 1e-4]
@@ -180,7 +180,7 @@ def test_dare_keeps_each_change_or_drops_it(installed: Path, root: Path, tmp_pat
         assert bool(near.all()), key
         kept, total = kept + int((share > 1.0).sum()), total + share.numel()
     assert abs(kept / total - 0.25) < 4.0 * (0.25 * 0.75 / total) ** 0.5
-    other = merged(root, tmp_path / "other", "dare_linear", *quarter, "--option", "seed=1", models=("m1",))
+    other = merged(root, tmp_path / "other", "trial_dare", *quarter, "--option", "seed=1", models=("m1",))
     assert any(not torch.equal(one[key], other[key]) for key in base)
 
 
@@ -188,7 +188,7 @@ def test_dare_draws_anew_for_each_model_and_parameter(installed: Path, root: Pat
     base = tiny.tensors(root / "base")
     masks = []
     for name in ("m1", "m2"):
-        out = merged(root, tmp_path / name, "dare_linear", models=(name,))
+        out = merged(root, tmp_path / name, "trial_dare", models=(name,))
         keys = ["model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"]
         masks += [(out[key] - base[key]).abs() > 1e-4 for key in keys]
     for i, first in enumerate(masks):
@@ -199,13 +199,13 @@ def test_dare_draws_anew_for_each_model_and_parameter(installed: Path, root: Pat
 @pytest.mark.slow
 def test_a_model_leaves_dare_as_if_it_had_never_been_there(installed: Path, root: Path, tmp_path: Path) -> None:
     """What is dropped of a model follows from the model, and not from its place or from its folder's name."""
-    merged(root, tmp_path / "left", "dare_linear", models=("m1", "m2", "m3"))
+    merged(root, tmp_path / "left", "trial_dare", models=("m1", "m2", "m3"))
     tiny.done("unmerge", tmp_path / "left", "--remove", root / "m1", "--quiet")
-    never = merged(root, tmp_path / "never", "dare_linear", models=("m2", "m3"))
+    never = merged(root, tmp_path / "never", "trial_dare", models=("m2", "m3"))
     assert all(torch.equal(value, never[key]) for key, value in tiny.tensors(tmp_path / "left").items())
     (root / "m2").rename(root / "renamed")
     try:
-        again = merged(root, tmp_path / "again", "dare_linear", models=("renamed", "m3"))
+        again = merged(root, tmp_path / "again", "trial_dare", models=("renamed", "m3"))
     finally:
         (root / "renamed").rename(root / "m2")
     assert all(torch.equal(value, never[key]) for key, value in again.items())
@@ -258,10 +258,10 @@ def test_faults_of_files_beside_the_weights_are_told_by_the_plan(installed: Path
         (root / "m2" / FILE).write_bytes(before)
 
 
-def test_tsv_m_is_what_the_paper_says(installed: Path, root: Path, tmp_path: Path) -> None:
+def test_trial_tsv_is_what_the_paper_says(installed: Path, root: Path, tmp_path: Path) -> None:
     """Algorithm 1 of arXiv 2412.00081, transcribed: the polar factors by full decompositions."""
     base, taus = tiny.tensors(root / "base"), [changes(root, name) for name in ("m1", "m2", "m3")]
-    out = merged(root, tmp_path / "out", "tsv_m", models=("m1", "m2", "m3"))
+    out = merged(root, tmp_path / "out", "trial_tsv", models=("m1", "m2", "m3"))
     for key, origin in base.items():
         own = [tau[key] for tau in taus]
         expected = sum(own) / 3
@@ -275,11 +275,11 @@ def test_tsv_m_is_what_the_paper_says(installed: Path, root: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_tsv_m_takes_matrices_apart_on_the_device(installed: Path, root: Path, tmp_path: Path) -> None:
-    run, saw = beside(tmp_path, [[*command(root, tmp_path / "there", "tsv_m"), *ON]])
+def test_trial_tsv_takes_matrices_apart_on_the_device(installed: Path, root: Path, tmp_path: Path) -> None:
+    run, saw = beside(tmp_path, [[*command(root, tmp_path / "there", "trial_tsv"), *ON]])
     assert run.code == 0, run.err
     assert saw["done"]["aten::_linalg_svd"] > 20 and saw["places"] == ["pretend:0"] and saw["left"] == 0 < saw["most"]
-    here = merged(root, tmp_path / "here", "tsv_m")
+    here = merged(root, tmp_path / "here", "trial_tsv")
     assert all(torch.equal(value, here[key]) for key, value in tiny.tensors(tmp_path / "there").items())
 
 

@@ -64,7 +64,7 @@ def test_the_blocks_of_the_page_run_in_order(environment: dict[str, str], tmp_pa
             assert int(done.stdout.split(" passed")[0].split()[-1]) >= 30
     assert kinds.count("python") == 5 and kinds.count("bash") == 4 and kinds.count("toml") == 1
     assert (folder / "merged" / "model.safetensors").is_file()
-    assert "share of each change that is kept" in (tmp_path / "packages" / "dare_linear.py").read_text()
+    assert "share of each change that is kept" in (tmp_path / "packages" / "my_dare.py").read_text()
 
 
 def test_the_page_names_every_law_and_need() -> None:

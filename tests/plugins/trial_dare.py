@@ -8,12 +8,12 @@ from hfmerge.methods import Block, method, option
 
 
 @method(
-    "dare_linear",
+    "trial_dare",
     source="Language Models are Super Mario: Absorbing Abilities from Homologous Models, arXiv:2311.03099",
     needs="elements",
     laws=("order_free", "scale_equivariant", "linear_in_weights"),
 )
-def dare_linear(
+def trial_dare(
     block: Block,
     *,
     density: float = option(0.5, 1e-6, 1.0, "share of each task vector that is kept"),

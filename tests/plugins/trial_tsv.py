@@ -10,12 +10,12 @@ from hfmerge.methods.spectral import polar
 
 
 @method(
-    "tsv_m",
+    "trial_tsv",
     source="Task Singular Vectors: Reducing Task Interference in Model Merging, arXiv:2412.00081",
     needs="matrix",
     laws=("order_free", "identity_for_one", "scale_equivariant", "linear_in_weights"),
 )
-def tsv_m(block: Block, *, scale: float = option(1.0, help="factor of the merged task vector")) -> Tensor:
+def trial_tsv(block: Block, *, scale: float = option(1.0, help="factor of the merged task vector")) -> Tensor:
     """TSV-M: `U_o diag(s) V_o^T` of the first 1/T singular triples of each change; other tensors are averaged."""
     if not block.matrix:
         return scale / len(block.models) * sum(m.weight * m.tau for m in block.models)
