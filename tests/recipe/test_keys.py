@@ -226,7 +226,7 @@ SPELLED = {
     # words of what `plan` prints of tensors and of its estimate
     "cli/merging.py": {"dtype", "output", "state"},
     # arguments of verbs that change a merge, which no recipe is given to
-    "cli/shared.py": {"output", "push_to", "stream"},
+    "cli/shared.py": {"output", "push_to", "state", "stream"},
     # consents, which a ledger records and never gives
     "ledger/entry.py": {"allow_pickle", "trust_remote_code"},
     "ledger/schema.py": set[str](),
