@@ -11,6 +11,7 @@ from hfmerge.cli.shared import (
     carry_out,
     dry_run_flag,
     key_flags,
+    needs,
     print_json,
     push_arguments,
     push_flags,
@@ -139,7 +140,7 @@ def _plan(args: argparse.Namespace) -> int:
         say(f"sources  copies are kept beside the state and published with it: at most {size(need.sources)}")
     if planned.recipe.stream:
         say(f"stream   {size(need.stream)} from the Hub as they are needed; only the result is stored")
-    say(f"needs    disk {size(need.disk)}, memory about {size(need.memory)}, time about {need.seconds:.0f} s")
+    say(f"needs    {needs(need)}")
     return 0
 
 

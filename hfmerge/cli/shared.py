@@ -21,6 +21,7 @@ from hfmerge.validation.wording import size
 
 
 if TYPE_CHECKING:
+    from hfmerge.engine.plan import Estimate
     from hfmerge.lifecycle.forecast import Forecast
 
 Command = Callable[[str, str, Callable[[argparse.Namespace], int]], argparse.ArgumentParser]
@@ -272,9 +273,15 @@ def _foreseen(found: Forecast) -> Iterator[str]:
         if found.advice is not None:
             yield f"         {found.advice}"
         yield f"bytes    read {size(need.read)}, download {size(need.download)}, output {size(need.output)}"
-        yield f"needs    disk {size(need.disk)}, memory about {size(need.memory)}, time about {need.seconds:.0f} s"
+        yield f"needs    {needs(need)}"
     places = [place for place in (found.folder, found.push_to) if place is not None]
     yield f"result   {' and '.join(places)}"
+
+
+def needs(need: Estimate) -> str:
+    """What a plan needs, in words."""
+    learning = f", of which {need.learning:.0f} s for learning on the CPU at most" if need.learning else ""
+    return f"disk {size(need.disk)}, memory about {size(need.memory)}, time about {need.seconds:.0f} s{learning}"
 
 
 def print_result(args: argparse.Namespace, result: Any, more: Mapping[str, Any] | None = None) -> int:
