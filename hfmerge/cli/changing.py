@@ -14,8 +14,8 @@ from hfmerge.cli.shared import (
     print_result,
     weighted,
 )
+from hfmerge.cli.terminal import display
 from hfmerge.errors import HfMergeError
-from hfmerge.validation.quoting import say
 from hfmerge.validation.strict_yaml import parse_scalar
 
 
@@ -30,7 +30,9 @@ def register(command: Command) -> None:
     sub.add_argument(
         "models", nargs="+", metavar="MODEL[=WEIGHT]", help="models that join, each with its weight (default: 1)"
     )
-    sub.add_argument("--weight", action="append", metavar="W", help="weight of a new model; one per model, in order")
+    sub.add_argument(
+        "--weight", action="append", metavar="W", help="weight of a new model; one per model, in order (default: 1)"
+    )
     change_flags(sub)
     sub = command("unmerge", "Take models out. The result has the bytes of the merge that never saw them.", _unmerge)
     sub.add_argument("merged", metavar="MERGED")
@@ -99,12 +101,12 @@ def _unmerge(args: argparse.Namespace) -> int:
 def _print_behaviour(args: argparse.Namespace, behaviour: Behaviour) -> int:
     if args.json or not first_process():
         return 0
-    say("", *behaviour.matrix.to_markdown().split("\n"))
+    display("", *behaviour.matrix.to_markdown().split("\n"))
     same = "has the same bytes as" if behaviour.identical else "does NOT have the same bytes as"
-    say(
+    display(
         f"the result {same} a merge that never held the model: the weights differ by {behaviour.distance:.2g} of that "
         f"merge's change, the scores of the other tasks by {100 * behaviour.retained_gap:.1f} points"
     )
     for task, residual in behaviour.residual.items():
-        say(f"{task}: {100 * residual:+.1f} points compared with a merge that never held the model")
+        display(f"{task}: {100 * residual:+.1f} points compared with a merge that never held the model")
     return 0

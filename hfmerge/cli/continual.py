@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 
 from hfmerge.cli.shared import Command, notify, print_json
+from hfmerge.cli.terminal import display
 from hfmerge.errors import HfMergeError
-from hfmerge.validation.quoting import say
 
 
 def register(command: Command) -> None:
@@ -101,7 +101,7 @@ def _continual(args: argparse.Namespace) -> int:
     if args.json:
         print_json(data)
         return 0
-    say(*to_markdown(data).split("\n"))
+    display(*to_markdown(data).split("\n"))
     for path in written:
-        say(f"written {path}")
+        display(f"written {path}")
     return 0

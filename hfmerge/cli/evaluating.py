@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hfmerge.cli.shared import Command, first_process, print_json
+from hfmerge.cli.terminal import display
 from hfmerge.errors import HfMergeError
-from hfmerge.validation.quoting import say, tell
+from hfmerge.validation.quoting import tell
 
 
 if TYPE_CHECKING:
@@ -25,7 +26,9 @@ def register(command: Command) -> None:
     sub.add_argument(
         "--suite", required=True, metavar="NAME | FILE.yaml", help="a suite that `hfmerge suites` lists, or a file"
     )
-    sub.add_argument("--task", action="append", metavar="NAME", help="only this task; may be given several times")
+    sub.add_argument(
+        "--task", action="append", metavar="NAME", help="only this task; may be given several times (default: all)"
+    )
     sub.add_argument(
         "--head",
         action="append",
@@ -33,7 +36,12 @@ def register(command: Command) -> None:
         metavar="TASK=MODEL",
         help="model whose head a task uses; `*=MODEL` for all tasks",
     )
-    sub.add_argument("--limit", type=int, metavar="N", help="use at most this many rows of each task, a seeded sample")
+    sub.add_argument(
+        "--limit",
+        type=int,
+        metavar="N",
+        help="use at most this many rows of each task, a seeded sample (default: all)",
+    )
     sub.add_argument("--seed", type=int, default=0, help="seed of samples and intervals (default: 0)")
     sub.add_argument("--batch-size", type=int, default=32, metavar="N", help="rows in a batch (default: 32)")
     sub.add_argument(
@@ -47,7 +55,7 @@ def register(command: Command) -> None:
         "--skip-missing", action="store_true", help="leave a cell empty if the model has no head for the task"
     )
     sub.add_argument("--by-task", action="store_true", help="print one row per task")
-    sub.add_argument("--output", metavar="STEM", help="write STEM.json, STEM.md and STEM.csv")
+    sub.add_argument("--output", metavar="STEM", help="write STEM.json, STEM.md and STEM.csv (default: print alone)")
     sub.add_argument("--write-card", action="store_true", help="put the results into the cards of MODEL folders")
     sub.add_argument("--push-to", metavar="REPO_ID", help="put the results into the card of this model on the Hub")
     sub.add_argument("--create-pr", action="store_true", help="push as a pull request")
@@ -92,11 +100,11 @@ def _evaluate(args: argparse.Namespace) -> int:
     if args.json:
         print_json(matrix.to_dict() | {"written": [str(path) for path in written], "pushed": pushed and vars(pushed)})
         return 0
-    say(*matrix.to_markdown(by_task=args.by_task).rstrip("\n").split("\n"))
+    display(*matrix.to_markdown(by_task=args.by_task).rstrip("\n").split("\n"))
     for path in written:
-        say(f"written to {path}")
+        display(f"written to {path}")
     if pushed is not None:
-        say(f"pushed to {pushed.pull_request or pushed.url}")
+        display(f"pushed to {pushed.pull_request or pushed.url}")
     return 0
 
 
@@ -134,11 +142,11 @@ def _suites(args: argparse.Namespace) -> int:
         )
         return 0
     for name, suite in suites.items():
-        say(f"{name}: {suite.description}")
-        say(f"    {', '.join(task.name for task in suite.tasks)}")
+        display(f"{name}: {suite.description}")
+        display(f"    {', '.join(task.name for task in suite.tasks)}")
         remote = {task.dataset for task in suite.tasks if task.dataset and not task.dataset.startswith((".", "/"))}
         loads = f", and {len(remote)} data set{'s' if len(remote) > 1 else ''} from the Hub" if remote else ""
-        say(f"    needs `pip install 'hfmerge[{','.join(extras(suite))}]'`{loads}")
+        display(f"    needs `pip install 'hfmerge[{','.join(extras(suite))}]'`{loads}")
     return 0
 
 
@@ -148,7 +156,7 @@ def _pin(args: argparse.Namespace) -> int:
 
     suite = pinned_suite(load_suite(args.pin))
     if args.output is None and not args.json:
-        say(*suite_text(suite).rstrip("\n").split("\n"))
+        display(*suite_text(suite).rstrip("\n").split("\n"))
     elif args.output is not None:
         try:
             Path(args.output).write_text(suite_text(suite), encoding="utf-8")
@@ -157,5 +165,5 @@ def _pin(args: argparse.Namespace) -> int:
     if args.json:
         print_json({"digest": suite.digest, "tasks": [task.to_dict() for task in suite.tasks]})
     elif args.output is not None:
-        say(f"written to {args.output}")
+        display(f"written to {args.output}")
     return 0

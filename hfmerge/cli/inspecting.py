@@ -20,8 +20,9 @@ from hfmerge.cli.shared import (
     print_json,
     source_flag,
 )
+from hfmerge.cli.terminal import display
 from hfmerge.errors import HfMergeError
-from hfmerge.validation.quoting import say, tell
+from hfmerge.validation.quoting import tell
 from hfmerge.validation.strict_json import read_json_file
 
 
@@ -54,11 +55,15 @@ def register(command: Command) -> None:
         metavar="NAME=VALUE",
         help="option of OPCM, for the interference: alpha, variant (default: the recipe's)",
     )
-    sub.add_argument("--output", metavar="FILE", help="write the result as JSON, for `hfmerge plot`")
-    sub.add_argument("--plot", metavar="FOLDER", help="draw PNG and SVG pictures into this folder")
+    sub.add_argument("--output", metavar="FILE", help="write the result as JSON, for `hfmerge plot` (default: not)")
+    sub.add_argument("--plot", metavar="FOLDER", help="draw PNG and SVG pictures into this folder (default: none)")
     sub.add_argument("--card", metavar="FOLDER", help="draw them into this merge's figures/ and its card")
-    sub.add_argument("--include", action="append", metavar="PATTERN", help="only parameters with these names")
-    sub.add_argument("--exclude", action="append", metavar="PATTERN", help="no parameters with these names")
+    sub.add_argument(
+        "--include", action="append", metavar="PATTERN", help="only parameters with these names (default: all)"
+    )
+    sub.add_argument(
+        "--exclude", action="append", metavar="PATTERN", help="no parameters with these names (default: none)"
+    )
     key_flags(sub, named_keys("vocabulary"))
     consent_flags(sub)
     sub.add_argument(
@@ -154,7 +159,7 @@ def _draw(results: Sequence[dict[str, Any]], folder: str | None, card: str | Non
     if card is not None:
         written += embed(Path(card), results)
     for file in written if not quiet else ():
-        say(f"drawn {file}")
+        display(f"drawn {file}")
     return 0
 
 
@@ -162,38 +167,40 @@ def _print(inspection: Inspection) -> None:
     from hfmerge.evaluation.plots.style import short_names
 
     names = [name[:16] for name in short_names(inspection.names)]
-    say(f"base   {inspection.base}")
+    display(f"base   {inspection.base}")
     for i, (name, model) in enumerate(zip(names, inspection.models, strict=True)):
         share = inspection.whole.interference[i]
         cleared = "" if share is None else f"  interference {share:.1%}"
-        say(f"model  {name:<16} {model}  norm {inspection.whole.norms[i]:.4g}{cleared}")
+        display(f"model  {name:<16} {model}  norm {inspection.whole.norms[i]:.4g}{cleared}")
     _print_square("cosine of task vectors", names, inspection.whole.cosine)
     title = "share of commonly changed elements that are changed in opposite directions"
     _print_square(title, names, inspection.whole.sign_conflict)
     if inspection.whole.cancelled is not None:
-        say("", f"lost in the sum by opposite signs: {inspection.whole.cancelled:.1%} of all change")
+        display("", f"lost in the sum by opposite signs: {inspection.whole.cancelled:.1%} of all change")
     width = max(len(part.name) for part in inspection.layers)
     head = "  ".join(f"{name:>12}" for name in names)
-    say(
+    display(
         "",
         f"norm of the change per layer, and interference with the models before (OPCM alpha {inspection.alpha:g}, "
         f"{inspection.variant})",
         f"{'layer':<{width}}  {'cosine':>7}  {head}",
     )
     for part in inspection.layers:
-        say(f"{part.name:<{width}}  {_mean_cosine(part):>7}  " + "  ".join(_cell(part, i) for i in range(len(names))))
+        display(
+            f"{part.name:<{width}}  {_mean_cosine(part):>7}  " + "  ".join(_cell(part, i) for i in range(len(names)))
+        )
     if inspection.spectra:
         tops = list(inspection.spectra[0].energy)
-        say("", "spectra, means over matrices: stable rank, directions for 90 %, share of energy in the first")
-        say(f"{'':<16} {'stable':>7} {'90 %':>6}  " + " ".join(f"{top:>6}" for top in tops))
+        display("", "spectra, means over matrices: stable rank, directions for 90 %, share of energy in the first")
+        display(f"{'':<16} {'stable':>7} {'90 %':>6}  " + " ".join(f"{top:>6}" for top in tops))
         for i, name in enumerate(names):
             own = [spectrum for spectrum in inspection.spectra if spectrum.model == i]
             if own:
                 stable = sum(one.stable_rank for one in own) / len(own)
                 needed = sum(one.rank90 for one in own) / len(own)
                 shares = [sum(one.energy[top] for one in own) / len(own) for top in tops]
-                say(f"{name:<16} {stable:>7.1f} {needed:>6.1f}  " + " ".join(f"{share:>6.1%}" for share in shares))
-    say("", f"{inspection.seconds:.1f} s")
+                display(f"{name:<16} {stable:>7.1f} {needed:>6.1f}  " + " ".join(f"{share:>6.1%}" for share in shares))
+    display("", f"{inspection.seconds:.1f} s")
 
 
 def _cell(part: LayerStatistics, model: int) -> str:
@@ -210,6 +217,6 @@ def _mean_cosine(part: LayerStatistics) -> str:
 def _print_square(title: str, names: Sequence[str], square: Square) -> None:
     if len(names) < 2:
         return
-    say("", title, f"{'':<16} " + " ".join(f"{name[:12]:>12}" for name in names))
+    display("", title, f"{'':<16} " + " ".join(f"{name[:12]:>12}" for name in names))
     for name, row in zip(names, square, strict=True):
-        say(f"{name:<16} " + " ".join(f"{'-' if value is None else format(value, '.3f'):>12}" for value in row))
+        display(f"{name:<16} " + " ".join(f"{'-' if value is None else format(value, '.3f'):>12}" for value in row))

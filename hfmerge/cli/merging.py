@@ -11,6 +11,7 @@ from hfmerge.cli.shared import (
     carry_out,
     dry_run_flag,
     key_flags,
+    needs,
     print_json,
     push_arguments,
     push_flags,
@@ -18,10 +19,11 @@ from hfmerge.cli.shared import (
     run_options_from_flags,
     weighted,
 )
+from hfmerge.cli.terminal import display
 from hfmerge.engine.options import DEFAULT
 from hfmerge.recipe.keys import keys_of
 from hfmerge.recipe.recipe import Recipe, load_recipe
-from hfmerge.validation.quoting import say, tell
+from hfmerge.validation.quoting import tell
 from hfmerge.validation.wording import size
 
 
@@ -55,7 +57,13 @@ def register(command: Command) -> None:
 def _recipe_flags(sub: argparse.ArgumentParser) -> None:
     group = sub.add_argument_group("recipe (a flag overrides the key of the same name)")
     key_flags(group, [key for key in keys_of(Recipe) if key.required])
-    group.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="option of the method")
+    group.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="option of the method (default: see `hfmerge methods`)",
+    )
     group.add_argument(
         "--learn",
         action="append",
@@ -63,13 +71,19 @@ def _recipe_flags(sub: argparse.ArgumentParser) -> None:
         const="",
         metavar="NAME=VALUE",
         help="learn the weights (for mdm_oc, mdm_oc_iso, mdm_oc_subspace, gram, task_arithmetic) from rows that the "
-        "models make, or with loss=labels suite=SUITE from labelled rows; see How to: Learn the weights",
+        "models make, or with loss=labels suite=SUITE from labelled rows; see How to: Learn the weights "
+        "(default: not)",
     )
     group.add_argument(
-        "--weight", action="append", metavar="W", help="weight of a model, one per model of a recipe, in order"
+        "--weight",
+        action="append",
+        metavar="W",
+        help="weight of a model, one per model of a recipe, in order (default: 1)",
     )
     group.add_argument(
-        "--norm", metavar="none|mean|fit|NUMBER", help="norm of the merged change (fit-matrix: fit for each matrix)"
+        "--norm",
+        metavar="none|mean|fit|NUMBER",
+        help="norm of the merged change; fit-matrix: fit for each matrix (default: the method's)",
     )
     key_flags(group, [key for key in keys_of(Recipe) if not key.required])
 
@@ -117,31 +131,31 @@ def _plan(args: argparse.Namespace) -> int:
         print_json(_plan_data(planned))
         return 0
     need = planned.estimate
-    say(f"base   {planned.base.snapshot.label}  {planned.base_layout.architecture}")
+    display(f"base   {planned.base.snapshot.label}  {planned.base_layout.architecture}")
     for delta, entry in zip(planned.deltas, planned.recipe.models, strict=True):
         source = delta.source
         changed = len({*delta.full, *delta.lora, *delta.beneath})
         weighs = f"weight {shown(entry.weight)}"
-        say(f"model  {source.snapshot.label}  {source.kind}, {weighs}, changes {changed} parameters")
+        display(f"model  {source.snapshot.label}  {source.kind}, {weighs}, changes {changed} parameters")
     for model, head in planned.heads:
-        say(f"head   {planned.deltas[model].source.name}  {', '.join(head.tensors)}  ({len(head.labels)} labels)")
+        display(f"head   {planned.deltas[model].source.name}  {', '.join(head.tensors)}  ({len(head.labels)} labels)")
     for line in planned.choices:
-        say(f"choice {line}")
+        display(f"choice {line}")
     modes = [param.mode if param.touched or param.mode != "merge" else "copy" for param in planned.params]
-    say(f"method {planned.method.name} {planned.recipe.method.options} norm {planned.norm}")
-    say(
+    display(f"method {planned.method.name} {planned.recipe.method.options} norm {planned.norm}")
+    display(
         f"tensors  {len(modes)}: {modes.count('merge')} merged, {modes.count('copy')} copied, {modes.count('tied')} "
         "tied"
     )
     rows = (("download", need.download), ("read", need.read), ("output", need.output), ("state", need.state))
-    say("bytes    " + ", ".join(f"{name} {size(value)}" for name, value in rows))
+    display("bytes    " + ", ".join(f"{name} {size(value)}" for name, value in rows))
     if (advice := more_states(planned)) is not None:
-        say(f"states   {advice}")
+        display(f"states   {advice}")
     if planned.recipe.keep_sources:
-        say(f"sources  copies are kept beside the state and published with it: at most {size(need.sources)}")
+        display(f"sources  copies are kept beside the state and published with it: at most {size(need.sources)}")
     if planned.recipe.stream:
-        say(f"stream   {size(need.stream)} from the Hub as they are needed; only the result is stored")
-    say(f"needs    disk {size(need.disk)}, memory about {size(need.memory)}, time about {need.seconds:.0f} s")
+        display(f"stream   {size(need.stream)} from the Hub as they are needed; only the result is stored")
+    display(f"needs    {needs(need)}")
     return 0
 
 
@@ -180,7 +194,7 @@ def _convert(args: argparse.Namespace) -> int:
     if args.json:
         print_json(recipe.to_dict())
     else:
-        say(*recipe.to_yaml().rstrip("\n").split("\n"))
+        display(*recipe.to_yaml().rstrip("\n").split("\n"))
     return 0
 
 
@@ -198,7 +212,7 @@ def _methods(args: argparse.Namespace) -> int:
         print_json(data)
         return 0
     for name, method in methods.items():
-        say(f"{name}: {str(method.__doc__).strip().splitlines()[0]} (norm: {method.default_norm})")
+        display(f"{name}: {str(method.__doc__).strip().splitlines()[0]} (norm: {method.default_norm})")
         for item in dataclasses.fields(method):
-            say(f"    {item.name} = {item.default}: {item.metadata.get('help', '')}")
+            display(f"    {item.name} = {item.default}: {item.metadata.get('help', '')}")
     return 0

@@ -19,8 +19,9 @@ from hfmerge.cli.shared import (
     print_json,
     source_flag,
 )
+from hfmerge.cli.terminal import display
 from hfmerge.errors import HfMergeError
-from hfmerge.validation.quoting import say, tell
+from hfmerge.validation.quoting import tell
 
 
 if TYPE_CHECKING:
@@ -87,15 +88,15 @@ def _certify(args: argparse.Namespace) -> int:
     for warning in made.warnings:
         tell(f"warning: {warning}")
     if args.output is None:
-        say(*made.envelope.to_bytes().decode().rstrip("\n").split("\n"))
+        display(*made.envelope.to_bytes().decode().rstrip("\n").split("\n"))
     elif args.json:
         print_json({"output": args.output, "keyid": made.keyid, "statement": made.statement})
     else:
-        say(made.statement["predicate"]["claim"])
-        say(f"written to {args.output}, {f'signed with {made.keyid}' if made.keyid else 'unsigned'}")
-        say("It does not prove:")
+        display(made.statement["predicate"]["claim"])
+        display(f"written to {args.output}, {f'signed with {made.keyid}' if made.keyid else 'unsigned'}")
+        display("It does not prove:")
         for line in made.statement["predicate"]["notProved"]:
-            say(f"  - {line}")
+            display(f"  - {line}")
     return 0
 
 
@@ -113,12 +114,12 @@ def _purge(args: argparse.Namespace) -> int:
         print_json({**dataclasses.asdict(purged.plan), "new_head": purged.head, "notes": list(purged.notes)})
         return 0
     plan = purged.plan
-    say(f"{plan.repo_id}: main was at {plan.head[:12]} and is now at {purged.head[:12]}, with the same files")
-    say(f"squashed: {', '.join(f'{name} ({count} commits)' for name, count in plan.commits.items())}")
+    display(f"{plan.repo_id}: main was at {plan.head[:12]} and is now at {purged.head[:12]}, with the same files")
+    display(f"squashed: {', '.join(f'{name} ({count} commits)' for name, count in plan.commits.items())}")
     if plan.tags:
-        say(f"deleted: {', '.join(plan.tags)} (the last one was made anew)")
+        display(f"deleted: {', '.join(plan.tags)} (the last one was made anew)")
     if plan.files is not None:
-        say(f"deleted from storage: {len(plan.files)} files of earlier steps")
+        display(f"deleted from storage: {len(plan.files)} files of earlier steps")
     _print_left(plan)
     for note in purged.notes:
         tell(f"note: {note}")
@@ -127,9 +128,9 @@ def _purge(args: argparse.Namespace) -> int:
 
 def _print_left(plan: PurgePlan) -> None:
     for line in plan.leftovers:
-        say(f"may still hold earlier weights: {line}")
+        display(f"may still hold earlier weights: {line}")
     for name in plan.children:
-        say(f"may contain earlier weights: {name}, whose card names {plan.repo_id} as its base")
+        display(f"may contain earlier weights: {name}, whose card names {plan.repo_id} as its base")
 
 
 def _confirmed(plan: PurgePlan) -> bool:
@@ -146,16 +147,16 @@ def _confirmed(plan: PurgePlan) -> bool:
 def _only_shown(plan: PurgePlan) -> bool:
     """Show what would happen, and refuse it."""
     _print_plan(plan)
-    say("dry run: nothing was changed")
+    display("dry run: nothing was changed")
     return False
 
 
 def _print_plan(plan: PurgePlan) -> None:
-    say(f"{plan.repo_id}: its earlier steps will be lost and cannot be restored, and its commits get new ids:")
+    display(f"{plan.repo_id}: its earlier steps will be lost and cannot be restored, and its commits get new ids:")
     for name, count in plan.commits.items():
-        say(f"  branch {name}: {count} commits become one")
+        display(f"  branch {name}: {count} commits become one")
     if plan.tags:
-        say(f"  tags {', '.join(plan.tags)}: deleted, the last one made anew")
+        display(f"  tags {', '.join(plan.tags)}: deleted, the last one made anew")
     for file in plan.files or ():
-        say(f"  {file.path} of step {file.step} ({file.sha256[:12]}...): deleted from storage for good")
+        display(f"  {file.path} of step {file.step} ({file.sha256[:12]}...): deleted from storage for good")
     _print_left(plan)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 
 from hfmerge.cli.shared import Command, carry_out, dry_run_flag, print_json, push_arguments, push_flags
-from hfmerge.validation.quoting import say, tell
+from hfmerge.cli.terminal import display
+from hfmerge.validation.quoting import tell
 
 
 def register(command: Command) -> None:
@@ -27,7 +28,7 @@ def _push(args: argparse.Namespace) -> int:
     if args.json:
         print_json({**vars(pushed), "notes": list(pushed.notes)})
         return 0
-    say(f"pushed to {pushed.pull_request or pushed.url}")
+    display(f"pushed to {pushed.pull_request or pushed.url}")
     for note in pushed.notes:
         tell(f"note: {note}")
     return 0

@@ -19,8 +19,9 @@ from hfmerge.cli.shared import (
     print_json,
     source_flag,
 )
+from hfmerge.cli.terminal import display
 from hfmerge.errors import CertificateError, HfMergeError
-from hfmerge.validation.quoting import say, tell
+from hfmerge.validation.quoting import tell
 
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def register(command: Command) -> None:
     )
     sub.add_argument("--replay", action="store_true", help="merge the sources again, and compare all bytes and fields")
     device_flag(sub)
-    sub.add_argument("--certificate", metavar="FILE", help="also check a certificate of removal")
+    sub.add_argument("--certificate", metavar="FILE", help="also check a certificate of removal (default: none)")
     sub.add_argument("--public-key", metavar="FILE", help="file of the trusted public key, or keys")
     sub.add_argument(
         "--allowed-signers", metavar="FILE", help="file of trusted keys in OpenSSH's format of allowed signers"
@@ -103,13 +104,13 @@ def _history(args: argparse.Namespace) -> int:
         steps_data = [step.to_dict() for step in steps]
         print_json({"merged": merged.snapshot.label, "entries": entries, "steps": steps_data})
     elif args.graph:
-        say(*tree(steps))
+        display(*tree(steps))
     else:
-        say(*_table(steps))
-        say("", f"now: {merged.last.base.label} with {method_line(merged.last)} of")
+        display(*_table(steps))
+        display("", f"now: {merged.last.base.label} with {method_line(merged.last)} of")
         for label, norm in steps[-1].norms.items():
             model = next(one for one in merged.last.models if one.label == label)
-            say(f"  {label:<48} {model.kind}, weight {shown(model.weight)}, norm {norm:.4g}")
+            display(f"  {label:<48} {model.kind}, weight {shown(model.weight)}, norm {norm:.4g}")
     return 0
 
 
@@ -153,7 +154,7 @@ def _diff(args: argparse.Namespace) -> int:
     if args.json:
         print_json(difference.to_dict())
         return 0
-    say(*_differences(difference))
+    display(*_differences(difference))
     return 0
 
 
@@ -223,11 +224,11 @@ def _verify(args: argparse.Namespace) -> int:
         )
     else:
         for check in report.checks:
-            say(f"{_LABELS[check.verdict]} {check.what}: {check.detail}")
+            display(f"{_LABELS[check.verdict]} {check.what}: {check.detail}")
         if report.commit is not None:
-            say(f"checked commit {report.commit}")
+            display(f"checked commit {report.commit}")
         broken = "NOT what its ledger says" if args.certificate is None else "NOT verified"
         said = {"ok": "verified", "approximate": "verified only within the tolerance of other arithmetic"}
         never = "not a merge made by hfmerge, or its ledger was deleted; there is nothing to verify it against"
-        say(f"{report.merged}: {said.get(report.verdict, broken) if report.has_ledger else never}")
+        display(f"{report.merged}: {said.get(report.verdict, broken) if report.has_ledger else never}")
     return CODES[report.verdict]

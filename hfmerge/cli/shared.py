@@ -11,16 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfmerge.cli.hub_settings import revision_flag
+from hfmerge.cli.terminal import display, width_of
 from hfmerge.engine.options import Consent, RunOptions, parse_size
 from hfmerge.errors import HfMergeError
 from hfmerge.recipe.keys import RecipeKey, keys_of
 from hfmerge.recipe.recipe import Recipe
-from hfmerge.validation.quoting import say, tell
+from hfmerge.validation.quoting import tell
 from hfmerge.validation.strict_yaml import parse_scalar
 from hfmerge.validation.wording import size
 
 
 if TYPE_CHECKING:
+    from hfmerge.engine.plan import Estimate
     from hfmerge.lifecycle.forecast import Forecast
 
 Command = Callable[[str, str, Callable[[argparse.Namespace], int]], argparse.ArgumentParser]
@@ -63,7 +65,7 @@ def change_flags(sub: argparse.ArgumentParser, *, reads: bool = True) -> None:
     sub.add_argument(
         "--output", metavar="FOLDER", help="write a new folder (default: replace MERGED if it is a folder)"
     )
-    sub.add_argument("--push-to", metavar="REPO_ID", help="publish the result")
+    sub.add_argument("--push-to", metavar="REPO_ID", help="publish the result (default: not)")
     revision_flag(sub)
     push_flags(sub)
     dry_run_flag(sub)
@@ -168,7 +170,11 @@ def given_consent(args: argparse.Namespace) -> dict[str, Any]:
 
 def source_flag(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
-        "--source", action="append", default=[], metavar="NAME=FOLDER", help="present path of a folder that was merged"
+        "--source",
+        action="append",
+        default=[],
+        metavar="NAME=FOLDER",
+        help="present path of a folder that was merged (default: where it lay)",
     )
 
 
@@ -185,7 +191,7 @@ def run_options_from_flags(args: argparse.Namespace) -> RunOptions:
 
 
 def weighted(words: Sequence[str], weights: Sequence[str] | None) -> tuple[list[str], list[str] | None]:
-    """Models and weights of operands `MODEL` or `MODEL=WEIGHT`; None: no weights are given.
+    """Models and weights of operands `MODEL`, `MODEL=WEIGHT` or `MODEL:WEIGHT`; None: no weights are given.
 
     Args:
         weights: given by flags, one a model.
@@ -206,10 +212,9 @@ def weighted(words: Sequence[str], weights: Sequence[str] | None) -> tuple[list[
         else:
             mark = "=" if "=" in word else ":"
             model, found, weight = word.rpartition(mark)
+            # neither an ID nor a revision can hold a colon, and a folder of such a name was found above
             if not (found and model and _is_number(weight)):
                 model, weight = word, None
-            elif mark == ":":
-                raise HfMergeError(f"{word}: write {model}={weight} for a weight of {weight}.")
         models.append(model)
         beside.append(weight)
     if all(weight is None for weight in beside):
@@ -256,7 +261,7 @@ def _print_forecast(args: argparse.Namespace, found: Forecast) -> int:
     if args.json:
         print_json({"dry_run": True, **found.to_dict()})
         return 0
-    say(*_foreseen(found), "dry run: nothing was changed")
+    display(*_foreseen(found), "dry run: nothing was changed")
     return 0
 
 
@@ -272,9 +277,15 @@ def _foreseen(found: Forecast) -> Iterator[str]:
         if found.advice is not None:
             yield f"         {found.advice}"
         yield f"bytes    read {size(need.read)}, download {size(need.download)}, output {size(need.output)}"
-        yield f"needs    disk {size(need.disk)}, memory about {size(need.memory)}, time about {need.seconds:.0f} s"
+        yield f"needs    {needs(need)}"
     places = [place for place in (found.folder, found.push_to) if place is not None]
     yield f"result   {' and '.join(places)}"
+
+
+def needs(need: Estimate) -> str:
+    """What a plan needs, in words."""
+    learning = f", of which {need.learning:.0f} s for learning on the CPU at most" if need.learning else ""
+    return f"disk {size(need.disk)}, memory about {size(need.memory)}, time about {need.seconds:.0f} s{learning}"
 
 
 def print_result(args: argparse.Namespace, result: Any, more: Mapping[str, Any] | None = None) -> int:
@@ -291,41 +302,44 @@ def print_result(args: argparse.Namespace, result: Any, more: Mapping[str, Any] 
         print_json({**_result_data(result), **(more or {})})
         return 0
     if result.repeated:
-        say(
+        display(
             f"{entry.action}: step {entry.step} did this before, so nothing was computed; "
             "files left over from that run were deleted"
         )
         if pushed is not None:
-            say(f"published at {pushed.url}")
+            display(f"published at {pushed.url}")
         return 0
     crew = f" on {result.processes} processes" if result.processes > 1 else ""
-    say(f"{entry.action} (step {entry.step}): {entry.how}, {result.seconds['total']:.1f} s{crew}")
+    display(f"{entry.action} (step {entry.step}): {entry.how}, {result.seconds['total']:.1f} s{crew}")
+    width = width_of([model.label for model in entry.models], 48)
     for model in entry.models:
-        say(f"  {model.label:<48} weight {shown(model.weight):<6} norm {(model.squared_norm or 0.0) ** 0.5:.4g}")
-    say(f"  norm of the merged change: {entry.scalars.merged_norm:.4g}")
+        display(
+            f"  {model.label:<{width}} weight {shown(model.weight):<6} norm {(model.squared_norm or 0.0) ** 0.5:.4g}"
+        )
+    display(f"  norm of the merged change: {entry.scalars.merged_norm:.4g}")
     if entry.scalars.deviation is not None:
-        say(
+        display(
             f"  greatest difference from the exact last step, in sampled parameters: {entry.scalars.deviation:.1e} "
             "of the change"
         )
     if entry.action == "subtract":
         bound = f"at most {entry.scalars.gap_bound:.3g}" if entry.scalars.gap_bound is not None else "an unknown part"
         measured = f"measured {entry.scalars.gap:.3g}" if entry.scalars.gap is not None else "not measured"
-        say(
+        display(
             f"  this is NOT a removal: the difference from a merge without these models is {bound} "
             f"of the merged change ({measured})"
         )
     if (streamed := result.streamed) is not None:
         checked, files = len(streamed.verified), len(streamed.verified) + len(streamed.unverified)
-        say(
+        display(
             f"streamed {size(streamed.received)} in {streamed.requests} requests, of which {streamed.failures} were "
             f"repeated; received twice: {size(streamed.again)}, not needed: {size(streamed.beyond)}; {checked} of "
             f"{files} files compared with their digests"
         )
     if result.folder:
-        say(f"written to {result.folder}")
+        display(f"written to {result.folder}")
     if pushed is not None:
-        say(f"pushed to {pushed.pull_request or pushed.url}")
+        display(f"pushed to {pushed.pull_request or pushed.url}")
         for note in pushed.notes:
             tell(f"note: {note}")
     return 0
@@ -359,4 +373,4 @@ def _result_data(result: Any) -> dict[str, Any]:
 
 def print_json(value: Any) -> None:
     text = json.dumps(value, indent=2, default=str).replace("\x7f", "\\u007f")
-    say(*text.split("\n"))
+    display(*text.split("\n"))

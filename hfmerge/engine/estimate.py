@@ -6,6 +6,7 @@ import dataclasses
 
 from hfmerge.checkpoint.archive import kept_files
 from hfmerge.checkpoint.streaming.blocks import MEMORY
+from hfmerge.engine.learning_time import learning_seconds
 from hfmerge.engine.partition import ahead, chunks, held
 from hfmerge.engine.plan import Estimate, Plan, needs_two_passes
 from hfmerge.engine.threads import AHEAD, core_count
@@ -59,8 +60,10 @@ def with_estimate(plan: Plan) -> Plan:
     memory = IMPORT_BYTES + max(learning, sum(needs[: workers + ahead(plan)]) + stream_memory(plan))
     disk = max(spilled, output + state + scratch + sum(plan.base.snapshot.files[n].size for n in plan.side_files))
     sources = _copies(plan) if plan.recipe.keep_sources else 0
+    learned = learning_seconds(plan)
+    seconds += sources / 60e6 + learned
     estimate = Estimate(
-        sum(wanted.values()), stream, read, output, state, disk + sources, memory, seconds + sources / 60e6, sources
+        sum(wanted.values()), stream, read, output, state, disk + sources, memory, seconds, sources, learned
     )
     return dataclasses.replace(plan, estimate=estimate)
 

@@ -105,7 +105,8 @@ class Estimate:
     """Estimated needs of the work, in bytes and seconds.
 
     `download` goes to the Hugging Face cache. `stream` is read from the Hub and not kept. `sources` is an upper bound
-    for the copies of sources, and a part of `disk`.
+    for the copies of sources, and a part of `disk`. `learning` is the part of `seconds` that learned weights take on
+    the CPU at most.
     """
 
     download: int
@@ -117,6 +118,7 @@ class Estimate:
     memory: int
     seconds: float
     sources: int = 0
+    learning: float = 0.0
 
 
 @dataclass(frozen=True)

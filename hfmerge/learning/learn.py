@@ -242,7 +242,7 @@ def _rows(
                 spare = open_subject(
                     source_reference(plan.base.snapshot), device=subject.device, dtype="float32", copies=plan.copies
                 )
-            own = generate(subject, kind_of(subject), learning.replay, spare=spare, progress=True)
+            own = generate(subject, kind_of(subject), learning.replay, spare=spare, progress=True, notify=notify)
             progress.keep_replay(model, learning.replay, own)
         subject.forget()
         return own, [(own, 1.0), *few] if own is not None else few

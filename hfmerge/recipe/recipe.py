@@ -109,35 +109,41 @@ class Recipe:
     """
 
     base: str = field(
-        metadata=Declared(help="the model that all others were tuned from", metavar="MODEL", foreign=("base_model",))
+        metadata=Declared(
+            help="the model that all others were tuned from (default: the recipe's)",
+            metavar="MODEL",
+            foreign=("base_model",),
+        )
     )
     models: tuple[ModelEntry, ...]
-    method: MethodChoice = field(metadata=Declared(help="name of the method, see `hfmerge methods`", metavar="NAME"))
+    method: MethodChoice = field(
+        metadata=Declared(help="name of the method, see `hfmerge methods` (default: the recipe's)", metavar="NAME")
+    )
     dtype: str | None = field(
         default=None,
         metadata=Declared(
-            help="dtype of the output: float32, bfloat16, float16, float64",
+            help="dtype of the output: float32, bfloat16, float16, float64 (default: the base's)",
             choices=values.DTYPES, kind=values.dtype, recorded="always", result=True,
         ),
     )  # fmt: skip
     include: tuple[str, ...] = field(
         default=(),
         metadata=Declared(
-            help="merge only parameters with these names", metavar="PATTERN",
+            help="merge only parameters with these names (default: all)", metavar="PATTERN",
             recorded="always", stored=values.patterns, result=True,
         ),
     )  # fmt: skip
     exclude: tuple[str, ...] = field(
         default=(),
         metadata=Declared(
-            help="keep the base's value of parameters with these names", metavar="PATTERN",
+            help="keep the base's value of parameters with these names (default: none)", metavar="PATTERN",
             recorded="always", stored=values.patterns, result=True,
         ),
     )  # fmt: skip
     vocabulary: str | None = field(
         default=None,
         metadata=Declared(
-            help="how different vocabularies are aligned, by token", metavar="base|union",
+            help="how different vocabularies are aligned, by token (default: they are an error)", metavar="base|union",
             choices=values.VOCABULARIES, foreign=("tokenizer_source",), recorded="always", result=True,
         ),
     )  # fmt: skip
@@ -170,10 +176,17 @@ class Recipe:
             kind=values.state, recorded="always",
         ),
     )  # fmt: skip
-    output: str | None = field(default=None, metadata=Declared(help="", metavar="FOLDER"))
+    output: str | None = field(
+        default=None, metadata=Declared(help="new folder for the result (default: none)", metavar="FOLDER")
+    )
     push_to: str | None = field(
         default=None,
-        metadata=Declared(help="", metavar="REPO_ID", kind=values.repo_id, foreign=("hub_model_id", "repo_id")),
+        metadata=Declared(
+            help="repository to publish to (default: none)",
+            metavar="REPO_ID",
+            kind=values.repo_id,
+            foreign=("hub_model_id", "repo_id"),
+        ),
     )
     private: bool | None = field(default=None, metadata=Declared(help="make a new repository private"))
     allow_nonfinite: bool = field(

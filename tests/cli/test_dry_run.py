@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -84,6 +85,24 @@ def test_the_advice_on_states_makes_the_next_removal_cheap(root: Path, tmp_path:
         'state: must be none, last, all or a positive whole number, not "many"'
         in tiny.cli("unmerge", out, "--remove", "m1", "--state", "many").err
     )
+
+
+def test_the_time_counts_learning(root: Path) -> None:
+    def learning(**learn: object) -> float:
+        models = [root / f"m{i}" for i in range(2)]
+        named = {"learn": learn} if learn else {}
+        estimate = hfmerge.plan(base=root / "base", models=models, method="mdm_oc", **named).estimate
+        assert estimate.seconds >= estimate.learning
+        return estimate.learning
+
+    usual = learning(steps=60)
+    assert learning() == 0.0 < usual
+    assert learning(steps=120) > usual
+    assert learning(steps=60, replay={"rows": 512}) > usual
+    assert learning(steps=60, replay={"steps": 24}) > 1.5 * usual
+    given = ("--base", root / "base", "--method", "mdm_oc", "--learn", "steps=600000")
+    found = tiny.done("plan", root / "m0", root / "m1", *given).out
+    assert re.search(r", time about \d+ s, of which \d+ s for learning on the CPU at most\n", found)
 
 
 def test_the_change_then_reads_what_was_foreseen(root: Path, tmp_path: Path) -> None:

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from hfmerge.cli import terminal
 from hfmerge.cli.parsing import EXAMPLES, GROUPS, commands_of, parse
 from hfmerge.cli.program import build_parser, main
 from hfmerge.cli.shared import weighted
 from hfmerge.errors import HfMergeError
+from hfmerge.validation import quoting
 from tests.fixtures import tiny
 
 
@@ -124,7 +126,6 @@ def test_a_weight_stands_behind_its_model(tmp_path: Path) -> None:
     assert weighted(["a"], ["2"]) == (["a"], ["2"])
     for words, flags, says in (
         (["a", "0.5"], ["0.5"], "MODEL=0.5, or repeat the flag: --weight 0.5 --weight 0.5"),
-        (["org/a:0.5"], None, "write org/a=0.5"),
         (["a=1", "b"], ["2", "3"], "in one place"),
     ):
         with pytest.raises(HfMergeError, match=says):
@@ -209,3 +210,48 @@ def test_help_loads_no_large_library() -> None:
     code = "import sys; from hfmerge.cli.program import build_parser as b; b().format_help(); print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "transformers", "huggingface_hub", "numpy", "rich"} & set(loaded)
+
+
+def test_a_colon_gives_a_weight_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert weighted(["org/a:0.5", "org/b=2", "hf://org/c", "./d:1e-1"], None) == (
+        ["org/a", "org/b", "hf://org/c", "./d"], ["0.5", "2", "1", "1e-1"]
+    )  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "e:3").mkdir()
+    assert weighted(["e:3"], None) == (["e:3"], None)
+
+
+def test_every_option_with_a_value_says_its_default() -> None:
+    silent = [
+        (name, action.option_strings[0])
+        for name, command in commands_of(build_parser()).items()
+        for action in command._actions
+        if action.option_strings and action.nargs != 0 and not action.required and "default" not in (action.help or "")
+    ]
+    without = {"--publish-private", "--check", "--certificate", "--public-key", "--allowed-signers", "--log", "--card",
+               "--head", "--push-to", "--pin", "--sweep", "--plot"}  # fmt: skip
+    assert {flag for _, flag in silent} <= without, "what these do is done only where they are given"
+
+
+MARKUP = "[bold red]gone[/] :smile: \x1b[31mred"
+
+
+def test_colours_are_for_terminals_and_change_no_text(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = ("ok   files", "base   org/base", MARKUP, "org/merged: verified", "x" * 300)
+    terminal.display(*lines)
+    plain = capsys.readouterr().out
+    assert plain == "".join(quoting.plain(line) + "\n" for line in lines)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    terminal.display(*lines)
+    seen = capsys.readouterr().out
+    assert "\x1b[32mok\x1b[0m" in seen and "\x1b[36mbase\x1b[0m" in seen
+    assert re.sub("\x1b\\[[0-9;]*m", "", seen) == plain, "markup and escapes of others stay text"
+    for name, value in (("NO_COLOR", "1"), ("TERM", "dumb")):
+        with monkeypatch.context() as inner:
+            inner.setenv(name, value)
+            terminal.display(*lines)
+        assert capsys.readouterr().out == plain

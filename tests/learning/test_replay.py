@@ -110,6 +110,18 @@ def outputs(subject: Subject, replay: Replay, rows: list[int]) -> tuple[torch.Te
         return model(**inputs).logits, targets
 
 
+def test_a_search_that_finds_few_rows_says_so(tmp_path: Path) -> None:
+    model = open_subject(str(classifier(tmp_path / "model")))
+    asked = {**FEW.to_dict(), "generator": "contrast", "steps": 1}
+    said: list[str] = []
+    generate(model, "text-classification", ReplaySettings(**{**asked, "confidence": 0.999}), notify=said.append)
+    assert said[0] == "model: 12 rows by contrast, in at most 1 passes over them"
+    assert "only 0 of 12 replay rows reached a confidence of 0.999 in 1 passes" in said[1] and len(said) == 2
+    said.clear()
+    generate(model, "text-classification", ReplaySettings(**{**asked, "confidence": 0.0}), notify=said.append)
+    assert len(said) == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "name"), ALL)
 def test_a_generator_makes_rows_whose_targets_are_the_models(kind: str, name: str, tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ def generate(
     *,
     spare: Subject | None = None,
     progress: bool = False,
+    notify: Callable[[str], object] | None = None,
 ) -> Replay:
     """Rows made by a model without any data of its task, with the model's soft outputs.
 
@@ -61,6 +62,7 @@ def generate(
         spare: the masked language model for the generator `masked` of a classifier (its base, as a rule), and the
             model whose tokenizer or image processor is taken where the subject has none.
         progress: show a bar with the time left.
+        notify: told in one line how many rows are made, and in how many passes; and if the search found few.
 
     Raises:
         HeadError: the model has no head for this kind. SourceError: it cannot be read, or has no tokenizer or image
@@ -76,11 +78,16 @@ def generate(
     settings = dataclasses.replace(settings, generator=name)
     steps = settings.chosen(kind)[1]
     title = f"Replay of {subject.info.label}"
+    if notify is not None:
+        passes = f", in at most {steps} passes over them" if steps else ""
+        notify(f"{subject.info.label}: {settings.rows} rows by {name}{passes}")
     with progress_bar(settings.rows * (1 + steps), title, "row", shown=progress) as bar:
         maker = _Maker(subject, spare, model, kind, scores, settings, steps, bar.update)
         inputs, targets, pad = maker.pixels() if kind == "image-classification" else maker.texts()
         bar.total = bar.n
         bar.refresh()
+    if maker.fault is not None and notify is not None:
+        notify(maker.fault)
     for key, value in targets.items():
         if not bool(torch.isfinite(value).all()):
             raise NonFiniteError(f"{subject.info.label}: its {key} on replay rows are not finite; open it in float32.")
@@ -109,6 +116,7 @@ class _Maker:
         import torch
 
         self.passes = 0
+        self.fault: str | None = None
         self._subject, self._spare, self._model, self._kind = subject, spare, model, kind
         self._scores, self._asked, self._steps, self._update = scores, settings, steps, update
         self._snapshots = (*subject.snapshots, *(spare.snapshots if spare is not None else ()))
@@ -147,10 +155,11 @@ class _Maker:
         else:
             rows = words.spans(settings.rows, fewest, length, self._random)
         if settings.generator == "contrast":
-            rows = search(
+            rows, reached = search(
                 self._model, rows, self._logits(rows, words.pad), words, self._log_chances, self._schedule(),
                 confidence=settings.confidence,
             )  # fmt: skip
+            self._count(reached)
         if writer is not None:
             rows = sampling.filled(
                 writer, rows, words, self._runner, steps=self._steps, temperature=settings.temperature,
@@ -192,6 +201,17 @@ class _Maker:
             )  # fmt: skip
         stored = values.to(torch.float16)
         return {"pixel_values": stored}, {"logits": seen(stored)}, None
+
+    def _count(self, reached: int) -> None:
+        """Note if fewer rows than half are what their class looks like."""
+        settings = self._asked
+        if reached < settings.rows / 2:
+            self.fault = (
+                f"{self._subject.info.label}: only {reached} of {settings.rows} replay rows reached a confidence of "
+                f"{settings.confidence:g} in {self._steps} passes; the others are used as they are. Where the merge "
+                "loses the model's skill, allow more passes (learn: replay.steps), or take labelled rows (learn: "
+                "loss: mixed)."
+            )
 
     def _schedule(self) -> Schedule:
         return Schedule(self._steps, self._asked.batch_size, self._random, self._tick)

@@ -48,7 +48,7 @@ def search(
     schedule: Schedule,
     *,
     confidence: float,
-) -> list[Any]:
+) -> tuple[list[Any], int]:
     """Rows moved towards the classes, as many towards each.
 
     What is searched for is the distribution of random words times `p(class | words) ** SHARPNESS`: words stay as
@@ -65,7 +65,7 @@ def search(
         confidence: of its class that a row need not exceed.
 
     Returns:
-        int32 arrays, in the rows' order.
+        int32 arrays, in the rows' order; and how many of them reached `confidence`.
     """
     import torch
 
@@ -88,7 +88,7 @@ def search(
         for i, row, score, slope, chance in zip(left, moved, scores, sides, chances, strict=True):
             if chance < SHARPNESS * (score - reached[i]):
                 current[i], reached[i], slopes[i] = row, score, slope
-    return current
+    return current, sum(score >= goal for score in reached) if schedule.steps else len(current)
 
 
 def shared_out(known: Tensor) -> Tensor:
