@@ -34,14 +34,14 @@ _WRAPPED = {
     "_flat_param": f"flat shards of FSDP; {GATHER}",
 }
 """Part of a tensor's name -> what that name says of the file."""
+_SAVE = "and save it with `save_pretrained(..., save_original_format=False)`"
 _QUANTISED = {
-    "bitsandbytes": "load it with the package bitsandbytes, `model.dequantize()`, and save it with `save_pretrained`",
-    "fp8": "load it with `quantization_config=FineGrainedFP8Config(dequantize=True)`, and save it with "
-    "`save_pretrained`",
-    "mxfp4": "load it with `quantization_config=Mxfp4Config(dequantize=True)`, and save it with `save_pretrained`",
+    "bitsandbytes": f"load it with the package bitsandbytes, call `model.dequantize()`, {_SAVE}",
+    "fp8": f"load it with `quantization_config=FineGrainedFP8Config(dequantize=True)`, {_SAVE}",
+    "mxfp4": f"load it with `quantization_config=Mxfp4Config(dequantize=True)`, {_SAVE}",
     "compressed-tensors": "load it with the package compressed-tensors and "
-    "`quantization_config=CompressedTensorsConfig(dequantize=True)`, and save it with `save_pretrained`",
-    "higgs": "load it on a GPU, `model.dequantize()`, and save it with `save_pretrained`",
+    f"`quantization_config=CompressedTensorsConfig(dequantize=True)`, {_SAVE}",
+    "higgs": f"load it on a GPU, call `model.dequantize()`, {_SAVE}",
 }
 """`quant_method` -> how transformers dequantises; it cannot for others."""
 
