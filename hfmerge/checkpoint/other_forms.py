@@ -7,6 +7,8 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from hfmerge.validation.values import show
+
 
 SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.(safetensors|bin)$")
 """Name of one of several weight files, as `save_pretrained` gives it."""
@@ -104,7 +106,8 @@ def of_quantisation(quantised: object) -> str:
     if method.startswith("bitsandbytes"):
         bits = 4 if said.get("load_in_4bit") else 8 if said.get("load_in_8bit") else bits
     remedy = _QUANTISED.get("bitsandbytes" if method.startswith("bitsandbytes") else method)
-    what = f"quantised with {' '.join(method.split())[:40]}{f' in {bits} bits' if bits else ''}"
+    named = method if re.fullmatch(r"[\w -]{1,40}", method, re.ASCII) else show(method)
+    what = f"quantised with {named}{f' in {bits} bits' if bits else ''}"
     if remedy is None:
         return f"{what}, which transformers cannot undo; merge the original weights, and quantise the result"
     return f"{what}; merge the original weights, or dequantise these: {remedy}"
