@@ -7,6 +7,8 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from hfmerge.validation.values import show
+
 
 SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.(safetensors|bin)$")
 """Name of one of several weight files, as `save_pretrained` gives it."""
@@ -34,14 +36,14 @@ _WRAPPED = {
     "_flat_param": f"flat shards of FSDP; {GATHER}",
 }
 """Part of a tensor's name -> what that name says of the file."""
+_SAVE = "and save it with `save_pretrained(..., save_original_format=False)`"
 _QUANTISED = {
-    "bitsandbytes": "load it with the package bitsandbytes, `model.dequantize()`, and save it with `save_pretrained`",
-    "fp8": "load it with `quantization_config=FineGrainedFP8Config(dequantize=True)`, and save it with "
-    "`save_pretrained`",
-    "mxfp4": "load it with `quantization_config=Mxfp4Config(dequantize=True)`, and save it with `save_pretrained`",
+    "bitsandbytes": f"load it with the package bitsandbytes, call `model.dequantize()`, {_SAVE}",
+    "fp8": f"load it with `quantization_config=FineGrainedFP8Config(dequantize=True)`, {_SAVE}",
+    "mxfp4": f"load it with `quantization_config=Mxfp4Config(dequantize=True)`, {_SAVE}",
     "compressed-tensors": "load it with the package compressed-tensors and "
-    "`quantization_config=CompressedTensorsConfig(dequantize=True)`, and save it with `save_pretrained`",
-    "higgs": "load it on a GPU, `model.dequantize()`, and save it with `save_pretrained`",
+    f"`quantization_config=CompressedTensorsConfig(dequantize=True)`, {_SAVE}",
+    "higgs": f"load it on a GPU, call `model.dequantize()`, {_SAVE}",
 }
 """`quant_method` -> how transformers dequantises; it cannot for others."""
 
@@ -104,7 +106,8 @@ def of_quantisation(quantised: object) -> str:
     if method.startswith("bitsandbytes"):
         bits = 4 if said.get("load_in_4bit") else 8 if said.get("load_in_8bit") else bits
     remedy = _QUANTISED.get("bitsandbytes" if method.startswith("bitsandbytes") else method)
-    what = f"quantised with {' '.join(method.split())[:40]}{f' in {bits} bits' if bits else ''}"
+    named = method if re.fullmatch(r"[\w -]{1,40}", method, re.ASCII) else show(method)
+    what = f"quantised with {named}{f' in {bits} bits' if bits else ''}"
     if remedy is None:
         return f"{what}, which transformers cannot undo; merge the original weights, and quantise the result"
     return f"{what}; merge the original weights, or dequantise these: {remedy}"

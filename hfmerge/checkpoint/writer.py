@@ -283,3 +283,18 @@ def shard_names(files: Sequence[str]) -> dict[str, str]:
     if len(files) == 1:
         return {files[0]: SINGLE}
     return {file: f"model-{i:05d}-of-{len(files):05d}.safetensors" for i, file in enumerate(sorted(files), 1)}
+
+
+MOST_SHARDS = 500
+"""Weight files of one output: all are open at once."""
+
+
+def split_slots(slots: Mapping[str, Slot], size: int) -> dict[str, str]:
+    """Tensor -> its file, of files of at most `size` bytes of tensors, filled in order as `save_pretrained` does."""
+    from huggingface_hub import split_state_dict_into_shards_factory
+
+    found = split_state_dict_into_shards_factory(
+        dict(slots), get_storage_size=lambda slot: slot.nbytes, get_storage_id=lambda slot: None, max_shard_size=size,
+        filename_pattern="model{suffix}.safetensors",
+    )  # fmt: skip
+    return {key: file for file, keys in found.filename_to_tensors.items() for key in keys}

@@ -24,7 +24,7 @@ from hfmerge.checkpoint.model import Model
 from hfmerge.checkpoint.side_files import side_files
 from hfmerge.checkpoint.streaming.session import Streaming, leave_session
 from hfmerge.checkpoint.vocabulary import MergedVocabulary, align
-from hfmerge.checkpoint.writer import SINGLE, Slot, shard_names
+from hfmerge.checkpoint.writer import MOST_SHARDS, SINGLE, Slot, shard_names, split_slots
 from hfmerge.engine.adapter_chain import below_adapters
 from hfmerge.engine.estimate import with_estimate
 from hfmerge.engine.model_match import Layouts, incomplete_base, match_source, some
@@ -108,7 +108,7 @@ def make_plan(
     whole, gone = matched.deltas[: len(recipe.models)], matched.deltas[len(recipe.models) :]
     vocabulary = _vocabulary(recipe, base, layout, whole, matched.sizes, leaving=bool(gone), origin=origin)
     method = build_method(recipe)
-    params = _params(recipe, base, layout, whole, gone, vocabulary, warnings)
+    params = _params(recipe, base, layout, whole, gone, vocabulary, warnings, origin)
     if not any(param.touched for param in params):
         raise RecipeError([Problem("models", "no model changes any parameter that is merged")], origin)
     _check_beside(params, whole, origin)
@@ -401,22 +401,15 @@ def _params(
     leaving: Sequence[Delta],
     vocabulary: MergedVocabulary | None,
     warnings: list[str],
+    origin: str,
 ) -> tuple[Param, ...]:
     """One entry per tensor of the base, in stored order: the output's keys are the base's keys."""
-    files = shard_names(sorted({entry.file for key, entry in base.tensors.items() if not base.is_of_module(key)}))
-    files |= {
-        entry.file: f"{folder_of(entry.file)}{SINGLE}" for key, entry in base.tensors.items() if base.is_of_module(key)
-    }
+    slots = _slots(recipe, base, layout, vocabulary)
+    files = _files(recipe, base, slots, origin)
     elementwise = build_method(recipe).needs == "elements" and recipe.method.norm not in FITS
     params = []
     for key, entry in base.tensors.items():
-        dtype, shape = entry.dtype, entry.shape
-        if entry.floating and recipe.dtype is not None:
-            dtype = SAFETENSORS_DTYPES[recipe.dtype]
-        axis = layout.vocab_axis.get(key)
-        if vocabulary is not None and vocabulary.added and axis is not None:
-            shape = (*shape[:axis], vocabulary.size, *shape[axis + 1 :])
-        file, slot = files[entry.file], Slot(dtype, shape)
+        axis, file, slot = layout.vocab_axis.get(key), files[key], slots[key]
         inside = is_merged(recipe, key)
         if key in layout.tied:
             params.append(Param(key, file, slot, "tied", owner=layout.tied[key]))
@@ -435,6 +428,40 @@ def _params(
         if not any(fnmatch.fnmatchcase(key, pattern) for key in known)
     )
     return tuple(params)
+
+
+def _slots(recipe: Recipe, base: Model, layout: Layout, vocabulary: MergedVocabulary | None) -> dict[str, Slot]:
+    """Tensor of the output -> its dtype and shape."""
+    slots = {}
+    for key, entry in base.tensors.items():
+        dtype, shape, axis = entry.dtype, entry.shape, layout.vocab_axis.get(key)
+        if entry.floating and recipe.dtype is not None:
+            dtype = SAFETENSORS_DTYPES[recipe.dtype]
+        if vocabulary is not None and vocabulary.added and axis is not None:
+            shape = (*shape[:axis], vocabulary.size, *shape[axis + 1 :])
+        slots[key] = Slot(dtype, shape)
+    return slots
+
+
+def _files(recipe: Recipe, base: Model, slots: Mapping[str, Slot], origin: str) -> dict[str, str]:
+    """Tensor of the output -> its file: grouped as in the base, or in stored order up to the size that is asked for.
+
+    Raises:
+        RecipeError: more files than a model may have.
+    """
+    inside = {key: f"{folder_of(base.tensors[key].file)}{SINGLE}" for key in slots if base.is_of_module(key)}
+    own = {key: slot for key, slot in slots.items() if key not in inside}
+    size = recipe.out_shard_size
+    if size is None:
+        names = shard_names(sorted({base.tensors[key].file for key in own}))
+        return {**inside, **{key: names[base.tensors[key].file] for key in own}}
+    divided = split_slots(own, size)
+    count = len(set(divided.values()))
+    if count > MOST_SHARDS:
+        least = sum(slot.nbytes for slot in own.values()) // MOST_SHARDS + 1
+        text = f"gives {count} files, and a model may have {MOST_SHARDS}; choose more than {least} bytes"
+        raise RecipeError([Problem("out_shard_size", text)], origin)
+    return {**inside, **divided}
 
 
 def is_merged(recipe: Recipe, key: str) -> bool:

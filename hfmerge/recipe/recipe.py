@@ -101,6 +101,8 @@ class Recipe:
             are consents for this run, by the person who gives the recipe. Changes and replays need them again.
         strict_base: refuse an adapter whose configuration names another base than the one it is merged onto, or one
             that cannot be told to be the same. Otherwise this is a warning.
+        out_shard_size: most bytes of tensors in a weight file of the output; a larger tensor has its own file. A
+            number, or a text such as "5GB", where a GB is 10^9 bytes. None: tensors lie in files as the base's do.
         stream: read weights from the Hub as they are needed instead of downloading them; the result is the same.
         keep_sources: keep a compressed copy of base and models beside the states, and publish it with them, so that
             the merge can be changed after they have vanished.
@@ -210,6 +212,13 @@ class Recipe:
         default=False,
         metadata=Declared(help="refuse an adapter that names another base, instead of a warning"),
     )
+    out_shard_size: int | None = field(
+        default=None,
+        metadata=Declared(
+            help='largest weight file of the output, such as "5GB" (default: files as the base has them)',
+            metavar="SIZE", kind=values.shard_size, foreign=("max_shard_size",), recorded="set", result=True,
+        ),
+    )  # fmt: skip
     stream: bool = field(
         default=False,
         metadata=Declared(help="read weights from the Hub as they are needed, and store only the result"),

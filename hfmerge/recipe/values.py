@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import decimal
 import math
 import re
 from collections.abc import Sequence
@@ -27,6 +28,9 @@ DTYPE_ALIASES = {
     **dict.fromkeys(("f64", "fp64", "double", "torch.float64"), "float64"),
 }
 _EIGHT_BITS = re.compile(r"(torch\.)?(float8|fp8|f8|u?int[48]|[nf]f?p?4|nf4|mxfp)")
+_SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,6})?) ?([KMGT]B)", re.ASCII)
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+"""Bytes of the units that `save_pretrained` knows."""
 VOCABULARIES = ("base", "union")
 STATES = ("none", "last", "all")
 FITS = ("fit", "fit-matrix")
@@ -65,6 +69,15 @@ def state(value: object) -> str | int:
         return value
     near = suggestion(value, STATES) if isinstance(value, str) else ""
     raise ValueError(f"must be none, last, all or a positive whole number, not {show(value)}{near}")
+
+
+def shard_size(value: object) -> int:
+    """Bytes, from a positive whole number or a text such as `5GB`. Raises ValueError."""
+    if isinstance(value, str) and (match := _SIZE.fullmatch(value.strip().upper())):
+        value = int(decimal.Decimal(match[1]) * _UNITS[match[2]])
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**63:
+        raise ValueError(f'must be a size such as "5GB" or "200MB", or a positive number of bytes, not {show(value)}')
+    return value
 
 
 def pattern(value: object) -> str:

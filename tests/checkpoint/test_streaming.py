@@ -97,7 +97,7 @@ def wanted(started: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
 METHODS = {
     "linear": ["a", "b", "c"],
     "task_arithmetic": ["a", "b"],
-    "slerp": ["a", "b"],
+    "slerp --out-shard-size 1MB": ["a", "b"],
     "ties": ["a", "b", "c"],
     "ties --option scope=model": ["a", "b"],
     "ties --norm mean": ["a", "b"],

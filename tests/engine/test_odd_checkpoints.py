@@ -231,6 +231,38 @@ def test_the_form_is_named_and_the_way_on(form: str, tmp_path: Path) -> None:
         assert part in run.err, run.err
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_weights_of_eight_bits_are_merged_once_dequantised_as_advised(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
+    base = tiny.build("LlamaForCausalLM", tiny.config("llama", **sizes))
+    tiny.save(base, tmp_path / "base")
+    folder = tiny.save(tiny.fine_tune(base, 1), tmp_path / "tuned")
+    held = {}
+    for name, value in tiny.tensors(folder).items():
+        if "_proj" in name:
+            scale = value.abs().max() / torch.finfo(torch.float8_e4m3fn).max
+            held[f"{name}_scale_inv"] = torch.full([-(-size // 128) for size in value.shape], scale.item())
+            value = (value / scale).to(torch.float8_e4m3fn)
+        held[name] = value
+    save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+    blocks = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+    tiny.edit_config(folder, quantization_config=blocks)
+    run = tiny.cli("plan", folder, "--base", tmp_path / "base", "--method", "linear")
+    asked = (
+        "FineGrainedFP8Config(dequantize=True)`, and save it with `save_pretrained(..., save_original_format=False)"
+    )
+    assert run.code == 1 and asked in run.err
+    told = transformers.FineGrainedFP8Config(dequantize=True)
+    model = transformers.LlamaForCausalLM.from_pretrained(folder, quantization_config=told, dtype=torch.float32)
+    tiny.save(model, tmp_path / "plain", save_original_format=False)
+    out = tmp_path / "out"
+    tiny.done("merge", tmp_path / "plain", "--base", tmp_path / "base", "--method", "linear", "--output", out)
+    merged = transformers.LlamaForCausalLM.from_pretrained(out).state_dict()
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(merged[name], value, rtol=0, atol=1e-6)
+
+
 def test_an_adapter_with_empty_factors(tmp_path: Path) -> None:
     tiny.save(tiny.build("LlamaForCausalLM", tiny.config("llama")), tmp_path / "base")
     adapter = tiny.adapter(tmp_path / "adapter", tiny.attention(), 1)

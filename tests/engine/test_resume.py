@@ -29,7 +29,7 @@ MODELS = ("m0", "m1", "m2")
 VARIANTS: dict[str, tuple[str, ...]] = {
     "two passes, all states": ("--method", "opcm", "--state", "all"),
     "two passes, scratch": ("--method", "opcm", "--state", "none"),
-    "one pass, large tensors in slices": ("--method", "linear", "--dtype", "bfloat16"),
+    "one pass, large tensors in slices": ("--method", "linear", "--dtype", "bfloat16", "--out-shard-size", "1MB"),
     "histograms first": ("--method", "ties", "--option", "scope=model", "--norm", "mean"),
 }
 KILLS = 5

@@ -22,6 +22,7 @@ FLAGS: dict[str, tuple[str, ...]] = {
 }
 FLAGS["ties over the model"] = ("--method", "ties", "--option", "scope=model", "--norm", "mean")
 FLAGS["mdm_oc over the model"] = ("--method", "mdm_oc", "--option", "scope=model")
+FLAGS["files of another size"] = ("--method", "linear", "--out-shard-size", "10KB")
 FLAGS["slerp"] = ("--method", "slerp")
 
 WORKER = """
