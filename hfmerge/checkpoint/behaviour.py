@@ -79,6 +79,11 @@ def template(snapshot: Snapshot) -> str | None:
     return None
 
 
+def is_in_settings(snapshot: Snapshot) -> bool:
+    """Whether the settings of a model's tokenizer hold a chat template."""
+    return SETTINGS in snapshot.files and bool(_json(snapshot, SETTINGS).get("chat_template"))
+
+
 def _special(snapshot: Snapshot) -> dict[str, str]:
     """Special tokens by their key in tokenizer_config.json."""
     if SETTINGS not in snapshot.files:

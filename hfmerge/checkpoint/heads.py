@@ -7,7 +7,7 @@ Each head goes to `heads/<org--name>/` as a small checkpoint of its own: `config
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,15 +66,15 @@ def full_head(source: Model, keys: tuple[str, ...]) -> Head:
     return Head(source.slug, {key: key for key in keys}, config)
 
 
-def adapter_head(source: Model, base_config: Mapping[str, Any], keys: Mapping[str, str]) -> Head:
+def adapter_head(source: Model, base: Model, keys: Mapping[str, str]) -> Head:
     """The head of an adapter (stored key -> name in the model), under the base's configuration.
 
     Label names come from a config.json beside the adapter; without one they are LABEL_0, LABEL_1, ... as transformers
     would name them.
     """
-    config = {key: value for key, value in base_config.items() if key not in ("_name_or_path", *LABEL_KEYS)}
+    config = {key: value for key, value in base.config.items() if key not in ("_name_or_path", *LABEL_KEYS)}
     architecture = (source.config.get("architectures") or [None])[0]
-    config["architectures"] = [architecture or _task_class(source, str(base_config.get("model_type")))]
+    config["architectures"] = [architecture or _task_class(source, base, {*keys.values()})]
     for key in LABEL_KEYS:
         if source.config.get(key):
             config[key] = source.config[key]
@@ -86,19 +86,41 @@ def adapter_head(source: Model, base_config: Mapping[str, Any], keys: Mapping[st
     return Head(source.slug, {name: key for key, name in keys.items()}, config)
 
 
-def _task_class(source: Model, model_type: str) -> str:
+def _task_class(source: Model, base: Model, names: Set[str]) -> str:
+    """The class that an adapter was trained in: that of its task, the one it names, or the base's, whose head it has.
+
+    Args:
+        names: of the head's parameters.
+    """
     from transformers.models.auto import modeling_auto
 
-    task = str((source.adapter or {}).get("task_type"))
+    adapter, model_type = source.adapter or {}, str(base.config.get("model_type"))
+    task = str(adapter.get("task_type"))
     table = getattr(modeling_auto, TASK_CLASSES.get(task, ""), {})
-    name = table.get(model_type)
-    if not name:
-        raise SourceError(
-            f"{source.snapshot.label}: trains a head, but its task type {task} names no {model_type} class; put a "
-            "config.json "
-            "with `architectures` beside the adapter."
-        )
-    return str(name)
+    # PEFT names the class where an adapter has no task type
+    named = (adapter.get("auto_mapping") or {}).get("base_model_class")
+    if name := table.get(model_type) or (named if named in _headed(model_type) else None):
+        return str(name)
+    own = next(iter(base.config.get("architectures") or ()), None)
+    if own and names <= {*base.tensors}:
+        return str(own)
+    raise SourceError(
+        f"{source.snapshot.label}: trains a head, but its task type {task} names no {model_type} class; put a "
+        "config.json with `architectures` beside the adapter."
+    )
+
+
+def _headed(model_type: str) -> set[str]:
+    """The classes of a model type that transformers knows, without its backbones."""
+    from transformers.models.auto import modeling_auto
+
+    found: set[str] = set()
+    for title in dir(modeling_auto):
+        if title.startswith("MODEL_FOR_") and title.endswith("_MAPPING_NAMES"):
+            classes = getattr(modeling_auto, title).get(model_type, ())
+            found |= {classes} if isinstance(classes, str) else {*classes}
+    backbones = modeling_auto.MODEL_MAPPING_NAMES.get(model_type, ())
+    return found - ({backbones} if isinstance(backbones, str) else {*backbones})
 
 
 def write_head(head: Head, source: Model, folder: Path, streaming: Streaming | None = None) -> list[str]:

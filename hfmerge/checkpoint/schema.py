@@ -137,6 +137,7 @@ ADAPTER = record(
     {"peft_type": nullable(line)},
     {
         "task_type": nullable(line),
+        "auto_mapping": nullable(record({}, {"base_model_class": nullable(line)}, strict=False)),
         "base_model_name_or_path": nullable(plain_text),
         "revision": nullable(plain_text),
         "r": _rank,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from hfmerge.cli.hub_settings import revision_flag
@@ -181,13 +181,18 @@ def _differences(difference: Difference) -> Iterator[str]:
         ("setting", difference.settings),
         ("with", difference.environment),
     ):
-        yield from (f"~ {kind:<9} {name}: {a} -> {b}" for name, (a, b) in values.items())
+        yield from (f"~ {kind:<9} {name}: {_value(a)} -> {_value(b)}" for name, (a, b) in values.items())
     for name, (a, b) in difference.norms.items():
         yield f"~ norm      {name}: {a:.6g} -> {b:.6g}"
     signs = {"added": "+", "removed": "-", "changed": "~"}
     yield from (f"{signs[how]} file      {name}" for name, how in difference.products.items())
     if difference.same:
         yield "= all files have the same bytes"
+
+
+def _value(value: object) -> object:
+    """A value of an entry on one line; a text that the ledger keeps with its digest stands for itself by that."""
+    return f"sha256 {value['sha256'][:12]}" if isinstance(value, Mapping) and "sha256" in value else value
 
 
 def _verify(args: argparse.Namespace) -> int:

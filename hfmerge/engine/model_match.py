@@ -73,7 +73,7 @@ def match_source(
                     "beneath "
                     "an adapter; merge the adapter into it with peft (merge_and_unload) and give the full model."
                 )
-        head = adapter_head(source, base.config, mapped.heads) if mapped.heads else None
+        head = adapter_head(source, base, mapped.heads) if mapped.heads else None
         return (
             adapter_delta(source, mapped, under),
             head,

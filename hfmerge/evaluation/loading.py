@@ -86,7 +86,7 @@ def adapter_config(source: Model) -> dict[str, Any]:
     heads = {key: key.removeprefix(PEFT_PREFIX) for key in stored if key.removeprefix(PEFT_PREFIX) not in known}
     if not heads:
         return dict(source.beneath.config)
-    return dict(adapter_head(source, source.beneath.config, heads).config)
+    return dict(adapter_head(source, source.beneath, heads).config)
 
 
 def _settings(source: Model, folder: Path) -> Any:

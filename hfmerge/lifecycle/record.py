@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hfmerge.checkpoint.behaviour import SETTINGS, TEMPLATES, is_in_settings
 from hfmerge.checkpoint.digests import folder_digest
 from hfmerge.checkpoint.model import Model
 from hfmerge.checkpoint.side_files import is_asset
@@ -189,7 +190,8 @@ def entry_of(
     base = _material(planned.base, outcome.source_digests[0] or {}, 1.0, None, doubtful, notes)
     method = planned.method
     mixed = other_arithmetic(planned, opened, outcome.environment)
-    settings = settings_of(recipe, {**_card_settings(planned.base), "architecture": planned.base_layout.architecture})
+    card = {**_card_settings(planned.base), "architecture": planned.base_layout.architecture}
+    settings = settings_of(recipe, card | _template_elsewhere(planned, outcome.products))
     return Entry(
         step=previous.step + 1 if previous else 1,
         parent=previous.digest if previous else None,
@@ -268,6 +270,14 @@ def _card_settings(base: Model) -> dict[str, Any]:
         "library_name": _said(front.get("library_name")) or library,
         "pipeline_tag": _said(front.get("pipeline_tag")) or task,
     }
+
+
+def _template_elsewhere(planned: Plan, products: Mapping[str, str]) -> dict[str, str]:
+    """The file that holds the chat template, where the name of no file of the merge tells it."""
+    at = planned.chosen.get("chat_template", planned.chosen.get("tokenizer", -1))
+    source = planned.base if at < 0 else planned.deltas[at].source
+    known = TEMPLATES[0] in products or SETTINGS not in products
+    return {} if known or not is_in_settings(source.snapshot) else {"chat_template": SETTINGS}
 
 
 def _carry_states_over(

@@ -83,4 +83,6 @@ def _read(name: str, folder: Path | None) -> ChatTemplate:
         render_jinja_template(conversations=[], chat_template=found)  # no conversation: it is compiled alone
     except TemplateSyntaxError as error:
         raise ValueError(f"line {error.lineno} is no Jinja: {error.message}") from error
+    except Exception as error:  # its compiler may raise anything at a text that no person wrote
+        raise ValueError(f"it cannot be compiled as Jinja: {type(error).__name__}") from error
     return ChatTemplate(found)

@@ -88,9 +88,10 @@ class Recipe:
             out keeps the base's value.
         vocabulary: "base", "union", or None: vocabularies that differ are an error. "union" needs the united
             tokenizer too, so this and `tokenizer: union` are the same: either gives the other.
-        tokenizer, chat_template, generation_config: "base", or a model of `models`, by its reference or name, whose
-            files the merge gets; None: the base's. Without `chat_template` the template comes with the tokenizer.
-            `chat_template` may also be a file `*.jinja` in the folder of the recipe. Its text is then recorded.
+        tokenizer, generation_config: "base", or a model of `models`, by its reference or name, whose files the merge
+            gets; None: the base's.
+        chat_template: as `tokenizer`; or a file `*.jinja` in the folder of the recipe, or its text as `{text: ...}`,
+            which the ledger keeps; None: that of the model whose tokenizer the merge gets.
         state: which carried states are kept: "none", "last", "all", or after every k-th model.
         output: folder.
         push_to: repository id on the Hub.

@@ -17,6 +17,7 @@ from hfmerge.checkpoint.describe import describe
 from hfmerge.checkpoint.vocabulary import write_tokenizer
 from hfmerge.engine.planner import make_plan
 from hfmerge.errors import RecipeError
+from hfmerge.lifecycle.session import given_recipe
 from hfmerge.recipe.overrides import apply_overrides
 from hfmerge.recipe.recipe import parse_recipe
 from tests.fixtures import tiny
@@ -258,5 +259,6 @@ def test_either_key_says_union_and_a_flag_replaces_both(padded: Path) -> None:
     assert parse_recipe(united.to_dict(), "test") == united
     less = apply_overrides(united, vocabulary="base")
     assert (less.vocabulary, less.tokenizer) == ("base", None)
+    assert given_recipe(united, vocabulary="base")[0] == less
     own = apply_overrides(united, tokenizer="one")
     assert (own.vocabulary, own.tokenizer) == (None, "one")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
@@ -232,6 +233,51 @@ def test_an_adapter_that_names_the_labels_of_the_base_changes_its_head(bert: Pat
         wanted = base[name] + (make(3) - base[name] + other[name] - base[name]) / 2
         assert torch.allclose(merged[name], wanted, atol=1e-6)
     assert not (out / "heads").exists()
+
+
+TASKS = {
+    "BertForSequenceClassification": "SEQ_CLS",
+    "BertForTokenClassification": "TOKEN_CLS",
+    "BertForQuestionAnswering": "QUESTION_ANS",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("told", [True, False], ids=["task type", "no task type"])
+@pytest.mark.parametrize("title", TASKS)
+def test_an_adapter_of_peft_brings_the_head_of_any_task(bert: Path, tmp_path: Path, title: str, told: bool) -> None:
+    """With a task type, and without one, where PEFT names the class; it computes what PEFT computes."""
+    torch.manual_seed(1)
+    labels = {} if title.endswith("Answering") else {"num_labels": 4}
+    model = getattr(transformers, title).from_pretrained(bert / "base", **labels)
+    head = "qa_outputs" if title.endswith("Answering") else "classifier"
+    settings = {"task_type": TASKS[title]} if told else {"modules_to_save": [head]}
+    wrapped: Any = get_peft_model(model, LoraConfig(r=2, target_modules=["query"], **settings))
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn(parameter.shape)
+    wrapped.save_pretrained(tmp_path / "tuned")
+    assert (json.loads((tmp_path / "tuned" / "adapter_config.json").read_text())["task_type"] is None) != told
+    out = merge(bert, tmp_path / "out", str(tmp_path / "tuned"), method="task_arithmetic")
+    loaded = hfmerge.load_with_head(out, "tuned")
+    assert type(loaded).__name__ == title
+    with torch.no_grad():
+        mine, theirs = loaded(input_ids=WORDS), wrapped.eval()(input_ids=WORDS)
+    for name in theirs:
+        assert torch.allclose(mine[name], theirs[name], atol=1e-5)
+
+
+def test_the_class_of_a_head_is_no_free_choice_of_an_adapter(bert: Path, tmp_path: Path) -> None:
+    """A class of another model type, a backbone, and no class of transformers say nothing."""
+    for at, named in enumerate(("RobertaForTokenClassification", "BertModel", "os.system", ["x"], None)):
+        tuned = adapter(tmp_path / f"tuned-{at}", 1, 2, task_type=None, auto_mapping={"base_model_class": named})
+        run = tiny.cli("plan", tuned, "--base", bert / "base", "--method", "linear")
+        assert run.code == 1 and "Traceback" not in run.err
+        assert "names no bert class" in run.err or "auto_mapping" in run.err
+    tuned = adapter(tmp_path / "headed", 1, 5, task_type=None)
+    out = merge(bert, tmp_path / "out", str(tuned), base="headed")
+    assert type(hfmerge.load_with_head(out, "headed")).__name__ == "BertForSequenceClassification"
 
 
 def test_an_adapter_without_a_task_cannot_bring_a_head(bert: Path, tmp_path: Path) -> None:

@@ -118,6 +118,18 @@ def test_tokens_in_padding_rows_come_with_their_tokenizer(root: Path) -> None:
     assert "<|start|>, <|end|> are tokens that the base does not have" in left.err
 
 
+def test_the_card_shows_a_chat_wherever_the_template_is(root: Path) -> None:
+    """In settings of the tokenizer, in a file, or nowhere; what the card shows can be run."""
+    merge(root, "none", "tuned")
+    merge(root, "settings", "tuned", flags=("--chat-template", "tuned"))
+    tiny.edit_config(root / "base", "tokenizer_config.json", chat_template=CHAT)
+    merge(root, "base-settings", "tuned")
+    for name, chats in (("none", False), ("settings", True), ("base-settings", True)):
+        assert ("apply_chat_template" in (root / name / "README.md").read_text()) == chats
+        assert not (root / name / "chat_template.jinja").exists() and (template(root / name) is not None) == chats
+    tiny.done("verify", root / "settings", "--replay")
+
+
 OWN = "{% for m in messages %}<{{ m.role }}>\n{{ m.content }}{% endfor %}\n"
 
 
@@ -144,6 +156,9 @@ def test_a_template_of_the_recipe_is_recorded_and_needs_no_file_again(root: Path
     card = (root / "out" / "README.md").read_text()
     assert "The merge has the tokenizer of tuned, the chat template of the recipe; else" in card
     assert held["sha256"] in card
+    merge(root, "plain", "tuned", "same")
+    said = tiny.cli("diff", root / "plain", root / "out").out
+    assert f"setting   chat_template: None -> sha256 {held['sha256'][:12]}\n" in said
     tiny.done("unmerge", root / "out", "--remove", "tuned", "--output", root / "left")
     assert template(root / "left") == OWN
     tiny.done("verify", root / "left", "--replay")
@@ -173,6 +188,7 @@ def test_a_template_may_be_a_flag_or_a_text(root: Path) -> None:
         ("folder.jinja", "it is no file"),
         ("pipe.jinja", "is a pipe, and no file"),
         ("broken.jinja", "line 2 is no Jinja: "),
+        ("deep.jinja", "cannot be used: "),
         ("empty.jinja", "must be the text of a template"),
         ("bytes.jinja", "cannot be used: 'utf-8' codec can't decode"),
         ("long.jinja", "bytes of chat template"),
@@ -188,6 +204,7 @@ def test_a_template_that_cannot_be_used_is_refused(value: object, words: str, tm
     (folder / "link.jinja").symlink_to(tmp_path / "own.jinja")
     os.mkfifo(folder / "pipe.jinja")
     (folder / "broken.jinja").write_text("\n{% for %}")
+    (folder / "deep.jinja").write_text("{{" + "(" * 100_000)
     (folder / "empty.jinja").write_text(" ")
     (folder / "bytes.jinja").write_bytes(b"\xff\xfe")
     (folder / "long.jinja").write_bytes(b"x" * 600_000)
