@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from hfmerge.cli.shared import (
     Command,
+    alias_flag,
+    aliases_from_flags,
     carry_out,
     dry_run_flag,
     key_flags,
@@ -67,6 +69,7 @@ def _recipe_flags(sub: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--weight", action="append", metavar="W", help="weight of a model, one per model of a recipe, in order"
     )
+    alias_flag(group)
     group.add_argument("--norm", metavar="none|mean|NUMBER", help="norm of the merged change")
     key_flags(group, [key for key in keys_of(Recipe) if not key.required])
 
@@ -84,6 +87,7 @@ def _asked(args: argparse.Namespace) -> Recipe:
         models=models or None,
         options=args.option,
         weights=weights,
+        aliases=aliases_from_flags(args),
         norm=args.norm,
         learn=None if args.learn is None else [word for word in args.learn if word],
         **{key.name: getattr(args, key.name) for key in keys_of(Recipe) if key.flag is not None},

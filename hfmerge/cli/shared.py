@@ -218,6 +218,30 @@ def notify(line: str) -> None:
     tell(f"hfmerge: {line}")
 
 
+def alias_flag(group: Any) -> None:
+    """The flag that names models."""
+    group.add_argument(
+        "--alias",
+        action="append",
+        default=[],
+        metavar="NAME=MODEL",
+        help="what the merge calls a model: the folder of its head, the card, and unmerge; MODEL as it is given",
+    )
+
+
+def aliases_from_flags(args: argparse.Namespace) -> dict[str, str]:
+    """Model as given -> its alias."""
+    found: dict[str, str] = {}
+    for item in args.alias:
+        alias, equals, model = item.partition("=")
+        if not equals or not alias or not model:
+            raise HfMergeError(f"--alias {item}: write NAME=MODEL.")
+        if model in found:
+            raise HfMergeError(f"--alias {item}: {model} has the alias {found[model]} already; keep one.")
+        found[model] = alias
+    return found
+
+
 def given_sources(args: argparse.Namespace) -> dict[str, str]:
     pairs = [item.partition("=") for item in args.source]
     if bad := [item for item in args.source if "=" not in item]:

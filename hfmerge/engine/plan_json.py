@@ -19,7 +19,7 @@ from hfmerge.validation.values import Section, record, show, text, whole
 
 
 FORMAT = "hfmerge plan"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Version of the JSON form. It is raised whenever a field of a plan is added, removed or changed."""
 
 

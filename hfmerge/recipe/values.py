@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from hfmerge.errors import HfMergeError
+from hfmerge.hub.reference import in_subfolder
 from hfmerge.recipe.keys import keys_of, read_keys
 from hfmerge.recipe.weights import PatternWeights, Weight, values_of
 from hfmerge.validation.limits import PATTERN, PATTERNS
@@ -27,6 +28,7 @@ DTYPE_ALIASES = {
     **dict.fromkeys(("f64", "fp64", "double", "torch.float64"), "float64"),
 }
 _EIGHT_BITS = re.compile(r"(torch\.)?(float8|fp8|f8|u?int[48]|[nf]f?p?4|nf4|mxfp)")
+_ALIAS = re.compile("[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 VOCABULARIES = ("base", "union")
 STATES = ("none", "last", "all")
 NORMS = ("none", "mean")
@@ -87,6 +89,29 @@ def repo_id(value: object) -> str:
     except HFValidationError as error:
         raise ValueError(f"{show(name)} is not a repository id, write org/name: {error}") from error
     return name
+
+
+def model_alias(value: object) -> str:
+    """A name of the user's own for a model, which can be a folder's too. Raises ValueError."""
+    name = text(value)
+    if _ALIAS.fullmatch(name) is None or name == "base":
+        raise ValueError(
+            f"must be of letters, digits, dots, hyphens and underscores, begin with a letter or digit, and not be "
+            f"base, not {show(name)}"
+        )
+    return name
+
+
+def model_place(value: object) -> str:
+    """A model's reference, or a mapping of `model` and `subfolder`. Raises ValueError."""
+    if not isinstance(value, Mapping):
+        return text(value)
+    if strange := sorted(str(key) for key in value if key not in ("model", "subfolder")):
+        raise ValueError(f"has the key {show(strange[0])}; only model and subfolder can stand here")
+    if "model" not in value:
+        raise ValueError("lacks model")
+    inside = value.get("subfolder")
+    return text(value["model"]) if inside is None else in_subfolder(text(value["model"]), text(inside))
 
 
 def option_names(method: type[MergeMethod]) -> tuple[str, ...]:
