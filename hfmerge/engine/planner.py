@@ -34,7 +34,7 @@ from hfmerge.errors import HfMergeError, Problem, RecipeError, UnsupportedError
 from hfmerge.hub.reference import distinct_names
 from hfmerge.methods import MergeMethod, faulty, registry
 from hfmerge.recipe.recipe import ModelEntry, Recipe
-from hfmerge.recipe.values import count_problem, option_names, sum_problem, weights_problem
+from hfmerge.recipe.values import base_problem, count_problem, option_names, sum_problem, weights_problem
 from hfmerge.recipe.weights import PatternWeights, read_weight, written
 from hfmerge.task_vector import WHOLE
 from hfmerge.validation.values import Section, show
@@ -135,7 +135,9 @@ def _described(
     shared: dict[str, Any] = {"allow_pickle": recipe.allow_pickle, "streaming": streaming, "copies": copies}
     try:
         base = describe(recipe.base, **shared)
-        if base.kind != "full":
+        if base.kind != "full" and base_problem(recipe.base) is not None:
+            problems.append(Problem("base", f"{base_problem(recipe.base)}."))
+        elif base.kind != "full":
             problems.append(
                 Problem("base", f"{base.snapshot.label} is an adapter; name the full model it was trained on.")
             )

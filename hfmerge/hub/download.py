@@ -19,7 +19,7 @@ from hfmerge.validation.values import show
 if TYPE_CHECKING:
     from huggingface_hub import ModelInfo
 
-WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
+_WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
 
 
 def pin(ref: ModelRef, copies: Mapping[str, Path] | None = None) -> Snapshot:
@@ -73,7 +73,7 @@ def model_folders(files: Iterable[str]) -> list[str]:
     """Folders below the top that hold a full model or an adapter, in order."""
     marks = ("config.json", "adapter_config.json")
     known = set(files)
-    folders = {name.rpartition("/")[0] for name in known if "/" in name and name.endswith(WEIGHTS)}
+    folders = {name.rpartition("/")[0] for name in known if "/" in name and name.endswith(_WEIGHTS)}
     return sorted(folder for folder in folders if any(f"{folder}/{mark}" in known for mark in marks))
 
 

@@ -111,7 +111,7 @@ class Recipe:
             help="the model that all others were tuned from",
             metavar="MODEL",
             foreign=("base_model",),
-            kind=values.place,
+            kind=values.model_place,
         )
     )
     models: tuple[ModelEntry, ...]
@@ -333,6 +333,8 @@ def _recipe(top: Section, methods: Mapping[str, type[MergeMethod]]) -> Recipe:
 
     top.refuse_unknown(keys, "key", hint)
     base = read_key(top, keys["base"]) or ""
+    if base and (problem := values.base_problem(base)) is not None:
+        top.report("base", problem)
     method = _method(top, chosen, methods)
     models = _models(top, base, chosen)
     learn = read_learning(

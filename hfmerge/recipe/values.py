@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from hfmerge.errors import HfMergeError
-from hfmerge.hub.reference import in_subfolder
+from hfmerge.hub.reference import in_subfolder, parse_ref
 from hfmerge.recipe.keys import keys_of, read_keys
 from hfmerge.recipe.weights import PatternWeights, Weight, values_of
 from hfmerge.validation.limits import PATTERN, PATTERNS
@@ -112,6 +112,21 @@ def model_place(value: object) -> str:
         raise ValueError("lacks model")
     inside = value.get("subfolder")
     return text(value["model"]) if inside is None else in_subfolder(text(value["model"]), text(inside))
+
+
+def base_problem(base: str) -> str | None:
+    """Why a reference cannot be that of a base: a base is a checkpoint, whose files the output has; None if it can."""
+    try:
+        places = parse_ref(base)
+    except HfMergeError:
+        return None  # the planner says what is wrong with it
+    if len(places) == 1:
+        return None
+    under, adapter = (place.text for place in places)
+    return (
+        f"must be one full model, not base+adapter; merge {show(adapter)} onto {show(under)} first (method: linear), "
+        "and name the result as the base"
+    )
 
 
 def option_names(method: type[MergeMethod]) -> tuple[str, ...]:

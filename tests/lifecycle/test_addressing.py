@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import HfApi
+from safetensors.torch import load_file
 
 import hfmerge
 from hfmerge.errors import RecipeError
@@ -297,3 +299,37 @@ def test_a_merge_of_merges_in_folders(runs: str, shell: tuple[Shell, Path], root
     by.done("verify", outer, "--replay")
     run = by.run("add", "places/merges/first", f"{runs}/one")
     assert run.code == 1 and "lies on the Hub; say where the result goes" in run.err
+
+
+@pytest.mark.slow
+def test_a_base_with_an_adapter_is_refused_and_the_advice_works(root: Path, tmp_path: Path) -> None:
+    targets = {f"encoder.layer.0.attention.self.{name}": (16, 16) for name in ("query", "value")}
+    adapter = tiny.adapter(tmp_path / "adapter", targets, 5)
+    one = root / "one" / "checkpoint-100"
+    both = f"{root / 'base'}+{adapter}"
+    merged = merge(root, tmp_path / "merged", one)
+    for run in (
+        tiny.cli("plan", one, "--base", both, "--method", "opcm"),
+        tiny.cli("rebase", merged, "--base", both),
+    ):
+        assert run.code == 1 and "base: must be one full model, not base+adapter; merge" in run.err, run.err
+    config = {"merge_method": "task_arithmetic", "base_model": both, "parameters": {"weight": 1.0}}
+    (tmp_path / "mergekit.yaml").write_text(json.dumps({**config, "models": [{"model": str(one)}]}))
+    run = tiny.cli("convert", tmp_path / "mergekit.yaml")
+    assert run.code == 1 and "not base+adapter" in run.err, run.err
+    # what the message says
+    based = tmp_path / "with-adapter"
+    tiny.done("merge", adapter, "--base", root / "base", "--method", "linear", "--output", based)
+    before, after = tiny.tensors(root / "base"), tiny.tensors(based)
+    factors = load_file(adapter / "adapter_model.safetensors")
+    for name in before:
+        down, up = (f"base_model.model.{name.removesuffix('.weight')}.lora_{part}.weight" for part in "AB")
+        change = 2.0 * factors[up] @ factors[down] if up in factors else torch.zeros(())
+        assert torch.allclose(after[name], before[name] + change, atol=1e-6), name
+    tiny.done("rebase", merged, "--base", based)
+    assert ledger(merged)["materials"]["base"]["contains"]  # type: ignore[index]
+    assert tiny.done("verify", merged, "--replay").code == 0
+    # as a model, base+adapter is taken
+    tiny.done("add", merged, both)
+    assert tiny.done("verify", merged, "--replay").code == 0
+    tiny.done("unmerge", merged, "--remove", "adapter")
