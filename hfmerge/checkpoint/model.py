@@ -51,6 +51,11 @@ class Model:
         return self.snapshot.name
 
     @property
+    def label(self) -> str:
+        """Short text for tables: that of its snapshot, behind what it is called."""
+        return f"{self.called} ({self.snapshot.label})" if self.called is not None else self.snapshot.label
+
+    @property
     def slug(self) -> str:
         """What it is called, as one path segment: `org--name`."""
         return (self.called or self.name).replace("/", "--")

@@ -114,9 +114,10 @@ def _plan(args: argparse.Namespace) -> int:
         source = delta.source
         changed = len({*delta.full, *delta.lora, *delta.beneath})
         weighs = f"weight {shown(entry.weight)}"
-        say(f"model  {source.snapshot.label}  {source.kind}, {weighs}, changes {changed} parameters")
+        say(f"model  {source.label}  {source.kind}, {weighs}, changes {changed} parameters")
     for model, head in planned.heads:
-        say(f"head   {planned.deltas[model].source.name}  {', '.join(head.tensors)}  ({len(head.labels)} labels)")
+        source = planned.deltas[model].source
+        say(f"head   {source.called or source.name}  {', '.join(head.tensors)}  ({len(head.labels)} labels)")
     for line in planned.choices:
         say(f"choice {line}")
     modes = [param.mode if param.touched or param.mode != "merge" else "copy" for param in planned.params]
@@ -138,13 +139,14 @@ def _plan(args: argparse.Namespace) -> int:
 def _plan_data(planned: Plan) -> dict[str, Any]:
     from hfmerge.recipe.weights import stored
 
+    heads = [(planned.deltas[model].source, head) for model, head in planned.heads]
     return {
         "base": planned.base.snapshot.label,
         "architecture": planned.base_layout.architecture,
-        "models": [delta.source.snapshot.label for delta in planned.deltas],
+        "models": [delta.source.label for delta in planned.deltas],
         "weights": [stored(entry.weight) for entry in planned.recipe.models],
         "method": planned.recipe.method.to_dict(),
-        "heads": {planned.deltas[model].source.name: list(head.labels) for model, head in planned.heads},
+        "heads": {source.called or source.name: list(head.labels) for source, head in heads},
         "tensors": [
             {
                 "name": param.key,

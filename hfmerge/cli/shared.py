@@ -313,8 +313,8 @@ def print_result(args: argparse.Namespace, result: Any, more: Mapping[str, Any] 
         return 0
     crew = f" on {result.processes} processes" if result.processes > 1 else ""
     say(f"{entry.action} (step {entry.step}): {entry.how}, {result.seconds['total']:.1f} s{crew}")
-    for model in entry.models:
-        say(f"  {model.label:<48} weight {shown(model.weight):<6} norm {(model.squared_norm or 0.0) ** 0.5:.4g}")
+    for label, model in zip(entry.labels, entry.models, strict=True):
+        say(f"  {label:<48} weight {shown(model.weight):<6} norm {(model.squared_norm or 0.0) ** 0.5:.4g}")
     say(f"  norm of the merged change: {entry.scalars.merged_norm:.4g}")
     if entry.scalars.deviation is not None:
         say(

@@ -221,6 +221,12 @@ class Entry:
         """What the models are called, in order: the alias, or the name, with a number where another has it."""
         return tuple(distinct_names(model.alias or model.name for model in self.models))
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The models for a table: each one's label, behind what it is called where that says more."""
+        pairs = zip(self.names, self.models, strict=True)
+        return tuple(m.label if name in (m.name, m.alias) else f"{name} ({short(m.identity)})" for name, m in pairs)
+
     def hits(self, name: str) -> list[int]:
         """Indices of the models that a name means: what they are called, or see `named`."""
         found = named(name, [model.identity for model in self.models])

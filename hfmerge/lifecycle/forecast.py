@@ -150,5 +150,5 @@ def _planned(
     change = here.each(partial(planned, job, merged, here))
     check_readers()
     plan = change.plan
-    models = tuple(delta.source.snapshot.label for delta in plan.deltas)
+    models = tuple(delta.source.label for delta in plan.deltas)
     return Forecast(change.action, change.how, plan.estimate, models, plan.start, **places, warnings=plan.warnings)

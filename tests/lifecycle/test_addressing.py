@@ -110,6 +110,8 @@ def test_subfolder_and_alias_of_a_recipe() -> None:
 @pytest.mark.slow
 def test_two_folders_of_one_name(root: Path, tmp_path: Path) -> None:
     one, two, three = (root / place / "checkpoint-100" for place in ("one", "two", "three"))
+    planned = json.loads(tiny.done("plan", one, two, "--base", root / "base", "--method", "opcm", "--json").out)
+    assert set(planned["heads"]) == {"checkpoint-100", "checkpoint-100-2"}
     merged = merge(root, tmp_path / "merged", one, two)
     assert heads(merged) == ["checkpoint-100", "checkpoint-100-2"]
     card = (merged / "README.md").read_text()
