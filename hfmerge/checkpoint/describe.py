@@ -12,7 +12,7 @@ from hfmerge.checkpoint.model import Model
 from hfmerge.checkpoint.schema import read_snapshot_json
 from hfmerge.checkpoint.streaming.session import Streaming, ranged_file, remote_header
 from hfmerge.errors import CorruptFileError, NotFoundError, OfflineError, SourceError, UnsupportedError
-from hfmerge.hub.download import cached, fetch, pin
+from hfmerge.hub.download import cached, fetch, model_folders, pin, show_some
 from hfmerge.hub.ranges import Traffic
 from hfmerge.hub.reference import Snapshot, parse_ref
 from hfmerge.validation.limits import TENSORS
@@ -93,8 +93,7 @@ def _describe_pinned(ref: str, snapshot: Snapshot, allow_pickle: bool, streaming
     if "config.json" not in names:
         known = other_forms.of_files(names, "model")
         raise UnsupportedError(
-            f"{snapshot.label}: neither config.json nor adapter_config.json; "
-            f"{known or 'not a model that transformers or peft can load'}."
+            f"{snapshot.label}: neither config.json nor adapter_config.json; {known or _where_models_lie(snapshot)}."
         )
     config = read_snapshot_json(snapshot, "config.json")
     if config.get("quantization_config"):
@@ -104,6 +103,15 @@ def _describe_pinned(ref: str, snapshot: Snapshot, allow_pickle: bool, streaming
     )
     tensors, pickled, streams = _headers(snapshot, stem, allow_pickle, streaming)
     return Model(ref, snapshot, "full", config, None, tensors, pickled, streams=streams)
+
+
+def _where_models_lie(snapshot: Snapshot) -> str:
+    """What to do about a place that is no model."""
+    there = model_folders(snapshot.files)
+    if not there:
+        return "not a model that transformers or peft can load"
+    place = snapshot.name if snapshot.commit is not None else snapshot.ref.text.rstrip("/")
+    return f"its models lie in {show_some(there)}; name one, as in {place}/{there[0]}"
 
 
 def _with_modules(source: Model, allow_pickle: bool, streaming: Streaming | None) -> Model:

@@ -27,6 +27,7 @@ class Model:
         beside: further file that the method reads -> what each tensor in it is.
         renamed: key of `tensors` -> its name in its file, where that is another one: a tensor of a module has the
             module's folder before its name, and the other end of a tie has the values of the tensor that is stored.
+        called: what heads and messages call it where that is not its name: see `distinct_names`.
         modules: folders of sentence-transformers modules whose weights are among the tensors.
     """
 
@@ -42,6 +43,7 @@ class Model:
     beside: Mapping[str, Mapping[str, TensorEntry]] = field(default_factory=dict, repr=False)
     renamed: Mapping[str, str] = field(default_factory=dict, repr=False)
     modules: tuple[str, ...] = ()
+    called: str | None = None
 
     @property
     def name(self) -> str:
@@ -49,9 +51,14 @@ class Model:
         return self.snapshot.name
 
     @property
+    def label(self) -> str:
+        """Short text for tables: that of its snapshot, behind what it is called."""
+        return f"{self.called} ({self.snapshot.label})" if self.called is not None else self.snapshot.label
+
+    @property
     def slug(self) -> str:
-        """The name as one path segment: `org--name`."""
-        return self.name.replace("/", "--")
+        """What it is called, as one path segment: `org--name`."""
+        return (self.called or self.name).replace("/", "--")
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from hfmerge.cli.shared import (
     Command,
+    alias_flag,
+    aliases_from_flags,
     carry_out,
     change_arguments,
     change_flags,
@@ -15,7 +17,8 @@ from hfmerge.cli.shared import (
     weighted,
 )
 from hfmerge.cli.terminal import display
-from hfmerge.errors import HfMergeError
+from hfmerge.errors import HfMergeError, Problem
+from hfmerge.recipe.overrides import with_aliases
 from hfmerge.validation.strict_yaml import parse_scalar
 
 
@@ -33,6 +36,7 @@ def register(command: Command) -> None:
     sub.add_argument(
         "--weight", action="append", metavar="W", help="weight of a new model; one per model, in order (default: 1)"
     )
+    alias_flag(sub)
     change_flags(sub)
     sub = command("unmerge", "Take models out. The result has the bytes of the merge that never saw them.", _unmerge)
     sub.add_argument("merged", metavar="MERGED")
@@ -71,6 +75,10 @@ def _add(args: argparse.Namespace) -> int:
         raise HfMergeError(f"--weight: {len(weights)} given for {len(models)} models; give one a model.")
     numbers = [parse_scalar(weight) for weight in weights or ["1"] * len(models)]
     entries = [{"model": model, "weight": weight} for model, weight in zip(models, numbers, strict=True)]
+    problems: list[Problem] = []
+    entries = with_aliases(entries, aliases_from_flags(args), problems)
+    if problems:
+        raise HfMergeError(f"--alias: {problems[0].text}.")
     return carry_out(args, "add", args.merged, entries, **change_arguments(args))
 
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from hfmerge.cli.shared import (
     Command,
+    alias_flag,
+    aliases_from_flags,
     carry_out,
     dry_run_flag,
     key_flags,
@@ -85,6 +87,7 @@ def _recipe_flags(sub: argparse.ArgumentParser) -> None:
         metavar="none|mean|fit|NUMBER",
         help="norm of the merged change; fit-matrix: fit for each matrix (default: the method's)",
     )
+    alias_flag(group)
     key_flags(group, [key for key in keys_of(Recipe) if not key.required])
 
 
@@ -101,6 +104,7 @@ def _asked(args: argparse.Namespace) -> Recipe:
         models=models or None,
         options=args.option,
         weights=weights,
+        aliases=aliases_from_flags(args),
         norm=args.norm,
         learn=None if args.learn is None else [word for word in args.learn if word],
         **{key.name: getattr(args, key.name) for key in keys_of(Recipe) if key.flag is not None},
@@ -136,9 +140,10 @@ def _plan(args: argparse.Namespace) -> int:
         source = delta.source
         changed = len({*delta.full, *delta.lora, *delta.beneath})
         weighs = f"weight {shown(entry.weight)}"
-        display(f"model  {source.snapshot.label}  {source.kind}, {weighs}, changes {changed} parameters")
+        display(f"model  {source.label}  {source.kind}, {weighs}, changes {changed} parameters")
     for model, head in planned.heads:
-        display(f"head   {planned.deltas[model].source.name}  {', '.join(head.tensors)}  ({len(head.labels)} labels)")
+        source = planned.deltas[model].source
+        display(f"head   {source.called or source.name}  {', '.join(head.tensors)}  ({len(head.labels)} labels)")
     for line in planned.choices:
         display(f"choice {line}")
     modes = [param.mode if param.touched or param.mode != "merge" else "copy" for param in planned.params]
@@ -162,13 +167,14 @@ def _plan(args: argparse.Namespace) -> int:
 def _plan_data(planned: Plan) -> dict[str, Any]:
     from hfmerge.recipe.weights import stored
 
+    heads = [(planned.deltas[model].source, head) for model, head in planned.heads]
     return {
         "base": planned.base.snapshot.label,
         "architecture": planned.base_layout.architecture,
-        "models": [delta.source.snapshot.label for delta in planned.deltas],
+        "models": [delta.source.label for delta in planned.deltas],
         "weights": [stored(entry.weight) for entry in planned.recipe.models],
         "method": planned.recipe.method.to_dict(),
-        "heads": {planned.deltas[model].source.name: list(head.labels) for model, head in planned.heads},
+        "heads": {source.called or source.name: list(head.labels) for source, head in heads},
         "tensors": [
             {
                 "name": param.key,

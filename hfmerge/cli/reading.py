@@ -121,7 +121,7 @@ def _table(steps: Sequence[Step]) -> list[str]:
     rows = [["step", "action", "digest", "method", "norm", "when", "who", "models (norm)"]]
     for step in steps:
         entry, commit = step.entry, step.commit
-        norms = {model.name: step.norms[model.label] for model in entry.models}
+        norms = {model.name: step.norms[model.label] for model in reversed(entry.models)}
         names = [f"{name} ({norms[name]:.4g})" if name in norms else name for name in entry.subjects]
         when = f"{commit.date:%Y-%m-%d %H:%M}" if commit else "-"
         who = ", ".join(commit.authors) if commit else "-"

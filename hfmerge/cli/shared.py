@@ -232,6 +232,30 @@ def notify(line: str) -> None:
     tell(f"hfmerge: {line}")
 
 
+def alias_flag(group: Any) -> None:
+    """The flag that names models."""
+    group.add_argument(
+        "--alias",
+        action="append",
+        default=[],
+        metavar="NAME=MODEL",
+        help="what the merge calls a model: the folder of its head, the card, and unmerge; MODEL as it is given",
+    )
+
+
+def aliases_from_flags(args: argparse.Namespace) -> dict[str, str]:
+    """Model as given -> its alias."""
+    found: dict[str, str] = {}
+    for item in args.alias:
+        alias, equals, model = item.partition("=")
+        if not equals or not alias or not model:
+            raise HfMergeError(f"--alias {item}: write NAME=MODEL.")
+        if model in found:
+            raise HfMergeError(f"--alias {item}: {model} has the alias {found[model]} already; keep one.")
+        found[model] = alias
+    return found
+
+
 def given_sources(args: argparse.Namespace) -> dict[str, str]:
     pairs = [item.partition("=") for item in args.source]
     if bad := [item for item in args.source if "=" not in item]:
@@ -311,11 +335,9 @@ def print_result(args: argparse.Namespace, result: Any, more: Mapping[str, Any] 
         return 0
     crew = f" on {result.processes} processes" if result.processes > 1 else ""
     display(f"{entry.action} (step {entry.step}): {entry.how}, {result.seconds['total']:.1f} s{crew}")
-    width = width_of([model.label for model in entry.models], 48)
-    for model in entry.models:
-        display(
-            f"  {model.label:<{width}} weight {shown(model.weight):<6} norm {(model.squared_norm or 0.0) ** 0.5:.4g}"
-        )
+    width = width_of(entry.labels, 48)
+    for label, model in zip(entry.labels, entry.models, strict=True):
+        display(f"  {label:<{width}} weight {shown(model.weight):<6} norm {(model.squared_norm or 0.0) ** 0.5:.4g}")
     display(f"  norm of the merged change: {entry.scalars.merged_norm:.4g}")
     if entry.scalars.deviation is not None:
         display(

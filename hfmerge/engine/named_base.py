@@ -112,7 +112,7 @@ def _difference(named: str, revision: str | None, under: Model) -> str | None:
                 f"It names the revision {revision}, which cannot be looked up; this one is {_state(under.snapshot)}."
             )
         return _by_name(named, under.name)
-    if found.commit is not None and found.commit == under.snapshot.commit:
+    if found.commit is not None and found.commit == under.snapshot.commit and under.snapshot.subfolder is None:
         return None  # renamed, or a branch that leads here
     if _has_same_files(found, under.snapshot):
         return None

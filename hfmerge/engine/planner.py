@@ -31,11 +31,12 @@ from hfmerge.engine.model_match import Layouts, incomplete_base, match_source, s
 from hfmerge.engine.plan import SAFETENSORS_DTYPES, BaseLayout, Estimate, Param, Plan, Prior, folder_of
 from hfmerge.engine.untying import TIE_FLAG, one_sided, untie
 from hfmerge.errors import HfMergeError, Problem, RecipeError, UnsupportedError
+from hfmerge.hub.reference import distinct_names
 from hfmerge.methods import MergeMethod, faulty, registry
 from hfmerge.recipe.chat_template import SUFFIX, ChatTemplate
 from hfmerge.recipe.recipe import ModelEntry, Recipe
 from hfmerge.recipe.united import UNION
-from hfmerge.recipe.values import FITS, count_problem, option_names, sum_problem, weights_problem
+from hfmerge.recipe.values import FITS, base_problem, count_problem, option_names, sum_problem, weights_problem
 from hfmerge.recipe.weights import PatternWeights, read_weight, written
 from hfmerge.task_vector import WHOLE
 from hfmerge.validation.values import Section, show
@@ -101,8 +102,6 @@ def make_plan(
     base, layout, matched = _with_ends(recipe, *known, layouts, sources)
     problems += [Problem(places[i], text) for i, text in matched.problems]
     warnings += matched.warnings
-    if not problems:
-        _check_slugs(sources[: len(recipe.models)], problems)
     if problems:
         raise RecipeError(problems, origin)
     whole, gone = matched.deltas[: len(recipe.models)], matched.deltas[len(recipe.models) :]
@@ -147,7 +146,9 @@ def _described(
     shared: dict[str, Any] = {"allow_pickle": recipe.allow_pickle, "streaming": streaming, "copies": copies}
     try:
         base = describe(recipe.base, **shared) if recipe.base else None
-        if base is not None and base.kind != "full":
+        if base is not None and base.kind != "full" and base_problem(recipe.base) is not None:
+            problems.append(Problem("base", f"{base_problem(recipe.base)}."))
+        elif base is not None and base.kind != "full":
             problems.append(
                 Problem("base", f"{base.snapshot.label} is an adapter; name the full model it was trained on.")
             )
@@ -165,7 +166,7 @@ def _described(
             sources.append(None)
     if code_was_run and not recipe.trust_remote_code:
         problems += _code_problems(("base", *places), (base, *sources), base)
-    return places, base, sources, problems
+    return places, base, _with_names(recipe.models, sources, problems), problems
 
 
 def _base_layout(
@@ -334,7 +335,9 @@ def _as_needed(recipe: Recipe, base: Model, deltas: Sequence[Delta], chosen: Map
     code = bool(own_code(base, whole=True)) or any(own_code(one, whole=False) for one in models)
     pickled = any(one.pickled for one in (base, *models))
     # a ledger knows a model by its name, and never by a path
-    names: dict[str, Any] = {choice: deltas[i].source.name if i >= 0 else "base" for choice, i in chosen.items()}
+    names: dict[str, Any] = {
+        choice: (recipe.models[i].alias or deltas[i].source.name) if i >= 0 else "base" for choice, i in chosen.items()
+    }
     return replace(
         recipe,
         **names,
@@ -382,15 +385,33 @@ def _check_duplicates(sources: Sequence[Model | None], problems: list[Problem]) 
         seen.setdefault(mark, i)
 
 
-def _check_slugs(sources: Sequence[Model | None], problems: list[Problem]) -> None:
-    """Two sources of one name would share a head's folder and an entry of the ledger."""
-    seen: dict[str, int] = {}
-    for i, source in enumerate(sources):
-        if source is not None and seen.setdefault(source.slug.lower(), i) != i:
-            text = (
-                f"{source.name} has the name of models[{seen[source.slug.lower()]}]; rename the folder or repository."
-            )
-            problems.append(Problem(f"models[{i}]", text))
+def _with_names(
+    entries: Sequence[ModelEntry], sources: Sequence[Model | None], problems: list[Problem]
+) -> list[Model | None]:
+    """The sources, each with what it is called; an alias must be nobody else's name, since it names a model to remove.
+
+    Those that leave come after those of `entries`, and keep their own names.
+    """
+    result = list(sources)
+    own = [
+        (i, entry, source)
+        for i, (entry, source) in enumerate(zip(entries, sources, strict=False))
+        if source is not None
+    ]
+    names = [entry.alias or source.name for _, entry, source in own]
+    marks = [
+        (i, name.replace("/", "--").lower()) for i, entry, source in own for name in (entry.alias or "", source.name)
+    ]
+    for (i, entry, source), called in zip(own, distinct_names(names), strict=True):
+        if called != source.name:
+            result[i] = replace(source, called=called)
+        if entry.alias is None:
+            continue
+        same = next((j for j, mark in marks if j != i and mark == entry.alias.lower()), None)
+        if same is not None:
+            text = f"alias {show(entry.alias)} is the name of models[{same}]; choose another."
+            problems.append(Problem(f"models[{i}].alias", text))
+    return result
 
 
 def _params(
@@ -480,14 +501,15 @@ def _chosen(
     """
     found: dict[str, int] = {}
     problems = []
+    names = [delta.source.called or delta.source.name for delta in deltas]
+    plain = [delta.source.name for delta, entry in zip(deltas, recipe.models, strict=True) if entry.alias is None]
     for choice in CHOICES:
         wanted = getattr(recipe, choice)
         if wanted is None or isinstance(wanted, ChatTemplate) or (choice, wanted) == ("tokenizer", UNION):
             continue
         at = named_model(wanted, recipe.models, [delta.source for delta in deltas])
         if at is None:
-            names = ", ".join(delta.source.name for delta in deltas)
-            text = f"{show(wanted)} is neither base nor a model of the merge: {names}"
+            text = f"{show(wanted)} is neither base nor a model of the merge: {', '.join(names)}"
             file = f"; the name of a file ends in {SUFFIX}" if choice == "chat_template" else ""
             problems.append(Problem(choice, text + file))
         elif at >= 0 and not (
@@ -495,6 +517,9 @@ def _chosen(
             or (choice == "chat_template" and template(deltas[at].source.snapshot) is not None)
         ):
             problems.append(Problem(choice, f"{deltas[at].source.snapshot.label} has none"))
+        elif at >= 0 and recipe.models[at].alias is None and plain.count(deltas[at].source.name) > 1:
+            text = f"{deltas[at].source.name} is the name of several models; give this one an alias"
+            problems.append(Problem(choice, text))
         elif choice == "tokenizer" and vocabulary is not None and vocabulary.added:
             problems.append(Problem(choice, "the vocabularies are united, and so is the tokenizer; leave it out"))
         else:
@@ -509,7 +534,9 @@ def named_model(wanted: str, entries: Sequence[ModelEntry], sources: Sequence[Mo
     if wanted == "base":
         return -1
     pairs = enumerate(zip(entries, sources, strict=True))
-    hits = [i for i, (entry, source) in pairs if wanted in (entry.model, source.name, source.snapshot.label)]
+    hits = [
+        i for i, (entry, source) in pairs if wanted in (entry.model, entry.alias, source.name, source.snapshot.label)
+    ]
     return hits[0] if len(hits) == 1 else None
 
 

@@ -78,6 +78,8 @@ def mteb_score(subject: Subject, task: Task, *, batch_size: int) -> Score:
     snapshot = subject.source.snapshot
     if "modules.json" not in snapshot.files:
         raise HfMergeError(f"{label}: has no modules.json; a sentence-transformers model is needed.")
+    if snapshot.folder is None and snapshot.subfolder is not None:
+        raise HfMergeError(f"{label}: MTEB loads whole repositories only; download the folder, and name it here.")
     _check_modules(snapshot)
     try:
         wanted = mteb.get_task(str(task.benchmark), eval_splits=[task.split])

@@ -64,10 +64,14 @@ def load_images(snapshot: Snapshot) -> Any:
 
 
 def _load(auto: Any, snapshot: Snapshot, what: str) -> Any:
-    name = str(snapshot.folder) if snapshot.folder is not None else snapshot.name
+    name, inside = (
+        (str(snapshot.folder), "") if snapshot.folder is not None else (snapshot.repo_id, snapshot.subfolder)
+    )
     try:
         with quiet():
-            return auto.from_pretrained(name, revision=snapshot.commit or "main", trust_remote_code=False)
+            return auto.from_pretrained(
+                name, revision=snapshot.commit or "main", subfolder=inside or "", trust_remote_code=False
+            )
     except (OSError, ValueError, KeyError, ImportError) as error:
         if "trust_remote_code" in str(error):
             raise SourceError(f"{snapshot.label}: its {what} has code of its own, which is not run.") from error

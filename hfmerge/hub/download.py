@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hfmerge.errors import NotFoundError, SourceError
+from hfmerge.errors import NotFoundError, OfflineError, SourceError
 from hfmerge.hub.client import hub_api, hub_errors, patiently
 from hfmerge.hub.reference import FileInfo, ModelRef, Snapshot, checked_path, is_commit, is_segment
 from hfmerge.validation.folders import files_in
 from hfmerge.validation.limits import FILES
+from hfmerge.validation.values import show
 
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelInfo
+
+_WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
 
 
 def pin(ref: ModelRef, copies: Mapping[str, Path] | None = None) -> Snapshot:
@@ -38,11 +41,46 @@ def pin(ref: ModelRef, copies: Mapping[str, Path] | None = None) -> Snapshot:
         _check_count(files, ref)
         return Snapshot(ref, folder.name, None, folder, files)
     assert ref.repo_id is not None
-    copy = (copies or {}).get(f"{ref.repo_id}@{ref.revision}")
+    copy = (copies or {}).get(f"{ref.name}@{ref.revision}")
     if copy is not None:
-        return Snapshot(ref, ref.repo_id, ref.revision, copy, _held(copy))
+        return Snapshot(ref, ref.name, ref.revision, copy, _held(copy))
     with hub_errors(ref.text):
-        return _asked(ref, ref.repo_id)
+        whole = _asked(ref, ref.repo_id)
+    return whole if ref.subfolder is None else _inside(whole, ref.subfolder)
+
+
+def _inside(whole: Snapshot, subfolder: str) -> Snapshot:
+    """A folder of a repository as a model of its own.
+
+    Raises:
+        NotFoundError: there is no such folder; names those that hold a model.
+    """
+    start = f"{subfolder}/"
+    files = {name.removeprefix(start): info for name, info in whole.files.items() if name.startswith(start)}
+    if not files and whole.offline:
+        raise OfflineError(
+            f"{whole.ref.text}: {subfolder} is not in the local cache and the Hub cannot be reached; run once online, "
+            "or unset HF_HUB_OFFLINE."
+        )
+    if not files:
+        there = model_folders(whole.files)
+        todo = f"models lie in {show_some(there)}" if there else "no folder of it holds a model"
+        raise NotFoundError(f"{whole.ref.text}: {whole.label} has no folder {subfolder}; {todo}.")
+    return dataclasses.replace(whole, name=f"{whole.name}/{subfolder}", files=files, subfolder=subfolder)
+
+
+def model_folders(files: Iterable[str]) -> list[str]:
+    """Folders below the top that hold a full model or an adapter, in order."""
+    marks = ("config.json", "adapter_config.json")
+    known = set(files)
+    folders = {name.rpartition("/")[0] for name in known if "/" in name and name.endswith(_WEIGHTS)}
+    return sorted(folder for folder in folders if any(f"{folder}/{mark}" in known for mark in marks))
+
+
+def show_some(folders: Sequence[str]) -> str:
+    """Up to five names of folders from elsewhere, for a message."""
+    more = f" and {len(folders) - 5} more" if len(folders) > 5 else ""
+    return ", ".join(show(folder) for folder in folders[:5]) + more
 
 
 def _held(folder: Path) -> dict[str, FileInfo]:
@@ -139,7 +177,11 @@ def fetch(snapshot: Snapshot, file: str) -> Path:
 
     with hub_errors(f"{snapshot.label}: {file}"):
         return Path(
-            patiently(lambda: hf_hub_download(snapshot.name, file, revision=snapshot.commit, library_name="hfmerge"))
+            patiently(
+                lambda: hf_hub_download(
+                    snapshot.repo_id, snapshot.path(file), revision=snapshot.commit, library_name="hfmerge"
+                )
+            )
         )
 
 
@@ -150,5 +192,5 @@ def cached(snapshot: Snapshot, file: str) -> Path | None:
         return snapshot.folder / file
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(snapshot.name, file, revision=snapshot.commit)
+    found = try_to_load_from_cache(snapshot.repo_id, snapshot.path(file), revision=snapshot.commit)
     return Path(found) if isinstance(found, str) else None

@@ -16,6 +16,7 @@ from typing import Any
 
 from hfmerge.errors import AccessError, NotFoundError
 from hfmerge.hub.client import hub_api, hub_errors, patiently
+from hfmerge.hub.reference import split_name
 
 
 PUBLIC, GATED, REVIEWED, PRIVATE = range(4)
@@ -44,7 +45,8 @@ def restricted(identities: Iterable[str]) -> dict[str, int]:
     """Name -> level of privacy, for the inputs that are not public.
 
     Args:
-        identities: `org/name`, `org/name@revision`, or `name@sha256:digest` of a folder, which is passed over.
+        identities: `org/name`, `org/name@revision`, both also with a subfolder, or `name@sha256:digest` of a folder,
+            which is passed over.
 
     Raises:
         SourceError: the Hub cannot be asked.
@@ -54,9 +56,10 @@ def restricted(identities: Iterable[str]) -> dict[str, int]:
         name, at, revision = identity.rpartition("@")
         if revision.startswith("sha256:"):
             continue
-        level = _level(name if at else identity, revision if at else None)
+        repo_id, _ = split_name(name if at else identity)
+        level = _level(repo_id, revision if at else None)
         if level != PUBLIC:
-            found[name if at else identity] = max(level, found.get(name, PUBLIC))
+            found[repo_id] = max(level, found.get(repo_id, PUBLIC))
     return found
 
 

@@ -3,13 +3,14 @@
 The four nouns of a model: `ModelRef` (as written), `Snapshot` (pinned to one state), `Model` (described, in
 `checkpoint/model.py`), `Delta` (its task vectors can be read, in `checkpoint/delta.py`).
 
-`org/name`, `org/name@revision`, a folder, an `hf://` URI, or `base+adapter` of any two of these.
+`org/name`, `org/name@revision`, `org/name/folder@revision`, a folder, an `hf://` URI, or `base+adapter` of any two of
+these.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,6 +31,13 @@ class ModelRef:
     repo_id: str | None
     revision: str | None
     folder: Path | None
+    subfolder: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Of a Hub model: the repository, and the subfolder in it."""
+        assert self.repo_id is not None
+        return f"{self.repo_id}/{self.subfolder}" if self.subfolder else self.repo_id
 
 
 @dataclass(frozen=True)
@@ -46,12 +54,13 @@ class Snapshot:
     """A reference pinned to one state: a commit on the Hub, or a folder with its files' sizes.
 
     Attributes:
-        name: repository ID, or the folder's own name (never its path).
+        name: repository ID with the subfolder in it, or the folder's own name (never its path).
         commit: 40 hex digits, None for a folder.
         folder: the folder; of a commit, that of the copy that is read in its place; None on the Hub.
-        files: path in the repository -> what is known of the file.
+        files: path in the repository, or in its subfolder -> what is known of the file.
         offline: the Hub could not be asked, and `files` are those that the cache holds.
         vanished: the Hub was asked and no longer has, or shows, this commit; `files` are those that the cache holds.
+        subfolder: the folder of the repository that is the model; None: the whole repository.
     """
 
     ref: ModelRef
@@ -61,6 +70,16 @@ class Snapshot:
     files: Mapping[str, FileInfo] = field(repr=False)
     offline: bool = False
     vanished: bool = False
+    subfolder: str | None = None
+
+    @property
+    def repo_id(self) -> str:
+        """Of a snapshot of the Hub: its repository."""
+        return self.name.removesuffix(f"/{self.subfolder}") if self.subfolder else self.name
+
+    def path(self, file: str) -> str:
+        """The path of one of `files` in the repository."""
+        return f"{self.subfolder}/{file}" if self.subfolder else file
 
     @property
     def label(self) -> str:
@@ -118,7 +137,60 @@ def is_identity(value: object) -> bool:
     if folder:
         return is_segment(name) and is_digest(digest)
     name, _, commit = value.rpartition("@")
-    return is_hub_id(name) and is_commit(commit)
+    repo_id, subfolder = split_name(name)
+    return is_hub_id(repo_id) and is_commit(commit) and (subfolder is None or is_path(subfolder))
+
+
+def split_name(name: str) -> tuple[str, str | None]:
+    """Repository and subfolder of `org/name` or `org/name/folder`."""
+    parts = name.split("/", 2)
+    return "/".join(parts[:2]), parts[2] if len(parts) > 2 else None
+
+
+def hub_ref(name: str, revision: str | None, text: str | None = None) -> ModelRef:
+    """The reference to a model on the Hub, by the name that ledgers give it: `org/name` or `org/name/folder`.
+
+    Args:
+        text: what messages call it; None: its name.
+    """
+    repo_id, subfolder = split_name(name)
+    return ModelRef(text or name, repo_id, revision, None, subfolder)
+
+
+def in_subfolder(text: str, subfolder: str) -> str:
+    """The reference to a folder inside of what a reference names.
+
+    Raises:
+        ValueError: the folder leads out of it, or no reference can name it.
+    """
+    inside = subfolder.strip("/") if not subfolder.startswith("/") else subfolder
+    if not is_path(inside) or "@" in inside or "+" in inside:
+        raise ValueError(f"must be a folder inside of the model's repository, not {subfolder!r}")
+    if "+" in text:
+        raise ValueError("cannot stand beside base+adapter; write the folder into the reference, org/name/folder")
+    if text.startswith((".", "/", "~")) or Path(text).is_dir():
+        return f"{text.rstrip('/')}/{inside}"
+    start, at, revision = text.partition("@")
+    if start.removeprefix("hf://").count("/") == 0:
+        raise ValueError("needs the repository's owner; write the model as org/name")
+    return f"{start.rstrip('/')}/{inside}{at}{revision}"
+
+
+def distinct_names(names: Iterable[str]) -> list[str]:
+    """Names that differ as folders do: one that an earlier model has gets the next free number, such as `org/a-2`.
+
+    A name follows from the names before it alone. So it stays when more models join.
+    """
+    found: list[str] = []
+    taken: set[str] = set()
+    for name in names:
+        wanted, number = name, 1
+        while (mark := wanted.replace("/", "--").lower()) in taken:
+            number += 1
+            wanted = f"{name}-{number}"
+        taken.add(mark)
+        found.append(wanted)
+    return found
 
 
 def parse_ref(text: str) -> list[ModelRef]:
@@ -136,26 +208,37 @@ def parse_ref(text: str) -> list[ModelRef]:
 
 def _parse_one(text: str) -> ModelRef:
     from huggingface_hub import parse_hf_uri
-    from huggingface_hub.errors import HfUriError, HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.errors import HfUriError
 
     if text.startswith("hf://"):
         try:
             uri = parse_hf_uri(text)
         except HfUriError as error:
             raise SourceError(f"{text}: {error}") from error
-        if uri.type != "model" or uri.path_in_repo:
-            raise SourceError(f"{text}: name a whole model repository, `hf://org/name@revision`.")
-        return ModelRef(text, uri.id, uri.revision, None)
+        if uri.type != "model":
+            raise SourceError(f"{text}: name a model repository, `hf://org/name@revision`.")
+        return _on_hub(text, uri.id, uri.revision, (uri.path_in_repo or "").strip("/") or None)
     path, there = _path(text)
     if (there and path.is_dir()) or text.startswith((".", "/", "~")):
         return ModelRef(text, None, None, path)
-    repo_id, _, revision = text.partition("@")
+    name, _, revision = text.partition("@")
+    repo_id, subfolder = split_name(name.removesuffix("/"))
+    return _on_hub(text, repo_id, revision or None, subfolder)
+
+
+def _on_hub(text: str, repo_id: str, revision: str | None, subfolder: str | None) -> ModelRef:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise SourceError(f"{text}: neither a folder here nor a Hub ID `org/name[@revision]`.") from error
-    return ModelRef(text, repo_id, revision or None, None)
+        raise SourceError(f"{text}: neither a folder here nor a Hub ID `org/name[/folder][@revision]`.") from error
+    if subfolder is not None and ("/" not in repo_id or not is_path(subfolder) or {"@", "+"} & {*subfolder}):
+        raise SourceError(
+            f"{text}: {subfolder!r} cannot be a folder in a repository; write `org/name/folder[@revision]`."
+        )
+    return ModelRef(text, repo_id, revision, None, subfolder)
 
 
 def _path(text: str) -> tuple[Path, bool]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from hfmerge.checkpoint.behaviour import CHOICES
 from hfmerge.errors import LedgerError
+from hfmerge.hub.reference import split_name
 from hfmerge.ledger.entry import Entry, Material
 from hfmerge.methods import registry
 from hfmerge.recipe.keys import jsonable, keys_of
@@ -51,7 +52,7 @@ def render_card(entries: Sequence[Entry], facts: Mapping[str, Any]) -> str:
 def metadata(entries: Sequence[Entry], facts: Mapping[str, Any]) -> dict[str, Any]:
     """Front matter of the card. Folders are not named in it: only repositories can be linked."""
     last = entries[-1]
-    parents = [m.name for m in (last.base, *last.models) if m.commit is not None]
+    parents = [split_name(m.name)[0] for m in (last.base, *last.models) if m.commit is not None]
     data: dict[str, Any] = {}
     if parents:
         data["base_model"] = list(dict.fromkeys(parents))
@@ -122,6 +123,7 @@ def block(entries: Sequence[Entry], facts: Mapping[str, Any]) -> str:
     last = entries[-1]
     me = facts.get("repo_id") or "path/to/this/folder"
     any_head = any(m.head for m in last.models)
+    called = list(zip(last.names, last.models, strict=True))
     method = registry().get(last.method.name)
     cited = method.citations if method else ()
     architecture = str(facts["architecture"])
@@ -140,7 +142,7 @@ def block(entries: Sequence[Entry], facts: Mapping[str, Any]) -> str:
         merged_norm=f"{last.scalars.merged_norm:.4g}",
         models=[
             {
-                "link": _link(m, facts.get("site", SITE)),
+                "link": _called(name, m, facts.get("site", SITE)),
                 "pin": _pin(m),
                 "kind": ("LoRA adapter" if m.kind == "adapter" else "full model")
                 + (", approximately subtracted" if m.subtracted else "")
@@ -149,12 +151,12 @@ def block(entries: Sequence[Entry], facts: Mapping[str, Any]) -> str:
                 "norm": f"{(m.squared_norm or 0.0) ** 0.5:.4g}",
                 "head": code(m.head) if m.head else "-",
             }
-            for m in last.models
+            for name, m in called
         ],
         any_head=any_head,
-        first_head=next((m.name for m in last.models if m.head), ""),
-        last_model=last.models[-1].name,
-        heads=[{"name": m.name, "labels": _labels(m.labels)} for m in last.models if m.head],
+        first_head=next((name for name, m in called if m.head), ""),
+        last_model=last.names[-1],
+        heads=[{"name": name, "labels": _labels(m.labels)} for name, m in called if m.head],
         history=[
             {
                 "step": e.step,
@@ -168,7 +170,7 @@ def block(entries: Sequence[Entry], facts: Mapping[str, Any]) -> str:
         ],
         learned=_learned(last),
         usage=_usage(last),
-        untied=", ".join(m.name for m in last.models if m.untied),
+        untied=", ".join(name for name, m in called if m.untied),
         recipe=fenced(dump_yaml(public_recipe(last)), "yaml"),
         citations=fenced("\n".join(c.bibtex for c in cited), "bibtex") if cited else "",
     )
@@ -188,7 +190,9 @@ def public_recipe(entry: Entry) -> dict[str, Any]:
     models: list[Any] = []
     for m in entry.models:
         ref = _recipe_ref(m)
-        models.append(ref if m.weight == 1.0 else {"model": ref, "weight": written(m.weight)})
+        alias = {} if m.alias is None else {"alias": m.alias}
+        weight = {} if m.weight == 1.0 else {"weight": written(m.weight)}
+        models.append({"model": ref, **weight, **alias} if weight or alias else ref)
     norm = entry.method.norm
     data: dict[str, Any] = {
         "base": _recipe_ref(entry.base),
@@ -206,7 +210,8 @@ def _usage(entry: Entry) -> str:
     """One line on models that are used otherwise than the base, and whose files the merge has; "" without any."""
     named = {key: value for key in CHOICES if (value := entry.settings.get(key)) is not None}
     taken = [f"{key.replace('_', ' ')} of {_maker(value)}" for key, value in named.items()]
-    others = [f"{m.name} has another {', '.join(m.differing)}" for m in entry.models if m.differing]
+    called = zip(entry.names, entry.models, strict=True)
+    others = [f"{name} has another {', '.join(m.differing)}" for name, m in called if m.differing]
     if not taken and not others:
         return ""
     held = f"The merge has the {', the '.join(taken)}; else" if taken else "The merge has"
@@ -239,8 +244,15 @@ def _recipe_ref(material: Material) -> str:
 def _link(material: Material, site: str) -> Markdown:
     if material.commit is None:
         return markdown(f"{material.name} (folder)")
-    shown = link(material.name, material.name, site=site)
+    repo_id, folder = split_name(material.name)
+    shown = link(material.name, f"{repo_id}/tree/{material.commit}/{folder}" if folder else repo_id, site=site)
     return Markdown(f"{shown} on {markdown(material.beneath.partition('@')[0])}") if material.beneath else shown
+
+
+def _called(name: str, material: Material, site: str) -> Markdown:
+    """A link to a model, behind what it is called where that is not its name."""
+    link_to = _link(material, site)
+    return link_to if name == material.name else Markdown(f"{markdown(name)}: {link_to}")
 
 
 def _weight(weight: Weight) -> Markdown:

@@ -19,6 +19,7 @@ from hfmerge.engine.options import Consent
 from hfmerge.engine.plan import KeptState, checked_digest
 from hfmerge.errors import LedgerError, NoLedgerError
 from hfmerge.hashing import canonical_json, sha256_bytes
+from hfmerge.hub.reference import distinct_names
 from hfmerge.ledger.learned import LearnedWeights
 from hfmerge.ledger.schema import SCHEMA, check_entry
 from hfmerge.recipe.keys import keys_of
@@ -60,6 +61,7 @@ class Material:
         differing: in what the model is used otherwise than the base, such as "chat template"; see `settings` for the
             model whose files the merge has.
         kept: SHA-256 of the kept copy of the model, which lies beside the carried states.
+        alias: what the user calls the model; see `Entry.names`.
     """
 
     name: str
@@ -81,6 +83,7 @@ class Material:
     trained_on: str | None = None
     differing: tuple[str, ...] = ()
     kept: str | None = None
+    alias: str | None = None
 
     @property
     def identity(self) -> str:
@@ -89,8 +92,8 @@ class Material:
 
     @property
     def label(self) -> str:
-        """Short form of the identity for tables and messages."""
-        return short(self.identity)
+        """Short form of the identity for tables and messages, behind the alias."""
+        return f"{self.alias} ({short(self.identity)})" if self.alias is not None else short(self.identity)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able. The fields from `unverified` on are left out if they are not set."""
@@ -116,6 +119,8 @@ class Material:
             data["differing"] = list(self.differing)
         if self.kept is not None:
             data["kept"] = self.kept
+        if self.alias is not None:
+            data["alias"] = self.alias
         return data
 
     @classmethod
@@ -209,6 +214,22 @@ class Entry:
     def file(self) -> str:
         """Its path in the repository."""
         return f"{LEDGER_FOLDER}/{self.step:04d}.json"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the models are called, in order: the alias, or the name, with a number where another has it."""
+        return tuple(distinct_names(model.alias or model.name for model in self.models))
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The models for a table: each one's label, behind what it is called where that says more."""
+        pairs = zip(self.names, self.models, strict=True)
+        return tuple(m.label if name in (m.name, m.alias) else f"{name} ({short(m.identity)})" for name, m in pairs)
+
+    def hits(self, name: str) -> list[int]:
+        """Indices of the models that a name means: what they are called, or see `named`."""
+        found = named(name, [model.identity for model in self.models])
+        return sorted({*found, *(i for i, called in enumerate(self.names) if called == name)})
 
     @property
     def is_untied(self) -> bool:
@@ -322,11 +343,13 @@ class Entry:
         """
         import difflib
 
-        hits = named(name, [model.identity for model in self.models])
+        hits = self.hits(name)
         if len(hits) == 1:
             return hits[0]
         if hits:
-            marks = " or ".join(self.models[i].label for i in hits)
+            marks = " or ".join(short(self.models[i].identity) for i in hits)
+            if len({short(self.models[i].identity) for i in hits}) < len(hits):  # one model under several names
+                marks = " or ".join(self.names[i] for i in hits)
             raise LedgerError(f"{name}: is in the merge {len(hits)} times; name its commit: {marks}.")
         for model in self.models:
             if model.beneath and named(name, [model.beneath]):
@@ -338,7 +361,7 @@ class Entry:
             if guess:
                 return alike[0]
             raise LedgerError(f"{name}: not in this merge; did you mean {self.models[alike[0]].name}?")
-        names = list(dict.fromkeys(model.name for model in self.models))
+        names = list(dict.fromkeys(self.names))
         wanted = name.rstrip("/").partition("@")[0]
         near = difflib.get_close_matches(wanted, names, n=3, cutoff=0.5)
         hint = f" Did you mean {' or '.join(near)}?" if near else ""
@@ -357,7 +380,8 @@ def named(name: str, identities: Sequence[str]) -> list[int]:
     if not any(part[0] in (wanted, Path(wanted).name) for part in parts):  # folders may have an @ in their name
         wanted, _, revision = wanted.partition("@")
         revision = revision.removeprefix("sha256:")
-    names = (wanted, Path(wanted).name)
+    exact = any(part[0] == wanted for part in parts)
+    names = (wanted,) if exact else (wanted, Path(wanted).name)
     hits = [i for i, (own, _, _) in enumerate(parts) if own in names]
     return [i for i in hits if parts[i][2].removeprefix("sha256:").startswith(revision)]
 
@@ -463,7 +487,8 @@ def recipe_of(entry: Entry, refs: Mapping[str, str], consent: Consent, *, base: 
     recipe = Recipe(
         base=material_reference(entry.base, refs) if base is None else base,
         models=tuple(
-            ModelEntry(material_reference(model, refs), model.weight, model.subtracted) for model in entry.models
+            ModelEntry(material_reference(model, refs), model.weight, model.subtracted, alias=model.alias)
+            for model in entry.models
         ),
         method=MethodChoice(entry.method.name, dict(entry.method.options), entry.method.norm),
         **settings,

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import PurePosixPath
 from typing import Any
 
 from hfmerge.errors import OfflineError
@@ -104,9 +105,10 @@ def steps_of(merged: Merged) -> tuple[tuple[Step, ...], tuple[str, ...]]:
 
 def _commits(merged: Merged) -> dict[str, _Commit]:
     """Ledger file -> the commit that brought it: the only one that ever touched it, since no entry is ever changed."""
-    api, name, revision = hub_api(), merged.snapshot.name, merged.snapshot.commit
+    api, name, revision = hub_api(), merged.snapshot.repo_id, merged.snapshot.commit
+    below = merged.snapshot.path(LEDGER_FOLDER)
     with hub_errors(merged.snapshot.label):
-        tree = patiently(lambda: list(api.list_repo_tree(name, LEDGER_FOLDER, revision=revision, expand=True)))
+        tree = patiently(lambda: list(api.list_repo_tree(name, below, revision=revision, expand=True)))
         history = patiently(lambda: list(api.list_repo_commits(name, revision=revision)))
     known = {str(commit.commit_id): commit for commit in history}
     found = {}
@@ -114,7 +116,8 @@ def _commits(merged: Merged) -> dict[str, _Commit]:
         oid = str(item.last_commit.oid) if getattr(item, "last_commit", None) else None
         if oid in known:
             commit = known[oid]
-            found[str(item.path)] = _Commit(oid, tuple(str(author) for author in commit.authors), commit.created_at)
+            file = f"{LEDGER_FOLDER}/{PurePosixPath(item.path).name}"
+            found[file] = _Commit(oid, tuple(str(author) for author in commit.authors), commit.created_at)
     return found
 
 
@@ -130,7 +133,9 @@ def commit_of(snapshot: Snapshot, file: str) -> str:
     """
     api = hub_api()
     with hub_errors(snapshot.label):
-        infos = patiently(lambda: api.get_paths_info(snapshot.name, [file], revision=snapshot.commit, expand=True))
+        infos = patiently(
+            lambda: api.get_paths_info(snapshot.repo_id, [snapshot.path(file)], revision=snapshot.commit, expand=True)
+        )
     return str(infos[0].last_commit.oid)
 
 

@@ -101,6 +101,8 @@ def find_removed(entries: Sequence[Entry], model: str, where: str) -> RemovedMod
     now = {part.identity: part for part in reversed(steps[-1])}  # if a model has several roles, the first counts
     identities = list(known)
     hits = [model] if model in known else [identities[i] for i in named(model, identities)]
+    if not hits:  # what a step called the model
+        hits = list(dict.fromkeys(entry.models[i].identity for entry in entries for i in entry.hits(model)))
     if not hits:
         names = list(dict.fromkeys(part.name for part in known.values()))
         near = difflib.get_close_matches(model.partition("@")[0], names, n=3, cutoff=0.5)

@@ -20,7 +20,16 @@ from hfmerge.hub.client import hub_errors
 from hfmerge.hub.download import fetch, pin
 from hfmerge.hub.reference import Snapshot, parse_ref
 from hfmerge.hub.state_branch import STATE_BRANCH
-from hfmerge.ledger.entry import LEDGER_FOLDER, Entry, Material, check_chain, check_size, contained, ledger_files
+from hfmerge.ledger.entry import (
+    LEDGER_FOLDER,
+    Entry,
+    Material,
+    check_chain,
+    check_size,
+    contained,
+    ledger_files,
+    short,
+)
 from hfmerge.recipe.weights import stored
 from hfmerge.user_files import home, keep_note, private_folder
 from hfmerge.validation.folders import file_in
@@ -111,7 +120,7 @@ def open_merged(ref: str, sources: Mapping[str, str] | None = None, consent: Con
 
     Args:
         ref: `org/name`, `org/name@revision` or a folder.
-        sources: name of a folder material -> where it lies now.
+        sources: a folder material -> where it lies now. It is named by its alias, its name, or `name@DIGEST`.
         consent: what the caller allows where the sources are read again.
 
     Raises:
@@ -129,15 +138,22 @@ def known_places(snapshot: Snapshot, entry: Entry, sources: Mapping[str, str]) -
     """Identity of a folder material -> where it lies, as this user's own run noted, or as `sources` says by name.
 
     Raises:
-        LedgerError: the note cannot be read, or a name is not of a folder material of `entry`.
+        LedgerError: the note cannot be read, or a name is not of one folder material of `entry`.
     """
     refs = noted_places(snapshot, entry)
+    identities = list(dict.fromkeys(one for m in (entry.base, *entry.models) for one in folders_of(m)))
     for name, folder in sources.items():
-        hits = [
-            one for m in (entry.base, *entry.models) for one in folders_of(m) if one.rpartition("@sha256:")[0] == name
+        plain, _, digest = name.rpartition("@")
+        hits = [one for one in identities if one.rpartition("@sha256:")[0] == name]
+        hits = hits or [
+            one for i in entry.hits(name) for one in folders_of(entry.models[i])[:1] if name in entry.names
         ]
+        hits = hits or [one for one in identities if digest and one.startswith(f"{plain}@sha256:{digest}")]
         if not hits:
             raise LedgerError(f"{parameter('sources')} {name}: no model of that name was merged from a folder.")
+        if len(hits) > 1:
+            each = " and ".join(map(short, hits))
+            raise LedgerError(f"{parameter('sources')} {name}: is the name of {len(hits)} folders; name {each}.")
         refs |= dict.fromkeys(hits, folder)
     return refs
 
@@ -244,6 +260,8 @@ def state_path(snapshot: Snapshot, state: KeptState, warnings: list[str]) -> Pat
     try:
         if snapshot.folder is not None:
             path = file_in(snapshot.folder, state.file)
+        elif snapshot.subfolder is not None:  # the branch of states belongs to a merge that is a whole repository
+            return None
         else:
             from huggingface_hub import hf_hub_download
 

@@ -11,7 +11,7 @@ from hfmerge.errors import Problem
 from hfmerge.methods import registry
 from hfmerge.recipe.keys import keys_of
 from hfmerge.recipe.recipe import Recipe
-from hfmerge.recipe.values import norm, option_names, pattern, read_options
+from hfmerge.recipe.values import model_alias, norm, option_names, pattern, read_options
 from hfmerge.validation.limits import FILES, LABELS, MODELS, PATTERNS
 from hfmerge.validation.values import (
     Section,
@@ -20,7 +20,7 @@ from hfmerge.validation.values import (
     factor,
     flag,
     folder_name,
-    hub_id,
+    hub_model,
     items,
     line,
     nullable,
@@ -40,17 +40,17 @@ ACTIONS = ("merge", "add", "unmerge", "subtract", "replace", "reorder", "rebase"
 
 
 def model_name(value: object) -> str:
-    """A repository ID or the name of a folder. Raises ValueError."""
-    return hub_id(value) if isinstance(value, str) and "/" in value else folder_name(value)
+    """A repository ID, with the subfolder in it, or the name of a folder. Raises ValueError."""
+    return hub_model(value) if isinstance(value, str) and "/" in value else folder_name(value)
 
 
 def identity(value: object) -> str:
-    """`org/name@commit` or `folder@sha256:digest`. Raises ValueError."""
+    """`org/name@commit`, `org/name/folder@commit` or `folder@sha256:digest`. Raises ValueError."""
     name, folder, digest = line(value).rpartition("@sha256:")
     if folder:
         return f"{folder_name(name)}{folder}{sha256(digest)}"
     name, _, pin = line(value).rpartition("@")
-    return f"{hub_id(name)}@{commit(pin)}"
+    return f"{hub_model(name)}@{commit(pin)}"
 
 
 def weight(value: object) -> object:
@@ -149,6 +149,7 @@ _MATERIAL = record(
         "trained_on": model_name,
         "differing": items(plain_text, LABELS),
         "kept": sha256,
+        "alias": model_alias,
     },
 )
 

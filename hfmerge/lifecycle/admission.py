@@ -124,8 +124,13 @@ def _without(entry: Entry, names: Sequence[str]) -> Entry:
     def left(identities: Sequence[str]) -> tuple[str, ...]:
         return tuple(one for one in identities if not any(named(name, [one]) for name in names))
 
-    kept = [dataclasses.replace(model, contains=left(model.contains)) for model in entry.models]
-    return dataclasses.replace(entry, models=tuple(model for model in kept if left([model.identity])))
+    gone = {i for name in names for i in entry.hits(name)}
+    kept = [
+        dataclasses.replace(model, contains=left(model.contains))
+        for i, model in enumerate(entry.models)
+        if i not in gone
+    ]
+    return dataclasses.replace(entry, models=tuple(kept))
 
 
 def _parts(ref: str, role: str) -> list[ContainedModel]:

@@ -237,7 +237,7 @@ def _plan_from(
         recipe = recipe_of(replace(last, models=()), refs, merged.consent, base=base)
         models = tuple(_entry(model, refs) if isinstance(model, Material) else model for model in wanted)
         # a model that has left takes its tokenizer, template and generation config with it
-        there = {"base", UNION, *(model.name for model in kept)}
+        there = {"base", UNION, *(model.alias or model.name for model in kept)}
         named = {key: value for key in CHOICES if isinstance(value := getattr(recipe, key), str)}
         gone: dict[str, Any] = {key: None for key, value in named.items() if value not in there}
         state = recipe.state if wishes.state is None else wishes.state
@@ -267,7 +267,7 @@ def _made_without(last: Entry, plan: Plan, count: int) -> bool:
 
 
 def _entry(model: Material, refs: Mapping[str, str]) -> ModelEntry:
-    return ModelEntry(material_reference(model, refs), model.weight, model.subtracted)
+    return ModelEntry(material_reference(model, refs), model.weight, model.subtracted, alias=model.alias)
 
 
 def _unchanged(
@@ -321,7 +321,7 @@ def plan_replace(
     last = merged.last
     place = last.find(old)
     replaced = last.models[place]
-    entry = ModelEntry(new, replaced.weight if weight is None else weight)
+    entry = ModelEntry(new, replaced.weight if weight is None else weight, alias=replaced.alias)
     wanted: list[Material | ModelEntry] = [*last.models]
     wanted[place] = entry
     plan, how = plan_models(merged, wanted, wishes=wishes)
@@ -402,7 +402,7 @@ def plan_without(
     stay = [i for i in range(len(models)) if i not in removed]
     if not stay:
         raise LedgerError(f"{merged.snapshot.label}: holds no other model; {merged.last.base.label} is what is left.")
-    wanted = [ModelEntry(parts[i], models[i].weight) if i in parts else models[i] for i in stay]
+    wanted = [ModelEntry(parts[i], models[i].weight, alias=models[i].alias) if i in parts else models[i] for i in stay]
     plan, how = plan_models(merged, wanted, wishes=wishes)
     notes = [f"{models[i].label} taken out" for i in removed]
     for at, i in enumerate(stay):

@@ -159,7 +159,7 @@ def _apart(after: Snapshot, never: Path) -> float:
 def _owner(task: Task, models: Sequence[Material]) -> Material | None:
     """The model of the merge whose head a task uses, pinned as it was merged."""
     head = (task.head or "").partition("@")[0]
-    return next((m for m in models if m.name == head or (m.digest and m.name == Path(head).name)), None)
+    return next((m for m in models if head in (m.name, m.alias) or (m.digest and m.name == Path(head).name)), None)
 
 
 def _called(subject: Subject, label: str) -> Subject:

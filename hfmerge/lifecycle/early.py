@@ -102,7 +102,8 @@ def check_place(job: Job, merged: Merged | None, options: RunOptions) -> None:
         if merged is None:
             raise OutputError(f"{job.origin}: says neither `output` nor `push_to`; name a folder or a repository.")
         name = merged.snapshot.name
-        where = f"{parameter('push_to', name)}, or {parameter('output', 'FOLDER')}"
+        there = "org/name" if merged.snapshot.subfolder is not None else name
+        where = f"{parameter('push_to', there)}, or {parameter('output', 'FOLDER')}"
         raise PushError(f"{name}: lies on the Hub; say where the result goes: {where}.")
     elif options.resume:
         raise OutputError(

@@ -104,7 +104,7 @@ def forecast(job: Job, options: RunOptions = DEFAULT) -> Forecast:
         make = partial(planned, job, merged, here)
         change = planned_early(job, merged, here, make, publishing=False)
         plan = change.plan
-        models = tuple(delta.source.snapshot.label for delta in plan.deltas)
+        models = tuple(delta.source.label for delta in plan.deltas)
         advice = more_states(plan) if merged is None else state_advice(change)
         return Forecast(
             change.action,

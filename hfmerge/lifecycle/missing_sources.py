@@ -10,7 +10,7 @@ from hfmerge.errors import AccessError, CorruptFileError, HfMergeError, NotFound
 from hfmerge.hashing import sha256_file
 from hfmerge.hub.client import hub_errors, patiently
 from hfmerge.hub.download import cached, fetch, pin
-from hfmerge.hub.reference import ModelRef, Snapshot
+from hfmerge.hub.reference import Snapshot, hub_ref
 from hfmerge.hub.state_branch import STATE_BRANCH
 from hfmerge.ledger.entry import Material, archive_file, short
 from hfmerge.ledger.repository import Merged
@@ -103,7 +103,7 @@ def lost_places(material: Material) -> Iterator[tuple[str, str, Mapping[str, str
             continue
         name, _, commit = identity.rpartition("@")
         try:
-            _reach(pin(ModelRef(identity, name, commit, None)), files)
+            _reach(pin(hub_ref(name, commit, identity)), files)
         except (NotFoundError, AccessError) as error:
             reason = str(error).removeprefix(f"{identity}: ").partition(";")[0].rstrip(".")
             yield identity, f"{short(identity)} can no longer be read from the Hub ({reason})", files
@@ -120,7 +120,7 @@ def _reach(snapshot: Snapshot, files: Mapping[str, str]) -> None:
             raise NotFoundError(
                 f"{snapshot.label}: no such repository or commit, and {name} is not in the cache of this machine"
             )
-        url = hf_hub_url(snapshot.name, name, revision=snapshot.commit)
+        url = hf_hub_url(snapshot.repo_id, snapshot.path(name), revision=snapshot.commit)
         with hub_errors(snapshot.label):
             # mypy cannot infer the type of a lambda with a default
             patiently(lambda url=url: get_hf_file_metadata(url))  # type: ignore[misc]
@@ -152,7 +152,7 @@ def _ways(merged: Merged, material: Material, files: Mapping[str, str]) -> list[
 def _elsewhere(name: str, files: Mapping[str, str]) -> str | None:
     """The repository's present commit, if it holds the same files: its history was rewritten, or it was made anew."""
     try:
-        snapshot = pin(ModelRef(name, name, None, None))
+        snapshot = pin(hub_ref(name, None))
         same = all(_listed_digest(snapshot, file) == digest for file, digest in files.items())
     except HfMergeError:
         return None  # this is only a hint; the message already says why the material cannot be read

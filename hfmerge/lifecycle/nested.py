@@ -51,7 +51,7 @@ def find_removal(entry: Entry, names: Sequence[str]) -> Removal:
     for name in dict.fromkeys(names):
         inner = {i: [model.contains[k] for k in named(name, model.contains)] for i, model in enumerate(entry.models)}
         found = list(dict.fromkeys(identity for hits in inner.values() for identity in hits))
-        direct = named(name, [model.identity for model in entry.models])
+        direct = entry.hits(name)
         if direct or not found:
             direct = [entry.find(name)]
         several = list(dict.fromkeys([*found, *(entry.models[i].identity for i in direct)]))
@@ -136,7 +136,12 @@ def _inner_job(job: Job, merged: Merged, i: int, identities: Sequence[str], *, f
                 if finishing and candidate == place and (later.snapshot.folder is not None or left_behind(later)):
                     finish(later, destination(place) if later.snapshot.commit else None, Ranks())
                 return f"{later.snapshot.name}@{later.snapshot.commit}" if later.snapshot.commit else candidate
-    on_hub = parse_ref(place)[0].folder is None
+    target = parse_ref(place)[0]
+    on_hub = target.folder is None
+    if target.subfolder is not None:
+        raise LedgerError(
+            f"{parameter('inner_to', place)}: a merge is published as a whole repository; name org/name."
+        )
     return Job(
         "unmerge",
         merged=material_reference(model, merged.refs),

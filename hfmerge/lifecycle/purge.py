@@ -102,7 +102,8 @@ def purge(
 
 def _published(repo_id: str, *, strays: bool = True) -> Merged:
     merged = open_merged(repo_id)
-    if merged.snapshot.folder is not None or merged.snapshot.ref.revision not in (None, "main"):
+    snapshot = merged.snapshot
+    if snapshot.folder is not None or snapshot.subfolder is not None or snapshot.ref.revision not in (None, "main"):
         raise HfMergeError(f"{repo_id}: name a repository on the Hub, `org/name`, without a revision.")
     report = check_merged(merged, strays=strays)
     if not report.ok:

@@ -15,6 +15,7 @@ from hfmerge.hashing import git_blob_id, sha256_bytes
 from hfmerge.hub.client import hub_api, hub_errors, patiently
 from hfmerge.hub.commits import download, listed, moved
 from hfmerge.hub.privacy import WORDS, level_of, restricted, snapshot_of
+from hfmerge.hub.reference import split_name
 from hfmerge.hub.state_branch import STATE_BRANCH, strange_files
 from hfmerge.ledger.card import FILE, licence_note, parse_card
 from hfmerge.ledger.entry import LEDGER_FOLDER, Entry, check_chain, ledger_files
@@ -361,7 +362,8 @@ def check_replacement(
         lost, why = _changed_since(target, to.repo_id, known, history), "holds files that its ledger does not describe"
         role = None
     else:
-        role = next((p.role for p in inputs if p.name.lower() in (to.repo_id.lower(), target.repo_id.lower())), None)
+        own = (to.repo_id.lower(), target.repo_id.lower())
+        role = next((p.role for p in inputs if split_name(p.name)[0].lower() in own), None)
         held = role is not None or any(_of_a_model(name) or name in written for name in target.files if name != FILE)
         lost = [name for name in sorted(target.files) if not _is_asset(name)] if held else []
         why = "holds a model that is not of this merge"

@@ -173,13 +173,21 @@ def entry_of(
     for i, delta in enumerate(planned.deltas):
         files = outcome.source_digests[i + 1]
         if i < start and files is None:
-            models.append(dataclasses.replace(kept[i], untied=i in planned.untied, differing=planned.differing[i]))
+            # the number in a head's name follows from all models
+            head_folder = f"heads/{heads[i].slug}" if i in heads else kept[i].head
+            models.append(
+                dataclasses.replace(
+                    kept[i], head=head_folder, untied=i in planned.untied, differing=planned.differing[i]
+                )
+            )
             continue
         assert files is not None
         weight, norm = recipe.models[i].weight, outcome.squared_norms[i]
         material = _material(delta.source, files, weight, norm, doubtful, notes)
         head = heads.get(i)
         fields: dict[str, Any] = {"head": f"heads/{head.slug}", "labels": tuple(head.labels)} if head else {}
+        if recipe.models[i].alias is not None:
+            fields["alias"] = recipe.models[i].alias
         if i in planned.subtracted:
             fields["subtracted"] = True
         if i in planned.untied:

@@ -45,7 +45,10 @@ def already_added(opened: Merged, models: Sequence[ModelEntry]) -> bool:
     if len(last) != len(before) + len(models):
         return False
     new = zip(last[len(before) :], models, strict=True)
-    return all(held.weight == new_model.weight and _is(opened, held, new_model.model) for held, new_model in new)
+    return all(
+        (held.weight, held.alias) == (new_model.weight, new_model.alias) and _is(opened, held, new_model.model)
+        for held, new_model in new
+    )
 
 
 def already_replaced(opened: Merged, old: str, new: str, weight: Weight | None) -> bool:

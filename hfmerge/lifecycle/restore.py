@@ -21,7 +21,7 @@ from hfmerge.errors import CorruptFileError, LedgerError, NotFoundError, PushErr
 from hfmerge.hashing import sha256_file
 from hfmerge.hub.client import hub_api, hub_errors
 from hfmerge.hub.download import fetch, pin
-from hfmerge.hub.reference import ModelRef, Snapshot, checked_path, is_hub_id
+from hfmerge.hub.reference import ModelRef, Snapshot, checked_path, hub_ref, is_hub_id
 from hfmerge.hub.state_branch import find_states
 from hfmerge.ledger.card import card_pointer
 from hfmerge.ledger.entry import ARCHIVES, Entry
@@ -72,7 +72,8 @@ def restore_step(job: Job, options: RunOptions) -> MergeResult:
     target = Path(output) if output is not None else folder
     if target is None and to is None:
         name = opened.snapshot.name
-        where = f"{parameter('push_to', name)}, or {parameter('output', 'FOLDER')}"
+        there = "org/name" if opened.snapshot.subfolder is not None else name
+        where = f"{parameter('push_to', there)}, or {parameter('output', 'FOLDER')}"
         raise PushError(f"{name}: lies on the Hub; say where the result goes: {where}.")
     if in_place(opened, output, to) and already_restored(opened, step):
         return finish(opened, to, Ranks())
@@ -139,7 +140,7 @@ def find_earlier(opened: Merged, step: int, card: str | None) -> Earlier:
     repository = _repository(opened, wanted, card)
     snapshot = _commit_with(repository, wanted)
     with hub_errors(repository.name):
-        states = find_states(hub_api(), repository.name, list(wanted.beside))
+        states = find_states(hub_api(), repository.repo_id, list(wanted.beside))
     counts = {state.file: f"after model {state.count}" for state in wanted.states}
     lost = [file for file in wanted.beside if file not in states]
     notes = [f"{file} ({counts.get(file, 'the copy of a source')}) is gone, and not kept." for file in lost]
@@ -160,7 +161,7 @@ def _commit_with(repository: Snapshot, wanted: Entry) -> Snapshot:
     lost = ""
     for revision in (commit_of(repository, wanted.file), f"step-{wanted.step:04d}"):
         try:
-            snapshot = pin(ModelRef(f"{repository.name}@{revision}", repository.name, revision, None))
+            snapshot = pin(hub_ref(repository.name, revision, f"{repository.name}@{revision}"))
         except NotFoundError:
             continue  # there is no such tag
         lost = next((name for name in wanted.products if not _has(snapshot, name, wanted.products[name])), "")
@@ -222,7 +223,7 @@ def _fill(folder: Path, earlier: Earlier, opened: Merged, existing: str | None) 
     """Copy all files of the step into a folder, and compare their digests."""
     files = {name: (fetch(earlier.snapshot, name), digest) for name, digest in earlier.entry.products.items()}
     for file, digest in earlier.entry.beside.items():
-        branch = ModelRef(file, earlier.snapshot.name, earlier.states[file], None)
+        branch = ModelRef(file, earlier.snapshot.repo_id, earlier.states[file], None)
         files[file] = (fetch(pin(branch), file), digest)
     for name, (path, digest) in files.items():
         target = folder / checked_path(name, earlier.snapshot.label)

@@ -385,6 +385,8 @@ def _kind(name: str) -> str:
 
 
 def _state_branch(merged: Merged) -> Snapshot | None:
+    if merged.snapshot.subfolder is not None:
+        return None  # the branch belongs to a merge that is a whole repository
     try:
         return pin(ModelRef(merged.snapshot.ref.text, merged.snapshot.name, STATE_BRANCH, None))
     except NotFoundError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hfmerge.errors import Problem
@@ -21,6 +21,7 @@ def apply_overrides(
     method: str | None = None,
     options: Sequence[str] = (),
     weights: Sequence[float | str] | None = None,
+    aliases: Mapping[str, str] | None = None,
     norm: float | str | None = None,
     learn: Sequence[str] | None = None,
     **values: Any,
@@ -35,6 +36,7 @@ def apply_overrides(
         method: replaces name, options and norm of the recipe's method, unless it is the same method.
         options: `name=value`; each replaces the option of this name of the recipe's method.
         weights: one weight per model, in the order of the models.
+        aliases: model, as the recipe or `models` has it -> its alias.
         learn: `name=value` replaces a key of the recipe's `learn`, `replay.name=value` a key of its `replay`. An empty
             list: as the recipe says, or the defaults of `learn`.
         values: all other keys of a recipe, by name.
@@ -58,6 +60,8 @@ def apply_overrides(
         else:
             text = f"{len(weights)} given for {len(entries)} models; give one a model, in their order"
             problems.append(Problem("weights", text))
+    if aliases:
+        data["models"] = with_aliases(data.get("models", []), aliases, problems)
     choice = data.get("method", {})
     if method is not None and method != choice.get("name"):
         choice = {"name": method}
@@ -76,6 +80,21 @@ def apply_overrides(
         data["learn"] = chosen
     result = check_recipe(data, "command line", problems, None)
     return dataclasses.replace(result, notes=recipe.notes if recipe else ())
+
+
+def with_aliases(
+    entries: Sequence[Mapping[str, Any]], aliases: Mapping[str, str], problems: list[Problem]
+) -> list[dict[str, Any]]:
+    """The models of a recipe with their aliases; one that names no model is a problem."""
+    given = [str(entry["model"]) for entry in entries]
+    for model in aliases:
+        if model not in given:
+            text = f"{show(model)} is none of the models {', '.join(given)}; write it as it is given"
+            problems.append(Problem("models", text))
+    return [
+        {**entry, "alias": aliases[model]} if model in aliases else {**entry}
+        for entry, model in zip(entries, given, strict=True)
+    ]
 
 
 def _option_flags(options: Sequence[str], problems: list[Problem], place: str = "method") -> dict[str, Any]:

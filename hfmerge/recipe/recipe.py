@@ -10,10 +10,12 @@ import dataclasses
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfmerge.errors import Problem, RecipeError
+from hfmerge.hub.reference import in_subfolder
 from hfmerge.recipe import values
 from hfmerge.recipe.chat_template import ChatTemplate, chat_template, with_template
 from hfmerge.recipe.keys import Declared, jsonable, keys_of, read_key, read_keys
@@ -41,6 +43,10 @@ class ModelEntry:
     Attributes:
         model: reference: `org/name[@revision]`, a folder, an `hf://` URI, or `base+adapter`.
         weight: a number, or `PatternWeights` for numbers by the names of parameters.
+        subfolder: the folder of the model's repository or folder that is merged. The reference `org/name/folder` says
+            the same.
+        alias: what the merge calls the model: the folder of its head, the card, and `unmerge`. Without an alias the
+            model is called by its name, and a second model of that name by the name with a number, such as `name-2`.
         subtracted: the model was approximately subtracted from the merge (see `ledger.entry.Material`). A recipe file
             cannot set this.
     """
@@ -48,10 +54,13 @@ class ModelEntry:
     model: str
     weight: Weight = 1.0
     subtracted: bool = field(default=False, metadata=Declared(unwritten=True))
+    subfolder: str | None = None
+    alias: str | None = field(default=None, metadata=Declared(kind=values.model_alias))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able, as a recipe writes it."""
-        return {"model": self.model, "weight": written(self.weight)}
+        data = {"model": self.model, "weight": written(self.weight)}
+        return data | {key: name for key in ("subfolder", "alias") if (name := getattr(self, key)) is not None}
 
 
 @dataclass(frozen=True)
@@ -80,7 +89,7 @@ class Recipe:
     """A checked recipe. Each field declares one key; its reader and its flag follow from it (see `Declared`).
 
     Attributes:
-        base: the model that all others were tuned from.
+        base: the model that all others were tuned from: a reference, or `{model: org/name, subfolder: folder}`.
         models: in order of arrival.
         method: with its options.
         dtype: dtype of the output: float32, float16, bfloat16 or float64; None: the base's.
@@ -116,6 +125,7 @@ class Recipe:
             help="the model that all others were tuned from (default: the recipe's)",
             metavar="MODEL",
             foreign=("base_model",),
+            kind=values.model_place,
         )
     )
     models: tuple[ModelEntry, ...]
@@ -244,7 +254,10 @@ class Recipe:
         for key in keys_of(Recipe):
             if getattr(self, key.name) == key.default:
                 del data[key.name]
-        data["models"] = [entry.model if entry.weight == 1.0 else entry.to_dict() for entry in self.models]
+        plain = [{"model": entry.model, "weight": 1.0} == entry.to_dict() for entry in self.models]
+        data["models"] = [
+            entry.model if bare else entry.to_dict() for bare, entry in zip(plain, self.models, strict=True)
+        ]
         return dump_yaml(data)
 
 
@@ -362,6 +375,8 @@ def _recipe(top: Section, methods: Mapping[str, type[MergeMethod]], folder: Path
 
     top.refuse_unknown(keys, "key", hint)
     base = read_key(top, keys["base"]) or ""
+    if base and (problem := values.base_problem(base)) is not None:
+        top.report("base", problem)
     method = _method(top, chosen, methods)
     models = _models(top, base, chosen)
     learn = read_learning(
@@ -432,9 +447,13 @@ def _entries(
         section = Section(item if isinstance(item, Mapping) else {"model": item}, f"models[{i}]", top.problems)
         section.refuse_unknown([key.name for key in keys_of(ModelEntry)], "key")
         model = section.read("model", text, "", required=True)
+        inside = section.read("subfolder", text, None, nullable=True)
+        if model and inside is not None:
+            model = section.read("subfolder", partial(_inside, model), model)
+        alias = section.read("alias", values.model_alias, None, nullable=True)
         weight = read_weight(section, "weight") if "weight" in section.data else 1.0
         faulty_weights |= weight is None
-        entries.append(ModelEntry(model, 1.0 if weight is None else weight))
+        entries.append(ModelEntry(model, 1.0 if weight is None else weight, alias=alias))
         if not model:
             continue
         first = first_seen.setdefault(_identity(model), i)
@@ -443,6 +462,10 @@ def _entries(
         if base and _identity(model) == _identity(base) and chosen and not chosen.of_weights:
             top.report(f"models[{i}]", f"{show(model)} is the base, whose task vector is zero; remove it")
     return tuple(entries), faulty_weights
+
+
+def _inside(model: str, subfolder: object) -> str:
+    return in_subfolder(model, text(subfolder))
 
 
 def _identity(model: str) -> str:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import decimal
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from hfmerge.errors import HfMergeError
+from hfmerge.hub.reference import in_subfolder, parse_ref
 from hfmerge.recipe.keys import keys_of, read_keys
 from hfmerge.recipe.weights import PatternWeights, Weight, values_of
 from hfmerge.validation.limits import PATTERN, PATTERNS
@@ -31,6 +32,7 @@ _EIGHT_BITS = re.compile(r"(torch\.)?(float8|fp8|f8|u?int[48]|[nf]f?p?4|nf4|mxfp
 _SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,6})?) ?([KMGT]B)", re.ASCII)
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 """Bytes of the units that `save_pretrained` knows."""
+_ALIAS = re.compile("[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 VOCABULARIES = ("base", "union")
 STATES = ("none", "last", "all")
 FITS = ("fit", "fit-matrix")
@@ -102,6 +104,44 @@ def repo_id(value: object) -> str:
     except HFValidationError as error:
         raise ValueError(f"{show(name)} is not a repository id, write org/name: {error}") from error
     return name
+
+
+def model_alias(value: object) -> str:
+    """A name of the user's own for a model, which can be a folder's too. Raises ValueError."""
+    name = text(value)
+    if _ALIAS.fullmatch(name) is None or name == "base":
+        raise ValueError(
+            f"must be of letters, digits, dots, hyphens and underscores, begin with a letter or digit, and not be "
+            f"base, not {show(name)}"
+        )
+    return name
+
+
+def model_place(value: object) -> str:
+    """A model's reference, or a mapping of `model` and `subfolder`. Raises ValueError."""
+    if not isinstance(value, Mapping):
+        return text(value)
+    if strange := sorted(str(key) for key in value if key not in ("model", "subfolder")):
+        raise ValueError(f"has the key {show(strange[0])}; only model and subfolder can stand here")
+    if "model" not in value:
+        raise ValueError("lacks model")
+    inside = value.get("subfolder")
+    return text(value["model"]) if inside is None else in_subfolder(text(value["model"]), text(inside))
+
+
+def base_problem(base: str) -> str | None:
+    """Why a reference cannot be that of a base: a base is a checkpoint, whose files the output has; None if it can."""
+    try:
+        places = parse_ref(base)
+    except HfMergeError:
+        return None  # the planner says what is wrong with it
+    if len(places) == 1:
+        return None
+    under, adapter = (place.text for place in places)
+    return (
+        f"must be one full model, not base+adapter; merge {show(adapter)} onto {show(under)} first (method: linear), "
+        "and name the result as the base"
+    )
 
 
 def option_names(method: type[MergeMethod]) -> tuple[str, ...]:

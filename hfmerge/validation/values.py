@@ -274,6 +274,15 @@ def hub_id(value: object) -> str:
     return value
 
 
+def hub_model(value: object) -> str:
+    """A model on the Hub: `org/name`, or `org/name/folder` for a folder of the repository. Raises ValueError."""
+    parts = str(value).split("/", 2)
+    hub_id("/".join(parts[:2]) if isinstance(value, str) else value)
+    if len(parts) > 2 and ({"@", "+"} & {*safe_path(parts[2])}):
+        raise ValueError(f"must be a model org/name or org/name/folder, not {show(value)}")
+    return str(value)
+
+
 def folder_name(value: object) -> str:
     """The name of one folder, which is no path. Raises ValueError."""
     name = line(value)

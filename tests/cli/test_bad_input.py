@@ -479,9 +479,6 @@ def test_the_same_model_twice(root: Path, tmp_path: Path) -> None:
     assert "models[2]" in message and "is models[0] again" in message
     message = merge_refused(root, tmp_path, root / "m0", f"{root}/m1/../m0")
     assert "models[1]" in message and "is models[0] again" in message
-    shutil.copytree(root / "m1", tmp_path / "in" / "m0")
-    message = merge_refused(root, tmp_path, root / "m0", tmp_path / "in" / "m0")
-    assert "m0 has the name of models[0]; rename the folder" in message
 
 
 def test_patterns_that_match_nothing_or_everything(root: Path, tmp_path: Path) -> None:

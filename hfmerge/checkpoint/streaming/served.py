@@ -44,7 +44,10 @@ def served_digests(snapshot: Snapshot, files: Sequence[str]) -> dict[str, str]:
         progress_bar(total, "Downloading", "B", scaled=True) as bar,
     ):
         for file in files:
-            url, size = hf_hub_url(snapshot.name, file, revision=snapshot.commit), snapshot.files[file].size
+            url, size = (
+                hf_hub_url(snapshot.repo_id, snapshot.path(file), revision=snapshot.commit),
+                snapshot.files[file].size,
+            )
             # without a digest, so that what the answer says of itself is not looked at
             ranged = RangedFile(f"{snapshot.label}: {file}", url, size, None, traffic, otherwise=otherwise)
             digests[file] = _hashed(ranged, bar.update)

@@ -186,7 +186,7 @@ def ranged_file(snapshot: Snapshot, file: str, traffic: Traffic, patience: Patie
     from huggingface_hub import hf_hub_url
 
     info = snapshot.files[file]
-    url = hf_hub_url(snapshot.name, file, revision=snapshot.commit)
+    url = hf_hub_url(snapshot.repo_id, snapshot.path(file), revision=snapshot.commit)
     return RangedFile(streamed_name(snapshot, file), url, info.size, info.sha256, traffic, patience)
 
 
