@@ -131,6 +131,8 @@ def model_place(value: object) -> str:
 
 def base_problem(base: str) -> str | None:
     """Why a reference cannot be that of a base: a base is a checkpoint, whose files the output has; None if it can."""
+    if "+" not in base:
+        return None
     try:
         places = parse_ref(base)
     except HfMergeError:
