@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo gdpr test test-fast lint docs check cards bench clean
+.PHONY: install demo gdpr test test-fast sweep lint docs check cards bench clean
 
 install: $(STAMP)
 
@@ -31,6 +31,10 @@ test: install
 # every area, without the tests that are marked slow
 test-fast: install
 	$(PYTEST) -m "not slow" --durations 10
+
+# a merge of every type of model that transformers knows, into docs/architectures.md; takes an hour
+sweep: install
+	OMP_NUM_THREADS=1 nice $(BIN)/python -m pytest -m nightly tests/sweep
 
 lint: install
 	$(BIN)/ruff check .
