@@ -19,7 +19,7 @@ from hfmerge.validation.values import Section, record, show, text, whole
 
 
 FORMAT = "hfmerge plan"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Version of the JSON form. It is raised whenever a field of a plan is added, removed or changed."""
 
 
@@ -100,6 +100,12 @@ def _check_consistent(plan: Plan) -> None:
     for source in plan.sources:
         if strange := [key for key in source.renamed if key not in source.tensors]:
             raise ValueError(f"{show(strange[0])} is no tensor of {show(source.name)}")
+    for delta in (*plan.deltas, *plan.leaving):
+        for origin in delta.layers.values():
+            strange = [key for key in origin.base.values() if key not in plan.base.tensors]
+            strange += [key for key in origin.keys if key not in delta.source.tensors]
+            if strange:
+                raise ValueError(f"{show(strange[0])} is no tensor that {show(delta.source.name)} changes")
     for param in plan.params:
         if param.mode == "merge" and (len(param.ranks), len(param.leaving)) != (count, gone):
             raise ValueError(f"{show(param.key)} has {len(param.ranks)} and {len(param.leaving)} ranks")

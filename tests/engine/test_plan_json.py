@@ -266,8 +266,8 @@ def at(data: Any, *path: Any) -> Any:
 
 
 FAULTS: dict[str, tuple[Callable[[Any], object], str]] = {
-    "another format": (lambda d: d.update(format="x"), 'is "x" 2, not hfmerge plan 2'),
-    "another version": (lambda d: d.update(version=1), "not hfmerge plan 2"),
+    "another format": (lambda d: d.update(format="x"), 'is "x" 2, not hfmerge plan 3'),
+    "another version": (lambda d: d.update(version=1), "not hfmerge plan 3"),
     "more beside the plan": (lambda d: d.update(more=1), "unknown key"),
     "no plan": (lambda d: d.pop("plan"), "lacks the key plan"),
     "a list": (lambda d: d.update(plan=[]), "must be a mapping, not a list"),

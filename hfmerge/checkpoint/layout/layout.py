@@ -101,14 +101,31 @@ class Layout:
             return self._by_prefix(f"{path}.weight")
         return self._holder(f"{path}.weight") or self._holder(path)
 
-    def _holder(self, key: str) -> str | None:
-        """Stored key that the loader would fill from the same place as `key`."""
+    def module(self, path: str) -> tuple[str, Any] | None:
+        """In-memory name of a module, and the module, of the class; None without a class, or where it has none such.
+
+        Args:
+            path: as for `parameter_of_module`.
+        """
+        if self.memory.skeleton is None:
+            return None
+        name, _ = self._in_memory(f"{path}.weight")
+        module = dict(self.memory.skeleton.model.named_modules()).get(name.removesuffix(".weight"))
+        return None if module is None else (name.removesuffix(".weight"), module)
+
+    def _in_memory(self, key: str) -> tuple[str, str | None]:
+        """In-memory name for `key`, as the loader finds it, and the converter pattern it matched."""
         skeleton, renamer = self.memory.skeleton, self.memory.renamer
         assert skeleton is not None and renamer is not None
         known = (name for name in (key, skeleton.prefix + key) if name in skeleton.parameters)
-        name, source = next(known, None), None
-        if name is None:
-            name, source = renamer.rename(key)
+        name = next(known, None)
+        return renamer.rename(key) if name is None else (name, None)
+
+    def _holder(self, key: str) -> str | None:
+        """Stored key that the loader would fill from the same place as `key`."""
+        skeleton = self.memory.skeleton
+        assert skeleton is not None
+        name, source = self._in_memory(key)
         short = _canonical(name, skeleton)
         group = self.memory.filling.get(self.memory.ties.get(short, short))
         if group is None or (source is None) != (not group.operations) or len(group.outputs) > 1:
