@@ -20,7 +20,7 @@ from hfmerge.checkpoint.reader import Reader, Rows
 from hfmerge.checkpoint.streaming.session import Streaming
 from hfmerge.checkpoint.vocabulary import MergedVocabulary, aligned_change, extended_factors
 from hfmerge.errors import ShapeError
-from hfmerge.task_vector import Dense, TaskVector
+from hfmerge.task_vector import Dense, LowRank, TaskVector
 
 
 if TYPE_CHECKING:
@@ -55,6 +55,8 @@ class Delta:
     def rank(self, key: str) -> int | None:
         """Rank of the change of a stored tensor: 0 for none, None for a dense one."""
         if key in self.full or key in self.beneath or key in self.layers:
+            return None
+        if key in self.lora and self.lora[key].dense:
             return None
         return self.lora[key].rank if key in self.lora else 0
 
@@ -218,7 +220,7 @@ class DeltaReader:
                 result = Dense(value.sub_(origin))
         if key in self.delta.lora:
             factors = self.delta.lora[key].read(self.reader)
-            if aligned is not None:
+            if aligned is not None and isinstance(factors, LowRank):
                 factors = extended_factors(aligned[0], factors, aligned[2])
             result = factors if result is None else result + factors
         return result

@@ -10,24 +10,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from hfmerge.checkpoint.lora_targets import Targets
 from hfmerge.checkpoint.model import Model
 from hfmerge.checkpoint.patterns import Patterns
-from hfmerge.checkpoint.peft_kinds import BIASED, PREFIXES, SHARING, adapter_kind, check_mergeable, is_plain
+from hfmerge.checkpoint.peft_kinds import (
+    BIASED,
+    PREFIXES,
+    SHARING,
+    adapter_kind,
+    check_mergeable,
+    is_plain,
+    unknown_fields,
+)
 from hfmerge.checkpoint.peft_layers import PeftLayers, Place, layer_key, layer_place
 from hfmerge.errors import CorruptFileError, ShapeError, UnsupportedError
-from hfmerge.task_vector import LowRank
+from hfmerge.task_vector import Dense, LowRank, TaskVector
 from hfmerge.validation.values import show
 
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from hfmerge.checkpoint.layout import Layout
     from hfmerge.checkpoint.reader import Reader
 
 PEFT_PREFIX = "base_model.model."
+BENEATH = ".base_layer"
 TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
 Ends = Mapping[str, tuple[str, ...]]
 """Stored key of an untied base -> all its stored keys that were tied with it, the owner of the value first."""
@@ -43,6 +54,9 @@ class LoraOrigin:
         scale: factor of `B @ A`.
         rank: r.
         swapped: the stored tensor is (in, out): the change is `(B @ A)^T`.
+        stack: for experts in one parameter: how many; else 0.
+        expert: the one expert that the stored tensor holds; None where it holds all of them, one after the other.
+        rows: half-open range of that expert's rows that the stored tensor holds.
     """
 
     down_key: str
@@ -50,10 +64,26 @@ class LoraOrigin:
     scale: float
     rank: int
     swapped: bool
+    stack: int = 0
+    expert: int | None = None
+    rows: tuple[int, int] | None = None
 
-    def read(self, reader: Reader) -> LowRank:
-        """The change as float32 factors shaped like the stored tensor."""
-        down, up = reader.value(self.down_key), reader.value(self.up_key) * self.scale
+    @property
+    def dense(self) -> bool:
+        """The change is no product of two factors: the stored tensor holds all experts."""
+        return self.stack > 0 and self.expert is None
+
+    def read(self, reader: Reader) -> TaskVector:
+        """The change as float32 factors shaped like the stored tensor; of all experts, multiplied out."""
+        down, up = reader.value(self.down_key), reader.value(self.up_key)
+        if self.stack:
+            # as PEFT lays them out: (experts, r, in) and (out, r, experts)
+            down, up = down.view(self.stack, self.rank, -1), up.view(-1, self.rank, self.stack)
+            if self.expert is None:
+                return Dense(_products(up, down, self.scale, swapped=self.swapped))
+            down, up = down[self.expert], up[:, :, self.expert]
+            up = up if self.rows is None else up[self.rows[0] : self.rows[1]]
+        up = up * self.scale
         if self.swapped:
             return LowRank(down.T.contiguous(), up.T.contiguous())
         return LowRank(up, down.clone())
@@ -147,7 +177,10 @@ class _Mapping:
         plain, held = is_plain(self.config), self._held()
         for module, keys in held.items():
             factors = _factors(module, keys) if plain else None
-            if factors is not None and len(self._shape_of(module)) == 2:
+            parameters = self._parameters_of(module.removesuffix(BENEATH))
+            if parameters:
+                self._add_parameter(module, parameters, factors)
+            elif factors is not None and len(self._shape_of(module)) == 2:
                 self._add_lora(module, *factors)
             else:
                 self._add_layer(module, keys)
@@ -197,6 +230,12 @@ class _Mapping:
         return held
 
     def _note_left_out(self) -> None:
+        """Say what of the adapter is left out."""
+        if strange := unknown_fields(self.config):
+            self.notes.append(
+                f"{self.label}: adapter_config.json has {', '.join(strange[:3])}, which no {self.kind} adapter of the "
+                "PEFT that is installed has; left out, as PEFT does."
+            )
         if self.skipped:
             names = self.skipped
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
@@ -216,6 +255,47 @@ class _Mapping:
         if target is None:
             raise ShapeError(f"{self.label}: changes {module}, which the base {self.base.architecture} does not have.")
         return self.base.shapes[target]
+
+    def _parameters_of(self, module: str) -> list[str]:
+        """Names of those parameters of a module that `target_parameters` names, in the module's order."""
+        named = self.config.get("target_parameters") or ()
+        found = self.base.module(module) if named else None
+        if found is None:
+            return []
+        own = [name for name, _ in found[1].named_parameters(recurse=False)]
+        return [name for name in own if any(f".{module}.{name}".endswith(f".{target}") for target in named)]
+
+    def _add_parameter(self, module: str, parameters: Sequence[str], factors: tuple[str, str] | None) -> None:
+        """Match the factors of a parameter that is named itself; the first of several in one module lies innermost."""
+        path = module
+        while path.endswith(BENEATH):
+            path = path.removesuffix(BENEATH)
+        at = len(parameters) - 1 - module.count(BENEATH)
+        if factors is None or at < 0 or any(key not in self.source.tensors for key in factors):
+            raise CorruptFileError(f"{self.label}: {module} has no two factors for {', '.join(parameters)}.")
+        found = self.base.module(path)
+        assert found is not None
+        name = f"{path}.{parameters[at]}"
+        swapped = bool(getattr(found[1], "is_transposed", False))
+        wanted = tuple(getattr(found[1], parameters[at]).shape)
+        down, up = (self.source.tensors[key].shape for key in factors)
+        stack = wanted[0] if len(wanted) == 3 else 0
+        many = stack or 1
+        shape = (up[0], down[1]) if len(down) == len(up) == 2 else ()
+        full = wanted[1:] if stack else wanted
+        fits = down[0] == up[-1] and down[0] % many == 0 and shape == (full[::-1] if stack and swapped else full)
+        if not fits or stack == 1:
+            raise ShapeError(f"{self.label}: {name}: factors {down} and {up} do not fit {wanted}.")
+        scale, rank = self._scale(name, down[0] // many)
+        origin = LoraOrigin(*factors, scale, rank, swapped and stack > 0, stack)
+        places = self.base.places_of(f"{found[0]}.{parameters[at]}")
+        if not places or (stack and swapped and places[0][1] is not None):
+            raise UnsupportedError(
+                f"{self.label}: the base {self.base.architecture} stores {name} in a form that factors cannot be "
+                "brought into; merge the adapter into it with peft (merge_and_unload) and give the full model."
+            )
+        for key, expert, rows in places:
+            self.lora[key] = replace(origin, expert=expert, rows=rows)
 
     def _add_layer(self, module: str, keys: Sequence[str]) -> None:
         """Match the tensors of one module's layer with the stored tensors that PEFT changes by them."""
@@ -411,7 +491,7 @@ class _Mapping:
 
     def _origin(self, module: str, target: str, down_key: str, up_key: str) -> LoraOrigin:
         """The factors of one module, if they fit its stored tensor."""
-        label, config, base = self.label, self.config, self.base
+        label, base = self.label, self.base
         down, up = self.source.tensors[down_key].shape, self.source.tensors[up_key].shape
         wanted = base.shapes[target]
         if len(down) != 2 or len(up) != 2 or len(wanted) != 2:
@@ -421,6 +501,19 @@ class _Mapping:
         rank = down[0]
         if up[1] != rank:
             raise ShapeError(f"{label}: {module}: A has rank {rank}, B has rank {up[1]}.")
+        scale, rank = self._scale(module, rank)
+        full = (up[0], down[1])
+        swapped = down_key.endswith(".lora_embedding_A") or any(block.transposed for block in base.blocks[target])
+        if wanted != (full[::-1] if swapped else full):
+            raise ShapeError(
+                f"{label}: {module}: the adapter changes {full}, the base has {wanted}; it was trained on another "
+                "base."
+            )
+        return LoraOrigin(down_key, up_key, scale, rank, swapped)
+
+    def _scale(self, module: str, rank: int) -> tuple[float, int]:
+        """Factor of the product of a module's factors, and their rank. Raises UnsupportedError, CorruptFileError."""
+        label, config = self.label, self.config
         try:
             alpha = matching(self.patterns, config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
             configured = matching(self.patterns, config.get("rank_pattern"), module, config.get("r", 8))
@@ -430,15 +523,14 @@ class _Mapping:
             raise CorruptFileError(
                 f"{label}: {module}: the configuration says r = {configured}, the file holds {rank}."
             )
-        scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-        full = (up[0], down[1])
-        swapped = down_key.endswith(".lora_embedding_A") or any(block.transposed for block in base.blocks[target])
-        if wanted != (full[::-1] if swapped else full):
-            raise ShapeError(
-                f"{label}: {module}: the adapter changes {full}, the base has {wanted}; it was trained on another "
-                "base."
-            )
-        return LoraOrigin(down_key, up_key, scale, rank, swapped)
+        return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank, rank
+
+
+def _products(up: Tensor, down: Tensor, scale: float, *, swapped: bool) -> Tensor:
+    """The change of all experts, by the same steps as PEFT's, so that it is the same to the last place."""
+    import torch
+
+    return torch.einsum("ore,eri->eio" if swapped else "ore,eri->eoi", up, down) * scale
 
 
 def _factors(module: str, keys: Sequence[str]) -> tuple[str, str] | None:

@@ -6,7 +6,7 @@ PEFT's own layers (`peft_layers`), but for plain LoRA (`lora`), whose factors ar
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from hfmerge.errors import UnsupportedError
@@ -93,6 +93,16 @@ INITS: Mapping[str, str] = {
 DECOMPOSING = ("pissa", "olora")
 """Initialisations that take something out of the base when the adapter is loaded, always the same."""
 
+LORA_FIELDS = frozenset(
+    "alora_invocation_tokens alpha_pattern arrow_config auto_mapping base_model_name_or_path bias corda_config "
+    "ensure_weight_tying eva_config exclude_modules fan_in_fan_out inference_mode init_lora_weights kasa_config "
+    "layer_replication layers_pattern layers_to_transform loftq_config lora_alpha lora_bias lora_dropout "
+    "lora_ga_config megatron_config megatron_core modules_to_save monteclora_config peft_type peft_version "
+    "qalora_group_size r rank_pattern revision runtime_config target_modules target_parameters task_type "
+    "trainable_token_indices use_bdlora use_dora use_qalora use_rslora velora_config".split()
+)
+"""Fields of LoRA's configuration in the PEFT that is known here, which plain LoRA need not import."""
+
 _CONVERT = "convert it to plain LoRA (peft: save_pretrained(path_initial_model_for_weight_conversion=...))"
 
 
@@ -131,6 +141,16 @@ def check_mergeable(label: str, config: Mapping[str, Any]) -> None:
     for start, why in INITS.items():
         if init.startswith(start):
             raise UnsupportedError(f"{label}: `init_lora_weights: {show(init)}`: {why}; {_CONVERT}.")
+
+
+def unknown_fields(config: Mapping[str, Any]) -> list[str]:
+    """Fields of adapter_config.json that PEFT does not know, shown; it leaves them out."""
+    known: Collection[str] = LORA_FIELDS
+    if adapter_kind(config) != "LORA":
+        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+        known = PEFT_TYPE_TO_CONFIG_MAPPING[adapter_kind(config)].__dataclass_fields__
+    return [show(name) for name in sorted(config) if name not in known]
 
 
 def init_of(config: Mapping[str, Any]) -> str:

@@ -6,20 +6,22 @@ this file fails until somebody has looked at it.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hfmerge import merge, plan
-from hfmerge.checkpoint.peft_kinds import BIASED, PREFIXES, REASONS, SHARING
+from hfmerge import add, merge, plan, unmerge
+from hfmerge.checkpoint.peft_kinds import BIASED, LORA_FIELDS, PREFIXES, REASONS, SHARING
 from hfmerge.errors import RecipeError
 from hfmerge.recipe.recipe import Recipe, parse_recipe
 from tests.fixtures import tiny
@@ -186,3 +188,151 @@ def test_every_kind_of_peft_is_merged_or_has_a_reason() -> None:
     }
     assert shared <= {*SHARING, "FROD"}
     assert {*BIASED} <= {*PREFIXES} and {*SETTINGS} == {*PREFIXES, "FROD", "LILY"}
+
+
+def lora(**settings: Any) -> LoraConfig:
+    return LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": ["query", "value"], **settings})
+
+
+VARIANTS: list[Any] = [
+    pytest.param("linear", lora(use_dora=True, use_rslora=True, rank_pattern={"query": 2}), 4, id="dora, patterns"),
+    pytest.param("Conv1D", lora(bias="all", target_modules=["c_attn"]), 15, id="all biases"),
+    pytest.param("linear", lora(bias="lora_only"), 8, id="some biases"),
+    pytest.param("linear", lora(bias="lora_only", use_dora=True), 8, id="dora, some biases"),
+    pytest.param("linear", lora(lora_bias=True), 8, id="bias of B"),
+    pytest.param("linear", lora(init_lora_weights="pissa"), 4, id="pissa"),
+    pytest.param("linear", lora(init_lora_weights="olora"), 4, id="olora"),
+    pytest.param("linear", lora(kasa_config=peft.KasaConfig()), 4, id="kasa"),
+    pytest.param("linear", lora(trainable_token_indices={"word_embeddings": [1, 5]}), 5, id="rows of tokens"),
+    pytest.param("no bias", lora(target_modules=["q_proj"], trainable_token_indices=[1, 5]), 3, id="rows, as a list"),
+    pytest.param("Conv1D", lora(target_modules=["c_attn"], use_dora=True), 2, id="Conv1D, dora"),
+    pytest.param("convolution", lora(target_modules=TARGETS["convolution"]), 4, id="convolution"),
+    pytest.param("convolution", lora(target_modules=TARGETS["convolution"], use_rslora=True), 4, id="convolution, rs"),
+    pytest.param("embedding", lora(target_modules=["embed_tokens"], use_dora=True), 1, id="embedding, dora"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("base", "settings", "changed"), VARIANTS)
+def test_variants_of_lora(
+    bases: dict[str, Path], tmp_path: Path, base: str, settings: LoraConfig, changed: int
+) -> None:
+    adapter = trained(base, tmp_path / "adapter", settings)
+    assert len(compared(bases, base, adapter, tmp_path / "out", 5e-7)) == changed
+
+
+MIXTURES: Mapping[str, tuple[str, list[str]]] = {
+    "qwen3_moe": ("Qwen3MoeForCausalLM", ["experts.gate_up_proj", "experts.down_proj", "mlp.gate.weight"]),
+    "mixtral": ("MixtralForCausalLM", ["experts.down_proj"]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_experts_in_one_parameter(tmp_path: Path, kind: str) -> None:
+    """The files hold each expert for itself, and the change of each stays factored."""
+    title, parameters = MIXTURES[kind]
+    base = tiny.save(tiny.build(title, tiny.config(kind)), tmp_path / "base")
+    settings = lora(
+        target_modules=["q_proj"],
+        target_parameters=parameters,
+        rank_pattern={"experts.gate_up_proj": 2},
+        alpha_pattern={"experts.down_proj": 3},
+    )
+    wrapped = get_peft_model(tiny.build(title, tiny.config(kind)), settings)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    loaded: Any = getattr(transformers, title).from_pretrained(base)
+    theirs = PeftModel.from_pretrained(loaded, tmp_path / "adapter").merge_and_unload(safe_merge=True).state_dict()
+    merge(recipe(base, tmp_path / "adapter"), output=tmp_path / "out")
+    ours = getattr(transformers, title).from_pretrained(tmp_path / "out").state_dict()
+    for name, value in theirs.items():
+        assert float((ours[name] - value).abs().max()) <= 5e-7 * float(value.abs().max()), name
+    params = [param for param in plan(recipe(base, tmp_path / "adapter")).params if param.touched]
+    assert {param.ranks for param in params if "down_proj" in param.key or ".w2." in param.key} == {(4,)}
+    assert len(params) > 2 * 3 and all(None not in param.ranks for param in params)
+
+
+def edited(bases: dict[str, Path], folder: Path, kind: str, **fields: Any) -> tuple[Path, Path]:
+    adapter = trained("linear", folder / "adapter", settings_of(kind, "linear"))
+    tiny.edit_config(adapter, "adapter_config.json", **fields)
+    return bases["linear"], adapter
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "words"),
+    [
+        ("LOHA", {"alpha": "6"}, 'alpha: must be a number, not the text "6"; remove the quotes'),
+        ("LORA", {"r": 0}, "r: must be a positive whole number, not 0"),
+        ("LOHA", {"r": 0}, "PEFT cannot merge this LOHA adapter into .*: `r` should be a positive"),
+        ("LOHA", {"r": 3}, r"hada_w1_a is \(16, 2\), and .* make it \(16, 3\); it was trained on another base"),
+        ("LOKR", {"r": "two"}, "PEFT cannot merge this LOKR adapter"),
+        ("LOHA", {"rank_pattern": {"(a+)+(?=b)": 3}}, "the pattern .* uses assert"),
+        ("PEANUT", {"depth": 10**9}, "depth: .*the limit is 10,000"),
+        ("LOHA", {"peft_type": "NEW_KIND"}, '`peft_type: "NEW_KIND"` is not known here'),
+        ("LORA", {"arrow_config": {"top_k": 2}}, "LoRA with `arrow_config: a mapping` chooses its factors by each"),
+    ],
+)
+def test_a_refusal_names_kind_field_and_way_on(
+    bases: dict[str, Path], tmp_path: Path, kind: str, fields: dict[str, Any], words: str
+) -> None:
+    base, adapter = edited(bases, tmp_path, kind, **fields)
+    with pytest.raises(RecipeError, match=words) as caught:
+        plan(recipe(base, adapter))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_catastrophic_pattern_takes_no_time(bases: dict[str, Path], tmp_path: Path) -> None:
+    base, adapter = edited(bases, tmp_path, "LOHA", rank_pattern={"((((a|.)+)+)+)+#": 3})
+    assert any(param.touched for param in plan(recipe(base, adapter)).params)
+
+
+def test_fields_that_peft_does_not_know_are_told(bases: dict[str, Path], tmp_path: Path) -> None:
+    base, adapter = edited(bases, tmp_path, "LORA", fresh_idea=3)
+    assert any('"fresh_idea"' in warning for warning in plan(recipe(base, adapter)).warnings)
+    assert {*LoraConfig().to_dict()} <= LORA_FIELDS
+
+
+def test_an_adapter_that_lacks_a_tensor(bases: dict[str, Path], tmp_path: Path) -> None:
+    base, adapter = edited(bases, tmp_path, "LOHA")
+    lost = "base_model.model.bert.encoder.layer.0.attention.self.query.hada_w2_b"
+    tiny.edit(adapter, lambda held: held.pop(lost), "adapter_model.safetensors")
+    with pytest.raises(RecipeError, match=f"{lost} is missing; the adapter is incomplete"):
+        plan(recipe(base, adapter))
+
+
+MIXED = ("LORA", "ADALORA", "IA3", "LOHA", "OFT", "VERA", "BEFT")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(20))
+def test_additions_and_removals_of_mixed_kinds_give_the_same_bytes(
+    mixed: dict[str, Path], bases: dict[str, Path], tmp_path: Path, seed: int
+) -> None:
+    """After a random sequence the merge is, byte for byte, that of the models it holds then."""
+    draw = random.Random(seed)
+    first, *_ = order = draw.sample(MIXED, len(MIXED))
+    held = [first]
+    merge(recipe(bases["linear"], mixed[first], method="task_arithmetic"), output=tmp_path / "0")
+    for step in range(4):
+        free = [kind for kind in order if kind not in held]
+        here, there = tmp_path / str(step), tmp_path / str(step + 1)
+        if len(held) > 1 and draw.random() < 0.4:
+            gone = held.pop(draw.randrange(len(held)))
+            unmerge(here, mixed[gone].name, output=there)
+        else:
+            held.append(free[0])
+            add(here, [str(mixed[free[0]])], output=there)
+    again = recipe(bases["linear"], *(mixed[kind] for kind in held), method="task_arithmetic")
+    merge(again, output=tmp_path / "x")
+    assert (tmp_path / "4" / "model.safetensors").read_bytes() == (tmp_path / "x" / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("mixed")
+    return {kind: trained("linear", root / kind.lower(), settings_of(kind, "linear")) for kind in MIXED}

@@ -266,7 +266,7 @@ def at(data: Any, *path: Any) -> Any:
 
 
 FAULTS: dict[str, tuple[Callable[[Any], object], str]] = {
-    "another format": (lambda d: d.update(format="x"), 'is "x" 2, not hfmerge plan 3'),
+    "another format": (lambda d: d.update(format="x"), 'is "x" 3, not hfmerge plan 3'),
     "another version": (lambda d: d.update(version=1), "not hfmerge plan 3"),
     "more beside the plan": (lambda d: d.update(more=1), "unknown key"),
     "no plan": (lambda d: d.pop("plan"), "lacks the key plan"),

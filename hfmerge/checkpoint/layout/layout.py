@@ -110,8 +110,44 @@ class Layout:
         if self.memory.skeleton is None:
             return None
         name, _ = self._in_memory(f"{path}.weight")
-        module = dict(self.memory.skeleton.model.named_modules()).get(name.removesuffix(".weight"))
-        return None if module is None else (name.removesuffix(".weight"), module)
+        modules = dict(self.memory.skeleton.model.named_modules())
+        for known in (name.removesuffix(".weight"), path, f"{self.memory.skeleton.prefix}{path}"):
+            if known in modules:
+                return known, modules[known]
+        return None
+
+    def places_of(self, name: str) -> list[tuple[str, int | None, tuple[int, int] | None]]:
+        """Stored keys that hold a parameter of the class, or an expert of it each, by rows.
+
+        Args:
+            name: in memory.
+
+        Returns:
+            (key, None, None) for the parameter as it is, or (key, expert, rows) for rows of the second axis of one
+            expert. Empty: it is stored in another form.
+        """
+        skeleton = self.memory.skeleton
+        assert skeleton is not None
+        short = _canonical(name, skeleton)
+        group = self.memory.filling.get(self.memory.ties.get(short, short))
+        if group is None or len(group.outputs) > 1:
+            return []
+        if not group.operations:
+            return [(group.keys[0], None, None)]
+        if not group.per_expert:
+            return []
+        import torch
+
+        shape = skeleton.parameters[name]
+        numbers = torch.arange(shape[1]).view(1, -1, 1).expand(shape[0], -1, 1)
+        found: list[tuple[str, int | None, tuple[int, int] | None]] = []
+        for part, keys in enumerate(group.inputs):
+            for expert, key in enumerate(keys):
+                rows = group.backward([numbers], skeleton.model, (part, expert)).reshape(-1).tolist()
+                if rows != list(range(rows[0], rows[0] + self.shapes[key][0])):
+                    return []
+                found.append((key, expert, (rows[0], rows[-1] + 1)))
+        return found
 
     def _in_memory(self, key: str) -> tuple[str, str | None]:
         """In-memory name for `key`, as the loader finds it, and the converter pattern it matched."""
