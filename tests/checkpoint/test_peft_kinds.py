@@ -1,6 +1,6 @@
 """Every kind of adapter that PEFT registers, on every architecture: merged as PEFT does, or refused with a reason.
 
-The table in docs/formats/adapters.md is made here. A kind that a new release of PEFT brings has no settings below, so
+The table in docs/how-to/adapters.md has to say what is found here. A kind that a new release of PEFT brings has no settings below, so
 this file fails until somebody has looked at it.
 """
 
@@ -97,6 +97,17 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
 """Kinds whose adapters have target modules -> the settings that the table is made with."""
 
 
+def _table() -> dict[str, dict[str, str]]:
+    page = Path(__file__).parents[2] / "docs" / "how-to" / "adapters.md"
+    lines = [line for line in page.read_text().splitlines() if line.startswith("| ")]
+    head, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    return {row[0]: dict(zip(head[1:], row[1:], strict=True)) for row in rows}
+
+
+TABLE = _table()
+"""What the page says: kind -> base -> outcome."""
+
+
 def settings_of(kind: str, base: str, **more: Any) -> Any:
     """A configuration of this kind for this base."""
     values: dict[str, Any] = {**SETTINGS[kind], **more}
@@ -177,7 +188,14 @@ def outcome(bases: dict[str, Path], kind: str, base: str, folder: Path) -> str:
 @pytest.mark.parametrize("kind", SETTINGS)
 @pytest.mark.parametrize("base", BASES)
 def test_kind(bases: dict[str, Path], tmp_path: Path, kind: str, base: str) -> None:
-    print(kind, base, outcome(bases, kind, base, tmp_path))
+    assert TABLE[kind][base] == outcome(bases, kind, base, tmp_path)
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_experts_in_one_parameter_are_of_lora_alone(kind: str) -> None:
+    fields = PEFT_TYPE_TO_CONFIG_MAPPING[kind].__dataclass_fields__
+    assert TABLE[kind]["experts"] == ("factored" if kind == "LORA" else "not in PEFT")
+    assert ("target_parameters" in fields) == (kind in ("LORA", "ADALORA"))
 
 
 def test_every_kind_of_peft_is_merged_or_has_a_reason() -> None:
@@ -187,7 +205,7 @@ def test_every_kind_of_peft_is_merged_or_has_a_reason() -> None:
         kind.value for kind, tuner in PEFT_TYPE_TO_TUNER_MAPPING.items() if getattr(tuner, "uses_shared_state", False)
     }
     assert shared <= {*SHARING, "FROD"}
-    assert {*BIASED} <= {*PREFIXES} and {*SETTINGS} == {*PREFIXES, "FROD", "LILY"}
+    assert {*BIASED} <= {*PREFIXES} and {*SETTINGS} == {*PREFIXES, "FROD", "LILY"} == {*TABLE}
 
 
 def lora(**settings: Any) -> LoraConfig:
