@@ -1,12 +1,14 @@
 """Every kind of adapter that PEFT registers, on every architecture: merged as PEFT does, or refused with a reason.
 
-The table in docs/how-to/adapters.md has to say what is found here. A kind that a new release of PEFT brings has no settings below, so
-this file fails until somebody has looked at it.
+The table in docs/how-to/adapters.md has to say what is found here. A kind that a new release of PEFT brings has no
+settings below, so this file fails until somebody has looked at it.
 """
 
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from transformers import PreTrainedModel
 
 from hfmerge import add, merge, plan, unmerge
 from hfmerge.checkpoint.peft_kinds import BIASED, LORA_FIELDS, PREFIXES, REASONS, SHARING
+from hfmerge.engine.plan_json import plan_from_json, plan_to_json
 from hfmerge.errors import RecipeError
 from hfmerge.recipe.recipe import Recipe, parse_recipe
 from tests.fixtures import tiny
@@ -354,3 +357,55 @@ def test_additions_and_removals_of_mixed_kinds_give_the_same_bytes(
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("mixed")
     return {kind: trained("linear", root / kind.lower(), settings_of(kind, "linear")) for kind in MIXED}
+
+
+@pytest.mark.slow
+def test_a_layer_on_one_end_of_a_tie_changes_that_end_alone(tmp_path: Path) -> None:
+    """PEFT merges it into both ends; the adapter itself has only ever changed one."""
+    make = lambda: tiny.build("Qwen3ForCausalLM", tiny.config("qwen3"))  # noqa: E731
+    base = tiny.save(make(), tmp_path / "base")
+    wrapped: Any = get_peft_model(make(), peft.LoHaConfig(r=2, target_modules=["lm_head"]))
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1
+    wrapped.save_pretrained(tmp_path / "adapter")
+    change = wrapped.base_model.model.lm_head.get_delta_weight("default")
+    merge(recipe(base, tmp_path / "adapter"), output=tmp_path / "out")
+    out, before = tiny.tensors(tmp_path / "out"), tiny.tensors(base)["model.embed_tokens.weight"]
+    assert torch.equal(out["model.embed_tokens.weight"], before)
+    assert torch.equal(out["lm_head.weight"], before + change)
+
+
+@pytest.mark.slow
+def test_an_adapter_of_another_kind_on_another_model(bases: dict[str, Path], tmp_path: Path) -> None:
+    """`model+adapter`: PEFT's layer lies around that model's weights, and the change counts from the base."""
+    model = tiny.save(tiny.fine_tune(BASES["linear"](), 5), tmp_path / "model")
+    adapter = trained("linear", tmp_path / "adapter", settings_of("OFT", "linear"))
+    under: Any = transformers.BertForSequenceClassification.from_pretrained(model)
+    theirs = PeftModel.from_pretrained(under, adapter).merge_and_unload(safe_merge=True).state_dict()
+    merge(recipe(bases["linear"], f"{model}+{adapter}", method=EXACT), output=tmp_path / "out")
+    ours = tiny.tensors(tmp_path / "out")
+    for name, value in theirs.items():
+        assert float((ours[name] - value).abs().max()) <= 1e-6 * float(value.abs().max()), name
+
+
+def test_a_plan_with_layers_is_written_and_read(bases: dict[str, Path], tmp_path: Path) -> None:
+    for kind in ("OFT", "VERA"):
+        made = plan(recipe(bases["linear"], trained("linear", tmp_path / kind, settings_of(kind, "linear"))))
+        assert plan_from_json(plan_to_json(made).encode()) == made
+
+
+@pytest.mark.slow
+def test_plain_lora_does_not_import_peft(tmp_path: Path) -> None:
+    """Importing it takes longer than most merges."""
+    base = tiny.save(tiny.build("LlamaForCausalLM", tiny.config("llama")), tmp_path / "base")
+    adapter = tiny.adapter(tmp_path / "adapter", tiny.attention(), 1)
+    code = f"""
+import sys
+from hfmerge import merge
+merge(base={str(base)!r}, models=[{str(adapter)!r}], method="linear", output={str(tmp_path / "out")!r})
+assert "peft" not in sys.modules, "imported"
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
