@@ -133,28 +133,59 @@ def _check_values(value: Any) -> None:
                 raise ValueError(f"{name}: {error}") from error
 
 
-ADAPTER = record(
+_EVERY_ADAPTER = record(
     {"peft_type": nullable(line)},
     {
         "task_type": nullable(line),
         "auto_mapping": nullable(record({}, {"base_model_class": nullable(line)}, strict=False)),
         "base_model_name_or_path": nullable(plain_text),
         "revision": nullable(plain_text),
-        "r": _rank,
-        "lora_alpha": number,
-        "use_rslora": nullable(flag),
-        "ensure_weight_tying": nullable(flag),
+        "lora_alpha": nullable(number),
+        "alpha": nullable(number),
         "fan_in_fan_out": nullable(flag),
-        "rank_pattern": nullable(table(_pattern, _rank, PATTERNS)),
         "alpha_pattern": nullable(table(_pattern, number, PATTERNS)),
         "target_modules": nullable(_modules),
         "exclude_modules": nullable(_modules),
+        "feedforward_modules": nullable(_modules),
+        "target_parameters": nullable(items(_pattern, PATTERNS)),
         "layers_pattern": nullable(_modules),
         "layers_to_transform": nullable(_layers),
         "modules_to_save": nullable(items(_pattern, PATTERNS)),
     },
     strict=False,
 )
+_LORA = record(
+    {},
+    {
+        "r": _rank,
+        "use_rslora": nullable(flag),
+        "use_dora": nullable(flag),
+        "lora_bias": nullable(flag),
+        "ensure_weight_tying": nullable(flag),
+        "rank_pattern": nullable(table(_pattern, _rank, PATTERNS)),
+    },
+    strict=False,
+)
+_COUNTS = ("depth", "gralora_k", "num_subspaces", "boft_n_butterfly_factor", "num_cayley_neumann_terms")
+"""Fields of other kinds of adapters that say how often PEFT does something."""
+
+
+def ADAPTER(value: Any) -> Any:
+    """An adapter_config.json: the fields that are read here; PEFT reads the others. Raises ValueError."""
+    _EVERY_ADAPTER(value)
+    if value["peft_type"] == "LORA":
+        return _LORA(value)
+    for name, one in value.items():
+        if isinstance(one, int) and not isinstance(one, bool) and not -(2**53) < one < 2**53:
+            raise ValueError(f"{name}: is too large")
+        if name in _COUNTS and isinstance(one, int):
+            try:
+                LAYERS.check(abs(one))
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+    return value
+
+
 _INDEX = record({"weight_map": table(tensor_name, safe_path, TENSORS)}, strict=False)
 MODULES = items(record({}, {"path": nullable(plain_text), "type": nullable(plain_text)}, strict=False))
 _KINDS: Mapping[str, Kind] = {"config.json": config, "adapter_config.json": ADAPTER, "modules.json": MODULES}

@@ -158,7 +158,9 @@ def held(plan: Plan, chunk: Chunk) -> int:
         return chunk.nbytes
     shape = max((tile.shape for tile in chunk.tiles()), key=math.prod)
     kept = 4 * (len(plan.deltas) + 1) * math.prod(chunk.shape) if remembered(plan, chunk) else 0
-    return visit_bytes(param, shape, plan.method) + kept
+    # PEFT's layer has the weight, what it becomes, and what it is made of
+    layered = any(param.key in delta.layers for delta in plan.deltas)
+    return visit_bytes(param, shape, plan.method) + kept + 16 * math.prod(shape) * layered
 
 
 def ahead(plan: Plan) -> int:

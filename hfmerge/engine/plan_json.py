@@ -100,6 +100,12 @@ def _check_consistent(plan: Plan) -> None:
     for source in plan.sources:
         if strange := [key for key in source.renamed if key not in source.tensors]:
             raise ValueError(f"{show(strange[0])} is not a tensor of {show(source.name)}")
+    for delta in (*plan.deltas, *plan.leaving):
+        for origin in delta.layers.values():
+            strange = [key for key in origin.base.values() if key not in plan.base.tensors]
+            strange += [key for key in origin.keys if key not in delta.source.tensors]
+            if strange:
+                raise ValueError(f"{show(strange[0])} is not a tensor that {show(delta.source.name)} changes")
     for param in plan.params:
         if param.mode == "merge" and (len(param.ranks), len(param.leaving)) != (count, gone):
             raise ValueError(f"{show(param.key)} has {len(param.ranks)} and {len(param.leaving)} ranks")

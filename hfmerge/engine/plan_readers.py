@@ -30,5 +30,7 @@ def open_deltas(plan: Plan, deltas: Sequence[Delta], streaming: Streaming | None
             # of an adapter, only the model beneath it can need conversions
             stored = delta.source.beneath or delta.source
             converters = match(layouts.of(plan.base), layouts.of(stored)).converters
-        readers.append(DeltaReader(delta, streaming, converters))
+        # a plain sum takes its terms in float64; other methods compute in float32
+        exact = plan.method.fold is not None and plan.method.fold.plain_sum is not None
+        readers.append(DeltaReader(delta, streaming, converters, plan.base, exact=exact))
     return readers

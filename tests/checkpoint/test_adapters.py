@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 import transformers
@@ -18,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hfmerge import merge, plan
-from hfmerge.checkpoint.lora import CHANGING_INITS, PLAIN
+from hfmerge.checkpoint.peft_kinds import FIELDS, INITS
 from hfmerge.errors import RecipeError
 from hfmerge.recipe.recipe import Recipe, parse_recipe
 from tests.fixtures import tiny
@@ -327,98 +325,32 @@ def refused(base: Path, adapter: Path | str, words: str) -> None:
     assert str(adapter) in str(caught.value) and "\n" not in str(caught.value)
 
 
-REAL: list[Any] = [
-    pytest.param("bert", lora(use_dora=True), "`use_dora: True` is not plain LoRA", id="dora"),
-    pytest.param(
-        "bert", lora(init_lora_weights="pissa"), "initialised with pissa, which changes the base", id="pissa"
-    ),
-    pytest.param("bert", lora(init_lora_weights="pissa_niter_2"), "initialised with pissa_niter_2", id="fast pissa"),
-    pytest.param("bert", lora(init_lora_weights="olora"), "initialised with olora", id="olora"),
-    pytest.param("bert", lora(bias="all"), "`bias: all`", id="all biases"),
-    pytest.param("bert", lora(bias="lora_only"), "`bias: lora_only`", id="some biases"),
-    pytest.param(
-        "bert",
-        lora(lora_bias=True),
-        "`lora_bias: True`",
-        id="bias of B",
-        marks=pytest.mark.filterwarnings("ignore:Adapter 'default'. 4 LoRA tensor:peft.utils.warning.PeftWarning"),
-    ),
-    pytest.param(
-        "bert", lora(trainable_token_indices={"word_embeddings": [1, 2]}), "`trainable_token_indices", id="tokens"
-    ),
-    pytest.param("bert", lora(kasa_config=peft.KasaConfig()), "`kasa_config", id="kasa"),
-    pytest.param(
-        "llama", lora(target_modules=ATTENTION, layer_replication=[(0, 2), (1, 3)]), "`layer_replication", id="layers"
-    ),
-    pytest.param(
-        "llama", lora(target_modules=[], target_parameters=["q_proj.weight"]), "`target_parameters", id="parameters"
-    ),
-]
-
-
-@pytest.mark.parametrize(("kind", "settings", "words"), REAL)
-def test_kinds_that_are_more_than_factors(
-    bases: dict[str, Path], tmp_path: Path, kind: str, settings: LoraConfig, words: str
-) -> None:
-    refused(bases[kind], trained(kind, tmp_path / "adapter", settings), words)
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        peft.IA3Config(target_modules=["query"], feedforward_modules=[]),
-        peft.LoHaConfig(target_modules=["query"]),
-        peft.VeraConfig(target_modules=["query"]),
-        peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=2),
-    ],
-    ids=lambda settings: str(settings.peft_type.value),
-)
-def test_adapters_that_are_no_lora(bases: dict[str, Path], tmp_path: Path, settings: Any) -> None:
-    get_peft_model(KINDS["bert"](), settings).save_pretrained(tmp_path / "adapter")
-    refused(bases["bert"], tmp_path / "adapter", f"a {settings.peft_type.value} adapter; only LoRA is merged")
-
-
 VALUES: Mapping[str, Any] = {
-    "use_dora": True,
     "use_qalora": True,
-    "use_bdlora": {"nblocks": 2},
     "layer_replication": [[0, 2]],
-    "target_parameters": ["experts.gate_up_proj"],
-    "trainable_token_indices": [1],
     "alora_invocation_tokens": [5, 6],
     "arrow_config": {"top_k": 2},
-    "kasa_config": {"beta": 0.1},
-    "monteclora_config": {"num_samples": 2},
-    "velora_config": {"rank": 2},
-    "lora_bias": True,
-    "bias": "all",
+    "loftq_config": {"loftq_bits": 4},
 }
 
 
-def test_every_field_that_changes_the_meaning_is_listed() -> None:
-    """PEFT marks the fields that make another variant of LoRA; a new one has to be looked at before it is merged."""
-    variants = [
-        name for name, field in LoraConfig.__dataclass_fields__.items() if field.metadata.get("is_lora_variant")
-    ]
-    assert "use_dora" in variants and set(variants) <= set(PLAIN) == set(VALUES)
-    defaults = LoraConfig().to_dict()
-    assert all(defaults[name] in allowed for name, allowed in PLAIN.items())
-
-
 @pytest.mark.parametrize("field", VALUES)
-def test_each_such_field_is_refused_by_name(bases: dict[str, Path], tmp_path: Path, field: str) -> None:
+def test_each_field_that_no_merge_can_follow_is_refused_by_name(
+    bases: dict[str, Path], tmp_path: Path, field: str
+) -> None:
+    assert set(VALUES) == set(FIELDS)
     adapter = tiny.adapter(tmp_path / "adapter", {"bert.encoder.layer.0.output.dense": (16, 32)}, 1)
     plan(recipe(bases["bert"], adapter))
     tiny.edit_config(adapter, "adapter_config.json", **{field: VALUES[field]})
-    refused(bases["bert"], adapter, rf"`{field}: {re.escape(str(VALUES[field]))}` is not plain LoRA")
+    refused(bases["bert"], adapter, f"LoRA with `{field}: .* so it cannot be merged; leave it out")
 
 
-@pytest.mark.parametrize("init", [*CHANGING_INITS, "PiSSA", "pissa_niter_4"])
-def test_initialisations_that_change_the_base(bases: dict[str, Path], tmp_path: Path, init: str) -> None:
+@pytest.mark.parametrize("init", [*INITS, "CorDA", "pissa_niter_4"])
+def test_initialisations_that_cannot_be_repeated(bases: dict[str, Path], tmp_path: Path, init: str) -> None:
     adapter = tiny.adapter(
         tmp_path / "adapter", {"bert.encoder.layer.0.output.dense": (16, 32)}, 1, init_lora_weights=init
     )
-    refused(bases["bert"], adapter, f"initialised with {init.lower()}, which changes the base weights; convert it")
+    refused(bases["bert"], adapter, f'`init_lora_weights: "{init.lower()}"`: .*; convert it to plain LoRA')
 
 
 DENSE = "bert.encoder.layer.0.output.dense"
@@ -458,11 +390,11 @@ def broken(folder: Path, change: Callable[[dict[str, Tensor]], None], **settings
         ),
         (
             lambda held: held.update({f"{PREFIX}.lora_magnitude_vector": torch.zeros(16)}),
-            f"{PREFIX}.lora_magnitude_vector is not part of plain LoRA",
+            f"{PREFIX}.lora_magnitude_vector is no part of a LORA adapter",
         ),
         (
-            lambda held: held.update({f"{PREFIX}.base_layer.bias": torch.zeros(16)}),
-            f"{PREFIX}.base_layer.bias is not part of plain LoRA",
+            lambda held: held.update({f"{PREFIX}.base_layer.bias": torch.zeros(7)}),
+            rf"its copy of {DENSE}.bias is \(7,\), the base has \(16,\)",
         ),
         (
             lambda held: held.update(

@@ -106,14 +106,67 @@ class Layout:
             return self._by_prefix(f"{path}.weight")
         return self._holder(f"{path}.weight") or self._holder(path)
 
-    def _holder(self, key: str) -> str | None:
-        """Stored key that the loader would fill from the same place as `key`."""
+    def module(self, path: str) -> tuple[str, Any] | None:
+        """In-memory name of a module, and the module, of the class; None without a class, or where it has none such.
+
+        Args:
+            path: as for `parameter_of_module`.
+        """
+        if self.memory.skeleton is None:
+            return None
+        name, _ = self._in_memory(f"{path}.weight")
+        modules = dict(self.memory.skeleton.model.named_modules())
+        for known in (name.removesuffix(".weight"), path, f"{self.memory.skeleton.prefix}{path}"):
+            if known in modules:
+                return known, modules[known]
+        return None
+
+    def places_of(self, name: str) -> list[tuple[str, int | None, tuple[int, int] | None]]:
+        """Stored keys that hold a parameter of the class, or an expert of it each, by rows.
+
+        Args:
+            name: in memory.
+
+        Returns:
+            (key, None, None) for the parameter as it is, or (key, expert, rows) for rows of the second axis of one
+            expert. Empty: it is stored in another form.
+        """
+        skeleton = self.memory.skeleton
+        assert skeleton is not None
+        short = _canonical(name, skeleton)
+        group = self.memory.filling.get(self.memory.ties.get(short, short))
+        if group is None or len(group.outputs) > 1:
+            return []
+        if not group.operations:
+            return [(group.keys[0], None, None)]
+        if not group.per_expert:
+            return []
+        import torch
+
+        shape = skeleton.parameters[name]
+        numbers = torch.arange(shape[1]).view(1, -1, 1).expand(shape[0], -1, 1)
+        found: list[tuple[str, int | None, tuple[int, int] | None]] = []
+        for part, keys in enumerate(group.inputs):
+            for expert, key in enumerate(keys):
+                rows = group.backward([numbers], skeleton.model, (part, expert)).reshape(-1).tolist()
+                if rows != list(range(rows[0], rows[0] + self.shapes[key][0])):
+                    return []
+                found.append((key, expert, (rows[0], rows[-1] + 1)))
+        return found
+
+    def _in_memory(self, key: str) -> tuple[str, str | None]:
+        """In-memory name for `key`, as the loader finds it, and the converter pattern it matched."""
         skeleton, renamer = self.memory.skeleton, self.memory.renamer
         assert skeleton is not None and renamer is not None
         known = (name for name in (key, skeleton.prefix + key) if name in skeleton.parameters)
-        name, source = next(known, None), None
-        if name is None:
-            name, source = renamer.rename(key)
+        name = next(known, None)
+        return renamer.rename(key) if name is None else (name, None)
+
+    def _holder(self, key: str) -> str | None:
+        """Stored key that the loader would fill from the same place as `key`."""
+        skeleton = self.memory.skeleton
+        assert skeleton is not None
+        name, source = self._in_memory(key)
         short = _canonical(name, skeleton)
         group = self.memory.filling.get(self.memory.ties.get(short, short))
         if group is None or (source is None) != (not group.operations) or len(group.outputs) > 1:
