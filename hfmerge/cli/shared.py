@@ -239,7 +239,8 @@ def alias_flag(group: Any) -> None:
         action="append",
         default=[],
         metavar="NAME=MODEL",
-        help="what the merge calls a model: the folder of its head, the card, and unmerge; MODEL as it is given",
+        help="what the merge calls a model: the folder of its head, the card, and unmerge; MODEL as it is given "
+        "(default: its name)",
     )
 
 
