@@ -132,7 +132,7 @@ def block(entries: Sequence[Entry], facts: Mapping[str, Any]) -> str:
         me=me,
         published=bool(facts.get("repo_id")),
         causal=architecture.endswith("ForCausalLM"),
-        chats="chat_template.jinja" in last.products or facts.get("chat_template") is not None,
+        chats="chat_template.jinja" in last.products or facts.get("template_file") is not None,
         library=facts["library_name"],
         architecture=Markdown(architecture if architecture.isidentifier() else "AutoModel"),
         method=last.method,

@@ -285,7 +285,7 @@ def _template_elsewhere(planned: Plan, products: Mapping[str, str]) -> dict[str,
     at = planned.chosen.get("chat_template", planned.chosen.get("tokenizer", -1))
     source = planned.base if at < 0 else planned.deltas[at].source
     known = TEMPLATES[0] in products or SETTINGS not in products
-    return {} if known or not is_in_settings(source.snapshot) else {"chat_template": SETTINGS}
+    return {} if known or not is_in_settings(source.snapshot) else {"template_file": SETTINGS}
 
 
 def _carry_states_over(

@@ -46,7 +46,7 @@ NOT_REBUILT: Mapping[Where, str] = {
     ("materials", "base", "unverified"): _STREAMED,
     ("materials", "models", ANY, "unverified"): _STREAMED,
     ("materials", "models", ANY, "differing"): "what small files said that no weight depends on",
-    ("settings", "card", "chat_template"): "where small files hold the template, which no weight depends on",
+    ("settings", "card", "template_file"): "where small files hold the template, which no weight depends on",
     ("settings", "allow_pickle"): _ALLOWED,
     ("settings", "trust_remote_code"): _ALLOWED,
     ("byproducts", "learned"): "how the weights were found; a replay takes them as they are",
