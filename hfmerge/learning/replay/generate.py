@@ -209,8 +209,7 @@ class _Maker:
             self.fault = (
                 f"{self._subject.info.label}: only {reached} of {settings.rows} replay rows reached a confidence of "
                 f"{settings.confidence:g} in {self._steps} passes; the others are used as they are. Where the merge "
-                "loses the model's skill, allow more passes (learn: replay.steps), or take labelled rows (learn: "
-                "loss: mixed)."
+                "loses the model's skill, raise `learn.replay.steps`, or take labelled rows (`learn.loss: mixed`)."
             )
 
     def _schedule(self) -> Schedule:
