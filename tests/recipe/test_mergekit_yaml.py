@@ -20,6 +20,7 @@ from hfmerge.recipe.mergekit.convert import KEYS, OTHER_METHODS, SHARED, convert
 from hfmerge.recipe.overrides import apply_overrides
 from hfmerge.recipe.recipe import MethodChoice, ModelEntry, Recipe, load_recipe, parse_recipe
 from hfmerge.task_vector import Dense
+from tests.fixtures import reference
 
 
 def entry(model: str, **parameters: Any) -> dict[str, Any]:
@@ -188,6 +189,177 @@ Expected = Callable[[dict[str, Tensor]], Tensor]
 def test_meaning(data: dict[str, Any], expected: Expected, weights: dict[str, Tensor]) -> None:
     recipe = parse_recipe(data, "test")
     torch.testing.assert_close(merged(recipe, weights), expected(weights), rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    "data, name, options",
+    [
+        pytest.param(
+            config(
+                "dare_linear",
+                entry("a", density=0.3),
+                entry("b", density=0.3),
+                parameters={"weight": 0.5, "lambda": 2},
+            ),
+            "dare_linear",
+            {"density": 0.3, "scale": 2.0, "rescale": True, "seed": 0},
+            id="dare_linear",
+        ),
+        pytest.param(
+            config("dare_linear", parameters={"normalize": True, "rescale": False, "density": 0.5}),
+            "dare_linear",
+            {"density": 0.5, "scale": 1.0, "rescale": False, "seed": 0},
+            id="dare_linear normalised",
+        ),
+        pytest.param(
+            config("dare_ties", parameters={"density": 0.5}),
+            "dare_ties",
+            {"density": 0.5, "scale": 1.0, "rescale": True, "average": False, "seed": 0},
+            id="dare_ties sums",
+        ),
+        pytest.param(
+            config("della", parameters={"density": 0.4, "epsilon": 0.1, "lambda": 0.9}),
+            "della",
+            {"density": 0.4, "epsilon": 0.1, "scale": 0.9, "rescale": True, "average": True, "seed": 0},
+            id="della averages",
+        ),
+        pytest.param(
+            config("della_linear"),
+            "della_linear",
+            {"density": 1.0, "epsilon": 0.0, "scale": 1.0, "rescale": True, "seed": 0},
+            id="della_linear keeps everything by default",
+        ),
+        pytest.param(
+            config("breadcrumbs", parameters={"density": 0.4}),
+            "breadcrumbs",
+            {"density": 0.4, "gamma": 0.01, "scale": 1.0},
+            id="breadcrumbs",
+        ),
+        pytest.param(
+            config("breadcrumbs_ties", parameters={"density": 0.4, "gamma": 0.1, "normalize": True}),
+            "breadcrumbs_ties",
+            {"density": 0.4, "gamma": 0.1, "scale": 1.0, "average": True},
+            id="breadcrumbs_ties",
+        ),
+        pytest.param(
+            config("karcher", entry("a"), entry("b"), parameters={"max_iter": 20, "tol": 1e-6}),
+            "karcher",
+            {"steps": 20, "tolerance": 1e-6},
+            id="karcher",
+        ),
+        pytest.param(
+            {"merge_method": "nuslerp", "models": [entry("a", weight=1), entry("b", weight=3)]},
+            "slerp",
+            {},
+            id="nuslerp without a base",
+        ),
+        pytest.param(
+            config("nuslerp", parameters={"nuslerp_flatten": False, "nuslerp_row_wise": True}),
+            "nuslerp",
+            {"by": "column"},
+            id="nuslerp along the first axis",
+        ),
+    ],
+)
+def test_options(data: dict[str, Any], name: str, options: dict[str, Any]) -> None:
+    assert parse_recipe(data, "test").method == MethodChoice(name, options, "none")
+
+
+def flat(weights: dict[str, Tensor], *names: str) -> list[list[float]]:
+    return [(weights[name] - weights["z"]).reshape(-1).tolist() for name in names]
+
+
+def outliers(weights: dict[str, Tensor], factors: dict[str, float], density: float, gamma: float) -> Tensor:
+    """Without the largest `gamma` share and without all but the `density` share that follows."""
+    total = weights["z"].clone()
+    for name, factor in factors.items():
+        change = weights[name] - weights["z"]
+        order = change.abs().flatten().argsort()
+        count, kept, top = change.numel(), round(density * change.numel()), round(gamma * change.numel())
+        mask = torch.zeros(count).index_fill_(0, order[count - kept - top : count - top], 1.0)
+        total += factor * change * mask.reshape(change.shape)
+    return total
+
+
+@pytest.mark.parametrize(
+    "data, expected",
+    [
+        pytest.param(
+            config("breadcrumbs", entry("a", weight=0.7), entry("b", weight=-0.3), parameters={"density": 0.25}),
+            lambda w: outliers(w, {"a": 0.7, "b": -0.3}, 0.25, 0.01),
+            id="breadcrumbs",
+        ),
+        pytest.param(
+            config(
+                "breadcrumbs_ties", entry("a"), entry("b"), parameters={"density": 1.0, "weight": 1, "normalize": True}
+            ),
+            lambda w: ties(w, {"a": 1.0, "b": 1.0}, 1.0, 1.0),
+            id="breadcrumbs_ties that keeps everything",
+        ),
+        pytest.param(
+            config("sce", entry("a"), entry("b"), entry("c"), parameters={"select_topk": 0.25}),
+            lambda w: w["z"] + torch.tensor(reference.sce(flat(w, *"abc"), [1.0] * 3, 0.25)).reshape(37, 53),
+            id="sce",
+        ),
+        pytest.param(
+            config("model_stock", entry("a"), entry("b"), entry("c")),
+            lambda w: (w["z"] + reference.model_stock([w[name] - w["z"] for name in "abc"])).float(),
+            id="model_stock",
+        ),
+        pytest.param(
+            config("nuslerp", entry("a", weight=1), entry("b", weight=3)),
+            lambda w: (w["z"] + reference.slerp(w["a"] - w["z"], w["b"] - w["z"], 0.75)).float(),
+            id="nuslerp",
+        ),
+        pytest.param(
+            config("multislerp", entry("a", weight=1), entry("b", weight=3), entry("c", weight=0.5)),
+            lambda w: (w["z"] + reference.multislerp([w[n] - w["z"] for n in "abc"], [1, 3, 0.5])).float(),
+            id="multislerp",
+        ),
+        pytest.param(
+            config("karcher", entry("a"), entry("b"), parameters={"max_iter": 100, "tol": 1e-9}),
+            lambda w: reference.karcher([w[name] for name in "zab"], [1.0] * 3).float(),
+            id="karcher counts the base",
+        ),
+        pytest.param(
+            config("nearswap", entry("a"), parameters={"t": 0.1}),
+            lambda w: reference.nearswap(w["z"], w["a"], 0.1).float(),
+            id="nearswap",
+        ),
+        pytest.param(
+            config("arcee_fusion", entry("a")),
+            lambda w: reference.arcee_fusion(w["z"], w["a"], 1.5).float(),
+            id="arcee_fusion",
+        ),
+    ],
+)
+def test_meaning_of_further_methods(data: dict[str, Any], expected: Expected, weights: dict[str, Tensor]) -> None:
+    recipe = parse_recipe(data, "test")
+    torch.testing.assert_close(merged(recipe, weights), expected(weights), rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    "data, path, words",
+    [
+        (config("breadcrumbs", parameters={"density": 0.5, "rescale": True}), "parameters.rescale", "true cannot be"),
+        (config("della", entry("a", weight=-1), parameters={"density": 0.5}), "models[0].parameters.weight",
+         "negative"),
+        (config("dare_ties", entry("a", density=0.5, weight=1), entry("b", density=0.2, weight=1)), "models",
+         "densities [0.5, 0.2] cannot be expressed"),
+        (config("della", entry("a", epsilon=0.1, weight=1), entry("b", weight=1), parameters={"density": 0.5}),
+         "models", "values of epsilon [0.1, 0.15] cannot be expressed"),
+        (config("sce", parameters={"select_topk": 0}), "parameters.select_topk", "drops every change"),
+        (config("nearswap", entry("a")), "parameters.t", "is missing; nearswap needs it"),
+        (config("arcee_fusion"), "models", "arcee_fusion takes the base and one other model, 2 others given"),
+        (config("multislerp", base_model=None), "base_model", "is missing; multislerp needs one"),
+        (config("multislerp", parameters={"normalize_weights": False}, models=[entry("a", weight=2)]),
+         "parameters.normalize_weights", "false with weights that do not sum to 1"),
+        (config("nuslerp", base_model=None, parameters={"nuslerp_flatten": False}), "parameters.nuslerp_flatten",
+         "false without a base_model"),
+    ],
+)  # fmt: skip
+def test_further_refusals(data: dict[str, Any], path: str, words: str) -> None:
+    assert words in faults(data)[path]
 
 
 def test_defaults_are_written_out() -> None:

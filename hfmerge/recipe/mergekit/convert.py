@@ -1,8 +1,8 @@
 """mergekit's YAML as a recipe of ours, wherever the meaning can be kept; anything else is an error that names it.
 
 What the keys mean is mergekit 0.1.5's behaviour: a parameter of a model wins over one of its slice, and that over the
-file's; a base that is not among `models` is added to them; `linear` gives the base a weight like any other model,
-`ties` and `task_arithmetic` do not; `linear` and `ties` normalise by default, `task_arithmetic` does not.
+file's; a base that is not among `models` is added to them; `linear` and `karcher` count the base like any other model,
+the other methods do not; `linear`, `ties` and `della` normalise by default, the other methods do not.
 """
 
 from __future__ import annotations
@@ -25,11 +25,29 @@ from hfmerge.recipe.weights import PatternWeights, Weight, values_of, written
 from hfmerge.validation.values import Section, flag, number, show, suggestion, text
 
 
-SHARED = {
+PRUNING = {
+    **dict.fromkeys(("dare_linear", "dare_ties"), None),
+    **dict.fromkeys(("della", "della_linear"), "epsilon"),
+    **dict.fromkeys(("breadcrumbs", "breadcrumbs_ties"), "gamma"),
+}
+"""Methods that prune every model's change, and the parameter they have for it beside `density`."""
+
+DEFAULTS = {"epsilon": 0.15, "gamma": 0.01}
+"""mergekit's values of them."""
+
+SHARED: dict[str, tuple[str, ...]] = {
     "linear": ("normalize",),
     "task_arithmetic": ("normalize", "lambda"),
     "ties": ("normalize", "lambda", "rescale", "int8_mask"),
     "slerp": ("t",),
+    **dict.fromkeys(PRUNING, ("normalize", "lambda", "rescale", "int8_mask")),
+    "sce": ("select_topk", "int8_mask"),
+    "model_stock": ("filter_wise",),
+    "nuslerp": ("nuslerp_flatten", "nuslerp_row_wise"),
+    "multislerp": ("normalize_weights", "eps"),
+    "karcher": ("max_iter", "tol"),
+    "nearswap": ("t",),
+    "arcee_fusion": (),
 }
 """Parameters of a whole merge that mergekit heeds, by method."""
 
@@ -38,15 +56,30 @@ PER_MODEL: dict[str, tuple[str, ...]] = {
     "task_arithmetic": ("weight",),
     "ties": ("weight", "density"),
     "slerp": (),
+    **{name: ("weight", "density", *(() if own is None else (own,))) for name, own in PRUNING.items()},
+    **dict.fromkeys(("nuslerp", "multislerp"), ("weight",)),
+    **dict.fromkeys(("sce", "model_stock", "karcher", "nearswap", "arcee_fusion"), ()),
 }
 """Parameters of each model that mergekit heeds; given for the file they stand for all models."""
 
-PARAMETERS = ("weight", "density", "normalize", "lambda", "t", "int8_mask", "rescale", "gamma", "epsilon")
+PARAMETERS = tuple(dict.fromkeys(name for table in (PER_MODEL, SHARED) for names in table.values() for name in names))
 
-OTHER_METHODS = (
-    *("arcee_fusion", "breadcrumbs", "breadcrumbs_ties", "dare_linear", "dare_ties", "della", "della_linear"),
-    *("karcher", "model_stock", "multislerp", "nearswap", "nuslerp", "passthrough", "ram", "ramplus_tl", "sce"),
+BY_TENSOR = (
+    "breadcrumbs",
+    "breadcrumbs_ties",
+    "sce",
+    "model_stock",
+    "nuslerp",
+    "multislerp",
+    "karcher",
+    "arcee_fusion",
 )
+"""Methods that look at each tensor as a whole, where hfmerge looks at each matrix inside it."""
+
+WITHOUT_BASE = ("linear", "nuslerp", "karcher")
+"""Methods that need no base; the first model then gives the configuration."""
+
+OTHER_METHODS = ("passthrough", "ram", "ramplus_tl")
 
 KEYS = (
     *("merge_method", "base_model", "models", "slices", "modules", "parameters", "dtype", "out_dtype"),
@@ -80,7 +113,7 @@ def convert(data: Mapping[str, Any], origin: str) -> tuple[dict[str, Any], list[
     layout = read_model_inputs(top, notes)
     settings = {"dtype": read_dtype(top, notes), "vocabulary": read_tokenizer_source(top, base)}
     merge: dict[str, Any] = {}
-    if method and base is None and method != "linear" and data.get("base_model") is None:
+    if method and base is None and method not in WITHOUT_BASE and data.get("base_model") is None:
         top.report("base_model", f"is missing; {method} needs one")
     elif method and layout.inputs:
         merge = _Conversion(top, notes, method, base, layout).run()
@@ -117,16 +150,26 @@ class _Conversion:
             self._check_names(scope, (*PER_MODEL[self.method], *SHARED[self.method]))
         for entry in self.layout.inputs:
             self._check_names(entry.parameters, PER_MODEL[self.method])
-        if self.method != "linear" and not self.others:
+        counted = self.method in ("linear", "karcher")
+        if not counted and not self.others:
             self.top.report("models", "holds nothing but the base")
             return {}
-        if self.method != "slerp" and self.method != "linear" and len(self.others) < len(self.layout.inputs):
+        if self.method != "slerp" and not counted and len(self.others) < len(self.layout.inputs):
             self.notes.append("base_model: listed among the models, where it changes nothing; taken as the base only")
+        if self.method in BY_TENSOR:
+            self.notes.append(f"{self.method}: the parts of fused tensors are merged one by one")
         recipe = {
             "linear": self._linear,
             "task_arithmetic": self._task_arithmetic,
             "ties": self._ties,
             "slerp": self._slerp,
+            **dict.fromkeys(PRUNING, self._pruning),
+            "sce": self._sce,
+            "model_stock": self._model_stock,
+            "nuslerp": self._nuslerp,
+            "multislerp": self._multislerp,
+            "karcher": self._karcher,
+            **dict.fromkeys(("nearswap", "arcee_fusion"), self._of_one),
         }[self.method]()
         return {"base": self.base or self.layout.inputs[0].model, **recipe}
 
@@ -134,10 +177,7 @@ class _Conversion:
         """sum w theta / sum w, in which the base is a model like the others, if it takes part at all."""
         inputs = self.layout.inputs
         if self.base is None:
-            self.notes.append(
-                f"no base_model: the first model, {inputs[0].model}, becomes the base, which gives the configuration "
-                "and the tokenizer; a weighted average does not depend on it"
-            )
+            self._note_base("a weighted average does not depend on it")
         elif not self.layout.sliced and len(self.others) == len(inputs):
             if not any("weight" in scope.data for scope in self.layout.shared):
                 self.top.report("base_model", "needs a weight in linear; add it to models (weight 0 leaves it out)")
@@ -154,6 +194,11 @@ class _Conversion:
     def _task_arithmetic(self) -> dict[str, Any]:
         """theta_0 + lambda sum w tau, divided by sum w if `normalize`."""
         weights = self._weights(self.others)
+        method = {"name": "task_arithmetic", "scale": self._sum_scale(weights), "norm": "none"}
+        return {"models": _entries(self.others, weights), "method": method}
+
+    def _sum_scale(self, weights: Sequence[Weight] | None) -> float | None:
+        """The factor of a weighted sum: lambda, divided by the sum of the weights if `normalize`."""
         normalize, scale = self._shared("normalize", flag, False), self._shared("lambda", number, 1.0)
         sums = weight_sums(weights or ())
         if normalize and (sums is None or any(total != sums[0] for total in sums)):
@@ -162,8 +207,7 @@ class _Conversion:
         elif normalize and sums is not None and scale is not None and abs(sums[0]) >= 1e-8:
             scale /= sums[0]
             self.notes.append(f"normalize: expressed as scale, lambda / sum of weights = {scale!r}")
-        method = {"name": "task_arithmetic", "scale": scale, "norm": "none"}
-        return {"models": _entries(self.others, weights), "method": method}
+        return None if scale is None else float(scale)
 
     def _ties(self) -> dict[str, Any]:
         """theta_0 + lambda (sum of agreeing w tau) / (sum of agreeing w), each tau trimmed tensor by tensor."""
@@ -171,14 +215,7 @@ class _Conversion:
         normalize, scale = self._shared("normalize", flag, True), self._shared("lambda", number, 1.0)
         if normalize is False:
             self._blame("normalize", "false cannot be expressed with ties, which divides by the agreeing weights")
-        for entry, weight in zip(self.others, weights or (), strict=False):
-            if (least := min(values_of(weight))) < 0.0:
-                text = f"{least!r} for {entry.model} is negative: mergekit divides by it, hfmerge by its magnitude"
-                self._blame("weight", text, entry)
-        if density is not None and density <= 0.0:
-            self._blame(
-                "density", f"{density!r} drops every change in mergekit; give a density above 0", self.others[0]
-            )
+        self._refuse_negative(weights)
         if density is not None and density < 1.0:
             if self._shared("rescale", flag, False):
                 self._blame("rescale", "true cannot be expressed; trimmed changes keep their size, remove it")
@@ -189,6 +226,119 @@ class _Conversion:
         self.notes.append("ties: where weighted changes cancel exactly the base's value stays; mergekit adds a change")
         options = {"density": None if density is None else min(density, 1.0), "scale": scale, "scope": "tensor"}
         return {"models": _entries(self.others, weights), "method": {"name": "ties", **options, "norm": "none"}}
+
+    def _refuse_negative(self, weights: Sequence[Weight] | None) -> None:
+        """Report weights by which two tools divide in different ways."""
+        for entry, weight in zip(self.others, weights or (), strict=False):
+            if (least := min(values_of(weight))) < 0.0:
+                text = f"{least!r} for {entry.model} is negative: mergekit divides by it, hfmerge by its magnitude"
+                self._blame("weight", text, entry)
+
+    def _pruning(self) -> dict[str, Any]:
+        """theta_0 + lambda times the sum of pruned w tau, or of those that agree with the elected sign."""
+        name, weights, density = self.method, self._weights(self.others), self._density()
+        options: dict[str, Any] = {"density": None if density is None else min(density, 1.0)}
+        own = PRUNING[name]
+        if own is not None:
+            options[own] = self._common(own, DEFAULTS[own])
+        whole = density is not None and density >= 1.0
+        if own == "epsilon" and whole:
+            options[own] = 0.0
+        if name in ("dare_linear", "della_linear", "breadcrumbs"):
+            options["scale"] = self._sum_scale(weights)
+        else:
+            options["scale"] = self._shared("lambda", number, 1.0)
+            options["average"] = self._shared("normalize", flag, name == "della")
+            if options["average"]:
+                self._refuse_negative(weights)
+            self.notes.append(f"{name}: where weighted changes cancel exactly the base's value stays")
+        rescale = self._shared("rescale", flag, own != "gamma")
+        if own != "gamma":
+            options["rescale"] = rescale
+            if not whole:
+                self.notes.append(
+                    f"{name}: hfmerge draws its own random numbers, and divides what is kept by its probability, as "
+                    "the paper does, where mergekit restores the sum of magnitudes of each tensor"
+                )
+        elif rescale and not whole:
+            self._blame("rescale", "true cannot be expressed; pruned changes keep their size, remove it")
+        return {"models": _entries(self.others, weights), "method": {"name": name, **options, "norm": "none"}}
+
+    def _sce(self) -> dict[str, Any]:
+        """Select, calculate, erase; every model has the weight 1."""
+        topk = self._shared("select_topk", number, 1.0)
+        if topk is not None and topk <= 0.0:
+            self._blame("select_topk", f"{topk!r} drops every change in mergekit; give a value above 0")
+        self.notes.append("sce: where the changes sum to exactly zero the base's value stays")
+        return self._equal(self.others, {"name": "sce", "density": None if topk is None else min(topk, 1.0)})
+
+    def _model_stock(self) -> dict[str, Any]:
+        """The average of the changes times the ratio that their mean angle gives."""
+        self.notes.append("model_stock: where the mean cosine of the changes is negative the base's values stay")
+        return self._equal(
+            self.others, {"name": "model_stock", "filter_wise": self._shared("filter_wise", flag, False)}
+        )
+
+    def _nuslerp(self) -> dict[str, Any]:
+        """slerp between the changes of two models; without a base between the models themselves."""
+        weights = self._weights(self.others)
+        flat, turned = self._shared("nuslerp_flatten", flag, True), self._shared("nuslerp_row_wise", flag, False)
+        models = _entries(self.others, weights)
+        if self.base is not None:
+            # mergekit's "row-wise" angles are those of vectors along the first axis
+            by = "tensor" if flat else "column" if turned else "row"
+            return {"models": models, "method": {"name": "nuslerp", "by": by, "norm": "none"}}
+        if not flat:
+            self._blame("nuslerp_flatten", "false without a base_model cannot be expressed; add a base_model")
+        self._note_base("interpolation between two models does not depend on it")
+        return {"models": models, "method": {"name": "slerp", "norm": "none"}}
+
+    def _multislerp(self) -> dict[str, Any]:
+        """The mean direction of the changes at their mean length."""
+        weights = self._weights(self.others)
+        sums = weight_sums(weights or (1.0,))
+        if self._shared("normalize_weights", flag, True) is False and (
+            sums is None or any(abs(total - 1.0) > 1e-9 for total in sums)
+        ):
+            self._blame("normalize_weights", "false with weights that do not sum to 1 cannot be expressed")
+        if any("eps" in scope.data for scope in self.layout.shared):
+            self.notes.append("eps: hfmerge needs none; dropped")
+        return {"models": _entries(self.others, weights), "method": {"name": "multislerp", "norm": "none"}}
+
+    def _karcher(self) -> dict[str, Any]:
+        """The Riemannian mean of all models, the base being one of them if there is one."""
+        inputs = self.layout.inputs
+        if self.base is None:
+            self._note_base("the mean does not depend on it")
+        elif not self.layout.sliced and len(self.others) == len(inputs):
+            inputs = (*inputs, Input(self.base, Section({}, "base_model", self.top.problems)))
+            self.notes.append(
+                f"base_model: mergekit's karcher counts the base too; {self.base} is added to the models"
+            )
+        steps, tolerance = self._shared("max_iter", number, 10), self._shared("tol", number, 1e-5)
+        whole = None if steps is None else int(steps)
+        return self._equal(inputs, {"name": "karcher", "steps": whole, "tolerance": tolerance})
+
+    def _of_one(self) -> dict[str, Any]:
+        """nearswap and arcee_fusion: what one model changes, in part."""
+        name = self.method
+        if len(self.others) != 1:
+            self.top.report("models", f"{name} takes the base and one other model, {len(self.others)} others given")
+        if name == "arcee_fusion":
+            self.notes.append("arcee_fusion: divergences are computed in float64, and quartiles of all elements")
+            return self._equal(self.others, {"name": name})
+        if not any("t" in scope.data for scope in self.layout.shared):
+            self.top.report("parameters.t", "is missing; nearswap needs it")
+        return self._equal(self.others, {"name": name, "t": self._shared("t", number, None)})
+
+    def _equal(self, inputs: Sequence[Input], method: dict[str, Any]) -> dict[str, Any]:
+        return {"models": [{"model": entry.model} for entry in inputs], "method": {**method, "norm": "none"}}
+
+    def _note_base(self, why: str) -> None:
+        self.notes.append(
+            f"no base_model: the first model, {self.layout.inputs[0].model}, becomes the base, which gives the "
+            f"configuration and the tokenizer; {why}"
+        )
 
     def _slerp(self) -> dict[str, Any]:
         """From the base at t = 0 to the other model at t = 1, whatever their order in the file."""
@@ -232,10 +382,20 @@ class _Conversion:
         return weights if len(weights) == len(inputs) else None
 
     def _density(self) -> float | None:
-        """The one density of all models, None if there is none."""
-        given = [_lookup("density", number, 1.0, (entry.parameters, *self.layout.shared)) for entry in self.others]
-        if None not in given and any(density != given[0] for density in given):
-            self.top.report("models", f"densities {given} cannot be expressed; hfmerge has one density for all models")
+        """The one density of all models, None if there is none; of 0 mergekit makes the base."""
+        density = self._common("density", 1.0)
+        if density is not None and density <= 0.0:
+            self._blame(
+                "density", f"{density!r} drops every change in mergekit; give a density above 0", self.others[0]
+            )
+        return density
+
+    def _common(self, name: str, default: float) -> float | None:
+        """The one value of a parameter of models, None if there is none."""
+        given = [_lookup(name, number, default, (entry.parameters, *self.layout.shared)) for entry in self.others]
+        if None not in given and any(value != given[0] for value in given):
+            many = "densities" if name == "density" else f"values of {name}"
+            self.top.report("models", f"{many} {given} cannot be expressed; hfmerge has one {name} for all models")
         return None if None in given else given[0]
 
 
