@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from hfmerge.checkpoint.reader import Reader
 
 PEFT_PREFIX = "base_model.model."
+UNILORA_VALUES = "base_model.unilora_theta_d"
 BENEATH = ".base_layer"
 TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
 Ends = Mapping[str, tuple[str, ...]]
@@ -432,6 +433,13 @@ class _Mapping:
         order = {name: i for i, (name, _) in enumerate(skeleton.model.named_modules())}
         paths = [path for path in held if path not in self.skipped]
         if self.kind == "UNILORA":  # its file has one tensor for all modules
+            # PEFT numbers as many values as the configuration says, so it is compared with the file first
+            values, said = self.source.tensors.get(UNILORA_VALUES), self.config.get("theta_d_length", 256)
+            if values is None or values.shape != (said,):
+                raise CorruptFileError(
+                    f"{self.label}: {UNILORA_VALUES} is {'missing' if values is None else values.shape}, and "
+                    f"adapter_config.json says `theta_d_length: {show(said)}`."
+                )
             paths = [name for name in order if self.base.parameter_of_module(name) and self._is_targeted(name)]
         places = sorted((self._place(path) for path in paths), key=lambda place: order[self._name_of(place.path)])
         self.places = list(places)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from hfmerge.checkpoint.patterns import Patterns
 from hfmerge.checkpoint.peft_kinds import DECOMPOSING, SHARING, adapter_kind, init_of
 from hfmerge.errors import CorruptFileError, UnsupportedError
+from hfmerge.validation.values import show
 
 
 if TYPE_CHECKING:
@@ -118,19 +119,29 @@ def peft_config(config: Mapping[str, Any], places: Sequence[Place], patterns: Pa
 def _resolved(kind: str, values: Mapping[str, Any], places: Sequence[Place], patterns: Patterns) -> dict[str, Any]:
     """The values that patterns give to modules, each under its module's whole name."""
     if kind == "ADALORA":  # names of tensors, with the ranks that are left in each
-        starts = tuple(f"{head}{place.path}.lora_E" for place in places for head in ("", "base_model.model."))
+        heads = ("", "model.", "base_model.model.")
+        starts = tuple(f"{head}{place.path}.lora_E" for place in places for head in heads)
         return {name: value for name, value in values.items() if name.startswith(starts)}
     found = {}
     for place in places:
         for pattern, value in values.items():
             try:
-                fits = patterns.fits(pattern, place.path)
+                fits = _fits(kind, pattern, place.path, patterns)
             except ValueError as error:
-                raise ValueError(f"the pattern {pattern!r} {error}") from error
+                raise ValueError(f"the pattern {show(pattern)} {error}") from error
             if fits:
-                found[place.path.replace(".", r"\.")] = value
+                found[place.path] = value  # every kind finds a module by its whole name
                 break
     return found
+
+
+def _fits(kind: str, pattern: str, path: str, patterns: Patterns) -> bool:
+    """Whether a pattern means a module, as the kind compares them. Raises ValueError."""
+    if kind == "OSF":  # anywhere in the name
+        return patterns.is_all_of(f".*({pattern}).*", path)
+    if kind in ("C3A", "FOURIERFT"):  # the end of the name, never the whole
+        return pattern == path or patterns.is_all_of(rf".*\.({pattern})", path)
+    return patterns.fits(pattern, path)
 
 
 def _feeds_forward(named: Any, path: str, patterns: Patterns) -> bool:

@@ -16,6 +16,7 @@ from hfmerge.checkpoint.layout.skeleton import find_class
 from hfmerge.checkpoint.lora import PEFT_PREFIX, matching
 from hfmerge.checkpoint.model import Model
 from hfmerge.checkpoint.patterns import Patterns
+from hfmerge.checkpoint.peft_kinds import PREFIXES, adapter_kind, check_mergeable
 from hfmerge.errors import SourceError, UnsupportedError
 from hfmerge.hashing import canonical_json, sha256_bytes, sha256_file
 from hfmerge.hub.download import fetch
@@ -98,15 +99,17 @@ def _settings(source: Model, folder: Path) -> Any:
     from peft import PeftConfig
 
     config: Any = PeftConfig.from_pretrained(str(folder))
-    ends = (".lora_A.weight", ".lora_embedding_A")
+    check_mergeable(source.snapshot.label, source.adapter or {})
+    inside = f".{PREFIXES[adapter_kind(source.adapter or {})]}"
     paths = [key.removeprefix(PEFT_PREFIX) for key in source.tensors]
-    modules = sorted(path.removesuffix(end) for path in paths for end in ends if path.endswith(end))
-    if isinstance(config.target_modules, str) or isinstance(config.exclude_modules, str) or config.layers_to_transform:
+    modules = sorted({path.partition(inside)[0] for path in paths if inside in path})
+    named = [getattr(config, name, None) for name in ("target_modules", "exclude_modules")]
+    if any(isinstance(one, str) for one in named) or getattr(config, "layers_to_transform", None):
         config.target_modules, config.exclude_modules = set(modules), None
         config.layers_to_transform = config.layers_pattern = None
     known = Patterns()
     for name in ("rank_pattern", "alpha_pattern"):
-        patterns = getattr(config, name)
+        patterns = getattr(config, name, None)
         if patterns:
             try:
                 found = {f"^{re.escape(module)}": matching(known, patterns, module, None) for module in modules}

@@ -409,3 +409,34 @@ assert "peft" not in sys.modules, "imported"
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+PATTERNS: list[Any] = [
+    pytest.param("OSF", {"rank_pattern": {"layer.0.*query": 3, "value": 5}}, id="anywhere"),
+    pytest.param("FOURIERFT", {"n_frequency_pattern": {"query": 7, "0.output.dense": 9}}, id="ends"),
+    pytest.param("C3A", {"block_size_pattern": {"self.query": 4}}, id="sizes"),
+    pytest.param("LOHA", {"rank_pattern": {"query": 3}, "alpha_pattern": {r"layer\.[01]\..*value": 3}}, id="both"),
+    pytest.param("DELORA", {"rank_pattern": {"query": 3}, "lambda_pattern": {"value": 3}}, id="other names"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "patterns"), PATTERNS)
+def test_patterns_mean_what_each_kind_takes_them_for(
+    bases: dict[str, Path], tmp_path: Path, kind: str, patterns: dict[str, Any]
+) -> None:
+    adapter = trained("linear", tmp_path / "adapter", settings_of(kind, "linear", **patterns))
+    assert compared(bases, "linear", adapter, tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_an_adalora_whose_ranks_were_cut(bases: dict[str, Path], tmp_path: Path) -> None:
+    model: Any = get_peft_model(BASES["linear"](), settings_of("ADALORA", "linear"))
+    left = [name for name, _ in model.base_model.model.named_parameters() if "lora_E" in name]
+    model.peft_config["default"].rank_pattern = {name: [True, i % 2 == 0, False] for i, name in enumerate(left)}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1
+    model.save_pretrained(tmp_path / "adapter")
+    assert compared(bases, "linear", tmp_path / "adapter", tmp_path / "out")
