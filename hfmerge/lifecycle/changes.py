@@ -129,7 +129,7 @@ def plan_subtract(
     if method.additive:
         raise LedgerError(f"{name} keeps exact sums, so a removal is exact at the same cost; {exactly}.")
     if not method.subtractable:
-        raise LedgerError(f"{name} merges all models at once, so no single model can be subtracted; {exactly}.")
+        raise LedgerError(f"{name} keeps no term of a single model that could be subtracted; {exactly}.")
     subtracted = [last.find(given) for given in dict.fromkeys(names)]
     if again := [last.models[i].label for i in subtracted if last.models[i].subtracted]:
         raise LedgerError(f"{again[0]} was subtracted before; to remove it exactly, {exactly}.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hfmerge.methods.declare import Block, method, option
+from hfmerge.methods.trimming import flat_pieces
 
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def consensus_ta(
         total.add_(model.tau, alpha=model.weight)
     votes = torch.zeros(block.shape)
     for model in block.models:
-        own = model.tau * model.weight
-        votes += (own.abs() >= threshold * (total - own).abs()) & (own != 0.0)
-    return torch.where(votes >= min(agreement, len(block.models)), total * scale, 0.0)
+        for count, sum_, part in zip(flat_pieces(votes), flat_pieces(total), flat_pieces(model.tau), strict=True):
+            own = part * model.weight
+            count += (own.abs() >= threshold * (sum_ - own).abs()) & (own != 0.0)
+    return total.mul_(scale).masked_fill_(votes < min(agreement, len(block.models)), 0.0)

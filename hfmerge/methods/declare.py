@@ -200,6 +200,8 @@ def summed(parts: Iterable[Tensor]) -> Tensor:
     total = None
     for part in parts:
         total = part if total is None else total.add_(part)
+        # not held while the next one is made
+        del part
     assert total is not None
     return total
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hfmerge.methods.declare import Block, method, option
+from hfmerge.methods.trimming import flat_pieces
 
 
 if TYPE_CHECKING:
@@ -26,9 +27,10 @@ def magmax(block: Block, *, scale: float = option(1.0, help="factor of the merge
     """
     import torch
 
-    chosen = block.models[0].tau * block.models[0].weight
+    chosen = (block.models[0].tau * block.models[0].weight).contiguous()
     for model in block.models[1:]:
-        value = model.tau * model.weight
-        size, held = value.abs(), chosen.abs()
-        chosen = torch.where((size > held) | ((size == held) & (value > chosen)), value, chosen)
-    return chosen * scale
+        for held, part in zip(flat_pieces(chosen), flat_pieces(model.tau), strict=True):
+            value = part * model.weight
+            size, most = value.abs(), held.abs()
+            held.copy_(torch.where((size > most) | ((size == most) & (value > held)), value, held))
+    return chosen.mul_(scale)

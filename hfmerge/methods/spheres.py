@@ -14,6 +14,7 @@ from hfmerge.methods.base import Survey
 from hfmerge.methods.declare import Block, method, option, summed
 from hfmerge.methods.mdm_oc import Products, gram
 from hfmerge.methods.slerp import arc_shares
+from hfmerge.methods.trimming import flat_pieces
 
 
 if TYPE_CHECKING:
@@ -132,8 +133,8 @@ class OfModels(Survey):
         self._products = Products(models)
 
     def add(self, taus: Iterable[Tensor], base: Callable[[], Tensor]) -> None:
-        origin = base().double()
-        self._products.add((origin + tau for tau in taus), base)
+        for origin, *changes in zip(flat_pieces(base()), *map(flat_pieces, taus), strict=True):
+            self._products.add((origin.double() + change for change in changes), base)
 
     def settle(self) -> list[float]:
         return self._products.settle()

@@ -110,7 +110,8 @@ def test_the_last_model_leaves_no_trace_in_direction(root: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("method", "said"), [("linear", "a removal is exact at the same cost"), ("ties", "merges all models at once")]
+    ("method", "said"),
+    [("linear", "a removal is exact at the same cost"), ("ties", "keeps no term of a single model")],
 )
 def test_other_methods_say_why_not(root: Path, tmp_path: Path, method: str, said: str) -> None:
     out = tmp_path / "out"
