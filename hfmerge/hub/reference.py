@@ -200,6 +200,8 @@ def parse_ref(text: str) -> list[ModelRef]:
         SourceError: not a folder and not a valid repository ID.
     """
     text = text.strip()
+    if not text:
+        raise SourceError("a model's name is empty; write a Hub ID or a folder.")
     if "+" in text and not _path(text)[1]:
         base, _, adapter = text.partition("+")
         return [_parse_one(base), _parse_one(adapter)]

@@ -69,6 +69,12 @@ def test_references_into_a_repository(text: str, repo: str, folder: str, revisio
     assert (ref.repo_id, ref.subfolder, ref.revision) == (repo, folder, revision)
 
 
+@pytest.mark.parametrize("text", ["", "  "])
+def test_an_empty_name_is_not_the_present_folder(text: str) -> None:
+    with pytest.raises(hfmerge.HfMergeError, match="name is empty"):
+        parse_ref(text)
+
+
 @pytest.mark.parametrize(
     "text", ["org/r/..", "org/r/../x", "org/r/a//b", "org/r/a\\b", "org/r/./a", "org/r/a/../../b"]
 )
