@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 PEFT_PREFIX = "base_model.model."
 UNILORA_VALUES = "base_model.unilora_theta_d"
+COPIED = ("weight", "bias")
 BENEATH = ".base_layer"
 TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
 Ends = Mapping[str, tuple[str, ...]]
@@ -182,9 +183,10 @@ class _Mapping:
         plain, held = is_plain(self.config), self._held()
         for module, keys in held.items():
             factors = _factors(module, keys) if plain else None
-            parameters = self._parameters_of(module.removesuffix(BENEATH))
+            path = _without(module)
+            parameters = self._parameters_of(path)
             if parameters:
-                self._add_parameter(module, parameters, factors)
+                self._add_parameter(path, module.count(BENEATH), parameters, factors)
             elif factors is not None and len(self._shape_of(module)) == 2:
                 self._add_lora(module, *factors)
             else:
@@ -227,8 +229,13 @@ class _Mapping:
                 copies.append((key, path))
         for key, path in copies:
             module, inside, name = path.partition(".base_layer.")
-            if inside and module in held and not (is_plain(self.config) and name in ("weight", "bias")):
+            if inside and module in held and not (is_plain(self.config) and name in COPIED):
                 held[module].append(key)
+            elif any(f".{other}" in path for other in PREFIXES.values()) or (inside and name not in COPIED):
+                raise UnsupportedError(
+                    f"{self.label}: {key} is no part of a {self.kind} adapter; `peft_type` in adapter_config.json is "
+                    "another kind's, or the file is."
+                )
             else:
                 # what PEFT saves beneath a layer is loaded in place of the base's
                 self._add_copy(key, path.replace(".base_layer.", "."))
@@ -300,14 +307,16 @@ class _Mapping:
         own = [name for name, _ in found[1].named_parameters(recurse=False)]
         return [name for name in own if any(f".{module}.{name}".endswith(f".{target}") for target in named)]
 
-    def _add_parameter(self, module: str, parameters: Sequence[str], factors: tuple[str, str] | None) -> None:
+    def _add_parameter(
+        self, path: str, depth: int, parameters: Sequence[str], factors: tuple[str, str] | None
+    ) -> None:
         """Match the factors of a parameter that is named itself; the first of several in one module lies innermost."""
-        path = module
-        while path.endswith(BENEATH):
-            path = path.removesuffix(BENEATH)
-        at = len(parameters) - 1 - module.count(BENEATH)
+        at = len(parameters) - 1 - depth
         if factors is None or at < 0 or any(key not in self.source.tensors for key in factors):
-            raise CorruptFileError(f"{self.label}: {module} has no two factors for {', '.join(parameters)}.")
+            raise CorruptFileError(
+                f"{self.label}: {path} has no two factors for each of {', '.join(parameters)}; the adapter is "
+                "incomplete."
+            )
         found = self.base.module(path)
         assert found is not None
         name = f"{path}.{parameters[at]}"
@@ -568,6 +577,13 @@ class _Mapping:
                 f"{label}: {module}: the configuration says r = {configured}, the file holds {rank}."
             )
         return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank, rank
+
+
+def _without(module: str) -> str:
+    """A module's name without the layers that lie around each other there."""
+    while module.endswith(BENEATH):
+        module = module.removesuffix(BENEATH)
+    return module
 
 
 def _products(up: Tensor, down: Tensor, scale: float, *, swapped: bool) -> Tensor:

@@ -38,7 +38,7 @@ _UNUSED = (
 
 FROM_VALUES = ("ADAMSS",)
 """Kinds whose tensors depend on the base's values, so that headers do not tell whether they fit."""
-NEEDING_MEMORY = ("BOFT", "SHIRA", "UNILORA")
+NEEDING_MEMORY = ("ADALORA", "BOFT", "SHIRA", "UNILORA")
 """Kinds for which PEFT works out indices, which it cannot do without memory."""
 
 _NAME = "default"

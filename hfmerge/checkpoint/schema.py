@@ -166,6 +166,8 @@ _LORA = record(
     },
     strict=False,
 )
+_MOST_RANK = 1 << 14
+"""Of an AdaLoRA, of which PEFT lays out all ranks before it reads which ones are left."""
 _COUNTS = ("depth", "gralora_k", "num_subspaces", "boft_n_butterfly_factor", "num_cayley_neumann_terms")
 """Fields of other kinds of adapters that say how often PEFT does something."""
 
@@ -178,6 +180,8 @@ def ADAPTER(value: Any) -> Any:
     for name, one in value.items():
         if isinstance(one, int) and not isinstance(one, bool) and not -(2**53) < one < 2**53:
             raise ValueError(f"{name}: is too large")
+        if name in ("init_r", "target_r") and one is not None and _rank(one) > _MOST_RANK:
+            raise ValueError(f"{name}: is {one}; the limit is {_MOST_RANK}")
         if name in _COUNTS and isinstance(one, int):
             try:
                 LAYERS.check(abs(one))
