@@ -68,9 +68,9 @@ CASES: dict[str, Case] = {
     "model_stock": Case(reason=APART),
     "nuslerp": Case(each=WEIGHT, models=2),
     "multislerp": Case(each=WEIGHT),
-    "karcher": Case({"max_iter": 100, "tol": 1e-9}),
+    "karcher": Case({"max_iter": 100, "tol": 1e-9}, reason=ANGLE),
     "nearswap": Case({"t": 0.001}, models=1),
-    "arcee_fusion": Case(models=1),
+    "arcee_fusion": Case(models=1, reason="mergekit computes divergences in float32, hfmerge in float64"),
 }
 
 
