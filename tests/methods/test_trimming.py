@@ -179,7 +179,14 @@ print(merge(6 << 20))
 """
 
 
-MORE = {"dare_ties": 5.0, "breadcrumbs_ties": 4.0, "sce": 8.0, "karcher": 5.0, "arcee_fusion": 9.0}
+MORE = {
+    "dare_ties": 5.0,
+    "breadcrumbs_ties": 4.0,
+    "della": 6.0,
+    "della_linear": 5.0,
+    "karcher": 5.0,
+    "arcee_fusion": 9.0,
+}
 """Tensors that methods hold that elect signs of changes they have made, or look at a whole tensor of other numbers."""
 
 
