@@ -118,6 +118,7 @@ def told(root: Path, name: str, change: Callable[[dict[str, Any]], object]) -> t
     return lie(root, name, changed)
 
 
+@pytest.mark.slow
 def test_a_weight_file_is_named_twice(made: Path) -> None:
     """The signer names a file with a digest of other weights first, and with the right one second."""
 
@@ -292,6 +293,7 @@ def test_a_hub_serves_other_bytes_than_it_lists(
         tiny.done("verify", published, "--download")
 
 
+@pytest.mark.slow
 def test_a_file_of_the_cache_is_changed(published: str) -> None:
     """Somebody changes the weights in this machine's cache, which is what a model is loaded from."""
     blob = Path(hf_hub_download(published, "model.safetensors")).resolve()
@@ -305,6 +307,7 @@ def test_a_file_of_the_cache_is_changed(published: str) -> None:
     assert tiny.cli("verify", published, "--download").code == 0
 
 
+@pytest.mark.slow
 def test_the_commit_is_named_though_the_branch_moves(published: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Somebody pushes while `verify` runs: all that is reported is of one commit, which is named in full."""
     before = str(HfApi().model_info(published).sha)
@@ -353,6 +356,7 @@ def test_the_home_notices_that_a_published_history_was_rewritten(
     tiny.done("add", published, MODELS[1], "--push-to", published)
 
 
+@pytest.mark.slow
 def test_a_history_is_cut_back(published: str) -> None:
     """The owner sets `main` back to an earlier step, so that a removed model is in it again."""
     tiny.done("verify", published)

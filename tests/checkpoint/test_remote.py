@@ -392,6 +392,7 @@ def test_digests_that_cannot_be_checked_are_not_begun() -> None:
         assert one.source.fetched == 2 * MIB
 
 
+@pytest.mark.slow
 def test_a_header_that_is_longer_than_the_first_request() -> None:
     tensors = {
         f"a.rather.long.name.for.a.tensor.{i:06d}": torch.full((2,), i % 251, dtype=torch.uint8) for i in range(3000)

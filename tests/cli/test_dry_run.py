@@ -35,6 +35,7 @@ def unchanged(root: Path, *command: object) -> tiny.Run:
     return run
 
 
+@pytest.mark.slow
 def test_every_change_of_a_folder(root: Path) -> None:
     merged, out = root / "merged", root / "other"
     commands = {

@@ -48,6 +48,7 @@ def norms(out: Path) -> list[float]:
     return [model["squared_norm"] for model in entry["materials"]["models"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "rows"),
     [

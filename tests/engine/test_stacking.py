@@ -142,6 +142,7 @@ def test_rows_in_the_middle_of_a_tensor(model: Path, tmp_path: Path) -> None:
     assert bits(found.change) == bits(one_by_one(Linear(), base[part], [v[part] for v in values], (1.0, 1.0))[1])
 
 
+@pytest.mark.slow
 def test_a_merge_at_once_equals_one_by_one(tmp_path: Path) -> None:
     """`add` goes on from a state, model by model; a merge of all takes them together."""
     base = tiny.build("LlamaForCausalLM", tiny.config("llama"))

@@ -125,6 +125,7 @@ def test_factors_give_what_their_products_give(tmp_path: Path) -> None:
     assert sum(part.elements for part in low.layers) == low.whole.elements == 4 * 16 * 16
 
 
+@pytest.mark.slow
 def test_reading_in_pieces_changes_nothing(full: tuple[Path, list[Path]], monkeypatch: pytest.MonkeyPatch) -> None:
     base, models = full
     whole = hfmerge.inspect(recipe(base, models)).to_dict()

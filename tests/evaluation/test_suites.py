@@ -160,6 +160,7 @@ def test_the_tables_in_the_readme_are_those_that_were_measured(name: str) -> Non
             assert cells[columns.index(method)] == f"{score.value:.3f}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "parts"),
     [

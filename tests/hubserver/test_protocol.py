@@ -306,6 +306,7 @@ def test_yaml_of_cards(hub: Hub, repo: str) -> None:
     assert commit(hub, repo, {"sub/README.md": b"---\nlicense: {a: b}\n---\n"}).status == 200
 
 
+@pytest.mark.slow
 def test_odd_names_survive(hub: Hub) -> None:
     hub.ask("POST", "/api/repos/create", {"name": "odd"})
     names = ["ü/é 100%.txt", "a+b&c=d?e#f.txt", "tree/main/x", "%2F", "x;y", "[1].txt", "'q'.txt"]
