@@ -166,8 +166,13 @@ _LORA = record(
     },
     strict=False,
 )
-_MOST_RANK = 1 << 14
-"""Of an AdaLoRA, of which PEFT lays out all ranks before it reads which ones are left."""
+_MOST = {
+    ("ADALORA", "init_r"): 1 << 14,
+    ("ADALORA", "target_r"): 1 << 14,
+    ("UNILORA", "r"): 1 << 8,
+    ("UNILORA", "theta_d_length"): 1 << 24,
+}
+"""Numbers by which PEFT takes memory before it looks at the adapter's file."""
 _COUNTS = ("depth", "gralora_k", "num_subspaces", "boft_n_butterfly_factor", "num_cayley_neumann_terms")
 """Fields of other kinds of adapters that say how often PEFT does something."""
 
@@ -180,8 +185,9 @@ def ADAPTER(value: Any) -> Any:
     for name, one in value.items():
         if isinstance(one, int) and not isinstance(one, bool) and not -(2**53) < one < 2**53:
             raise ValueError(f"{name}: is too large")
-        if name in ("init_r", "target_r") and one is not None and _rank(one) > _MOST_RANK:
-            raise ValueError(f"{name}: is {one}; the limit is {_MOST_RANK}")
+        most = _MOST.get((str(value["peft_type"]), name))
+        if most is not None and one is not None and _rank(one) > most:
+            raise ValueError(f"{name}: is {one}; the limit is {most}")
         if name in _COUNTS and isinstance(one, int):
             try:
                 LAYERS.check(abs(one))

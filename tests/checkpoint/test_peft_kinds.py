@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from hfmerge import add, merge, plan, unmerge
 from hfmerge.checkpoint.peft_kinds import BIASED, LORA_FIELDS, PREFIXES, REASONS, SHARING
+from hfmerge.checkpoint.schema import ADAPTER
 from hfmerge.engine.plan_json import plan_from_json, plan_to_json
 from hfmerge.errors import RecipeError
 from hfmerge.recipe.recipe import Recipe, parse_recipe
@@ -440,3 +441,13 @@ def test_an_adalora_whose_ranks_were_cut(bases: dict[str, Path], tmp_path: Path)
                 parameter += 0.1
     model.save_pretrained(tmp_path / "adapter")
     assert compared(bases, "linear", tmp_path / "adapter", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "limit"),
+    [("ADALORA", "init_r", 1 << 14), ("UNILORA", "r", 1 << 8), ("UNILORA", "theta_d_length", 1 << 24)],
+)
+def test_memory_that_a_configuration_asks_for_has_a_limit(kind: str, field: str, limit: int) -> None:
+    assert ADAPTER({"peft_type": kind, field: limit})
+    with pytest.raises(ValueError, match=f"{field}: is {limit + 1}; the limit is {limit}"):
+        ADAPTER({"peft_type": kind, field: limit + 1})
