@@ -180,8 +180,8 @@ print(merge(6 << 20))
 
 
 MORE = {
-    "dare_ties": 5.0,
-    "breadcrumbs_ties": 4.0,
+    "dare_ties": 6.0,
+    "breadcrumbs_ties": 5.0,
     "della": 6.0,
     "della_linear": 5.0,
     "karcher": 5.0,
