@@ -70,7 +70,7 @@ class Delta:
         lora = self.lora.get(key)
         return (
             *(self.full[key].keys if key in self.full else ()),
-            *((lora.down_key, lora.up_key) if lora is not None else ()),
+            *(lora.keys if lora is not None else ()),
             *(self.layers[key].keys if key in self.layers else ()),
         )
 
@@ -142,7 +142,7 @@ class DeltaReader:
             for name in self.delta.beneath[key].keys:
                 self.under.check_finite(name)
         if key in self.delta.lora:
-            for name in (self.delta.lora[key].down_key, self.delta.lora[key].up_key):
+            for name in self.delta.lora[key].keys:
                 self.reader.check_finite(name)
         if key in self.delta.layers:
             for name in self.delta.layers[key].keys:

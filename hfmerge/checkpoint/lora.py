@@ -60,6 +60,7 @@ class LoraOrigin:
         stack: for experts in one parameter: how many; else 0.
         expert: the one expert that the stored tensor holds; None where it holds all of them, one after the other.
         rows: half-open range of that expert's rows that the stored tensor holds.
+        diagonal_key: stored key of one factor for each row of A (r, 1), if there are any.
     """
 
     down_key: str
@@ -70,6 +71,13 @@ class LoraOrigin:
     stack: int = 0
     expert: int | None = None
     rows: tuple[int, int] | None = None
+    diagonal_key: str | None = None
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """All stored keys of the adapter that are read."""
+        diagonal = () if self.diagonal_key is None else (self.diagonal_key,)
+        return (self.down_key, self.up_key, *diagonal)
 
     @property
     def dense(self) -> bool:
@@ -86,6 +94,8 @@ class LoraOrigin:
                 return Dense(_products(up, down, self.scale, swapped=self.swapped))
             down, up = down[self.expert], up[:, :, self.expert]
             up = up if self.rows is None else up[self.rows[0] : self.rows[1]]
+        if self.diagonal_key is not None:
+            down = down * reader.value(self.diagonal_key)
         up = up * self.scale
         if self.swapped:
             return LowRank(down.T.contiguous(), up.T.contiguous())
@@ -189,6 +199,8 @@ class _Mapping:
                 self._add_parameter(path, module.count(BENEATH), parameters, factors)
             elif factors is not None and len(self._shape_of(module)) == 2:
                 self._add_lora(module, *factors)
+            elif self.kind == "ADALORA" and len(keys) == 3 and len(self._shape_of(module)) == 2:
+                self._add_adalora(module, keys)
             else:
                 self._add_layer(module, keys)
         if self.kind in SHARING:
@@ -340,6 +352,23 @@ class _Mapping:
             )
         for key, expert, rows in places:
             self.lora[key] = replace(origin, expert=expert, rows=rows)
+
+    def _add_adalora(self, module: str, keys: Sequence[str]) -> None:
+        """Match the factors of an AdaLoRA: the change is `B diag(E) A` times its scale."""
+        if not self._is_targeted(module):
+            self.skipped.append(module)
+            return
+        place, target = self._place(module), self.base.parameter_of_module(module)
+        assert target is not None
+        self._check_layer(place, keys, {})
+        if self._is_tied(target):
+            self.apart.append(f"{module}.weight")
+            return
+        down, up, diagonal = (f"{PEFT_PREFIX}{module}.lora_{part}" for part in "ABE")
+        rank, alpha = self.source.tensors[down].shape[0], self.config.get("lora_alpha", 8)
+        # the number of ranks at first, with what PEFT adds so as not to divide by zero
+        scale = (alpha if alpha > 0 else rank) / (self.config.get("init_r", 12) + 1e-5)
+        self.lora[target] = LoraOrigin(down, up, scale, rank, place.kind == "Conv1D", diagonal_key=diagonal)
 
     def _add_layer(self, module: str, keys: Sequence[str]) -> None:
         """Match the tensors of one module's layer with the stored tensors that PEFT changes by them."""

@@ -184,8 +184,10 @@ def outcome(bases: dict[str, Path], kind: str, base: str, folder: Path) -> str:
         with pytest.raises(RecipeError, match=f"a {kind} adapter {REASONS[kind]}"):
             plan(recipe(bases[base], adapter))
         return "refused"
-    assert compared(bases, base, adapter, folder / "out", 1e-7 if kind == "LN_TUNING" else 0.0)
-    return "exact"
+    ranks = {param.ranks for param in plan(recipe(bases[base], adapter)).params if param.touched}
+    factored = (None,) not in ranks
+    assert compared(bases, base, adapter, folder / "out", 5e-7 if factored or kind == "LN_TUNING" else 0.0)
+    return "factored" if factored else "exact"
 
 
 @pytest.mark.slow
@@ -440,7 +442,7 @@ def test_an_adalora_whose_ranks_were_cut(bases: dict[str, Path], tmp_path: Path)
             if parameter.requires_grad:
                 parameter += 0.1
     model.save_pretrained(tmp_path / "adapter")
-    assert compared(bases, "linear", tmp_path / "adapter", tmp_path / "out")
+    assert compared(bases, "linear", tmp_path / "adapter", tmp_path / "out", 5e-7)
 
 
 @pytest.mark.parametrize(
