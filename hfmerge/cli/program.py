@@ -97,7 +97,7 @@ def build_parser() -> Parser:
         prog="hfmerge",
         description="Merge fine-tuned models by Hub ID, one after another, and take any one out again, exactly.",
         epilog="`hfmerge COMMAND --help` explains a command and gives an example. A MODEL is "
-        "org/name[/folder][@revision], a folder, hf://org/name, or base+adapter.",
+        "org/name, org/name@revision, org/name/folder@revision, a folder, hf://org/name, or base+adapter.",
     )
     parser.add_argument("--version", action="version", version=f"hfmerge {__version__}")
     parser.add_argument(
