@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
 from hfmerge.engine.plan import KeptState
 from hfmerge.evaluation.plots import draw_all
@@ -23,6 +22,7 @@ from hfmerge.hub.reference import parse_ref
 from hfmerge.ledger.card import card_facts, render_card
 from hfmerge.ledger.card_sections import with_part
 from hfmerge.ledger.entry import Entry, Material, MethodUsed, RunScalars, settings_of
+from hfmerge.ledger.learned import LearnedWeights
 from hfmerge.recipe.recipe import Recipe, load_recipe
 from hfmerge.recipe.weights import Weight
 
@@ -76,12 +76,11 @@ def golden_card(recipe: Recipe, repo_id: str) -> str:
     return render_card((entry,), card_facts(entry, repo_id))
 
 
-def _learned(recipe: Recipe) -> dict[str, Any] | None:
+def _learned(recipe: Recipe) -> LearnedWeights | None:
     if recipe.learn is None:
         return None
     how = f"weights learned by {recipe.learn.loss}, {recipe.learn.steps} steps"
-    nothing = [None] * len(recipe.models)
-    return {"how": how, "groups": [], "steps": recipe.learn.steps, "curve": [], "replay": nothing, "fisher": None}
+    return LearnedWeights(how, (), recipe.learn.steps, (), (None,) * len(recipe.models), None)
 
 
 def _material(ref: str, weight: Weight, squared_norm: float | None) -> Material:
