@@ -93,7 +93,8 @@ def _describe_pinned(ref: str, snapshot: Snapshot, allow_pickle: bool, streaming
     if "config.json" not in names:
         known = other_forms.of_files(names, "model")
         raise UnsupportedError(
-            f"{snapshot.label}: neither config.json nor adapter_config.json; {known or _where_models_lie(snapshot)}."
+            f"{snapshot.label}: neither config.json nor adapter_config.json; "
+            f"{_where_models_lie(snapshot) or known or 'not a model that transformers or peft can load'}."
         )
     config = read_snapshot_json(snapshot, "config.json")
     if config.get("quantization_config"):
@@ -106,10 +107,10 @@ def _describe_pinned(ref: str, snapshot: Snapshot, allow_pickle: bool, streaming
 
 
 def _where_models_lie(snapshot: Snapshot) -> str:
-    """What to do about a place that is no model."""
+    """The folders that hold a model, where the place itself is none; "" if there are none."""
     there = model_folders(snapshot.files)
     if not there:
-        return "not a model that transformers or peft can load"
+        return ""
     place = snapshot.name if snapshot.commit is not None else snapshot.ref.text.rstrip("/")
     return f"its models lie in {show_some(there)}; name one, as in {place}/{there[0]}"
 

@@ -107,11 +107,21 @@ def check_output(output: Path, *, replace: bool) -> None:
     if output.exists() and not output.is_dir():
         raise OutputError(f"{output}: is a file; choose a folder for {parameter('output')}.")
     if not replace and output.exists() and any(output.iterdir()):
+        _forget_finished(output)
         raise OutputError(f"{output}: the folder is not empty; empty it, or choose another {parameter('output')}.")
     above = next(folder for folder in output.parents if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         why = "no right to write" if above.is_dir() else "not a folder"
         raise OutputError(f"{output}: cannot write there: {above}: {why}; choose another {parameter('output')}.")
+
+
+def _forget_finished(output: Path) -> None:
+    """Delete the journal of a run that was killed after its result had come into place."""
+    partial, journal = _beside(output, "partial"), _beside(output, "journal")
+    if journal.is_dir() and not partial.is_dir():
+        with _locked(output):
+            _check_own(journal)
+            _remove(journal)
 
 
 def _not_resumable(output: Path, left: Mapping[str, str] | None, work: Mapping[str, str]) -> str:

@@ -181,9 +181,11 @@ def planned_early(
     """
     faults, check_readers = check_early(job, merged, here, publishing=publishing)
     made: list[_T] = []
-    # with this consent a plan may download weights, and those of a job that fails are not needed
+    # a plan of a published merge downloads its state, and with this consent one may download weights; a job that
+    # fails needs neither
     consent = job.recipe.allow_pickle if job.recipe is not None else here.options.allow_pickle
-    if not (faults and consent):
+    published = merged is not None and merged.snapshot.folder is None
+    if not (faults and (consent or published)):
         with faults.at(job.action):
             made.append(here.each(plan))
             check_readers()

@@ -767,5 +767,7 @@ def test_the_command_itself(tmp_path: Path) -> None:
     ]
     wrong, usage = (tiny.finish(child) for child in children)
     assert wrong.code == 1 and wrong.out == ""
-    assert wrong.err == "hfmerge: command line: 1 problem, nothing downloaded: base: is missing\n"
+    first, *problems = wrong.err.splitlines()
+    assert first == "hfmerge: command line: 2 problems, nothing downloaded"
+    assert [line.split()[0] for line in problems] == ["base", "models[0]"] and problems[0].endswith(" is missing")
     assert usage.code == 2 and usage.err.startswith("usage: hfmerge") and not (tmp_path / "out").exists()

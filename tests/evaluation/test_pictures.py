@@ -84,7 +84,7 @@ def test_names_and_numbers_can_be_read(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_what_is_no_result_is_refused(tmp_path: Path) -> None:
     for data in ({}, {"schema": 1, "kind": "recipe"}, {**INSPECTION, "schema": 99}, {"schema": [1]}, [1]):
-        with pytest.raises(HfMergeError, match="no result that can be drawn"):
+        with pytest.raises(HfMergeError, match="not a result that can be drawn"):
             draw_all([data], tmp_path)  # type: ignore[list-item]
     (tmp_path / "file").touch()
     with pytest.raises(HfMergeError, match="cannot be written"):
@@ -150,7 +150,7 @@ def test_pictures_are_put_into_merges_only(merged: Path, tmp_path: Path) -> None
     with pytest.raises(LedgerError):
         embed(tmp_path / "base", [EVALUATION])
     before = tiny.everything(merged)
-    with pytest.raises(HfMergeError, match="no result"):
+    with pytest.raises(HfMergeError, match="not a result"):
         embed(merged, [{}])
     assert tiny.everything(merged) == before
 

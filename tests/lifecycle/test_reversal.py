@@ -18,7 +18,7 @@ from tests.fixtures import launching, tiny
 FULL = ("m0", "m1", "m2", "m3")
 LORA = ("a0", "a1", "a2")
 VARIANTS: dict[str, tuple[str, ...]] = {
-    name: ("--method", name) for name, method in registry().items() if method.arity[1] is None
+    name: ("--method", name) for name, method in registry().items() if method.arity == (1, None)
 }
 """Every method of any number of models as it is, and some with options."""
 VARIANTS |= {
